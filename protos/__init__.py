@@ -1,0 +1,1 @@
+"""The wire: schema, generated stubs, message types and the error tree."""
