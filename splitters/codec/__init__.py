@@ -1,0 +1,47 @@
+"""Latent codecs: quantise, entropy-code and layer what a head sends. No torch in here.
+
+codec = codec_from_spec(spec, read_part)
+symbols = codec.quantise(latents, point_id)      # integers; the only lossy step
+payloads = codec.encode(symbols)                 # one per layer, base first
+symbols = codec.decode(payloads[:n])             # exactly the same integers, of n layers
+latents = codec.dequantise(symbols)              # missing layers are zeros
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from protos.errors import BundleError
+from splitters.codec.base import Latent, LatentCodec, References, Spec
+from splitters.codec.calibrate import calibrate_plain
+from splitters.codec.plain import PlainCodec
+from splitters.codec.symbols import SymbolArray, Symbols
+
+__all__ = [
+    "Latent",
+    "LatentCodec",
+    "PlainCodec",
+    "References",
+    "Spec",
+    "SymbolArray",
+    "Symbols",
+    "calibrate_plain",
+    "codec_from_spec",
+]
+
+
+def codec_from_spec(spec: Mapping[str, Any], read_part: Callable[[str], bytes]) -> LatentCodec:
+    """Builds the codec a bundle's ``device/codec.json`` describes.
+
+    Args:
+        spec: the parsed JSON.
+        read_part: returns the bytes of another part of the bundle by its path (the learned codec's tables).
+
+    Raises:
+        BundleError: an unknown kind, another version, or tables that do not hold together.
+    """
+    kind = spec.get("kind") if isinstance(spec, Mapping) else None
+    if kind == "plain":
+        return PlainCodec(spec)
+    raise BundleError(f"codec.json names the kind {kind!r}; this release reads 'plain' and 'learned'")

@@ -1,0 +1,130 @@
+"""The contract every latent codec keeps. Importing it pulls in numpy and nothing heavier."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.errors import BundleError, ConfigError, PayloadError
+from splitters.codec.envelope import Header
+from splitters.codec.symbols import Symbols
+
+Latent = NDArray[np.float32]
+Spec = dict[str, Any]
+References = Mapping[int, Symbols]
+
+SPEC_VERSION = 1
+MAX_ELEMENTS = 2**24
+MAX_TENSORS = 64
+
+
+class LatentCodec(ABC):
+    """Latent ↔ symbols ↔ payloads, for every codec point of one bundle.
+
+    Instances hold no per-frame state and may be used from several threads.
+
+    Attributes:
+        kind: ``plain`` or ``learned``.
+        point_ids: the codec points, in the order the header counts them.
+        shapes: shape of each latent tensor, without the batch axis.
+        supports_reference: whether `encode` makes use of a reference frame.
+    """
+
+    kind: str
+    point_ids: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    supports_reference: bool = False
+
+    @abstractmethod
+    def layer_count(self, point_id: str) -> int:
+        """How many layers a frame of this point travels in."""
+
+    @abstractmethod
+    def quantise(self, latents: Sequence[Latent], point_id: str) -> Symbols:
+        """Turns one frame's float32 latents (no batch axis) into integers.
+
+        Raises:
+            ConfigError: an unknown point, or tensors of other shapes than the bundle's.
+        """
+
+    @abstractmethod
+    def dequantise(self, symbols: Symbols) -> tuple[Latent, ...]:
+        """Turns symbols back into float32 latents; cells of missing layers are zeros."""
+
+    @abstractmethod
+    def encode(
+        self, symbols: Symbols, reference: Symbols | None = None, reference_frame: int | None = None
+    ) -> list[bytes]:
+        """Returns one payload per layer that `symbols` holds, base first.
+
+        Args:
+            symbols: from `quantise` or `decode`.
+            reference: symbols the server is known to hold; only the layers it acknowledged.
+            reference_frame: the frame id under which the server holds them.
+        """
+
+    @abstractmethod
+    def decode(
+        self, layers: Sequence[bytes], references: References | None = None, *, strict: bool = False
+    ) -> Symbols:
+        """Returns exactly the symbols that were encoded, of the complete layers that arrived.
+
+        A damaged or cut layer ends the prefix: what its predecessors hold is returned, and
+        `Symbols.layers` says how many there were.
+
+        Args:
+            layers: base first, without gaps.
+            references: frame id → symbols of frames decoded before.
+            strict: raise for any damaged layer instead of returning the prefix.
+
+        Raises:
+            PayloadError: the base layer is damaged, of another bundle, or was coded against a
+                reference that is not held: ask for a key frame.
+            LimitError: larger than any payload of this bundle may be.
+        """
+
+    def _check_latents(self, latents: Sequence[Latent], point_id: str) -> list[Latent]:
+        if point_id not in self.point_ids:
+            raise ConfigError(f"no codec point {point_id!r}; this bundle has {', '.join(self.point_ids)}")
+        if len(latents) != len(self.shapes):
+            raise ConfigError(f"this bundle's head has {len(self.shapes)} latents, got {len(latents)}")
+        checked = []
+        for index, (latent, shape) in enumerate(zip(latents, self.shapes, strict=True)):
+            array = np.asarray(latent, dtype=np.float32)
+            if array.shape != shape:
+                raise ConfigError(f"latent_{index} has shape {array.shape}, the bundle's is {shape}")
+            checked.append(array)
+        return checked
+
+    def _check_header(self, header: Header) -> str:
+        """Returns the point's id."""
+        if header.kind != self.kind:
+            raise PayloadError(f"a {header.kind} payload came to a bundle whose codec is {self.kind}")
+        if header.point_index >= len(self.point_ids):
+            raise PayloadError(f"point {header.point_index} is none of the bundle's {len(self.point_ids)}")
+        point_id = self.point_ids[header.point_index]
+        if header.layer_count != self.layer_count(point_id):
+            raise PayloadError(
+                f"point {point_id} has {self.layer_count(point_id)} layers, the header says {header.layer_count}"
+            )
+        return point_id
+
+    def _check_symbols(self, symbols: Symbols) -> None:
+        if symbols.point_id not in self.point_ids:
+            raise ConfigError(f"symbols of point {symbols.point_id!r} are not of this bundle")
+        if tuple(tensor.shape for tensor in symbols.tensors) != self.shapes:
+            raise ConfigError("symbols have other shapes than the bundle's latents")
+
+
+def check_spec(spec: Mapping[str, Any], kind: str) -> None:
+    """Raises BundleError unless `spec` is of this kind and of a version this release reads."""
+    if spec.get("kind") != kind:
+        raise BundleError(f"codec.json is of kind {spec.get('kind')!r}, expected {kind!r}")
+    if spec.get("version") != SPEC_VERSION:
+        raise BundleError(
+            f"codec.json has version {spec.get('version')!r}, this release reads {SPEC_VERSION}"
+        )
