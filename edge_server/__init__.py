@@ -1,0 +1,1 @@
+"""The edge: ingress, batcher, tail, bandwidth grants."""

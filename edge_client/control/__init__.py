@@ -1,0 +1,1 @@
+"""When to send what: estimator and controller, pure functions of time and acknowledgements."""

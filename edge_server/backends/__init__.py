@@ -1,0 +1,1 @@
+"""Where the tail runs: embedded, or Ray Serve."""

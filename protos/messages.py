@@ -1,0 +1,244 @@
+"""The wire's messages as frozen dataclasses, and their translation to and from protobuf.
+
+``from_proto`` functions check what the schema cannot say and raise ``ProtocolError``; ``to_proto`` never fails on a
+checked message. All times are nanoseconds, all sizes bytes, all boxes source-frame pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from protos.errors import HeadtailError, LimitError, PayloadError, ProtocolError, from_code
+from protos.headtail.v1 import headtail_pb2 as pb
+
+PROTOCOL_VERSION: Final = 1
+MAX_LAYERS: Final = 16
+MAX_PAYLOAD_BYTES: Final = 8 << 20
+MAX_SIDE_PX: Final = 32768
+CHUNK_BYTES: Final = 256 << 10
+
+
+class PayloadKind(Enum):
+    """What a payload is."""
+
+    LATENT = pb.PAYLOAD_KIND_LATENT
+    IMAGE = pb.PAYLOAD_KIND_IMAGE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrameLayer:
+    """One layer of one frame; see the schema for the units."""
+
+    frame_id: int
+    layer: int = 0
+    layer_count: int = 1
+    kind: PayloadKind = PayloadKind.LATENT
+    operating_point: int = 0
+    deadline_remaining_ns: int = 0
+    captured_unix_ns: int = 0
+    source_width_px: int
+    source_height_px: int
+    payload: bytes
+    sent_ns: int = 0
+
+    def to_proto(self) -> pb.FrameLayer:
+        """As protobuf, with the payload's CRC-32."""
+        return pb.FrameLayer(
+            frame_id=self.frame_id, layer=self.layer, layer_count=self.layer_count, kind=self.kind.value,
+            operating_point=self.operating_point, deadline_remaining_ns=self.deadline_remaining_ns,
+            captured_unix_ns=self.captured_unix_ns, source_width_px=self.source_width_px,
+            source_height_px=self.source_height_px, payload_crc32=zlib.crc32(self.payload), payload=self.payload,
+            sent_ns=self.sent_ns,
+        )  # fmt: skip
+
+    @classmethod
+    def from_proto(cls, message: pb.FrameLayer, *, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> FrameLayer:
+        """Reads and checks a layer.
+
+        Raises:
+            LimitError: the payload is larger than allowed.
+            PayloadError: its CRC-32 is wrong.
+            ProtocolError: a field is out of range.
+        """
+        if len(message.payload) > max_payload_bytes:
+            raise LimitError(f"the payload has {len(message.payload)} bytes; this server allows {max_payload_bytes}")
+        if not 1 <= message.layer_count <= MAX_LAYERS or message.layer >= message.layer_count:
+            raise ProtocolError(f"layer {message.layer} of {message.layer_count} is not possible (at most {MAX_LAYERS} layers)")
+        if message.kind not in (pb.PAYLOAD_KIND_LATENT, pb.PAYLOAD_KIND_IMAGE):
+            raise ProtocolError(f"payload kind {message.kind} is unknown")
+        if not (1 <= message.source_width_px <= MAX_SIDE_PX and 1 <= message.source_height_px <= MAX_SIDE_PX):
+            raise ProtocolError(f"source frame {message.source_width_px}x{message.source_height_px} px is out of range")
+        if message.operating_point > 0xFFFF:
+            raise ProtocolError(f"operating point {message.operating_point} is out of range")
+        if zlib.crc32(message.payload) != message.payload_crc32:
+            raise PayloadError(f"frame {message.frame_id}, layer {message.layer}: the payload's checksum is wrong")
+        return cls(
+            frame_id=message.frame_id, layer=message.layer, layer_count=message.layer_count,
+            kind=PayloadKind(message.kind), operating_point=message.operating_point,
+            deadline_remaining_ns=message.deadline_remaining_ns, captured_unix_ns=message.captured_unix_ns,
+            source_width_px=message.source_width_px, source_height_px=message.source_height_px,
+            payload=message.payload, sent_ns=message.sent_ns,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassScore:
+    """A class and its probability 0..1."""
+
+    class_id: int
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Box:
+    """A detected object: xyxy in source-frame pixels, score 0..1."""
+
+    class_id: int
+    score: float
+    box_px: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Classification:
+    """Highest score first, at most five."""
+
+    top: tuple[ClassScore, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Detection:
+    """Highest score first."""
+
+    boxes: tuple[Box, ...]
+
+
+Answer = Classification | Detection
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerTimings:
+    """Durations on the server's monotonic clock, ns; see the schema."""
+
+    decode_ns: int = 0
+    queue_ns: int = 0
+    tail_ns: int = 0
+    total_ns: int = 0
+    batch_size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """The answer to one frame: ``answer`` or ``error``, never both."""
+
+    frame_id: int
+    answer: Answer | None = None
+    error: HeadtailError | None = None
+    timings: ServerTimings = field(default_factory=ServerTimings)
+    layers_decoded: int = 0
+    symbols_crc32: int = 0
+    echo_sent_ns: int = 0
+
+    def to_proto(self) -> pb.Result:
+        """As protobuf."""
+        t = self.timings
+        message = pb.Result(
+            frame_id=self.frame_id, layers_decoded=self.layers_decoded, symbols_crc32=self.symbols_crc32,
+            echo_sent_ns=self.echo_sent_ns,
+            timings=pb.ServerTimings(
+                decode_ns=t.decode_ns, queue_ns=t.queue_ns, tail_ns=t.tail_ns, total_ns=t.total_ns, batch_size=t.batch_size
+            ),
+        )  # fmt: skip
+        if self.error is not None:
+            message.error.CopyFrom(pb.FrameError(code=self.error.code, message=self.error.message, retryable=self.error.retryable))
+        elif isinstance(self.answer, Classification):
+            top = [pb.ClassScore(class_id=s.class_id, score=s.score) for s in self.answer.top]
+            message.classification.CopyFrom(pb.Classification(top=top))
+        elif isinstance(self.answer, Detection):
+            message.detection.CopyFrom(pb.Detection(boxes=[_box_to_proto(b) for b in self.answer.boxes]))
+        else:
+            raise ProtocolError("a result needs an answer or an error")
+        return message
+
+    @classmethod
+    def from_proto(cls, message: pb.Result) -> Result:
+        """Reads and checks a result.
+
+        Raises:
+            ProtocolError: no outcome, or numbers that are not finite.
+        """
+        t = message.timings
+        answer, error = _outcome_from_proto(message)
+        return cls(
+            frame_id=message.frame_id, answer=answer, error=error, layers_decoded=message.layers_decoded,
+            symbols_crc32=message.symbols_crc32, echo_sent_ns=message.echo_sent_ns,
+            timings=ServerTimings(
+                decode_ns=t.decode_ns, queue_ns=t.queue_ns, tail_ns=t.tail_ns, total_ns=t.total_ns, batch_size=t.batch_size
+            ),
+        )  # fmt: skip
+
+
+def _box_to_proto(box: Box) -> pb.Box:
+    x1, y1, x2, y2 = box.box_px
+    return pb.Box(class_id=box.class_id, score=box.score, x1_px=x1, y1_px=y1, x2_px=x2, y2_px=y2)
+
+
+def _outcome_from_proto(message: pb.Result) -> tuple[Answer | None, HeadtailError | None]:
+    which = message.WhichOneof("outcome")
+    if which == "error":
+        e = message.error
+        return None, from_code(e.code, e.message, retryable=e.retryable)
+    if which == "classification":
+        scores = tuple(ClassScore(class_id=s.class_id, score=_finite(s.score)) for s in message.classification.top)
+        return Classification(top=scores), None
+    if which == "detection":
+        boxes = tuple(
+            Box(
+                class_id=b.class_id,
+                score=_finite(b.score),
+                box_px=(_finite(b.x1_px), _finite(b.y1_px), _finite(b.x2_px), _finite(b.y2_px)),
+            )
+            for b in message.detection.boxes
+        )
+        return Detection(boxes=boxes), None
+    raise ProtocolError(f"result of frame {message.frame_id} holds neither an answer nor an error")
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ProtocolError(f"a result holds the number {value}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grant:
+    """What the server allows a session; zeros mean unknown or unchanged."""
+
+    bitrate_bps: int = 0
+    max_in_flight: int = 0
+    queue_ns: int = 0
+    tail_ns: int = 0
+    delivery_bps: float = 0.0
+    delay_trend: float = 0.0
+
+    def to_proto(self) -> pb.Grant:
+        """As protobuf."""
+        return pb.Grant(
+            bitrate_bps=self.bitrate_bps, max_in_flight=self.max_in_flight, queue_ns=self.queue_ns, tail_ns=self.tail_ns,
+            delivery_bps=self.delivery_bps, delay_trend=self.delay_trend,
+        )  # fmt: skip
+
+    @classmethod
+    def from_proto(cls, message: pb.Grant) -> Grant:
+        """Reads and checks a grant.
+
+        Raises:
+            ProtocolError: a number is not finite.
+        """
+        return cls(
+            bitrate_bps=message.bitrate_bps, max_in_flight=message.max_in_flight, queue_ns=message.queue_ns,
+            tail_ns=message.tail_ns, delivery_bps=_finite(message.delivery_bps), delay_trend=_finite(message.delay_trend),
+        )  # fmt: skip

@@ -1,0 +1,132 @@
+"""Operating points: one setting of every knob, with what it was measured to cost and to give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
+from typing import Any
+
+from protos.errors import BundleError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantiles:
+    """Median and 95th percentile of one measured quantity."""
+
+    p50: float
+    p95: float
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.p50) and isfinite(self.p95)) or self.p50 < 0 or self.p95 < 0:
+            raise BundleError(f"quantiles must be finite and not negative, got p50={self.p50}, p95={self.p95}")
+
+
+UNMEASURED = Quantiles(p50=0.0, p95=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OperatingPoint:
+    """One setting of every knob.
+
+    Attributes:
+        id: unique within the bundle, 0..65535; travels in every payload.
+        encoders: how many encoders run, 1..E (1 where the head is a single graph).
+        width: fraction of the slimmable layers' channels in use, (0, 1].
+        channels: latent channels kept.
+        bits: bits per symbol at most (plain latents), or the log2 of the gain tier's span.
+        graphs: encoder parts, by name in the manifest, run on the stem's output and summed; empty: the stem's
+            outputs are the latents.
+        payload_bytes: of one frame, header and all layers included.
+        accuracy: 0..1, in ``accuracy_metric``; measured on real payloads, or 0 where not measured yet.
+        accuracy_metric: e.g. ``top1`` or ``AP``.
+        head_ms: stem and encoders on the machine that measured the table; a prior, the client measures its own.
+        pareto: on the frontier of (payload_bytes, head_ms, accuracy).
+    """
+
+    id: int
+    encoders: int = 1
+    width: float = 1.0
+    channels: int
+    bits: float
+    graphs: tuple[str, ...] = ()
+    payload_bytes: Quantiles = field(default=UNMEASURED)
+    accuracy: float = 0.0
+    accuracy_metric: str = "unmeasured"
+    head_ms: Quantiles = field(default=UNMEASURED)
+    pareto: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.id <= 0xFFFF:
+            raise BundleError(f"operating point id must be 0..65535, got {self.id}")
+        if not 0 < self.width <= 1 or self.encoders < 1 or self.channels < 1 or self.bits <= 0:
+            raise BundleError(f"operating point {self.id}: width in (0, 1], encoders, channels >= 1 and bits > 0 are required")
+        if not 0 <= self.accuracy <= 1:
+            raise BundleError(f"operating point {self.id}: accuracy must be a fraction 0..1, got {self.accuracy}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The point as plain JSON types."""
+        return {**asdict(self), "graphs": list(self.graphs)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> OperatingPoint:
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            BundleError: a field is missing, unknown or out of range.
+        """
+        try:
+            known = dict(data)
+            known["graphs"] = tuple(known.get("graphs", ()))
+            for name in ("payload_bytes", "head_ms"):
+                if name in known:
+                    known[name] = Quantiles(**known[name])
+            return cls(**known)
+        except TypeError as error:
+            raise BundleError(f"operating point {data.get('id', '?')} cannot be read: {error}") from error
+
+
+def _dominates(a: OperatingPoint, b: OperatingPoint) -> bool:
+    no_worse = a.payload_bytes.p50 <= b.payload_bytes.p50 and a.head_ms.p50 <= b.head_ms.p50 and a.accuracy >= b.accuracy
+    better = a.payload_bytes.p50 < b.payload_bytes.p50 or a.head_ms.p50 < b.head_ms.p50 or a.accuracy > b.accuracy
+    return no_worse and better
+
+
+def mark_pareto(points: Iterable[OperatingPoint]) -> list[OperatingPoint]:
+    """The same points with ``pareto`` set where no other is at least as good in bytes, head ms and accuracy."""
+    all_points = list(points)
+    return [replace(p, pareto=not any(_dominates(q, p) for q in all_points)) for p in all_points]
+
+
+def pareto_frontier(points: Iterable[OperatingPoint]) -> list[OperatingPoint]:
+    """The non-dominated points, fewest bytes first."""
+    return sorted((p for p in mark_pareto(points) if p.pareto), key=lambda p: (p.payload_bytes.p50, p.head_ms.p50))
+
+
+def best_point(points: Sequence[OperatingPoint]) -> OperatingPoint:
+    """The most accurate point; among equals, or where none was measured, the one with the most bits and channels."""
+    return max(points, key=lambda p: (p.accuracy, p.bits, p.channels, -p.id))
+
+
+def dump_points(points: Iterable[OperatingPoint]) -> str:
+    """``operating_points.json`` as text."""
+    return json.dumps([p.to_json() for p in points], indent=1) + "\n"
+
+
+def load_points(text: str | bytes) -> tuple[OperatingPoint, ...]:
+    """Reads ``operating_points.json``.
+
+    Raises:
+        BundleError: not JSON, empty, ids repeated, or a point is invalid.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"operating_points.json is not JSON: {error}") from error
+    if not isinstance(data, list) or not data or not all(isinstance(p, dict) for p in data):
+        raise BundleError("operating_points.json must be a non-empty list of objects")
+    points = tuple(OperatingPoint.from_json(p) for p in data)
+    if len({p.id for p in points}) != len(points):
+        raise BundleError("operating_points.json holds the same id twice")
+    return points
