@@ -1,0 +1,161 @@
+"""What the controller can decide about one frame, and the record that explains it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from protos.errors import ConfigError
+from splitters.operating_point import Quantiles
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalOption:
+    """The model that runs wholly on the device.
+
+    Attributes:
+        accuracy: 0..1, in the same metric and on the same photos as the operating points'.
+        ms: time of one frame on this device.
+    """
+
+    accuracy: float
+    ms: Quantiles
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.accuracy <= 1:
+            raise ConfigError(f"local accuracy must be a fraction 0..1, got {self.accuracy}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OffloadOption:
+    """The model's input, compressed as an image; the server runs the whole model.
+
+    Attributes:
+        format: ``jpeg`` or ``webp``.
+        quality: 1..100, the encoder's own scale.
+        size_px: side of the square that is compressed; 0: the model's input size.
+        payload_bytes, accuracy, encode_ms: as measured.
+    """
+
+    format: str
+    quality: int
+    size_px: int = 0
+    payload_bytes: Quantiles
+    accuracy: float
+    encode_ms: Quantiles
+
+    def __post_init__(self) -> None:
+        if self.format not in ("jpeg", "webp"):
+            raise ConfigError(f"offload format must be jpeg or webp, got {self.format!r}")
+        if not 1 <= self.quality <= 100:
+            raise ConfigError(f"offload quality must be 1..100, got {self.quality}")
+        if not 0 <= self.accuracy <= 1:
+            raise ConfigError(f"offload accuracy must be a fraction 0..1, got {self.accuracy}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One choice as the controller saw it. Times are from the decision on.
+
+    Attributes:
+        name: ``split 3``, ``jpeg 60``, ``local``.
+        payload_bytes: p95 of what would be sent.
+        expected_ms: median of the time to the answer.
+        p_on_time: probability of an answer before the deadline, the fallback not counted.
+        value: expected accuracy of this frame, with the fallback and the frames displaced by device time counted.
+        refused: why it could not be chosen; empty: it could.
+    """
+
+    name: str
+    payload_bytes: int
+    expected_ms: float
+    p_on_time: float
+    value: float
+    refused: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explanation:
+    """Inputs, candidates and choice of one decision, for ``--explain``."""
+
+    frame_id: int
+    now_ns: int
+    deadline_ns: int
+    connected: bool
+    delivery_bps: float
+    base_rtt_ms: float
+    server_ms: float
+    backlog_bytes: int
+    overdue_ms: float
+    in_flight: int
+    window_frames: int
+    grant_bps: float
+    grant_tokens_bytes: float
+    candidates: tuple[Candidate, ...]
+    choice: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Run the head at an operating point and send the latent.
+
+    Attributes:
+        point_id: the operating point.
+        fallback_ns: monotonic time; when it comes and no answer has, the local model answers this frame
+            (before anything else the device has to do). None: do not.
+        limit_bytes: the payload may not be larger (the grant); what does not fit loses refining layers first.
+    """
+
+    point_id: int
+    fallback_ns: int | None = None
+    limit_bytes: int | None = None
+    explain: Explanation | None = field(default=None, compare=False)
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+        return f"split {self.point_id}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offload:
+    """Compress the model's input and send it. ``fallback_ns`` and ``limit_bytes`` as in ``Split``."""
+
+    format: str
+    quality: int
+    size_px: int = 0
+    fallback_ns: int | None = None
+    limit_bytes: int | None = None
+    explain: Explanation | None = field(default=None, compare=False)
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+        return f"{self.format} {self.quality}" + (f"@{self.size_px}" if self.size_px else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Local:
+    """Run the local model."""
+
+    explain: Explanation | None = field(default=None, compare=False)
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+        return "local"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skip:
+    """Do nothing with this frame; its outcome is ``dropped(skipped)``. ``reason`` is one word for logs."""
+
+    reason: str
+    explain: Explanation | None = field(default=None, compare=False)
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+        return f"skip {self.reason}"
+
+
+Decision = Split | Offload | Local | Skip

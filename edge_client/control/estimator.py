@@ -1,0 +1,271 @@
+"""What acknowledgements tell about the network and the server.
+
+The model: one FIFO bottleneck of bitrate R behind a fixed round trip p. A frame of b bytes that leaves at s is
+delivered, on the clock of its acknowledgement with the server's time taken off, at
+
+    d_k = max(s_k + p, d_{k-1}) + 8 b_k / R.
+
+So every acknowledgement gives a service time, free of the wait behind earlier frames; R is the byte-weighted harmonic
+mean of recent ones, p the least round trip of recent frames and pings. What this simple model gets wrong (loss,
+jitter, collapses, a busy server) is kept as it is, as a window of residuals in units of the frame's own uncertainty;
+P(on time) is read off their empirical distribution, so the tail is the measured tail and no quantile is ever a mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp
+
+from edge_client.control.config import ControlConfig
+from edge_client.control.quantile import SlidingQuantile
+
+# A service time below this is clock noise; it bounds the bitrate one acknowledgement can claim.
+_MIN_SERVICE_NS = 100_000
+# Residuals are counted in units of (this + a tenth of the round trip + the frame's service time).
+_NOISE_NS = 4_000_000
+# Four residuals that are believed until there are real ones: the worst of them keeps a fresh session careful.
+_PRIOR_RESIDUALS = (-0.2, 0.1, 0.4, 1.5)
+# A frame that took longer than this was in an outage: that says nothing about the link as it is between outages.
+_OUTAGE_NS = 1_000_000_000
+_REFUSED_RESIDUAL = 1e3
+_WINDOW_SAMPLES = 96
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkEstimate:
+    """A summary for people and logs; the controller reads the estimator itself."""
+
+    delivery_bps_p05: float
+    delivery_bps_p50: float
+    rtt_ns_p50: int
+    rtt_ns_p95: int
+    server_ns_p50: int
+    server_ns_p95: int
+    backlog_bytes: int
+    in_flight: int
+    connected: bool
+
+
+class _InFlight:
+    __slots__ = ("n_bytes", "predicted_ns", "scale_ns", "sent_ns")
+
+    def __init__(self, n_bytes: int, sent_ns: int) -> None:
+        self.n_bytes = n_bytes
+        self.sent_ns = sent_ns
+        self.predicted_ns = 0.0
+        self.scale_ns = 1.0
+
+
+class Estimator:
+    """Delivery bitrate, round trip and server time of one session. Pure: time comes in as an argument."""
+
+    def __init__(self, config: ControlConfig | None = None) -> None:
+        self.config = config or ControlConfig()
+        window, size = self.config.window_ns, _WINDOW_SAMPLES
+        self.connected = False
+        self.backlog_bytes = 0
+        self.grant_max_in_flight = 0
+        self._flight: dict[int, _InFlight] = {}
+        self._rates = SlidingQuantile(size=size, age_ns=window)
+        self._rtts = SlidingQuantile(size=size, age_ns=window)
+        self._servers = SlidingQuantile(size=size, age_ns=window)
+        self._residuals = SlidingQuantile(size=size, age_ns=window)
+        self._server_prior_ns = 10_000_000.0
+        self._last_delivery_ns = 0
+        self._last_heard_ns = 0
+        self._last_ping_ns = 0
+        self._forget_rate(self.config.initial_bps)
+
+    # ------------------------------------------------------------------ events
+
+    def on_connect(self, now_ns: int) -> None:
+        """The session is up (the server's welcome arrived)."""
+        self.connected = True
+        self._clear_flight()
+        self._last_heard_ns = self._last_delivery_ns = now_ns
+
+    def on_disconnect(self, now_ns: int) -> None:
+        """The session is down; frames in flight are lost. What was learnt about the link is kept."""
+        self.connected = False
+        self._clear_flight()
+        self._last_heard_ns = now_ns
+
+    def on_sent(self, frame_id: int, n_bytes: int, now_ns: int) -> None:
+        """``n_bytes`` of this frame were handed to the transport; once for each layer."""
+        n_bytes = max(0, n_bytes)
+        record = self._flight.get(frame_id)
+        if record is None:
+            drained_ns = self.drained_ns(now_ns)
+            record = self._flight[frame_id] = _InFlight(0, now_ns)
+        else:
+            drained_ns = record.predicted_ns - self.server_ns
+        self.backlog_bytes += n_bytes
+        record.n_bytes += n_bytes
+        service_ns = self.service_ns(record.n_bytes)
+        record.predicted_ns = max(now_ns + self.base_rtt_ns, drained_ns) + self.service_ns(n_bytes) + self.server_ns
+        record.scale_ns = self.scale_ns(service_ns)
+
+    def on_ack(self, frame_id: int, now_ns: int, server_ns: int = 0) -> None:
+        """A result arrived, late or not. ``server_ns``: last layer read to result written, as the server measured."""
+        self._last_heard_ns = now_ns
+        record = self._pop(frame_id)
+        if record is None:
+            return
+        server_ns = max(0, server_ns)
+        delivered_ns = max(now_ns - server_ns, record.sent_ns)
+        round_trip_ns = delivered_ns - record.sent_ns
+        self._rtts.add(round_trip_ns, now_ns)
+        self._servers.add(server_ns, now_ns)
+        start_ns = max(record.sent_ns + self.base_rtt_ns, self._last_delivery_ns)
+        service_ns = max(delivered_ns - start_ns, _MIN_SERVICE_NS)
+        if round_trip_ns < _OUTAGE_NS:
+            self._learn_rate(record.n_bytes, service_ns, now_ns)
+            self._residuals.add((now_ns - record.predicted_ns) / record.scale_ns, now_ns)
+        self._last_delivery_ns = max(self._last_delivery_ns, delivered_ns) if self._sane(now_ns) else delivered_ns
+
+    def on_refused(self, frame_id: int, now_ns: int) -> None:
+        """The server answered that it cannot make this frame's deadline: as bad as a frame that came too late."""
+        self._last_heard_ns = now_ns
+        if self._pop(frame_id) is not None:
+            self._residuals.add(_REFUSED_RESIDUAL, now_ns)
+
+    def on_lost(self, frame_id: int, now_ns: int) -> None:
+        """No answer will come for this frame (it failed, or it was given up); it no longer fills the window."""
+        self._pop(frame_id)
+
+    def on_grant(
+        self,
+        now_ns: int,
+        *,
+        max_in_flight: int = 0,
+        queue_ns: int = 0,
+        tail_ns: int = 0,
+    ) -> None:
+        """What the server says of its own p95 times; believed until the first results. The bitrate goes to ``Controller``."""
+        self._last_heard_ns = now_ns
+        self.grant_max_in_flight = max(0, max_in_flight)
+        if queue_ns + tail_ns > 0:
+            self._server_prior_ns = float(max(0, queue_ns) + max(0, tail_ns))
+
+    def on_pong(self, rtt_ns: int, now_ns: int) -> None:
+        """A ping came back after ``rtt_ns``."""
+        self._last_heard_ns = now_ns
+        self._rtts.add(max(0, rtt_ns), now_ns)
+
+    def ping_due(self, now_ns: int) -> bool:
+        """Whether a ping should leave now (the caller then sends it and calls this again only after the answer or the
+        interval); pings keep the round trip known while nothing is sent, and cost no frame anything.
+        """
+        interval = self.config.ping_interval_ns
+        quiet_ns = now_ns - max(self._last_ping_ns, self._last_heard_ns if not self._flight else 0)
+        if not self.connected or quiet_ns < (interval if not self._flight else 4 * interval):
+            return False
+        self._last_ping_ns = now_ns
+        return True
+
+    # ------------------------------------------------------------------ what is believed
+
+    @property
+    def in_flight(self) -> int:
+        """Frames sent and not answered."""
+        return len(self._flight)
+
+    @property
+    def delivery_bps(self) -> float:
+        """Central estimate of the bottleneck's bitrate, bits/s, always positive and finite."""
+        return self._bits / self._busy_s
+
+    @property
+    def base_rtt_ns(self) -> float:
+        """Round trip without queueing and without the server's time."""
+        return self._rtts.minimum(float(self.config.initial_rtt_ns))
+
+    @property
+    def server_ns(self) -> float:
+        """Median time a frame spends in the server."""
+        return self._servers.quantile(0.5, self._server_prior_ns)
+
+    def service_ns(self, n_bytes: float) -> float:
+        """Time the bottleneck needs for so many bytes."""
+        return 8e9 * n_bytes * self._busy_s / self._bits
+
+    def scale_ns(self, service_ns: float) -> float:
+        """The unit residuals of a frame with that service time are counted in."""
+        return _NOISE_NS + 0.1 * self.base_rtt_ns + service_ns
+
+    def drained_ns(self, now_ns: int) -> float:
+        """When, on the clock of acknowledgements, all that is in flight will have been delivered.
+
+        A frame overdue by x is expected to take another x / 2: waits are heavy-tailed, so the longer one lasts the
+        longer it will still last. A stalled link thereby closes itself within a frame or two.
+        """
+        at_ns = float(self._last_delivery_ns)
+        base_ns, per_byte = self.base_rtt_ns, 8e9 * self._busy_s / self._bits
+        overdue_ns = 0.0
+        first = True
+        for record in self._flight.values():
+            at_ns = max(at_ns, record.sent_ns + base_ns) + per_byte * record.n_bytes
+            if first:
+                first = False
+                overdue_ns = max(0.0, now_ns - at_ns - self.server_ns)
+        return at_ns + 1.5 * overdue_ns
+
+    def overdue_ns(self, now_ns: int) -> float:
+        """How long the oldest frame in flight has been expected back."""
+        for record in self._flight.values():
+            return max(0.0, now_ns - record.predicted_ns)
+        return 0.0
+
+    def p_within(self, slack_ns: float, scale_ns: float) -> float:
+        """P(a frame comes back no later than ``slack_ns`` after its prediction), from the residuals."""
+        at = slack_ns / scale_ns
+        n = len(self._residuals)
+        believed = sum(r <= at for r in _PRIOR_RESIDUALS)
+        weight = 4.0 / (4.0 + n)
+        return float((self._residuals.count_at_most(at) + weight * believed) / (n + 4 * weight))
+
+    def estimate(self, now_ns: int) -> NetworkEstimate:
+        """The summary."""
+        rate = self.delivery_bps
+        return NetworkEstimate(
+            delivery_bps_p05=self._rates.quantile(0.05, rate),
+            delivery_bps_p50=self._rates.quantile(0.5, rate),
+            rtt_ns_p50=int(self._rtts.quantile(0.5, self.config.initial_rtt_ns)),
+            rtt_ns_p95=int(self._rtts.quantile(0.95, self.config.initial_rtt_ns)),
+            server_ns_p50=int(self.server_ns),
+            server_ns_p95=int(self._servers.quantile(0.95, self._server_prior_ns)),
+            backlog_bytes=self.backlog_bytes,
+            in_flight=len(self._flight),
+            connected=self.connected,
+        )
+
+    # ------------------------------------------------------------------ inside
+
+    def _pop(self, frame_id: int) -> _InFlight | None:
+        record = self._flight.pop(frame_id, None)
+        if record is not None:
+            self.backlog_bytes -= record.n_bytes
+        return record
+
+    def _clear_flight(self) -> None:
+        self._flight.clear()
+        self.backlog_bytes = 0
+
+    def _sane(self, now_ns: int) -> bool:
+        """False after the clock jumped back behind the last delivery."""
+        return self._last_delivery_ns <= now_ns
+
+    def _forget_rate(self, bps: float) -> None:
+        # 20 ms of link time: a weak belief, gone after a frame or two.
+        self._busy_s = 0.02
+        self._bits = bps * self._busy_s
+        self._rate_at_ns = 0
+
+    def _learn_rate(self, n_bytes: int, service_ns: float, now_ns: int) -> None:
+        if n_bytes <= 0:
+            return
+        keep = exp(-max(0, now_ns - self._rate_at_ns) / self.config.rate_memory_ns) if self._rate_at_ns else 0.5
+        self._rate_at_ns = now_ns
+        self._bits = max(self._bits * keep, 1.0) + 8.0 * n_bytes
+        self._busy_s = max(self._busy_s * keep, 1e-6) + service_ns * 1e-9
+        self._rates.add(8e9 * n_bytes / service_ns, now_ns)

@@ -1,0 +1,66 @@
+"""Quantiles over a sliding window of time."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+
+
+class SlidingQuantile:
+    """The newest ``size`` samples, none older than ``age_ns``, kept sorted.
+
+    Insertion costs a binary search and two short moves; a quantile is one index.
+    """
+
+    __slots__ = ("_age_ns", "_order", "_size", "_sorted")
+
+    def __init__(self, *, size: int, age_ns: int) -> None:
+        self._size = size
+        self._age_ns = age_ns
+        self._order: deque[tuple[int, float]] = deque()
+        self._sorted: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def add(self, value: float, now_ns: int) -> None:
+        """Takes a sample; ``now_ns`` may go backwards (the sample then merely leaves by count)."""
+        self._order.append((now_ns, value))
+        insort(self._sorted, value)
+        if len(self._order) > self._size:
+            self._drop_oldest()
+        self.expire(now_ns)
+
+    def expire(self, now_ns: int) -> None:
+        """Forgets what is too old."""
+        while self._order and now_ns - self._order[0][0] > self._age_ns:
+            self._drop_oldest()
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._order.clear()
+        self._sorted.clear()
+
+    def quantile(self, q: float, default: float) -> float:
+        """The smallest sample that at least a share ``q`` of the samples do not exceed; ``default`` when empty."""
+        n = len(self._sorted)
+        if not n:
+            return default
+        return self._sorted[min(n - 1, max(0, int(q * n)))]
+
+    def minimum(self, default: float) -> float:
+        """The least sample, or ``default``."""
+        return self._sorted[0] if self._sorted else default
+
+    def share_at_most(self, value: float) -> float:
+        """The empirical distribution function; NaN-free, 1 when empty."""
+        n = len(self._sorted)
+        return bisect_right(self._sorted, value) / n if n else 1.0
+
+    def count_at_most(self, value: float) -> int:
+        """How many samples do not exceed ``value``."""
+        return bisect_right(self._sorted, value)
+
+    def _drop_oldest(self) -> None:
+        _, value = self._order.popleft()
+        del self._sorted[bisect_left(self._sorted, value)]

@@ -1,0 +1,51 @@
+"""The credit window: no frame enters a network that is not ready for it."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from edge_client.control.estimator import Estimator
+
+
+class CreditWindow:
+    """At most ``max(2, ceil(fps * (RTT + server time)) + 1)`` frames, and at most one bandwidth-delay product of bytes.
+
+    One frame may always be in flight, whatever its size. HTTP/2 flow control and the kernel's socket buffer would
+    queue many stale frames instead, and gRPC hides that queue; the idea is Salsify's (Fouladi et al., NSDI 2018).
+    """
+
+    __slots__ = ("_estimator", "_fps", "_max_in_flight")
+
+    def __init__(self, estimator: Estimator, *, fps: float, max_in_flight: int = 0) -> None:
+        self._estimator = estimator
+        self._fps = fps
+        self._max_in_flight = max_in_flight
+
+    def set_limit(self, max_in_flight: int) -> None:
+        """What the server's welcome allows; 0: no limit of its own."""
+        self._max_in_flight = max(0, max_in_flight)
+
+    @property
+    def _loop_s(self) -> float:
+        return (self._estimator.base_rtt_ns + self._estimator.server_ns) * 1e-9
+
+    @property
+    def frames(self) -> int:
+        """Frames that may be unanswered."""
+        frames = max(2, ceil(self._fps * self._loop_s) + 1)
+        for limit in (self._max_in_flight, self._estimator.grant_max_in_flight):
+            if limit > 0:
+                frames = min(frames, limit)
+        return max(1, frames)
+
+    @property
+    def limit_bytes(self) -> float:
+        """Bytes that may be unanswered: the bandwidth-delay product, with one frame interval for the queue."""
+        return self._estimator.delivery_bps / 8 * (self._loop_s + 1 / self._fps)
+
+    def allows(self, n_bytes: float = 0) -> bool:
+        """Whether a frame of that size may enter the network now."""
+        in_flight = self._estimator.in_flight
+        if in_flight == 0:
+            return True
+        return in_flight < self.frames and self._estimator.backlog_bytes + n_bytes <= self.limit_bytes
