@@ -36,6 +36,8 @@ class OperatingPoint:
         width: fraction of the slimmable layers' channels in use, (0, 1].
         channels: latent channels kept.
         bits: bits per symbol at most (plain latents), or the log2 of the gain tier's span.
+        codec_point: the latent codec's own point (gain tier and channels, or bits); several operating points may share
+            one. Empty: the id as text.
         graphs: encoder parts, by name in the manifest, run on the stem's output and summed; empty: the stem's
             outputs are the latents.
         payload_bytes: of one frame, header and all layers included.
@@ -50,6 +52,7 @@ class OperatingPoint:
     width: float = 1.0
     channels: int
     bits: float
+    codec_point: str = ""
     graphs: tuple[str, ...] = ()
     payload_bytes: Quantiles = field(default=UNMEASURED)
     accuracy: float = 0.0
@@ -64,6 +67,8 @@ class OperatingPoint:
             raise BundleError(f"operating point {self.id}: width in (0, 1], encoders, channels >= 1 and bits > 0 are required")
         if not 0 <= self.accuracy <= 1:
             raise BundleError(f"operating point {self.id}: accuracy must be a fraction 0..1, got {self.accuracy}")
+        if not self.codec_point:
+            object.__setattr__(self, "codec_point", str(self.id))
 
     def to_json(self) -> dict[str, Any]:
         """The point as plain JSON types."""

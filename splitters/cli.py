@@ -1,0 +1,67 @@
+"""The ``splitters`` command: cut, profile, train, evaluate, export, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+
+from protos.errors import ConfigError, HeadtailError
+
+VERBS = {
+    "profile": "what every candidate cut of a model would cost",
+    "cut": "divide a model and write a bundle",
+    "train": "train a slimmable bottleneck for a cut",
+    "evaluate": "accuracy against real payload bytes, beside image codecs",
+    "export": "write a default bundle, or a trained run, to a directory",
+    "inspect": "show what a bundle holds and verify it",
+}
+
+EPILOG = """\
+exit codes: 0 done; 2 wrong argument or missing extra; 3 no input found; 4 bundle unreadable; 11 model cannot be
+loaded, cut or run; 1 our own fault (the log says more).
+"""
+
+
+def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser:
+    """The parser, with the sub-commands of ``verbs``."""
+    parser = argparse.ArgumentParser(
+        prog="splitters",
+        description="Cut vision models into a head for the device and a tail for the edge.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--verbose", action="store_true", help="log what is being done")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in verbs:
+        # Each verb's module is imported only when it is used: `splitters inspect` needs no torch.
+        import_module(f"splitters.commands.{verb}").add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    known = [verb for verb in VERBS if find_spec(f"splitters.commands.{verb}") is not None]
+    named = [word for word in arguments if word in known]
+    args = build_parser(named[:1] or known).parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        code: int = args.run(args)
+    except HeadtailError as error:
+        print(f"splitters {args.verb}: {error.message}", file=sys.stderr)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        missing = ConfigError(f"the package {error.name!r} is not installed; run: pip install 'headtail[server,train,zoo]'")
+        print(f"splitters {args.verb}: {missing.message}", file=sys.stderr)
+        return missing.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Writes the default bundles: the name a person gives to `--model` → a verified directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from protos.errors import BundleError, ConfigError, SourceError, UnknownModelError
+from splitters.bundle import Bundle, exported_path, open_bundle
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = Path(__file__).parent / "weights"
+PLAIN = "efficientnet-lite0-plain"
+PLAIN_CODEC = WEIGHTS / "efficientnet-lite0" / "plain.json"
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+LABELS = Path(__file__).parent / "models" / "imagenet_labels.txt"
+
+
+def imagenet_labels() -> dict[int, str]:
+    """The 1,000 class names, by index."""
+    return dict(enumerate(LABELS.read_text(encoding="utf-8").split("\n")[:1000]))
+
+
+def _efficientnet_lite0_plain(out: Path) -> Bundle:
+    from splitters.models.efficientnet_export import export_plain
+
+    return export_plain(out, json.loads(PLAIN_CODEC.read_text(encoding="utf-8")))
+
+
+EXPORTERS: Mapping[str, Callable[[Path], Bundle]] = {
+    "efficientnet-lite0": _efficientnet_lite0_plain,
+    PLAIN: _efficientnet_lite0_plain,
+}
+
+
+def recalibrate(what: str, photos: Path, *, count: int = 200, seed: int = 0) -> None:
+    """Writes the plain codec's scales anew, from ``count`` photos drawn from ``photos`` with ``seed``.
+
+    Raises:
+        ConfigError: ``what`` has no plain latent.
+        SourceError: there is no readable photo.
+    """
+    import cv2
+
+    from splitters.models.efficientnet_export import calibrate, preprocess
+    from splitters.preprocess import preprocess as to_input
+
+    if what != PLAIN:
+        raise ConfigError(f"only {PLAIN} has a plain latent to calibrate, not {what!r}")
+    files = sorted(f for f in photos.rglob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
+    random.Random(seed).shuffle(files)  # noqa: S311 - a reproducible draw, no secret
+    frames = (frame for f in files[:count] if (frame := cv2.imread(str(f))) is not None)
+    inputs = [to_input(frame.astype(np.uint8, copy=False), preprocess()) for frame in frames]
+    if not inputs:
+        raise SourceError(f"{photos} holds no readable photo")
+    PLAIN_CODEC.write_text(json.dumps(calibrate(iter(inputs))), encoding="utf-8")
+
+
+def export(what: str, out: Path) -> Bundle:
+    """Writes the bundle ``what`` to ``out``.
+
+    Raises:
+        UnknownModelError: no default has that name.
+    """
+    if what not in EXPORTERS:
+        raise UnknownModelError(f"{what!r} is no default model; there are {', '.join(EXPORTERS)}, or give a bundle's directory")
+    log.info("exporting %s to %s", what, out)
+    return EXPORTERS[what](out)
+
+
+def ensure_exported(name: str) -> Path:
+    """Where the default bundle ``name`` lies; exported now if it is absent or unreadable.
+
+    Raises:
+        UnknownModelError: no default has that name.
+    """
+    path = exported_path(name)
+    try:
+        open_bundle(path)
+    except BundleError as error:
+        log.info("%s", error.message)
+        export(name, path)
+    return path

@@ -1,0 +1,161 @@
+"""Loads the tail a bundle describes and runs it on batches; the server's only way to a model.
+
+Shape legend: N batch. Latents are float32, batch first, one array per latent tensor of the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.errors import BundleError, ConfigError
+from protos.messages import Answer
+from splitters.bundle import Bundle
+from splitters.postprocess import Floats, Postprocess, SizePx, build_postprocess
+from splitters.preprocess import normalise
+
+# Who builds the torch module of a tail; the bundle names the factory, never code.
+FACTORIES: Mapping[str, str] = {
+    "headtail": "splitters.models.registry",
+    "torchvision": "splitters.models.detectors",
+}
+
+
+class Runner(Protocol):
+    """A loaded tail, or a whole model."""
+
+    def __call__(self, arrays: Sequence[Floats]) -> list[Floats]:
+        """Raw outputs, batch first."""
+        ...
+
+
+class Tail:
+    """A loaded tail with its postprocess.
+
+    Args:
+        bundle: whose tail it is.
+        tail: latents to raw outputs.
+        whole: normalised input to raw outputs, for offloaded images; None where the bundle has no whole model.
+        postprocess: raw outputs to answers in source-frame pixels.
+    """
+
+    def __init__(self, bundle: Bundle, tail: Runner, whole: Runner | None, postprocess: Postprocess) -> None:
+        self.bundle = bundle
+        self._tail = tail
+        self._whole = whole
+        self._postprocess = postprocess
+
+    def run(self, latents: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
+        """Answers a batch of latents.
+
+        Args:
+            latents: one (N, ...) array per latent tensor.
+            sizes_px: (width, height) of each source frame.
+        """
+        return self._postprocess(self._tail(latents), sizes_px)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether ``run_images`` works, that is, offload is possible."""
+        return self._whole is not None
+
+    def run_images(self, images: Sequence[NDArray[np.uint8]], sizes_px: Sequence[SizePx]) -> list[Answer]:
+        """Answers a batch of whole inputs, as offloaded: (h, w, 3) uint8 BGR of the model's own input size.
+
+        Raises:
+            ConfigError: the bundle has no whole model, or an image has another size than the model's input.
+        """
+        spec = self.bundle.manifest.preprocess
+        if self._whole is None:
+            raise ConfigError(f"model {self.bundle.manifest.name!r} takes latents only; offload is not possible")
+        for image in images:
+            if image.shape != (*spec.size_px, 3):
+                raise ConfigError(f"an offloaded image must be {spec.size_px} px (height, width), got {image.shape[:2]}")
+        batch = np.concatenate([normalise(image, spec) for image in images])
+        return self._postprocess(self._whole([batch]), sizes_px)
+
+
+def load_tail(bundle: Bundle, *, device: str = "cpu") -> Tail:
+    """Loads a bundle's tail.
+
+    Args:
+        bundle: opened and verified.
+        device: a torch device, for tails of kind ``torch``.
+
+    Raises:
+        BundleError: the tail's kind or factory is unknown, or its parts do not fit it.
+    """
+    spec = bundle.manifest.tail
+    kind = spec.get("kind")
+    post = build_postprocess(bundle.manifest.postprocess, bundle.manifest.preprocess)
+    if kind == "onnx":
+        whole = spec.get("whole")
+        return Tail(bundle, _onnx(bundle, spec["path"]), _onnx(bundle, whole) if whole else None, post)
+    if kind == "torch":
+        return _torch_tail(bundle, spec, post, device)
+    raise BundleError(f"tail kind {kind!r} is unknown; this headtail knows onnx and torch")
+
+
+def _onnx(bundle: Bundle, path: str) -> Runner:
+    import onnxruntime as ort
+    import torch
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = ort.InferenceSession(str(_checked(bundle, path)), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise BundleError(f"part {path!r} is no usable ONNX model: {error}") from error
+    names = [i.name for i in session.get_inputs()]
+
+    def run(arrays: Sequence[Floats]) -> list[Floats]:
+        return cast("list[Floats]", session.run(None, dict(zip(names, arrays, strict=True))))
+
+    return run
+
+
+def _checked(bundle: Bundle, path: str) -> Path:
+    return bundle.part_path(path)
+
+
+def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, device: str) -> Tail:
+    import torch
+    from safetensors.torch import load_file
+
+    family, _, name = str(spec.get("factory", "")).partition(":")
+    if family not in FACTORIES or not name:
+        raise BundleError(f"tail factory {spec.get('factory')!r} is unknown; known families: {', '.join(sorted(FACTORIES))}")
+    state = {key: value for path in spec["weights"] for key, value in load_file(_checked(bundle, path)).items()}
+    module = import_module(FACTORIES[family]).build_tail(name, spec, state).eval().to(device)
+
+    def runner(function: Any) -> Runner:
+        def run(arrays: Sequence[Floats]) -> list[Floats]:
+            with torch.inference_mode():
+                outputs = function(*(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays))
+            tensors = outputs if isinstance(outputs, tuple | list) else (outputs,)
+            return [t.float().cpu().numpy() for t in tensors]
+
+        return run
+
+    if hasattr(module, "answers"):  # a detector whose own postprocess needs the source sizes
+        return _OwnAnswers(bundle, module)
+    whole = runner(module.whole) if hasattr(module, "whole") else None
+    return Tail(bundle, runner(module), whole, post)
+
+
+class _OwnAnswers(Tail):
+    """A tail whose module turns latents and source sizes into answers by itself (torchvision's detectors)."""
+
+    def __init__(self, bundle: Bundle, module: Any) -> None:
+        self.bundle = bundle
+        self._module = module
+        self._whole = None
+
+    def run(self, latents: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
+        """See ``Tail.run``."""
+        return cast("list[Answer]", self._module.answers(latents, sizes_px))
