@@ -1,0 +1,23 @@
+"""Splitters: cut a model in two, profile its cuts, train bottlenecks, write bundles.
+
+``split`` and ``profile`` are loaded when first used, so that ``import splitters`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitters.cut import Split, split
+    from splitters.profiling import Profile, profile
+
+__all__ = ["Profile", "Split", "profile", "split"]
+
+_HOMES = {"Split": "splitters.cut", "split": "splitters.cut", "Profile": "splitters.profiling", "profile": "splitters.profiling"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'splitters' has no attribute {name!r}")

@@ -1,0 +1,196 @@
+"""A model as a flat graph, by torch.export or, where that fails, torch.fx; both end in the same :class:`Trace`."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from protos.errors import CutError
+from splitters.cutting.checks import ModuleTracker, check_devices, first_line, inference, run_model
+from splitters.cutting.functional import drop_checks, make_functional
+
+Method = Literal["export", "fx"]
+_CHECK_BATCH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What is remembered of a tensor: its shape and type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """A model's graph, in the order in which it computes.
+
+    Attributes:
+        module: the whole graph; its inputs and outputs are flat.
+        order: the nodes that compute (no inputs, weights or output), in order.
+        out_spec: how the flat outputs are nested in the model's own output.
+        method: what made the graph.
+        notes: why a better method was not used, a sentence each.
+        dynamic_batch: whether the graph serves any batch size; else only the example's.
+        batches: the batch sizes with which ``values`` were found: two, or one without a dynamic batch.
+        values: of every node, its value at each batch size, tensors as :class:`TensorInfo`.
+        ends: the number of nodes after which each submodule (by its dotted path) is done.
+    """
+
+    module: fx.GraphModule
+    order: tuple[fx.Node, ...]
+    out_spec: pytree.TreeSpec
+    method: Method
+    notes: tuple[str, ...]
+    dynamic_batch: bool
+    batches: tuple[int, ...]
+    values: Mapping[fx.Node, tuple[Any, ...]]
+    ends: Mapping[str, int]
+
+
+def flat_inputs(example_inputs: Any) -> tuple[Tensor, ...]:
+    """The tensors of an example: one tensor, or a (nested) tuple of them.
+
+    Raises:
+        CutError: none, something that is no tensor, or no batch axis.
+    """
+    inputs = tuple(pytree.tree_leaves(example_inputs))
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        kinds = ", ".join(sorted({type(x).__name__ for x in inputs})) or "nothing"
+        raise CutError(f"example_inputs must be one tensor or a tuple of tensors, got {kinds}")
+    if inputs[0].ndim == 0 or inputs[0].shape[0] == 0:
+        raise CutError(f"example_inputs need a batch axis first, got shape {tuple(inputs[0].shape)}")
+    return inputs
+
+
+def rebatch(inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
+    """The same inputs at another batch size: images repeat in turn; inputs without the batch axis stay."""
+    size = inputs[0].shape[0]
+    index = torch.arange(batch) % size
+    return tuple(x[index.to(x.device)] if x.ndim and x.shape[0] == size else x for x in inputs)
+
+
+def trace(model: nn.Module, example_inputs: Any, *, method: Method | None = None) -> Trace:
+    """Traces ``model`` for inference.
+
+    Args:
+        model: runs on the example; its training mode is left as it was.
+        example_inputs: a tensor or a tuple of tensors, batch axis first, any batch size.
+        method: ``export`` or ``fx`` alone; by default export, then fx, then export with a fixed batch.
+
+    Raises:
+        CutError: the model does not run on the example or cannot be traced; names the module and the way out.
+    """
+    given = flat_inputs(example_inputs)
+    check_devices(model, given)
+    run_model(model, given)
+    notes: list[str] = []
+    attempts = [("export", True), ("fx", True), ("export", False)]
+    for kind, dynamic in attempts:
+        if method is not None and kind != method:
+            continue
+        batches = (2, _CHECK_BATCH) if dynamic else (given[0].shape[0],)
+        with ModuleTracker(model) as tracker, inference(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                build = _by_export if kind == "export" else _by_fx
+                module, out_spec = build(model, rebatch(given, batches[0]), dynamic)
+                return _finish(module, out_spec, given, batches, "export" if kind == "export" else "fx", tuple(notes))
+            except Exception as error:  # noqa: BLE001  (tracers raise anything; each reason is kept and told)
+                how = f"torch.{kind}" + ("" if dynamic else " with a fixed batch size")
+                notes.append(f"{how} failed in {tracker.where()}: {type(error).__name__}: {first_line(error)}")
+    raise CutError(
+        "the model cannot be traced to a graph. " + ". ".join(notes) + ". Control flow that depends on tensor values "
+        "must become torch.where or torch.cond, or stay outside: cut the submodule that has none (split(model.backbone, ...))"
+    )
+
+
+def _by_export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool) -> tuple[fx.GraphModule, pytree.TreeSpec]:
+    size = inputs[0].shape[0]
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    shapes = tuple({0: batch} if x.ndim and x.shape[0] == size else {} for x in inputs) if dynamic else None
+    # One *args entry holds a tuple of specs; a plain forward takes one spec an argument.
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
+    program = torch.export.export(model, inputs, dynamic_shapes=(shapes,) if variadic and shapes else shapes, strict=False)
+    if not make_functional(program.graph):
+        program = program.run_decompositions({})
+    accepts = inspect.signature(program.module).parameters
+    module = program.module(check_guards=False) if "check_guards" in accepts else program.module()
+    if not isinstance(module, fx.GraphModule):
+        raise TypeError("torch.export returned no graph module")
+    drop_checks(module.graph)
+    spec = program.call_spec.out_spec
+    if spec is None:
+        raise TypeError("torch.export returned no output specification")
+    return module, spec
+
+
+def _by_fx(model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool) -> tuple[fx.GraphModule, pytree.TreeSpec]:
+    del inputs, dynamic
+    module = fx.symbolic_trace(model)
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    leaves, spec = pytree.tree_flatten(output.args[0])
+    output.args = (tuple(leaves),)
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            path = str(node.target)
+            parts = path.split(".")
+            node.meta["nn_module_stack"] = {".".join(parts[:i]): (".".join(parts[:i]), None) for i in range(1, len(parts) + 1)}
+    return module, spec
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the graph and keeps of every node its value, tensors as their shapes."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.seen: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.seen[n] = pytree.tree_map(lambda v: TensorInfo(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v, value)
+        return value
+
+
+def _finish(
+    module: fx.GraphModule,
+    out_spec: pytree.TreeSpec,
+    given: tuple[Tensor, ...],
+    batches: tuple[int, ...],
+    method: Method,
+    notes: tuple[str, ...],
+) -> Trace:
+    _gather_items(module.graph)
+    module.recompile()
+    seen = []
+    for batch in batches:
+        recorder = _Recorder(module)
+        recorder.run(*rebatch(given, batch), enable_io_processing=False)
+        seen.append(recorder.seen)
+    order = tuple(n for n in module.graph.nodes if n.op not in {"placeholder", "get_attr", "output"})
+    ends: dict[str, int] = {}
+    for position, node in enumerate(order, start=1):
+        for entry in node.meta.get("nn_module_stack", {}).values():
+            if entry[0]:
+                ends[str(entry[0])] = position
+    return Trace(
+        module=module, order=order, out_spec=out_spec, method=method, notes=notes, dynamic_batch=len(batches) > 1,
+        batches=batches, values={n: tuple(s[n] for s in seen) for n in module.graph.nodes}, ends=ends,
+    )  # fmt: skip
+
+
+def _gather_items(graph: fx.Graph) -> None:
+    """Moves each ``getitem`` right behind the node it takes an item of, so that no cut falls between them."""
+    for node in list(graph.nodes):
+        items = [u for u in node.users if u.op == "call_function" and u.target is operator.getitem and u.all_input_nodes == [node]]
+        for item in reversed(items):
+            node.append(item)
+    graph.lint()
