@@ -1,0 +1,52 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make their own virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-all lint types imports proto proto-check check clean help
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+demo: $(VENV)/.demo   ## set up, export, and run head and tail in two processes on real photographs
+	$(BIN)/python -m deploy.demo --out build/demo
+
+test: $(VENV)/.dev    ## set up and run all tests
+	$(BIN)/python -m pytest
+
+check: lint types imports proto-check   ## everything .ci/run checks beside the tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+proto: $(VENV)/.dev   ## regenerate the stubs after a change of the schema
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/headtail/v1/headtail.proto
+
+proto-check: $(VENV)/.dev
+	rm -rf build/proto && mkdir -p build/proto
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=build/proto --pyi_out=build/proto --grpc_python_out=build/proto \
+	  protos/headtail/v1/headtail.proto
+	for f in build/proto/protos/headtail/v1/*; do diff -u protos/headtail/v1/$$(basename $$f) $$f; done
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps hold the environment's state: a change of what is declared installs again.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[dev]'
+	touch $@ $(VENV)/.demo
+
+clean:           ## remove the environment and everything built
+	rm -rf $(VENV) build
