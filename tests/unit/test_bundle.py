@@ -1,0 +1,120 @@
+"""Bundles: written at once, verified part by part, refused when anything is off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protos.errors import BundleError, ConfigError
+from splitters.bundle import MANIFEST, POINTS, Bundle, BundleWriter, open_bundle, rewrite_points, sha256_hex
+from splitters.manifest import Head, Preprocess, check_part_path, parse_manifest
+from splitters.operating_point import OperatingPoint, Quantiles
+
+FIELDS: dict[str, Any] = {
+    "name": "tiny",
+    "task": "classification",
+    "preprocess": Preprocess(resize="stretch", size_px=(32, 32)),
+    "labels": {0: "no", 1: "yes"},
+    "latent_shape": ((4, 8, 8),),
+    "head": Head(stem="device/stem.onnx"),
+    "codec": "device/codec.json",
+    "tail": {"kind": "onnx", "path": "server/tail.onnx"},
+    "licence": "none",
+}
+
+
+def write(out: Path, **changes: Any) -> Bundle:
+    with BundleWriter(out) as writer:
+        writer.add("device/stem.onnx", b"stem", "device")
+        writer.add("device/codec.json", b"{}", "device")
+        writer.add("server/tail.onnx", b"tail", "server")
+        return writer.finish(points=[OperatingPoint(id=3, channels=4, bits=8)], **(FIELDS | changes))
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b")
+    again = open_bundle(tmp_path / "b")
+    assert again == bundle
+    assert again.sha256 == sha256_hex((tmp_path / "b" / MANIFEST).read_bytes())
+    assert again.read_part("server/tail.onnx") == b"tail"
+    assert {p.path for p in again.manifest.device_parts()} == {"device/stem.onnx", "device/codec.json", POINTS}
+    assert again.point(3).codec_point == "3"
+
+
+def test_the_same_content_has_the_same_hash(tmp_path: Path) -> None:
+    assert write(tmp_path / "a").sha256 == write(tmp_path / "b").sha256
+
+
+@pytest.mark.parametrize("part", ["device/stem.onnx", "server/tail.onnx", POINTS])
+@pytest.mark.parametrize("damage", ["altered", "truncated", "absent"])
+def test_a_damaged_part_is_named(tmp_path: Path, part: str, damage: str) -> None:
+    file = write(tmp_path / "b").part_path(part)
+    if damage == "absent":
+        file.unlink()
+    else:
+        data = file.read_bytes()
+        file.write_bytes(bytes([data[0] ^ 1]) + data[1:] if damage == "altered" else data[:-1])
+    with pytest.raises(BundleError, match=part):
+        open_bundle(tmp_path / "b")
+
+
+def test_the_device_side_needs_no_server_parts(tmp_path: Path) -> None:
+    write(tmp_path / "b").part_path("server/tail.onnx").unlink()
+    assert open_bundle(tmp_path / "b", side="device").manifest.name == "tiny"
+
+
+def test_an_unfinished_bundle_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), BundleWriter(tmp_path / "b") as writer:
+        writer.add("device/stem.onnx", b"stem", "device")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_directory_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="no bundle"):
+        BundleWriter(tmp_path / "b")
+
+
+@pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../../x", "a\\b", "c:x", "a//b", "./a", "a\0b", "x" * 300])
+def test_a_part_cannot_leave_the_bundle(path: str) -> None:
+    with pytest.raises(BundleError):
+        check_part_path(path)
+
+
+def _edited(tmp_path: Path, **changes: Any) -> str:
+    data = json.loads(write(tmp_path / "b").manifest.to_json()) | changes
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format_version": 2}, {"task": "poetry"}, {"surprise": 1}, {"parts": []}, {"parts": "x"}, {"head": {}}, {"labels": {"x": "y"}},
+        {"preprocess": {"resize": "stretch", "size_px": [1, 2]}}, {"preprocess": {"resize": "melt", "size_px": [32, 32]}}, {"codec": "server/tail.onnx"},
+    ],
+)  # fmt: skip
+def test_a_wrong_manifest_is_one_clear_error(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(BundleError):
+        parse_manifest(_edited(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", "\0"])
+def test_text_that_is_no_manifest(text: str) -> None:
+    with pytest.raises(BundleError):
+        parse_manifest(text)
+
+
+def test_new_measurements_change_the_hash(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b")
+    measured = OperatingPoint(
+        id=3, channels=4, bits=8, accuracy=0.5, accuracy_metric="top1", payload_bytes=Quantiles(p50=9, p95=10)
+    )
+    after = rewrite_points(bundle, [measured])
+    assert after.points == (measured,)
+    assert after.sha256 != bundle.sha256
+    assert open_bundle(bundle.path) == after
