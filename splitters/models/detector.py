@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from protos.errors import MissingDependencyError, ModelError
-from splitters.models.boxes import Detections, select
+from splitters.manifest import Preprocess
+from splitters.models.boxes import Detections, Pixels, select
 from splitters.models.coco_classes import CATEGORY_IDS
 from splitters.models.efficientnet_lite import INPUT_MEAN, INPUT_STD, EfficientNetLite0
 from splitters.models.fpn import LightPan, conv_unit
+from splitters.preprocess import geometry, preprocess
 
 STRIDES = (8, 16, 32)
 TAPS = (4, 10, 15)  # the backbone's last blocks at strides 8, 16 and 32
@@ -32,11 +34,11 @@ INPUT_SIZE_PX = 320
 PAD = 114
 WEIGHTS = Path(__file__).parent.parent / "weights" / "detector" / "detector.safetensors"
 
-# How a frame becomes the network's input, in the words of a bundle's manifest.
-PREPROCESS = {
-    "resize": "letterbox", "size_px": INPUT_SIZE_PX, "interpolation": "bilinear", "pad": PAD,
-    "mean": [INPUT_MEAN] * 3, "std": [INPUT_STD] * 3, "channel_order": "RGB",
-}  # fmt: skip
+# How a frame becomes the network's input.
+PREPROCESS = Preprocess(
+    resize="letterbox", size_px=(INPUT_SIZE_PX, INPUT_SIZE_PX), interpolation="auto", anchor="top_left", pad=PAD,
+    mean=(INPUT_MEAN,) * 3, std=(INPUT_STD,) * 3, channel_order="rgb",
+)  # fmt: skip
 
 
 def fold_batch_norm(module: nn.Module) -> None:
@@ -201,3 +203,25 @@ def load_detector(weights: Path = WEIGHTS) -> Detector:
     except RuntimeError as error:
         raise ModelError(f"{weights} does not hold this detector's weights: {error}") from error
     return model.eval()
+
+
+class PhotoDetector:
+    """The detector on photos: preprocessing, network, decoding, boxes back in the photo's pixels.
+
+    Args:
+        model: in eval mode; ours as committed when None.
+        spec: how a photo becomes the input.
+        score_min: detections below are not returned.
+    """
+
+    def __init__(self, model: Detector | None = None, *, spec: Preprocess = PREPROCESS, score_min: float = 0.01) -> None:
+        self._model = model or load_detector()
+        self._spec, self._score_min = spec, score_min
+
+    @torch.no_grad()
+    def __call__(self, image: Pixels) -> Detections:
+        """Detections of one (H, W, 3) uint8 RGB image, boxes in its own pixels."""
+        x = torch.from_numpy(preprocess(np.ascontiguousarray(image[..., ::-1]), self._spec))
+        found = decode(self._model(x), score_min=self._score_min)[0]
+        height, width = image.shape[:2]
+        return found._replace(boxes_px=geometry(self._spec, width, height).to_source(found.boxes_px, width, height))

@@ -1,0 +1,78 @@
+"""AP of our detector on COCO val photos, beside FastestDet and YOLOX-nano on the same photos with the same evaluator.
+
+``python -m tests.bench.detector_ap --data $HEADTAIL_DATA [--weights FILE]``; takes about a minute on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from splitters.evaluation.detection import DetectionScores, interval, load_truth, score
+from splitters.models.coco_classes import CATEGORY_IDS, NAMES
+from splitters.models.detector import WEIGHTS, PhotoDetector, load_detector
+from splitters.models.onnx_detectors import Detector, FastestDet, YoloxNano
+
+SHOWN = ("person", "car", "bicycle", "bus", "dog", "cat", "chair", "bottle")
+
+
+def look(detector: Detector, truth: object, images: Path) -> tuple[DetectionScores, float]:
+    """Scores of one detector and its median ms a photo, preprocessing and suppression included."""
+    found, spent = {}, []
+    for entry in truth.loadImgs(truth.getImgIds()):  # type: ignore[attr-defined]
+        image = cv2.imread(str(images / entry["file_name"]), cv2.IMREAD_COLOR_RGB).astype(np.uint8)
+        before = time.perf_counter()
+        found[entry["id"]] = detector(image)
+        spent.append((time.perf_counter() - before) * 1e3)
+    return score(truth, found), float(np.median(spent))
+
+
+def row(scores: DetectionScores, draws: int) -> dict[str, object]:
+    """The figures of one detector as plain JSON types."""
+    table = scores.table()
+    whole = scores.bootstrap(draws)
+    ids = {name: int(c) for name, c in zip(NAMES, CATEGORY_IDS, strict=True)}
+    result: dict[str, object] = {
+        "ap": round(float(np.nanmean(table)), 4), "ap_95": [round(v, 4) for v in interval(whole[:, 0])],
+        "ap50": round(float(np.nanmean(table[:, 0])), 4), "ap50_95": [round(v, 4) for v in interval(whole[:, 1])],
+    }  # fmt: skip
+    for name in SHOWN:
+        line = table[scores.category_ids.index(ids[name])]
+        drawn = scores.bootstrap(draws, category_ids=[ids[name]])[:, 1]
+        result[name] = {"ap": round(float(line.mean()), 4), "ap50": round(float(line[0]), 4),
+                        "ap50_95": [round(v, 4) for v in interval(drawn)]}  # fmt: skip
+    return result
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("HEADTAIL_DATA"), required="HEADTAIL_DATA" not in os.environ)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--only-ours", action="store_true", help="leave the published detectors out")
+    parser.add_argument("--draws", type=int, default=200, help="bootstrap draws over photos")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    data = Path(args.data)
+    truth = load_truth(data / "coco/val/instances.json")
+    detectors: dict[str, Detector] = {"ours": PhotoDetector(load_detector(args.weights))}
+    if not args.only_ours:
+        detectors["FastestDet"] = FastestDet(data / "weights/FastestDet.onnx")
+        detectors["YOLOX-nano"] = YoloxNano(data / "weights/yolox_nano_416.onnx")
+    report = {}
+    for name, detector in detectors.items():
+        scores, ms = look(detector, truth, data / "coco/val/images")
+        report[name] = {**row(scores, args.draws), "ms_median": round(ms, 1)}
+        print(name, json.dumps(report[name]))
+    print(json.dumps({"bench": "detector_ap", "photos": len(truth.getImgIds()), "detectors": report}))
+
+
+if __name__ == "__main__":
+    main()
