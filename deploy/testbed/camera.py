@@ -1,0 +1,192 @@
+"""A simulated device: captures frames, asks its policy, spends device time, sends, waits, falls back, answers."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass
+from math import exp, log
+
+from deploy.testbed.loop import Loop
+from deploy.testbed.path import Pipe
+from deploy.testbed.policies import Policy
+from deploy.testbed.server import Server
+from deploy.testbed.workload import Workload
+from edge_client.control import Decision, Local, Offload, Skip, Split
+from splitters.operating_point import Quantiles
+
+# HTTP/2, gRPC and protobuf around a layer, as measured on the wire for a small payload.
+OVERHEAD_BYTES = 64
+PING_BYTES = 40
+
+
+class Frame:
+    """One captured frame and what became of it."""
+
+    __slots__ = (
+        "accuracy", "answered_ns", "arrived_bytes", "captured_ns", "choice", "deadline_ns", "frame_id", "outcome", "payload_bytes",
+        "read_ns", "reason", "remaining_ns", "sent_ns", "value", "whole", "camera", "refused",
+    )  # fmt: skip
+
+    def __init__(self, camera: Camera, frame_id: int, captured_ns: int, deadline_ns: int) -> None:
+        self.camera = camera
+        self.frame_id = frame_id
+        self.captured_ns = captured_ns
+        self.deadline_ns = deadline_ns
+        self.answered_ns = 0
+        self.outcome = ""
+        self.reason = ""
+        self.choice = ""
+        self.accuracy = 0.0
+        self.value = 0.0  # accuracy of the answer that is on its way
+        self.payload_bytes = 0
+        self.sent_ns = self.read_ns = self.remaining_ns = 0
+        self.whole = False
+        self.refused = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CameraConfig:
+    """Of one simulated camera."""
+
+    fps: float
+    deadline_ns: int
+    start_ns: int
+    stop_ns: int
+    seed: str
+
+
+class Camera:
+    """One device. Its inference thread does one thing at a time; a due fallback goes first, then the newest frame."""
+
+    def __init__(self, loop: Loop, config: CameraConfig, workload: Workload, policy: Policy, up: Pipe, down: Pipe, server: Server) -> None:
+        """``workload`` has the device's own times, slowdown included."""
+        self.loop, self.config, self.policy = loop, config, policy
+        self.up, self.down, self.server = up, down, server
+        self.result_bytes = workload.result_bytes
+        self.frames: list[Frame] = []
+        self.busy = False
+        self._waiting: Frame | None = None
+        self._fallbacks: deque[Frame] = deque()
+        self._rng = random.Random(f"device/{config.seed}")
+        self._costs: dict[str, tuple[Quantiles, float, Quantiles]] = {}
+        for p in workload.points:
+            self._costs[f"split {p.id}"] = (p.head_ms, p.accuracy, p.payload_bytes)
+        for o in workload.offloads:
+            name = Offload(format=o.format, quality=o.quality, size_px=o.size_px).name
+            self._costs[name] = (o.encode_ms, o.accuracy, o.payload_bytes)
+        if workload.local:
+            self._costs["local"] = (workload.local.ms, workload.local.accuracy, Quantiles(p50=0, p95=0))
+        policy.estimator.on_connect(0)
+        loop.at(config.start_ns, self._capture)
+
+    # ------------------------------------------------------------------ frames in
+
+    def _capture(self, _: object) -> None:
+        now, c = self.loop.now_ns, self.config
+        frame = Frame(self, len(self.frames), now, now + c.deadline_ns)
+        self.frames.append(frame)
+        later = c.start_ns + int(len(self.frames) * 1e9 / c.fps)
+        if later < c.stop_ns:
+            self.loop.at(later, self._capture)
+        if self.policy.estimator.ping_due(now):
+            self.up.send(PING_BYTES, self._ping_arrived, now)
+        if self.busy:
+            if self._waiting is not None:
+                self._drop(self._waiting, "superseded")
+            self._waiting = frame
+        else:
+            self._begin(frame)
+
+    def _begin(self, frame: Frame) -> None:
+        now = self.loop.now_ns
+        decision = self.policy.decide(frame.frame_id, now, frame.deadline_ns)
+        frame.choice = decision.name
+        if isinstance(decision, Skip):
+            self._drop(frame, "skipped" if decision.reason != "late" else "late")
+            return
+        self.busy = True
+        ms, frame.value, size = self._costs[decision.name]
+        elapsed = int(_draw(self._rng, ms) * 1e6)
+        frame.payload_bytes = int(_draw(self._rng, size)) if size.p50 else 0
+        self.loop.at(now + elapsed, self._device_done, (frame, decision, elapsed))
+
+    def _device_done(self, done: tuple[Frame, Decision, int]) -> None:
+        frame, decision, elapsed = done
+        now = self.loop.now_ns
+        self.busy = False
+        self.policy.on_device(decision, elapsed, now)
+        if isinstance(decision, Local):
+            self._answer(frame, "local", frame.value if not frame.choice.startswith(("split", "jpeg", "webp")) else self._costs["local"][1])
+        elif self.policy.may_send(frame.frame_id, frame.payload_bytes, now, frame.deadline_ns):
+            frame.whole = isinstance(decision, Offload)
+            frame.sent_ns, frame.remaining_ns = now, max(0, frame.deadline_ns - now)
+            self.policy.on_sent(frame.frame_id, frame.payload_bytes, now)
+            self.up.send(frame.payload_bytes + OVERHEAD_BYTES, self.server.arrived, frame)
+            if isinstance(decision, Split | Offload) and decision.fallback_ns is not None:
+                self.loop.at(decision.fallback_ns, self._fall_back, frame)
+        else:
+            self._drop(frame, "grant")
+        self._next()
+
+    def _next(self) -> None:
+        while not self.busy and self._fallbacks:
+            self._run_local(self._fallbacks.popleft())
+        while not self.busy and self._waiting is not None:
+            frame, self._waiting = self._waiting, None
+            self._begin(frame)
+
+    def _fall_back(self, frame: Frame) -> None:
+        if frame.outcome:
+            return
+        if self.busy:
+            self._fallbacks.append(frame)
+        else:
+            self._run_local(frame)
+
+    def _run_local(self, frame: Frame) -> None:
+        now = self.loop.now_ns
+        ms = self._costs["local"][0]
+        if frame.outcome or now + ms.p50 * 1e6 > frame.deadline_ns:
+            return
+        self.busy = True
+        elapsed = int(_draw(self._rng, ms) * 1e6)
+        self.loop.at(now + elapsed, self._device_done, (frame, Local(), elapsed))
+
+    # ------------------------------------------------------------------ answers
+
+    def result(self, frame: Frame) -> None:
+        """The server's answer to a frame arrived."""
+        now = self.loop.now_ns
+        if frame.refused:
+            self.policy.estimator.on_refused(frame.frame_id, now)
+            return
+        self.policy.on_ack(frame.frame_id, now, frame.read_ns)
+        self._answer(frame, "result", frame.value)
+
+    def _answer(self, frame: Frame, outcome: str, accuracy: float) -> None:
+        now = self.loop.now_ns
+        if not frame.outcome and now <= frame.deadline_ns:
+            frame.outcome, frame.accuracy, frame.answered_ns = outcome, accuracy, now
+
+    def _drop(self, frame: Frame, reason: str) -> None:
+        frame.outcome, frame.reason = "dropped", reason
+
+    def _ping_arrived(self, sent_ns: int) -> None:
+        self.down.send(PING_BYTES, self._pong, sent_ns)
+
+    def _pong(self, sent_ns: int) -> None:
+        self.policy.estimator.on_pong(self.loop.now_ns - sent_ns, self.loop.now_ns)
+
+    def finish(self) -> None:
+        """Every frame without an answer in time is expired."""
+        for frame in self.frames:
+            if not frame.outcome:
+                frame.outcome = "expired"
+
+
+def _draw(rng: random.Random, q: Quantiles) -> float:
+    """Log-normal with these quantiles."""
+    if q.p95 <= q.p50 or q.p50 <= 0:
+        return q.p50
+    return q.p50 * exp(rng.gauss(0.0, log(q.p95 / q.p50) / 1.645))

@@ -1,0 +1,160 @@
+"""Who decides: ours, and what it is compared with. All run over the same session, credit window and model times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from deploy.testbed.workload import Workload, pareto_offloads
+from edge_client.control import ControlConfig, Controller, Decision, Local, Offload, Skip, Split
+from edge_client.control.estimator import Estimator
+from protos.errors import ConfigError
+
+
+class Policy(Protocol):
+    """What the simulated device asks and tells."""
+
+    estimator: Estimator
+
+    def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision: ...  # noqa: D102
+    def may_send(self, frame_id: int, n_bytes: int, now_ns: int, deadline_ns: int, *, layer: int = 0) -> bool: ...  # noqa: D102
+    def on_sent(self, frame_id: int, n_bytes: int, now_ns: int) -> None: ...  # noqa: D102
+    def on_ack(self, frame_id: int, now_ns: int, server_ns: int) -> None: ...  # noqa: D102
+    def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None: ...  # noqa: D102
+    def on_grant(  # noqa: D102
+        self, now_ns: int, *, bitrate_bps: float = 0.0, max_in_flight: int = 0, queue_ns: int = 0, tail_ns: int = 0
+    ) -> None: ...
+
+
+class Ours(Controller):
+    """The project's controller, told of acknowledgements through one more door."""
+
+    def __init__(self, workload: Workload, config: ControlConfig) -> None:
+        super().__init__(config, workload.points, local=workload.local, offloads=pareto_offloads(workload.offloads))
+
+    def on_ack(self, frame_id: int, now_ns: int, server_ns: int) -> None:
+        """A result arrived."""
+        self.estimator.on_ack(frame_id, now_ns, server_ns)
+
+
+class Baseline(Controller):
+    """A policy of others inside our session: it has the credit window, so that it does not drown in its own queue."""
+
+    def __init__(self, workload: Workload, config: ControlConfig) -> None:
+        super().__init__(config, workload.points, local=workload.local, offloads=workload.offloads)
+        self.workload = workload
+
+    def choose(self, now_ns: int, deadline_ns: int) -> Decision:
+        """The policy proper, asked when the window is open."""
+        raise NotImplementedError
+
+    def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision:
+        """The choice, or a skip where the window is closed."""
+        if not self.estimator.connected:
+            return Skip(reason="offline")
+        return self.choose(now_ns, deadline_ns) if self.window.allows() else Skip(reason="window")
+
+    def on_ack(self, frame_id: int, now_ns: int, server_ns: int) -> None:
+        """A result arrived."""
+        self.estimator.on_ack(frame_id, now_ns, server_ns)
+
+    def on_grant(self, now_ns: int, **grant: float) -> None:
+        """Grants are an invention of ours; the others do not know them."""
+
+
+class LocalOnly(Baseline):
+    """Nothing is ever sent."""
+
+    def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision:
+        """Local."""
+        return Local() if self.workload.local else Skip(reason="nolocal")
+
+
+class FixedSplit(Baseline):
+    """The most accurate operating point, always."""
+
+    def choose(self, now_ns: int, deadline_ns: int) -> Decision:
+        """That point."""
+        best = max(self.workload.points, key=lambda p: (p.accuracy, -p.payload_bytes.p50))
+        return Split(point_id=best.id)
+
+
+class FixedOffload(Baseline):
+    """One JPEG quality, the middle one of the table, always."""
+
+    def choose(self, now_ns: int, deadline_ns: int) -> Decision:
+        """That quality."""
+        o = self.workload.offloads[len(self.workload.offloads) // 2]
+        return Offload(format=o.format, quality=o.quality, size_px=o.size_px)
+
+
+class _MeanThroughput(Baseline):
+    """Keeps the exponential mean of bytes over the whole round trip, as the published controllers do."""
+
+    alpha = 0.4
+
+    def __init__(self, workload: Workload, config: ControlConfig) -> None:
+        super().__init__(workload, config)
+        self.mean_bps = config.initial_bps
+        self._sent: dict[int, tuple[int, int]] = {}
+
+    def on_sent(self, frame_id: int, n_bytes: int, now_ns: int) -> None:
+        """Notes when how much left."""
+        super().on_sent(frame_id, n_bytes, now_ns)
+        self._sent[frame_id] = (n_bytes, now_ns)
+
+    def on_ack(self, frame_id: int, now_ns: int, server_ns: int) -> None:
+        """Updates the mean."""
+        super().on_ack(frame_id, now_ns, server_ns)
+        n_bytes, sent_ns = self._sent.pop(frame_id, (0, 0))
+        if n_bytes:
+            sample = 8e9 * n_bytes / max(1, now_ns - server_ns - sent_ns)
+            self.mean_bps += self.alpha * (sample - self.mean_bps)
+
+
+class AdaptiveOffload(_MeanThroughput):
+    """The best JPEG quality whose mean transfer fits the deadline."""
+
+    def choose(self, now_ns: int, deadline_ns: int) -> Decision:
+        """That quality, or the smallest."""
+        fits = [
+            o
+            for o in self.workload.offloads
+            if o.encode_ms.p50 * 1e6 + 8e9 * o.payload_bytes.p50 / self.mean_bps <= deadline_ns - now_ns
+        ]
+        smallest = min(self.workload.offloads, key=lambda o: o.payload_bytes.p50)
+        o = max(fits, key=lambda o: o.accuracy, default=smallest)
+        return Offload(format=o.format, quality=o.quality, size_px=o.size_px)
+
+
+class Reference(_MeanThroughput):
+    """The published on-device controller: exponential mean, table look-up, the server's time ignored."""
+
+    def choose(self, now_ns: int, deadline_ns: int) -> Decision:
+        """The most accurate point whose mean time fits, or the smallest."""
+        points = self.workload.points
+        fits = [p for p in points if p.head_ms.p50 * 1e6 + 8e9 * p.payload_bytes.p50 / self.mean_bps <= deadline_ns - now_ns]
+        return Split(point_id=max(fits, key=lambda p: p.accuracy, default=min(points, key=lambda p: p.payload_bytes.p50)).id)
+
+
+POLICIES: dict[str, Callable[[Workload, ControlConfig], Policy]] = {
+    "ours": Ours,
+    "local": LocalOnly,
+    "offload_fixed": FixedOffload,
+    "offload_adaptive": AdaptiveOffload,
+    "split_fixed": FixedSplit,
+    "reference": Reference,
+}
+
+
+def make_policy(name: str, workload: Workload, config: ControlConfig) -> Policy:
+    """A fresh policy.
+
+    Raises:
+        ConfigError: no such policy, or the workload lacks what it needs.
+    """
+    if name not in POLICIES:
+        raise ConfigError(f"no policy {name!r}; there are {', '.join(POLICIES)} and oracle")
+    if name.startswith("offload") and not workload.offloads:
+        raise ConfigError(f"policy {name} needs offload options; workload {workload.name!r} has none")
+    return POLICIES[name](workload, config)

@@ -1,0 +1,100 @@
+"""A simulated server: one tail executor, batches, earliest deadline first, grants from the real bandwidth manager."""
+
+from __future__ import annotations
+
+import random
+from math import exp, log
+from typing import TYPE_CHECKING
+
+from deploy.testbed.loop import Loop
+from deploy.testbed.workload import ServerTimes
+from edge_server.admission import Work, shed
+from edge_server.bandwidth import BandwidthManager
+from protos.messages import Grant
+from splitters.operating_point import Quantiles
+
+if TYPE_CHECKING:
+    from deploy.testbed.camera import Camera, Frame
+
+_GRANT_BYTES = 60
+
+
+class Server:
+    """All sessions' tail. ``bandwidth`` None: no grants."""
+
+    def __init__(self, loop: Loop, times: ServerTimes, *, seed: str, bandwidth: BandwidthManager | None = None) -> None:
+        self._loop = loop
+        self._times = times
+        self._rng = random.Random(f"server/{seed}")
+        self._queue: list[tuple[int, Frame, int]] = []  # deadline, frame, arrived
+        self._busy = False
+        self._bandwidth = bandwidth
+        self._sessions: dict[int, str] = {}
+        self.refused = 0
+
+    def open(self, camera: Camera, session_id: str, group: str, points: list[tuple[float, float]]) -> None:
+        """A camera connects."""
+        self._sessions[id(camera)] = session_id
+        if self._bandwidth is not None:
+            self._bandwidth.open(session_id, group, fps=camera.config.fps, points=points)
+
+    def arrived(self, frame: Frame) -> None:
+        """A whole frame was read."""
+        now = self._loop.now_ns
+        if self._bandwidth is not None:
+            session = self._sessions[id(frame.camera)]
+            self._bandwidth.on_layer(session, frame.payload_bytes, frame.sent_ns, now)
+            grant = self._bandwidth.grant(session, now)
+            if grant is not None:
+                frame.camera.down.send(_GRANT_BYTES, _granted, (frame.camera, grant))
+        self._queue.append((now + frame.remaining_ns, frame, now))
+        if not self._busy:
+            self._start()
+
+    def _start(self) -> None:
+        times, now = self._times, self._loop.now_ns
+        if len(self._queue) > 1:
+            self._queue.sort(key=lambda row: row[0])
+            if len(self._queue) > times.max_batch:
+                self._shed(now)
+        batch, self._queue = self._queue[: times.max_batch], self._queue[times.max_batch :]
+        if not batch:
+            return
+        first = max((times.whole_ms if f.whole else times.tail_ms for _, f, _ in batch), key=lambda q: q.p50)
+        ms = times.decode_ms + _draw(self._rng, first) * (1 + times.marginal * (len(batch) - 1))
+        self._busy = True
+        self._loop.at(now + int(ms * 1e6), self._done, batch)
+
+    def _shed(self, now_ns: int) -> None:
+        """Work that cannot make it is refused before it costs anything."""
+        cost = int(self._times.tail_ms.p50 * 1e6 * self._times.marginal)
+        rows = {i: row for i, row in enumerate(self._queue)}
+        _, refused = shed([Work(key=i, deadline_ns=row[0], cost_ns=cost) for i, row in rows.items()], now_ns)
+        for work in refused:
+            _, frame, arrived_ns = rows.pop(work.key)  # type: ignore[call-overload]
+            frame.refused, frame.read_ns = True, now_ns - arrived_ns
+            self.refused += 1
+            frame.camera.down.send(frame.camera.result_bytes, frame.camera.result, frame)
+        self._queue = list(rows.values())
+
+    def _done(self, batch: list[tuple[int, Frame, int]]) -> None:
+        now = self._loop.now_ns
+        for _, frame, arrived_ns in batch:
+            frame.read_ns = now - arrived_ns
+            frame.camera.down.send(frame.camera.result_bytes, frame.camera.result, frame)
+        self._busy = False
+        if self._queue:
+            self._start()
+
+
+def _granted(told: tuple[Camera, Grant]) -> None:
+    camera, grant = told
+    camera.policy.on_grant(
+        camera.loop.now_ns, bitrate_bps=grant.bitrate_bps, max_in_flight=grant.max_in_flight, queue_ns=grant.queue_ns, tail_ns=grant.tail_ns
+    )
+
+
+def _draw(rng: random.Random, q: Quantiles) -> float:
+    if q.p95 <= q.p50 or q.p50 <= 0:
+        return q.p50
+    return q.p50 * exp(rng.gauss(0.0, log(q.p95 / q.p50) / 1.645))

@@ -1,0 +1,75 @@
+"""Simulate mode: a scenario in virtual time, with the real controller, estimator and grants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deploy.testbed.camera import Camera, CameraConfig
+from deploy.testbed.link import Link
+from deploy.testbed.loop import Loop
+from deploy.testbed.path import Pipe
+from deploy.testbed.policies import make_policy
+from deploy.testbed.report import Summary, summarise
+from deploy.testbed.scenario import Scenario
+from deploy.testbed.server import Server
+from deploy.testbed.workload import Workload
+from edge_client.control import ControlConfig
+from edge_server.bandwidth import BandwidthManager
+
+_DRAIN_NS = 3_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A finished simulation."""
+
+    scenario: Scenario
+    policy: str
+    cameras: tuple[Camera, ...]
+    uplinks: tuple[Link, ...]
+
+    def summary(self) -> Summary:
+        """Over all cameras."""
+        return summarise([f for c in self.cameras for f in c.frames])
+
+
+def simulate(scenario: Scenario, workload: Workload, policy: str = "ours", *, explain: bool = False) -> Run:
+    """Runs a scenario. The same arguments give the same result, to the byte."""
+    loop = Loop()
+    duration_ns = int(scenario.duration_s * 1e9)
+    server = Server(loop, workload.server, seed=str(scenario.seed), bandwidth=BandwidthManager() if scenario.grants else None)
+    slowed = workload.slowed(scenario.device_slowdown)
+    up_config = scenario.uplink.link(scenario.duration_s, scenario.folder)
+    down_config = scenario.downlink.link(scenario.duration_s, scenario.folder)
+    control = ControlConfig(fps=scenario.fps, explain=explain)
+    utility = [(float(p.payload_bytes.p95), p.accuracy) for p in workload.points if p.pareto]
+    cameras: list[Camera] = []
+    ups: list[Link] = []
+    up = down = None
+    for i in range(scenario.cameras):
+        seed = f"{scenario.seed}/{i}"
+        if up is None or down is None or not scenario.shared_link:
+            up, down = Link(up_config, f"up/{seed}"), Link(down_config, f"down/{seed}")
+            ups.append(up)
+        greedy = i < scenario.greedy
+        camera = Camera(
+            loop,
+            CameraConfig(
+                fps=scenario.fps,
+                deadline_ns=int(scenario.deadline_ms * 1e6),
+                start_ns=int(i * scenario.start_spread_ms * 1e6 / scenario.cameras),
+                stop_ns=duration_ns,
+                seed=seed,
+            ),
+            slowed,
+            make_policy("split_fixed" if greedy else policy, slowed, control),
+            Pipe(loop, up, reverse_delay_ns=down.delay_ns, ack_loss=down_config.loss.loss, seed=f"up/{seed}"),
+            Pipe(loop, down, reverse_delay_ns=up.delay_ns, ack_loss=up_config.loss.loss, seed=f"down/{seed}"),
+            server,
+        )
+        server.open(camera, str(i), scenario.group, utility)
+        cameras.append(camera)
+    loop.run(duration_ns + _DRAIN_NS)
+    for camera in cameras:
+        camera.finish()
+    return Run(scenario=scenario, policy=policy, cameras=tuple(cameras), uplinks=tuple(ups))

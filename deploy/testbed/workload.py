@@ -1,0 +1,115 @@
+"""What a simulated device can choose from: a bundle's measured table, offload settings, the local model, times."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edge_client.control import LocalOption, OffloadOption
+from protos.errors import ConfigError
+from splitters.operating_point import OperatingPoint, Quantiles
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerTimes:
+    """Milliseconds one frame takes on the server.
+
+    Attributes:
+        tail_ms: a split frame's tail, alone in its batch.
+        whole_ms: the whole model, for offloaded frames.
+        decode_ms: payload to latent, or JPEG to pixels.
+        marginal: time of each further frame of a batch, as a share of the first one's.
+        max_batch: frames.
+    """
+
+    tail_ms: Quantiles = field(default_factory=lambda: Quantiles(p50=8.0, p95=12.0))
+    whole_ms: Quantiles = field(default_factory=lambda: Quantiles(p50=10.0, p95=15.0))
+    decode_ms: float = 1.0
+    marginal: float = 0.35
+    max_batch: int = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """One model: points, offload options and local model in one accuracy metric, and the times measured beside them.
+
+    Device times are those of the machine that measured; ``slowed`` multiplies them.
+    """
+
+    name: str
+    points: tuple[OperatingPoint, ...]
+    offloads: tuple[OffloadOption, ...] = ()
+    local: LocalOption | None = None
+    server: ServerTimes = field(default_factory=ServerTimes)
+    result_bytes: int = 300
+
+    def slowed(self, factor: float) -> Workload:
+        """The same on a device ``factor`` times slower."""
+        if factor <= 0:
+            raise ConfigError(f"device_slowdown must be above 0, got {factor}")
+        return replace(
+            self,
+            points=tuple(replace(p, head_ms=_times(p.head_ms, factor)) for p in self.points),
+            offloads=tuple(replace(o, encode_ms=_times(o.encode_ms, factor)) for o in self.offloads),
+            local=replace(self.local, ms=_times(self.local.ms, factor)) if self.local else None,
+        )
+
+
+def _times(q: Quantiles, factor: float) -> Quantiles:
+    return Quantiles(p50=q.p50 * factor, p95=q.p95 * factor)
+
+
+def load_workload(path: Path) -> Workload:
+    """Reads a workload: a bundle directory, or a JSON file of ``Workload``'s fields.
+
+    From a bundle come ``operating_points.json`` and, where it holds one, ``control.json`` with the fields a bundle's
+    manifest does not have: ``offloads``, ``local``, ``server``.
+
+    Raises:
+        ConfigError: missing or malformed.
+    """
+    try:
+        if path.is_dir():
+            extra = path / "control.json"
+            data: dict[str, Any] = json.loads(extra.read_text()) if extra.exists() else {}
+            data = {"name": path.name, **data, "points": json.loads((path / "operating_points.json").read_text())}
+        else:
+            data = json.loads(path.read_text())
+        return parse_workload(data)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"workload {path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def parse_workload(data: Mapping[str, Any]) -> Workload:
+    """From plain JSON types; keys that start with an underscore are remarks."""
+    server = {k: Quantiles(**v) if isinstance(v, dict) else v for k, v in data.get("server", {}).items()}
+    local = data.get("local")
+    return Workload(
+        name=data["name"],
+        points=tuple(OperatingPoint.from_json(p) for p in data["points"]),
+        offloads=tuple(_offload(o) for o in data.get("offloads", ())),
+        local=LocalOption(accuracy=local["accuracy"], ms=Quantiles(**local["ms"])) if local else None,
+        server=ServerTimes(**server),
+        result_bytes=int(data.get("result_bytes", 300)),
+    )
+
+
+def _offload(data: Mapping[str, Any]) -> OffloadOption:
+    quantiles = {k: Quantiles(**data[k]) for k in ("payload_bytes", "encode_ms")}
+    return OffloadOption(**{**data, **quantiles})
+
+
+def pareto_offloads(offloads: Sequence[OffloadOption]) -> list[OffloadOption]:
+    """Those no other beats in bytes, time and accuracy, fewest bytes first."""
+
+    def beaten(o: OffloadOption) -> bool:
+        return any(
+            (p.payload_bytes.p50 <= o.payload_bytes.p50 and p.encode_ms.p50 <= o.encode_ms.p50 and p.accuracy > o.accuracy)
+            or (p.payload_bytes.p50 < o.payload_bytes.p50 and p.encode_ms.p50 <= o.encode_ms.p50 and p.accuracy >= o.accuracy)
+            for p in offloads
+        )
+
+    return sorted((o for o in offloads if not beaten(o)), key=lambda o: o.payload_bytes.p50)
