@@ -127,6 +127,8 @@ def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, devi
     import torch
     from safetensors.torch import load_file
 
+    from splitters.models.acceleration import accelerate
+
     family, _, name = str(spec.get("factory", "")).partition(":")
     if family not in FACTORIES or not name:
         raise BundleError(f"tail factory {spec.get('factory')!r} is unknown; known families: {', '.join(sorted(FACTORIES))}")
@@ -144,8 +146,13 @@ def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, devi
 
     if hasattr(module, "answers"):  # a detector whose own postprocess needs the source sizes
         return _OwnAnswers(bundle, module)
-    whole = runner(module.whole) if hasattr(module, "whole") else None
-    return Tail(bundle, runner(module), whole, post)
+
+    def fast(name: str, shapes: Sequence[Sequence[int]]) -> Runner:
+        return runner(accelerate(module, name, shapes) if device == "cpu" else getattr(module, name))
+
+    manifest = bundle.manifest
+    whole = fast("whole", [(3, *manifest.preprocess.size_px)]) if hasattr(module, "whole") else None
+    return Tail(bundle, fast("forward", manifest.latent_shape), whole, post)
 
 
 class _OwnAnswers(Tail):
