@@ -125,8 +125,10 @@ class Camera:
             self.up.send(frame.payload_bytes + OVERHEAD_BYTES, self.server.arrived, frame)
             if isinstance(decision, Split | Offload) and decision.fallback_ns is not None:
                 self.loop.at(decision.fallback_ns, self._fall_back, frame)
+        elif isinstance(decision, Split | Offload) and decision.fallback_ns is not None:
+            self._fallbacks.append(frame)
         else:
-            self._drop(frame, "grant")
+            self._drop(frame, "window")
         self._next()
 
     def _next(self) -> None:
@@ -137,7 +139,7 @@ class Camera:
             self._begin(frame)
 
     def _fall_back(self, frame: Frame) -> None:
-        if frame.outcome:
+        if frame.outcome or not self.policy.wants_fallback(frame.frame_id, self.loop.now_ns, frame.deadline_ns):
             return
         if self.busy:
             self._fallbacks.append(frame)

@@ -18,6 +18,7 @@ class Policy(Protocol):
 
     def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision: ...  # noqa: D102
     def may_send(self, frame_id: int, n_bytes: int, now_ns: int, deadline_ns: int, *, layer: int = 0) -> bool: ...  # noqa: D102
+    def wants_fallback(self, frame_id: int, now_ns: int, deadline_ns: int) -> bool: ...  # noqa: D102
     def on_sent(self, frame_id: int, n_bytes: int, now_ns: int) -> None: ...  # noqa: D102
     def on_ack(self, frame_id: int, now_ns: int, server_ns: int) -> None: ...  # noqa: D102
     def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None: ...  # noqa: D102

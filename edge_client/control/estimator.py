@@ -6,9 +6,10 @@ delivered, on the clock of its acknowledgement with the server's time taken off,
     d_k = max(s_k + p, d_{k-1}) + 8 b_k / R.
 
 So every acknowledgement gives a service time, free of the wait behind earlier frames; R is the byte-weighted harmonic
-mean of recent ones, p the least round trip of recent frames and pings. What this simple model gets wrong (loss,
-jitter, collapses, a busy server) is kept as it is, as a window of residuals in units of the frame's own uncertainty;
-P(on time) is read off their empirical distribution, so the tail is the measured tail and no quantile is ever a mean.
+mean of recent ones, p the least round trip of recent frames and pings. What this simple model gets wrong is kept as
+it is: small residuals (jitter, a busy server) in units of the frame's own uncertainty, large ones (a lost packet and
+its repair) as times, with their frequency per packet sent. P(on time) is read off those two empirical distributions:
+the tail is the measured tail, and no quantile is ever a mean.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from math import exp
 
 from edge_client.control.config import ControlConfig
-from edge_client.control.quantile import SlidingQuantile
+from edge_client.control.quantile import SlidingQuantile, SlidingSum
 
 # A service time below this is clock noise; it bounds the bitrate one acknowledgement can claim.
 _MIN_SERVICE_NS = 100_000
@@ -25,9 +26,12 @@ _MIN_SERVICE_NS = 100_000
 _NOISE_NS = 4_000_000
 # Four residuals that are believed until there are real ones: the worst of them keeps a fresh session careful.
 _PRIOR_RESIDUALS = (-0.2, 0.1, 0.4, 1.5)
+# Repairs per packet are believed to be this frequent, with the weight of so many packets.
+_PRIOR_REPAIRS, _PRIOR_PACKETS = 0.4, 80.0
+_SEGMENT_BYTES = 1448
 # A frame that took longer than this was in an outage: that says nothing about the link as it is between outages.
 _OUTAGE_NS = 1_000_000_000
-_REFUSED_RESIDUAL = 1e3
+_REFUSED_NS = 10_000_000_000
 _WINDOW_SAMPLES = 96
 
 
@@ -70,6 +74,8 @@ class Estimator:
         self._rtts = SlidingQuantile(size=size, age_ns=window)
         self._servers = SlidingQuantile(size=size, age_ns=window)
         self._residuals = SlidingQuantile(size=size, age_ns=window)
+        self._repairs = SlidingQuantile(size=size, age_ns=window)
+        self._packets = SlidingSum(age_ns=window)
         self._server_prior_ns = 10_000_000.0
         self._last_delivery_ns = 0
         self._last_heard_ns = 0
@@ -119,15 +125,17 @@ class Estimator:
         start_ns = max(record.sent_ns + self.base_rtt_ns, self._last_delivery_ns)
         service_ns = max(delivered_ns - start_ns, _MIN_SERVICE_NS)
         if round_trip_ns < _OUTAGE_NS:
-            self._learn_rate(record.n_bytes, service_ns, now_ns)
-            self._residuals.add((now_ns - record.predicted_ns) / record.scale_ns, now_ns)
+            waited = self._last_delivery_ns > record.sent_ns + self.base_rtt_ns
+            self._learn_rate(record.n_bytes, service_ns, now_ns, waited=waited)
+            self._learn_residual(record, now_ns)
         self._last_delivery_ns = max(self._last_delivery_ns, delivered_ns) if self._sane(now_ns) else delivered_ns
 
     def on_refused(self, frame_id: int, now_ns: int) -> None:
         """The server answered that it cannot make this frame's deadline: as bad as a frame that came too late."""
         self._last_heard_ns = now_ns
         if self._pop(frame_id) is not None:
-            self._residuals.add(_REFUSED_RESIDUAL, now_ns)
+            self._packets.add(1, now_ns)
+            self._repairs.add(_REFUSED_NS, now_ns)
 
     def on_lost(self, frame_id: int, now_ns: int) -> None:
         """No answer will come for this frame (it failed, or it was given up); it no longer fills the window."""
@@ -170,6 +178,10 @@ class Estimator:
         """Frames sent and not answered."""
         return len(self._flight)
 
+    def in_flight_at(self, at_ns: float) -> int:
+        """Frames that will probably still be unanswered at a later moment; overdue ones are."""
+        return sum(r.predicted_ns > at_ns for r in self._flight.values()) if self._flight else 0
+
     @property
     def delivery_bps(self) -> float:
         """Central estimate of the bottleneck's bitrate, bits/s, always positive and finite."""
@@ -179,6 +191,10 @@ class Estimator:
     def base_rtt_ns(self) -> float:
         """Round trip without queueing and without the server's time."""
         return self._rtts.minimum(float(self.config.initial_rtt_ns))
+
+    def rtt_ns(self, q: float) -> float:
+        """A quantile of the measured round trips, without the server's time."""
+        return self._rtts.quantile(q, float(self.config.initial_rtt_ns))
 
     @property
     def server_ns(self) -> float:
@@ -216,15 +232,29 @@ class Estimator:
             return max(0.0, now_ns - record.predicted_ns)
         return 0.0
 
-    def p_within(self, slack_ns: float, scale_ns: float) -> float:
-        """P(a frame comes back no later than ``slack_ns`` after its prediction), from the residuals."""
+    def p_within(self, slack_ns: float, scale_ns: float, packets: int = 1) -> float:
+        """P(a frame of so many packets comes back no later than ``slack_ns`` after its prediction)."""
         at = slack_ns / scale_ns
         n = len(self._residuals)
         believed = sum(r <= at for r in _PRIOR_RESIDUALS)
         weight = 4.0 / (4.0 + n)
-        return float((self._residuals.count_at_most(at) + weight * believed) / (n + 4 * weight))
+        smooth = (self._residuals.count_at_most(at) + weight * believed) / (n + 4 * weight + 0.25)
+        repairs = len(self._repairs)
+        odds = packets * (repairs + _PRIOR_REPAIRS) / (self._packets.total + _PRIOR_PACKETS)
+        repaired = self._repairs.count_at_most(slack_ns) / (repairs + 1.0)
+        return (smooth + odds * repaired) / (1.0 + odds)
 
-    def estimate(self, now_ns: int) -> NetworkEstimate:
+    def p_still(self, frame_id: int, now_ns: int, deadline_ns: int) -> float:
+        """P(the answer to a frame in flight, not there yet, comes before its deadline)."""
+        record = self._flight.get(frame_id)
+        if record is None:
+            return 0.0
+        packets = 1 + record.n_bytes // _SEGMENT_BYTES
+        soon = self.p_within(deadline_ns - record.predicted_ns, record.scale_ns, packets)
+        already = self.p_within(now_ns - record.predicted_ns, record.scale_ns, packets)
+        return max(0.0, soon - already) / max(1e-3, 1.0 - already)
+
+    def estimate(self) -> NetworkEstimate:
         """The summary."""
         rate = self.delivery_bps
         return NetworkEstimate(
@@ -260,10 +290,34 @@ class Estimator:
         self._busy_s = 0.02
         self._bits = bps * self._busy_s
         self._rate_at_ns = 0
+        self._was_slow = False
 
-    def _learn_rate(self, n_bytes: int, service_ns: float, now_ns: int) -> None:
+    def _learn_residual(self, record: _InFlight, now_ns: int) -> None:
+        """Sorts a residual into the body or, when only a repair can explain it, the tail."""
+        late_ns = now_ns - record.predicted_ns
+        self._packets.add(1 + record.n_bytes // _SEGMENT_BYTES, now_ns)
+        if late_ns > 0.6 * self.base_rtt_ns + 3 * record.scale_ns:
+            self._repairs.add(late_ns, now_ns)
+        else:
+            self._residuals.add(late_ns / record.scale_ns, now_ns)
+        self._repairs.expire(now_ns)
+
+    def _learn_rate(self, n_bytes: int, service_ns: float, now_ns: int, *, waited: bool) -> None:
+        """Takes a service time into the bitrate, unless loss made it.
+
+        A repaired packet holds one frame back and then releases those behind it all at once: neither tells how fast
+        the link is. So one slow frame counts little until a second confirms it, and a frame that came the moment its
+        predecessor did counts not at all. The residuals keep both.
+        """
         if n_bytes <= 0:
             return
+        expected_ns = self.service_ns(n_bytes)
+        if waited and service_ns < 0.5 * expected_ns:
+            return
+        slow = service_ns > 2.0 * expected_ns + 0.25 * self.base_rtt_ns
+        if slow and not self._was_slow:
+            service_ns = 1.5 * expected_ns
+        self._was_slow = slow
         keep = exp(-max(0, now_ns - self._rate_at_ns) / self.config.rate_memory_ns) if self._rate_at_ns else 0.5
         self._rate_at_ns = now_ns
         self._bits = max(self._bits * keep, 1.0) + 8.0 * n_bytes

@@ -1,4 +1,4 @@
-"""Quantiles over a sliding window of time."""
+"""Quantiles and sums over a sliding window of time."""
 
 from __future__ import annotations
 
@@ -64,3 +64,21 @@ class SlidingQuantile:
     def _drop_oldest(self) -> None:
         _, value = self._order.popleft()
         del self._sorted[bisect_left(self._sorted, value)]
+
+
+class SlidingSum:
+    """Sum of what was added within ``age_ns``."""
+
+    __slots__ = ("_age_ns", "_items", "total")
+
+    def __init__(self, *, age_ns: int) -> None:
+        self._age_ns = age_ns
+        self._items: deque[tuple[int, int]] = deque()
+        self.total = 0
+
+    def add(self, value: int, now_ns: int) -> None:
+        """Adds, and forgets what is too old."""
+        self._items.append((now_ns, value))
+        self.total += value
+        while now_ns - self._items[0][0] > self._age_ns:
+            self.total -= self._items.popleft()[1]

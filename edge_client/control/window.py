@@ -27,12 +27,13 @@ class CreditWindow:
 
     @property
     def _loop_s(self) -> float:
-        return (self._estimator.base_rtt_ns + self._estimator.server_ns) * 1e-9
+        """The lower quartile: a frame's own transmission belongs to the round trip, the queue behind others does not."""
+        return (self._estimator.rtt_ns(0.25) + self._estimator.server_ns) * 1e-9
 
     @property
     def frames(self) -> int:
         """Frames that may be unanswered."""
-        frames = max(2, ceil(self._fps * self._loop_s) + 1)
+        frames = max(2, ceil(min(self._fps * self._loop_s, 1e6)) + 1)
         for limit in (self._max_in_flight, self._estimator.grant_max_in_flight):
             if limit > 0:
                 frames = min(frames, limit)

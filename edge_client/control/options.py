@@ -1,0 +1,63 @@
+"""What can be done with a frame, with times and sizes kept as numbers ready for use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edge_client.control.decision import Decision
+from edge_client.control.quantile import SlidingQuantile
+from splitters.operating_point import Quantiles
+
+_SEGMENT_BYTES = 1448
+_OVERHEAD_BYTES = 64
+
+
+class Option:
+    """One thing to do.
+
+    Attributes:
+        accuracy: 0..1, measured.
+        typical_bytes, n_bytes: middling and p95 payload.
+        packets: TCP segments of a p95 payload.
+        mid_ns, high_ns: median and p95 of the device's time, as measured here once there are eight samples.
+    """
+
+    __slots__ = ("_samples", "accuracy", "decision", "high_ns", "mid_ns", "n_bytes", "name", "packets", "typical_bytes")
+
+    def __init__(self, decision: Decision, accuracy: float, payload: Quantiles, ms: Quantiles) -> None:
+        self.name = decision.name
+        self.decision = decision
+        self.accuracy = accuracy
+        self.n_bytes = max(payload.p50, payload.p95)
+        self.typical_bytes = (payload.p50 + self.n_bytes) / 2
+        self.packets = int(-(-(self.typical_bytes + _OVERHEAD_BYTES) // _SEGMENT_BYTES))
+        self._samples = SlidingQuantile(size=64, age_ns=60_000_000_000)
+        self.mid_ns = self.high_ns = 0.0
+        self.set_ms(ms)
+
+    def set_ms(self, ms: Quantiles) -> None:
+        """Overrides what is believed of the device's time."""
+        self.mid_ns = ms.p50 * 1e6
+        self.high_ns = max(ms.p50, ms.p95) * 1e6
+
+    def learn(self, elapsed_ns: int, now_ns: int) -> None:
+        """A measured device time."""
+        self._samples.add(max(0, elapsed_ns), now_ns)
+        if len(self._samples) >= 8:
+            self.mid_ns = self._samples.quantile(0.5, self.mid_ns)
+            self.high_ns = max(self.mid_ns, self._samples.quantile(0.95, self.high_ns))
+
+
+def useful(options: Sequence[Option]) -> list[Option]:
+    """Those no other beats in bytes, device time and accuracy at once, fewest bytes first."""
+
+    def beaten(o: Option) -> bool:
+        return any(
+            p.n_bytes <= o.n_bytes
+            and p.high_ns <= o.high_ns
+            and p.accuracy >= o.accuracy
+            and (p.n_bytes, p.high_ns, -p.accuracy, p.name) < (o.n_bytes, o.high_ns, -o.accuracy, o.name)
+            for p in options
+        )
+
+    return sorted((o for o in options if not beaten(o)), key=lambda o: (o.n_bytes, -o.accuracy))
