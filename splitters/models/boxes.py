@@ -5,11 +5,14 @@ Shape legend: K boxes; a box is (x1, y1, x2, y2) in pixels; images are (H, W, 3)
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from protos.errors import SourceError
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -81,6 +84,18 @@ def select(
     found, classes = boxes_px[rows], category_ids[columns]
     index = nms(found, values, classes, iou=iou, keep=keep)
     return Detections(found[index], values[index].astype(np.float32), classes[index])
+
+
+def read_rgb(path: Path) -> Pixels:
+    """A photo as (H, W, 3) uint8 RGB.
+
+    Raises:
+        SourceError: the file is absent or no picture.
+    """
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise SourceError(f"{path} is no picture that can be read")
+    return image.astype(np.uint8, copy=False)
 
 
 def letterbox(image: Pixels, size_px: int, pad: int = 114) -> tuple[Pixels, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -90,7 +91,9 @@ class Predictor(nn.Module):
 
     def __init__(self, channels: int, classes: int = len(CATEGORY_IDS), depth: int = 2) -> None:
         super().__init__()
-        self.depthwise = nn.ModuleList(nn.Conv2d(channels, channels, 5, padding=2, groups=channels, bias=False) for _ in range(depth))
+        self.depthwise = nn.ModuleList(
+            nn.Conv2d(channels, channels, 5, padding=2, groups=channels, bias=False) for _ in range(depth)
+        )
         self.pointwise = nn.ModuleList(nn.Conv2d(channels, channels, 1, bias=False) for _ in range(depth))
         self.norms = nn.ModuleList(
             nn.ModuleList(nn.BatchNorm2d(channels, momentum=0.03, eps=1e-3) for _ in range(2 * depth)) for _ in STRIDES
@@ -108,8 +111,7 @@ class Predictor(nn.Module):
         """Maps (N, C, H / s, W / s) of each level to (N, 4 + classes, H / s, W / s)."""
         raw = []
         for index, level in enumerate(levels):
-            x, norms = level, self.norms[index]
-            assert isinstance(norms, nn.ModuleList)
+            x, norms = level, cast("nn.ModuleList", self.norms[index])
             for step, (depthwise, pointwise) in enumerate(zip(self.depthwise, self.pointwise, strict=True)):
                 x = nn.functional.relu6(norms[2 * step](depthwise(x)))
                 x = nn.functional.relu6(norms[2 * step + 1](pointwise(x)))
@@ -118,8 +120,7 @@ class Predictor(nn.Module):
 
 
 def _bias(conv: nn.Conv2d) -> nn.Parameter:
-    assert conv.bias is not None
-    return conv.bias
+    return cast("nn.Parameter", conv.bias)
 
 
 class Detector(nn.Module):

@@ -91,11 +91,14 @@ class Sampler:
         examples: all training pictures.
         weights: how often a picture of each source is drawn, relative to 1; 0 leaves a source out.
         rng: the only source of chance.
+        empty: how often a picture without any box is drawn, relative to one with boxes.
     """
 
-    def __init__(self, examples: Sequence[Example], weights: dict[str, float], rng: np.random.Generator) -> None:
+    def __init__(
+        self, examples: Sequence[Example], weights: dict[str, float], rng: np.random.Generator, *, empty: float = 0.4
+    ) -> None:
         self._examples = list(examples)
-        chance = np.asarray([weights.get(e.source, 1.0) * (1.0 if len(e.boxes) else 0.4) for e in examples])
+        chance = np.asarray([weights.get(e.source, 1.0) * (1.0 if len(e.boxes) else empty) for e in examples])
         self._cumulative = np.cumsum(chance / chance.sum())
         self._rng = rng
 

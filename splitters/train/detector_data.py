@@ -18,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from splitters.models.boxes import Detections, Floats, Pixels, iou_matrix, nms
+from splitters.models.boxes import Detections, Floats, Pixels, iou_matrix, nms, read_rgb
 from splitters.models.coco_classes import INDEX_OF
 from splitters.models.onnx_detectors import Detector, YoloxNano
 
@@ -78,12 +78,11 @@ def _photos(data: Path) -> Iterator[tuple[str, Pixels, Floats | None]]:
             if not a["iscrowd"] and w > 1 and h > 1:
                 per_image.setdefault(a["image_id"], []).append([x, y, x + w, y + h, INDEX_OF[a["category_id"]], 1.0])
         for entry in truth["images"]:
-            image = cv2.imread(str(data / folder / "images" / entry["file_name"]), cv2.IMREAD_COLOR_RGB)
-            yield folder, image.astype(np.uint8), np.asarray(per_image.get(entry["id"], []), np.float32).reshape(-1, 6)
+            image = read_rgb(data / folder / "images" / entry["file_name"])
+            yield folder, image, np.asarray(per_image.get(entry["id"], []), np.float32).reshape(-1, 6)
     for folder in (*PHOTO_FOLDERS, "imagenette160/train"):
         for path in sorted(p for p in (data / folder).rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"}):
-            image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
-            yield folder, image.astype(np.uint8), None
+            yield folder, read_rgb(path), None
     video = cv2.VideoCapture(str(data / "video" / "vtest.avi"))
     number = 0
     while True:

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,9 +91,12 @@ def freeze_to_onnx(module: nn.Module, path: Path, outputs: int) -> ort.Inference
     """A frozen part of the network as a one-thread ONNX Runtime session: several times faster than eager torch."""
     names = [f"y{i}" for i in range(outputs)]
     axes = {name: {0: "n", 2: "h", 3: "w"} for name in ("x", *names)}
-    torch.onnx.export(
-        module.eval(), (torch.zeros(2, 3, 256, 256),), str(path), dynamo=False, input_names=["x"], output_names=names, dynamic_axes=axes
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module.eval(), (torch.zeros(2, 3, 256, 256),), str(path), dynamo=False, input_names=["x"], output_names=names,
+            dynamic_axes=axes,
+        )  # fmt: skip
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -119,7 +123,7 @@ class Trainer:
         self._early = freeze_to_onnx(_Early(self.model.backbone, recipe.first_trained_block), out / "early.onnx", 1)
         self._whole = freeze_to_onnx(self.model.backbone, out / "backbone.onnx", len(TAPS))
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        late = [p for block in self.model.backbone.blocks[recipe.first_trained_block :] for p in block.parameters()]
+        late = [p for block in list(self.model.backbone.blocks)[recipe.first_trained_block :] for p in block.parameters()]
         new = [*self.model.neck.named_parameters(), *self.model.predictor.named_parameters()]
         for parameter in self.model.backbone.parameters():
             parameter.requires_grad_(False)
@@ -232,7 +236,8 @@ def train(recipe: DetectorRecipe, data: Path, out: Path, *, cache: Path) -> None
         sums += [*trainer.step(images, pad_boxes(boxes)), 1]
         trainer.spent_s += time.monotonic() - before
         if trainer.step_count % 50 == 0:
-            log.info("step %d, %.3f of the time: classes %.3f, boxes %.3f", trainer.step_count, trainer.progress, *(sums[:2] / sums[2]))
+            mean = sums / sums[2]
+            log.info("step %d, %.3f of the time: classes %.3f, boxes %.3f", trainer.step_count, trainer.progress, mean[0], mean[1])
             sums[:] = 0
         if trainer.spent_s - saved_s > 240:
             saved_s = trainer.spent_s

@@ -11,11 +11,11 @@ import os
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 
 from splitters.evaluation.detection import DetectionScores, interval, load_truth, score
+from splitters.models.boxes import read_rgb
 from splitters.models.coco_classes import CATEGORY_IDS, NAMES
 from splitters.models.detector import WEIGHTS, PhotoDetector, load_detector
 from splitters.models.onnx_detectors import Detector, FastestDet, YoloxNano
@@ -27,7 +27,7 @@ def look(detector: Detector, truth: object, images: Path) -> tuple[DetectionScor
     """Scores of one detector and its median ms a photo, preprocessing and suppression included."""
     found, spent = {}, []
     for entry in truth.loadImgs(truth.getImgIds()):  # type: ignore[attr-defined]
-        image = cv2.imread(str(images / entry["file_name"]), cv2.IMREAD_COLOR_RGB).astype(np.uint8)
+        image = read_rgb(images / entry["file_name"])
         before = time.perf_counter()
         found[entry["id"]] = detector(image)
         spent.append((time.perf_counter() - before) * 1e3)
