@@ -33,9 +33,16 @@ def _efficientnet_lite0_plain(out: Path) -> Bundle:
     return export_plain(out, json.loads(PLAIN_CODEC.read_text(encoding="utf-8")))
 
 
+def _detector(out: Path) -> Bundle:
+    from splitters.models.detector_export import export_plain
+
+    return export_plain(out)
+
+
 EXPORTERS: Mapping[str, Callable[[Path], Bundle]] = {
     "efficientnet-lite0": _efficientnet_lite0_plain,
     PLAIN: _efficientnet_lite0_plain,
+    "detector": _detector,
 }
 
 

@@ -47,7 +47,13 @@ def _efficientnet_lite0(spec: Mapping[str, Any], state: Mapping[str, Tensor]) ->
     return EfficientNetLite0Tail(network, int(spec["at"]))
 
 
-_BUILDERS = {"efficientnet-lite0": _efficientnet_lite0}
+def _detector(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    from splitters.models.detector_export import build_detector_tail
+
+    return build_detector_tail(spec, state)
+
+
+_BUILDERS = {"efficientnet-lite0": _efficientnet_lite0, "detector": _detector}
 
 
 def build_tail(name: str, spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
