@@ -110,7 +110,7 @@ class Controller:
         """
         tokens = self.budget.tokens_bytes(now_ns)
         scores, reason = self._scores(now_ns, deadline_ns, tokens)
-        best = self._choose(scores)
+        best = self._choose(scores) or self._probe(scores, now_ns)
         explain = None
         if self.config.explain:
             explain = self._explain(frame_id, now_ns, deadline_ns, tokens, scores, best.option.name if best else f"skip {reason}")
@@ -167,7 +167,7 @@ class Controller:
             return scores, "offline"
         frames = self.window.frames
         room = self.window.limit_bytes - e.backlog_bytes if e.in_flight else inf
-        smallest, closed = True, False
+        closed = False
         for o in self._remote:
             if o.n_bytes > tokens:
                 scores.append(Score(o, refused="grant"))
@@ -177,8 +177,7 @@ class Controller:
             elif o.typical_bytes > room and e.in_flight_at(now_ns + o.mid_ns):
                 scores.append(Score(o, refused="window"))
             else:
-                scores.append(moment.score_remote(o, smallest=smallest))
-            smallest = False
+                scores.append(moment.score_remote(o))
         return scores, "window" if closed else "worthless"
 
     def _choose(self, scores: list[Score]) -> Score | None:
@@ -196,6 +195,14 @@ class Controller:
             if as_sure and best.value - last.value < self.config.switch_margin:
                 return last
         return best
+
+    def _probe(self, scores: list[Score], now_ns: int) -> Score | None:
+        """A frame that nothing can be done with is a free probe: without it, a bad estimate would never be corrected."""
+        e = self.estimator
+        if not e.connected or e.in_flight or not self._remote:
+            return None
+        open_ = [s for s in scores if not s.refused and s.option.n_bytes]
+        return min(open_, key=lambda s: s.expected_ns, default=None)
 
     def _explain(
         self, frame_id: int, now_ns: int, deadline_ns: int, tokens: float, scores: list[Score], choice: str

@@ -9,9 +9,9 @@ from edge_client.control.options import Option
 
 # The local model's p95 fits, so it makes it that often (other work on the device may stand in its way).
 LOCAL_SURE = 0.98
-# A frame may join the link's queue only if the queue then lasts no longer than so many frame intervals: on the mean
-# each frame has one interval of link time, and what is beyond is borrowed from the next.
-_LINK_INTERVALS = 1.4
+# On the mean each frame may have this share of an interval of link time; what a frame takes beyond is borrowed from
+# the next ones, and no more than so much may be borrowed.
+_LINK_SHARE, _BORROWED = 0.95, 0.45
 
 
 @dataclass(slots=True)
@@ -58,14 +58,14 @@ class Moment:
         value = local.accuracy * p / max(1.0, local.mid_ns / self.interval_ns)
         return Score(local, local.mid_ns, p, p, value)
 
-    def score_remote(self, o: Option, *, smallest: bool) -> Score:
+    def score_remote(self, o: Option) -> Score:
         """A payload sent, with the local model to fall back on where the device has time for it."""
         e = self.estimator
         service_ns = e.service_ns(o.typical_bytes)
         reaches_ns = self.now_ns + o.mid_ns + self.base_ns
         begins_ns = self.drained_ns if self.drained_ns > reaches_ns else reaches_ns
-        queue_ns = begins_ns - reaches_ns + service_ns
-        if queue_ns > _LINK_INTERVALS * self.interval_ns and not (smallest and queue_ns <= 1.01 * service_ns):
+        share_ns = _LINK_SHARE * self.interval_ns
+        if begins_ns - reaches_ns + min(service_ns - share_ns, 0.0) > _BORROWED * self.interval_ns:
             return Score(o, refused="link")
         done_ns = begins_ns + service_ns + self.server_ns
         spare_ns = o.high_ns - o.mid_ns
@@ -74,19 +74,32 @@ class Moment:
         score = Score(o, done_ns - self.now_ns, p, p, p * o.accuracy)
         if self.local is not None:
             self._fall_back(score, self.local, done_ns + spare_ns, scale_ns)
-        score.value /= max(1.0, o.mid_ns / self.interval_ns)
+        score.value /= max(1.0, o.mid_ns / self.interval_ns, service_ns / share_ns if service_ns > 1.45 * share_ns else 1.0)
         return score
 
     def _fall_back(self, score: Score, local: Option, done_ns: float, scale_ns: float) -> None:
-        start_ns = self.deadline_ns - local.high_ns
+        """Adds what the local model is worth to a frame whose answer has not come when it must start."""
         o = score.option
+        start_ns = self.deadline_ns - local.high_ns
         if self.now_ns + o.high_ns > start_ns:
             return
+        sure = self._local_in_time(start_ns, o.mid_ns, local)
         p_early = self.estimator.p_within(start_ns - done_ns, scale_ns, o.packets)
         idle_ns = max(0.0, self.interval_ns - o.mid_ns)
         displaced = max(0.0, (1 - p_early) * local.mid_ns - idle_ns) / self.interval_ns
-        gain = (1 - score.p) * LOCAL_SURE * local.accuracy - displaced * o.accuracy
+        gain = (1 - score.p) * sure * local.accuracy - displaced * o.accuracy
         if gain >= 0:
             score.fallback_ns = int(start_ns)
-            score.p_all += (1 - score.p) * LOCAL_SURE
+            score.p_all += (1 - score.p) * sure
             score.value += gain
+
+    def _local_in_time(self, start_ns: float, head_ns: float, local: Option) -> float:
+        """P(a fallback due at ``start_ns`` ends in time): the head of a later frame may have the device just then."""
+        turns, phase_ns = divmod(start_ns - self.now_ns, self.interval_ns)
+        if turns < 1 or phase_ns >= head_ns:
+            return LOCAL_SURE
+        left_ns = self.deadline_ns - (start_ns + head_ns - phase_ns)
+        if left_ns < local.mid_ns:
+            return 0.5 * max(0.0, 1 - (local.mid_ns - left_ns) / max(1.0, 0.1 * local.mid_ns))
+        spread_ns = max(1.0, local.high_ns - local.mid_ns)
+        return min(LOCAL_SURE, 0.5 + 0.48 * (left_ns - local.mid_ns) / spread_ns)

@@ -1,0 +1,284 @@
+"""The source's own thread, and the slot through which frames reach the event loop.
+
+Live (cameras, and files with ``--realtime``): the slot holds the newest frame; one that was not taken in time is
+handed over beside its successor as *superseded*, so that it is counted. Otherwise the thread waits until a frame was
+taken, and every frame comes.
+
+A camera that stalls cannot be interrupted inside its driver. Its thread is left to itself (whatever it still delivers
+is ignored) and a new one opens the camera again, with back-off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from edge_client.frames import NS_PER_S, CapturedFrame, Clock
+from edge_client.sources import DEFAULT_FPS, Camera, PictureCamera, Source, open_camera
+from protos.errors import HeadtailError, SourceError
+from splitters.preprocess import Frame
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptureConfig:
+    """How a source is read.
+
+    Attributes:
+        realtime: pace a file at its fps and treat it as a camera from there on.
+        loop: begin again at the end (files).
+        frames: end after so many captured frames; 0: no limit.
+        fps: overrides the pace of ``realtime``; 0: the file's own, or 25 where it has none.
+        open_timeout_s: for the first frame at start.
+        stall_timeout_s: a camera silent for so long is opened again.
+        backoff_s: (first, longest) wait between attempts to open it again.
+    """
+
+    source: Source
+    realtime: bool = False
+    loop: bool = False
+    frames: int = 0
+    fps: float = 0.0
+    open_timeout_s: float = 15.0
+    stall_timeout_s: float = 5.0
+    backoff_s: tuple[float, float] = (0.5, 10.0)
+
+    @property
+    def live(self) -> bool:
+        """Newest frame only, and a frame not answered in time is worthless."""
+        return self.realtime or self.source.camera
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delivery:
+    """A frame, and those it replaced (without their images), oldest first."""
+
+    frame: CapturedFrame
+    superseded: tuple[CapturedFrame, ...] = ()
+
+
+class Capture:
+    """An asyncio view of a source. All methods belong to the event loop's thread."""
+
+    def __init__(
+        self, config: CaptureConfig, *, clock: Clock = time.monotonic_ns, opener: Callable[[Source], Camera] = open_camera
+    ) -> None:
+        self.config = config
+        self.live = config.live
+        self.fps = 0.0
+        self.note = ""
+        self.unreadable = 0
+        self._clock = clock
+        self._opener = opener
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._slot: CapturedFrame | None = None
+        self._superseded: list[CapturedFrame] = []
+        self._changed = asyncio.Event()
+        self._opened: asyncio.Future[None] | None = None
+        self._index = 0
+        self._ended = False
+        self._failure: HeadtailError | None = None
+        self._reader: _Reader | None = None
+        self._restart: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Opens the source and waits for its first frame.
+
+        Raises:
+            SourceError: it cannot be opened, or gives nothing within the time limit.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._opened = self._loop.create_future()
+        self._begin()
+        try:
+            await asyncio.wait_for(asyncio.shield(self._opened), self.config.open_timeout_s)
+        except TimeoutError:
+            self.close()
+            raise SourceError(f"{self.config.source.target} gave no picture within {self.config.open_timeout_s:g} s") from None
+
+    async def next(self) -> Delivery | None:
+        """The newest frame (live) or the next one; None at the end.
+
+        Raises:
+            SourceError: the source failed for good.
+        """
+        while True:
+            if self._slot is not None:
+                frame, self._slot = self._slot, None
+                superseded, self._superseded = tuple(self._superseded), []
+                if self._reader:
+                    self._reader.taken.release()
+                return Delivery(frame=frame, superseded=superseded)
+            if self._failure is not None:
+                raise self._failure
+            if self._ended:
+                return None
+            self._changed.clear()
+            watched = self.config.source.camera and self._restart is None
+            try:
+                await asyncio.wait_for(self._changed.wait(), self.config.stall_timeout_s if watched else None)
+            except TimeoutError:
+                self._again("the camera stalled")
+
+    def close(self) -> tuple[CapturedFrame, ...]:
+        """Ends the source and returns the frames that were captured but never taken."""
+        self._ended = True
+        if self._reader:
+            self._reader.stop()
+            self._reader = None
+        if self._restart:
+            self._restart.cancel()
+        self._changed.set()
+        left = [*self._superseded, *([self._slot] if self._slot else [])]
+        self._superseded, self._slot = [], None
+        return tuple(left)
+
+    # ------------------------------------------------------------------ called for the reader, on the loop
+
+    def _begin(self) -> None:
+        assert self._loop is not None  # noqa: S101 - start() set it
+        limit = self.config.frames - self._index if self.config.frames else 0
+        self._reader = _Reader(self, self._loop, self._clock, self._opener, limit)
+        self._reader.start()
+
+    def publish(self, reader: _Reader, image: Frame, source: str, captured_ns: int, captured_unix_ns: int) -> None:
+        """A frame arrived."""
+        if reader is not self._reader:
+            return
+        frame = CapturedFrame(
+            index=self._index, image=image, captured_ns=captured_ns, captured_unix_ns=captured_unix_ns, source=source,
+            width_px=image.shape[1], height_px=image.shape[0],
+        )  # fmt: skip
+        self._index += 1
+        if self._slot is not None:
+            self._superseded.append(replace(self._slot, image=None))
+        self._slot = frame
+        self.note = ""
+        if self._opened and not self._opened.done():
+            self._opened.set_result(None)
+        self._changed.set()
+
+    def report_end(self, reader: _Reader, failure: HeadtailError | None, complete: bool, unreadable: int) -> None:
+        """The reader came to an end."""
+        if reader is not self._reader:
+            return
+        self.unreadable += unreadable
+        if self._opened and not self._opened.done():
+            self._ended = True
+            self._opened.set_exception(failure or SourceError(f"{self.config.source.target} holds no picture"))
+        elif self.config.source.camera and not complete:
+            self._again(failure.message if failure else "the camera vanished")
+        else:
+            self._failure, self._ended = failure, True
+        self._changed.set()
+
+    def _again(self, why: str) -> None:
+        if self._ended:
+            return
+        if self._reader:
+            self._reader.stop()
+            self._reader = None
+        if self._restart is None:
+            self._restart = asyncio.get_running_loop().create_task(self._reopen(why))
+
+    async def _reopen(self, why: str) -> None:
+        wait_s, longest_s = self.config.backoff_s
+        try:
+            while not self._ended:
+                self.note = f"{why}; opened again in {wait_s:g} s"
+                log.warning("%s", self.note)
+                await asyncio.sleep(wait_s)
+                before = self._index
+                self._begin()
+                until = self._clock() + int(self.config.open_timeout_s * NS_PER_S)
+                while self._index == before and self._reader is not None and self._clock() < until:
+                    await asyncio.sleep(0.05)
+                if self._index > before:
+                    log.info("the camera is back")
+                    return
+                if self._reader:
+                    self._reader.stop()
+                    self._reader = None
+                wait_s = min(2 * wait_s, longest_s)
+        finally:
+            self._restart = None
+            self._changed.set()
+
+
+class _Reader(threading.Thread):
+    """Opens and reads one camera until told to stop; speaks to the loop only by ``call_soon_threadsafe``."""
+
+    def __init__(
+        self, owner: Capture, loop: asyncio.AbstractEventLoop, clock: Clock, opener: Callable[[Source], Camera], limit: int
+    ) -> None:
+        super().__init__(name="capture", daemon=True)
+        self.taken = threading.Semaphore(1)
+        self._owner = owner
+        self._loop = loop
+        self._clock = clock
+        self._opener = opener
+        self._limit = limit
+        self._halt = threading.Event()
+
+    def stop(self) -> None:
+        """Asks the thread to end; it does so after the read it is in."""
+        self._halt.set()
+        self.taken.release()
+
+    def run(self) -> None:
+        """The thread."""
+        failure: HeadtailError | None = None
+        complete, unreadable = False, 0
+        try:
+            complete, unreadable = self._read_all()
+        except HeadtailError as error:
+            failure = error
+        except Exception as error:
+            log.debug("capture failed", exc_info=True)
+            failure = SourceError(f"{self._owner.config.source.target} cannot be read: {error}")
+        if not self._halt.is_set():
+            self._tell(self._owner.report_end, self, failure, complete, unreadable)
+
+    def _read_all(self) -> tuple[bool, int]:
+        config = self._owner.config
+        delivered = unreadable = 0
+        start_ns = 0
+        while not self._halt.is_set():
+            camera = self._opener(config.source)
+            self._owner.fps = fps = config.fps or camera.fps or (DEFAULT_FPS if config.live else 0.0)
+            paced = config.realtime or config.source.kind == "synthetic"
+            start_ns = start_ns or self._clock()
+            try:
+                while (shot := camera.read()) is not None and not self._halt.is_set():
+                    if paced and self._halt.wait(max(0.0, (start_ns + delivered / fps * NS_PER_S - self._clock()) / NS_PER_S)):
+                        break
+                    if not config.live:
+                        self.taken.acquire()
+                        if self._halt.is_set():
+                            break
+                    self._tell(self._owner.publish, self, *shot, self._clock(), time.time_ns())
+                    delivered += 1
+                    if delivered == self._limit:
+                        return True, unreadable
+            finally:
+                camera.close()
+                if isinstance(camera, PictureCamera):
+                    unreadable += len(camera.unreadable)
+                    for path in camera.unreadable:
+                        log.warning("%s is no picture that can be read; it is left out", path)
+            if config.source.camera:
+                return False, unreadable
+            if not config.loop:
+                break
+        return True, unreadable
+
+    def _tell(self, function: Callable[..., None], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            self._halt.set()

@@ -1,0 +1,81 @@
+"""The device's one worker: head and local model take turns, the most urgent first.
+
+A local answer that must be out before its deadline may not wait behind a queue of new frames; so jobs carry the time
+at which they have to begin, and the earliest begins next. A job that runs is never interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Executor(Protocol):
+    """Runs one blocking function somewhere and gives its value."""
+
+    def __call__(self, function: Callable[[], Any], /) -> Awaitable[Any]:
+        """Starts ``function``."""
+        ...
+
+
+class ThreadExecutor:
+    """A thread of its own for the device's work."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="head")
+
+    def __call__(self, function: Callable[[], T], /) -> Awaitable[T]:
+        """See ``Executor``."""
+        return asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+    def close(self) -> None:
+        """Lets the running job end in its own time."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class DeviceWorker:
+    """One job at a time, earliest ``due_ns`` first."""
+
+    def __init__(self, execute: Executor) -> None:
+        self._execute = execute
+        self._heap: list[tuple[int, int, Callable[[], Any], asyncio.Future[Any]]] = []
+        self._order = itertools.count()
+        self._running: asyncio.Task[None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return self._running is None and not self._heap
+
+    async def run(self, function: Callable[[], T], *, due_ns: int) -> T:
+        """Runs a blocking function on the worker and returns its value, or raises what it raised."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        heapq.heappush(self._heap, (due_ns, next(self._order), function, future))
+        if self._running is None:
+            self._running = loop.create_task(self._drain())
+        result: T = await future
+        return result
+
+    async def _drain(self) -> None:
+        try:
+            while self._heap:
+                _, _, function, future = heapq.heappop(self._heap)
+                if future.done():  # whoever asked was cancelled
+                    continue
+                try:
+                    value = await self._execute(function)
+                except Exception as error:  # noqa: BLE001 - handed to whoever asked
+                    if not future.done():
+                        future.set_exception(error)
+                else:
+                    if not future.done():
+                        future.set_result(value)
+        finally:
+            self._running = None

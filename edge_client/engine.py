@@ -1,0 +1,128 @@
+"""A bundle made ready to run on this device: head, codec, local model, labels. Blocking; the worker calls it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from edge_client.frames import NS_PER_MS, Clock
+from edge_client.head import Floats, Head, open_graph
+from protos.errors import BundleError, ConfigError
+from protos.messages import Answer
+from splitters.bundle import Bundle
+from splitters.codec import LatentCodec, Symbols, codec_from_spec
+from splitters.operating_point import OperatingPoint
+from splitters.postprocess import build_postprocess
+from splitters.preprocess import Frame, input_image, normalise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Features:
+    """A frame after the stem, shared by prefilter and encoders."""
+
+    maps: list[Floats]
+    image: Frame
+    stem_ns: int
+    preprocess_ns: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """A frame ready for the network.
+
+    Attributes:
+        payloads: one per layer, base first.
+        symbols: what they hold, for temporal prediction; None for an offloaded image.
+        stages_ms: preprocess, head and codec.
+    """
+
+    payloads: tuple[bytes, ...]
+    symbols: Symbols | None
+    stages_ms: Mapping[str, float]
+
+    @property
+    def payload_bytes(self) -> int:
+        """All layers together."""
+        return sum(map(len, self.payloads))
+
+
+class LocalModel:
+    """The whole model on the device, smaller than the server's."""
+
+    def __init__(self, bundle: Bundle, *, clock: Clock, threads: int) -> None:
+        spec = bundle.manifest.local
+        if spec is None:
+            raise ConfigError(f"bundle {bundle.manifest.name!r} carries no local model")
+        self._preprocess = spec.preprocess
+        self._graph = open_graph(bundle.part_path(spec.path), threads=threads)
+        post = dict(bundle.manifest.postprocess)
+        if post.get("kind") == "yolox":
+            post["kind"] = "dense_boxes"  # a local model's boxes are decoded already
+        self._post = build_postprocess(post, spec.preprocess)
+        self._clock = clock
+
+    def prepare(self, frame: Frame) -> Frame:
+        """The picture to keep while a frame is in flight: a few tens of kilobytes instead of the whole frame."""
+        return input_image(frame, self._preprocess)
+
+    def answer(self, image: Frame, size_px: tuple[int, int]) -> tuple[Answer, float]:
+        """Answers a prepared picture; ``size_px`` is the source frame's (width, height). Also the milliseconds it took."""
+        start_ns = self._clock()
+        answer = self._post(self._graph([normalise(image, self._preprocess)]), [size_px])[0]
+        return answer, (self._clock() - start_ns) / NS_PER_MS
+
+
+class Engine:
+    """One opened bundle. Not safe for several threads at a time; the device's worker is one thread."""
+
+    def __init__(self, bundle: Bundle, *, clock: Clock, threads: int = 1) -> None:
+        """Opens every graph, so that no frame ever waits for one.
+
+        Raises:
+            BundleError: a part is absent, altered or unusable.
+        """
+        self.bundle = bundle
+        self.model = bundle.manifest.name
+        self.sha256 = bundle.sha256
+        self.labels = bundle.manifest.labels
+        self._clock = clock
+        self.head = Head(bundle, clock=clock, threads=threads)
+        self.local = LocalModel(bundle, clock=clock, threads=threads) if bundle.manifest.local else None
+        self.codec = _open_codec(bundle)
+
+    def input_image(self, frame: Frame) -> Frame:
+        """The model's own input as a picture: the fair baseline for JPEG, and what offload sends."""
+        return input_image(frame, self.bundle.manifest.preprocess)
+
+    def features(self, frame: Frame) -> Features:
+        """Preprocesses a frame and runs the stem."""
+        start_ns = self._clock()
+        image = self.input_image(frame)
+        normalised = normalise(image, self.bundle.manifest.preprocess)
+        ready_ns = self._clock()
+        maps = self.head.stem(normalised)
+        return Features(maps=maps, image=image, preprocess_ns=ready_ns - start_ns, stem_ns=self._clock() - ready_ns)
+
+    def encode(self, features: Features, point: OperatingPoint) -> Encoded:
+        """Runs the encoders of ``point`` and codes the latent."""
+        start_ns = self._clock()
+        latents = self.head.latents(features.maps, point)
+        head_ns = self._clock()
+        symbols = self.codec.quantise(latents, point.codec_point)
+        payloads = tuple(self.codec.encode(symbols))
+        stages = {
+            "preprocess": features.preprocess_ns / NS_PER_MS,
+            "head": (features.stem_ns + head_ns - start_ns) / NS_PER_MS,
+            "codec": (self._clock() - head_ns) / NS_PER_MS,
+        }
+        return Encoded(payloads=payloads, symbols=symbols, stages_ms=stages)
+
+
+def _open_codec(bundle: Bundle) -> LatentCodec:
+    path = bundle.manifest.codec
+    try:
+        spec = json.loads(bundle.read_part(path))
+    except ValueError as error:
+        raise BundleError(f"{path} of bundle {bundle.manifest.name!r} is not JSON: {error}") from error
+    return codec_from_spec(spec, bundle.read_part)

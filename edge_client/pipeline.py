@@ -1,0 +1,548 @@
+"""What live and file pipelines share: the session's events, answers, the local model's turn, a new bundle.
+
+One event loop; head and local model run on the device's worker. Every captured frame gets exactly one outcome, whatever
+fails: the ledger says so at every moment, and ``run`` does not return before it is empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+from edge_client.control import Controller, Local
+from edge_client.device import DeviceWorker
+from edge_client.capture import Delivery
+from edge_client.engine import Encoded, Engine
+from edge_client.flights import Flight, latest_start
+from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Clock, FrameReport, Ledger, Outcome
+from edge_client.session import Gate, Welcome
+from edge_client.timings import Timings
+from protos.errors import HeadtailError, OverloadedError, UnreachableError, VersionMismatchError
+from protos.headtail.v1 import headtail_pb2 as pb
+from protos.messages import PROTOCOL_VERSION, Answer, FrameLayer, Grant, Result
+from splitters.operating_point import OperatingPoint
+from splitters.preprocess import Frame
+
+log = logging.getLogger(__name__)
+
+LATE_GRACE_NS = 100 * NS_PER_MS
+_SCHEDULING_NS = 5 * NS_PER_MS
+_FORGET_NS = 10 * NS_PER_S
+
+
+class Frames(Protocol):
+    """Where frames come from; ``edge_client.capture.Capture`` in earnest."""
+
+    live: bool
+    fps: float
+    note: str
+
+    async def start(self) -> None:
+        """Opens the source."""
+
+    async def next(self) -> Delivery | None:
+        """The next frame, None at the end."""
+        ...
+
+    def close(self) -> tuple[CapturedFrame, ...]:
+        """Ends it; frames never taken."""
+        ...
+
+
+class Link(Protocol):
+    """The stream; ``edge_client.session.Session`` in earnest."""
+
+    up: bool
+    welcomed: asyncio.Event
+    failed: asyncio.Event
+    error: HeadtailError | None
+
+    async def run(self) -> None:
+        """Connects and reconnects until closed."""
+
+    def send(self, layers: list[FrameLayer], *, deadline_ns: int | None, gate: Gate | None = None) -> int:
+        """Queues a frame; the id its answer will carry."""
+        ...
+
+    def restart(self) -> None:
+        """Hello again."""
+
+    def close(self) -> None:
+        """Goodbye."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineConfig:
+    """What a pipeline is asked to do.
+
+    Attributes:
+        model: the name asked for at the server; empty: its default.
+        deadline_ms: from capture to answer; 0: none.
+        max_in_flight: frames unanswered at a time; 0: what controller and server allow.
+        wait_for_server_s: how long frames wait for a server before the local model answers them (files), or the start
+            does (cameras).
+        point_id: always this operating point; None: the controller chooses (cameras), or the most accurate (files).
+        keep_images: reports carry the frame, for sinks that draw on it.
+        client_version: for the server's log.
+        group: cameras that share a bottleneck link.
+    """
+
+    model: str = ""
+    deadline_ms: float = 0.0
+    max_in_flight: int = 0
+    wait_for_server_s: float = 0.0
+    point_id: int | None = None
+    keep_images: bool = False
+    client_version: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What a pipeline works with.
+
+    Attributes:
+        emit: is given every frame's report, in the order the frames were settled.
+        fetch: fetches the bundle of a hash and makes an engine of it, in the background.
+        sample: is shown some frames beside the model's input, for the comparison with JPEG.
+        controller: makes the controller of an engine, its link unknown as yet.
+    """
+
+    frames: Frames
+    worker: DeviceWorker
+    clock: Clock
+    emit: Callable[[FrameReport], None]
+    fetch: Callable[[str], Awaitable[Engine]]
+    controller: Callable[[Engine, float], Controller]
+    sample: Callable[[Frame, Frame], None] = lambda frame, image: None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shot:
+    """What the worker made of a frame."""
+
+    encoded: Encoded
+    input_image: Frame
+    local_image: Frame | None
+
+
+class Pipeline:
+    """Base of ``LivePipeline`` and ``FilePipeline``; see the module."""
+
+    def __init__(self, config: PipelineConfig, parts: Parts, engine: Engine) -> None:
+        self.config = config
+        self.engine = engine
+        self.ledger = Ledger()
+        self.late_results = 0
+        self.bundle_switches = 0
+        self.note = ""
+        self.link: Link
+        self._parts = parts
+        self._clock = parts.clock
+        self._frames = parts.frames
+        self._worker = parts.worker
+        self.controller = parts.controller(engine, 0.0)
+        self.timings = Timings()
+        self._flights: dict[int, Flight] = {}
+        self._orphans: list[Flight] = []
+        self._server_sha256 = ""
+        self._welcome_limit = 0
+        self._draining = False
+        self._next_engine: Engine | None = None
+        self._update: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._stopping = False
+
+    # ------------------------------------------------------------------ life
+
+    async def run(self, link: Link) -> None:
+        """Runs to the source's end or ``stop``; afterwards every captured frame has its outcome.
+
+        Raises:
+            HeadtailError: the source failed, or the server refused us before it ever took us.
+        """
+        self.link = link
+        session = asyncio.create_task(link.run())
+        main = asyncio.create_task(self._main())
+        rescue = asyncio.create_task(self._rescue_loop())
+        try:
+            await asyncio.wait({session, main, rescue}, return_when=asyncio.FIRST_COMPLETED)
+            if session.done() and session.exception() is None:
+                await asyncio.wait({main, rescue}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (main, rescue, session):
+                if task.done():
+                    task.result()
+        finally:
+            for frame in self._frames.close():
+                self._capture(frame)
+                self._settle_frame(frame, Outcome.DROPPED, "stopped")
+            for task in (main, rescue, self._update):
+                if task is not None:
+                    task.cancel()
+            for flight in [*self._flights.values(), *self._orphans, *self._waiting()]:
+                self._settle(flight, Outcome.DROPPED, "stopped")
+            link.close()
+            with suppress(TimeoutError, HeadtailError):
+                await asyncio.wait_for(session, 1.5)
+            await asyncio.gather(main, rescue, return_exceptions=True)
+
+    def stop(self) -> None:
+        """Ends the source; what is in flight is still waited for, shortly."""
+        self._stopping = True
+        for frame in self._frames.close():
+            self._capture(frame)
+            self._settle_frame(frame, Outcome.DROPPED, "stopped")
+        self._notify()
+
+    async def _main(self) -> None:
+        raise NotImplementedError
+
+    def _waiting(self) -> list[Flight]:
+        """Frames a subclass holds outside of ``_flights``."""
+        return []
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server takes frames of our bundle now."""
+        return self.link.up and not self._draining and self._server_sha256 == self.engine.sha256
+
+    def _notify(self) -> None:
+        self._changed.set()
+
+    async def _wait_changed(self, timeout_s: float | None = None) -> None:
+        self._changed.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+    async def _wait_for_server(self, limit_s: float) -> bool:
+        """Waits until the first welcome, or until ``limit_s`` have passed and an attempt has failed."""
+        until_ns = self._clock() + int(limit_s * NS_PER_S)
+        while not self.link.welcomed.is_set():
+            left_s = (until_ns - self._clock()) / NS_PER_S
+            if self._stopping or (left_s <= 0 and self.link.failed.is_set()):
+                return False
+            await self._wait_changed(max(0.05, min(left_s, 0.25)))
+        return True
+
+    # ------------------------------------------------------------------ frames and their outcomes
+
+    def _capture(self, frame: CapturedFrame) -> None:
+        self.ledger.capture(frame.index)
+
+    def _take(self, delivery: Delivery) -> Flight:
+        """Accounts for a delivery and makes a flight of its frame."""
+        for frame in delivery.superseded:
+            self._capture(frame)
+            self._settle_frame(frame, Outcome.DROPPED, "superseded")
+        frame = delivery.frame
+        self._capture(frame)
+        deadline_ns = frame.captured_ns + int(self.config.deadline_ms * NS_PER_MS) if self.config.deadline_ms > 0 else None
+        stages = {"capture": (self._clock() - frame.captured_ns) / NS_PER_MS}
+        return Flight(frame=frame, engine=self.engine, deadline_ns=deadline_ns, stages_ms=stages)
+
+    def _settle_frame(self, frame: CapturedFrame, outcome: Outcome, reason: str = "") -> None:
+        self._settle(Flight(frame=frame, engine=self.engine, deadline_ns=None), outcome, reason)
+
+    def _settle(self, flight: Flight, outcome: Outcome, reason: str = "", answer: Answer | None = None, detail: str = "") -> bool:
+        frame = flight.frame
+        if not self.ledger.settle(frame.index, outcome, reason):
+            return False
+        total_ms = (self._clock() - frame.captured_ns) / NS_PER_MS
+        self._parts.emit(
+            FrameReport(
+                frame=frame if self.config.keep_images else replace(frame, image=None),
+                model=flight.engine.model,
+                bundle_sha256=flight.engine.sha256,
+                outcome=outcome,
+                reason=reason,
+                operating_point=flight.point_id,
+                payload_bytes=flight.payload_bytes,
+                stages_ms={**flight.stages_ms, "total": total_ms},
+                answer=answer,
+                detail=detail,
+            )
+        )
+        self._notify()
+        return True
+
+    # ------------------------------------------------------------------ head and sending
+
+    def _shoot(self, flight: Flight, point: OperatingPoint, *, keep_local: bool) -> Shot:
+        """Runs on the worker: everything the device does before the network."""
+        engine, image = flight.engine, flight.frame.image
+        assert image is not None  # noqa: S101 - flights keep it until they are encoded
+        features = engine.features(image)
+        encoded = engine.encode(features, point)
+        local_image = engine.local.prepare(image) if keep_local and engine.local else None
+        return Shot(encoded=encoded, input_image=features.image, local_image=local_image)
+
+    async def _encode(self, flight: Flight, point: OperatingPoint, *, keep_local: bool) -> Shot:
+        start_ns = self._clock()
+        due_ns = flight.deadline_ns if flight.deadline_ns is not None else start_ns + 3600 * NS_PER_S
+        shot = await self._worker.run(partial(self._shoot, flight, point, keep_local=keep_local), due_ns=due_ns)
+        flight.encoded_ns = self._clock()
+        flight.stages_ms |= shot.encoded.stages_ms
+        flight.point_id = point.id
+        flight.local_image = shot.local_image
+        self.timings.head.add(flight.encoded_ns - start_ns)
+        if flight.decision is not None:
+            self.controller.on_device(flight.decision, flight.encoded_ns - start_ns, flight.encoded_ns)
+        if flight.frame.image is not None:
+            self._parts.sample(flight.frame.image, shot.input_image)
+        return shot
+
+    def _send(self, flight: Flight, payloads: tuple[bytes, ...], *, gate: Gate | None = None) -> None:
+        frame = flight.frame
+        layers = [
+            FrameLayer(
+                frame_id=0, layer=i, layer_count=len(payloads), operating_point=flight.point_id or 0, payload=payload,
+                captured_unix_ns=frame.captured_unix_ns, source_width_px=frame.width_px, source_height_px=frame.height_px,
+            )
+            for i, payload in enumerate(payloads)
+        ]  # fmt: skip
+        if not self.config.keep_images:
+            flight.frame = self._let_go(flight)
+        flight.tries += 1
+        flight.payload_bytes = 0
+        self._flights[self.link.send(layers, deadline_ns=flight.deadline_ns, gate=gate)] = flight
+        self._notify()
+
+    def _let_go(self, flight: Flight) -> CapturedFrame:
+        """The frame as it is kept in flight; a camera's is answered from ``local_image``."""
+        return flight.frame
+
+    # ------------------------------------------------------------------ the local model
+
+    async def _answer_locally(self, flight: Flight, *, reason: str = "offline") -> None:
+        """Gives a frame the local model's answer, or says why it cannot have one."""
+        now_ns = self._clock()
+        local = flight.engine.local
+        flight.answering = True
+        if local is None or (flight.local_image is None and flight.frame.image is None):
+            late = flight.deadline_ns is not None and now_ns >= flight.deadline_ns
+            self._settle(flight, Outcome.EXPIRED if late else Outcome.DROPPED, "" if late else flight.refusal or reason)
+            return
+        limit_ns = flight.deadline_ns + LATE_GRACE_NS if flight.deadline_ns is not None else None
+        if limit_ns is not None and now_ns + self.timings.local.quantile(0.5) > limit_ns:
+            self._settle(flight, Outcome.EXPIRED)
+            return
+        size_px = (flight.frame.width_px, flight.frame.height_px)
+
+        def work() -> tuple[Answer, float] | None:
+            if not self.ledger.is_open(flight.frame.index):
+                return None  # the server's answer came while this job waited
+            image = flight.local_image
+            if image is None:
+                assert flight.frame.image is not None  # noqa: S101 - checked above
+                image = local.prepare(flight.frame.image)
+            return local.answer(image, size_px)
+
+        due_ns = (flight.deadline_ns or now_ns) - int(self.timings.local.quantile(0.95))
+        done = await self._worker.run(work, due_ns=due_ns)
+        if done is None:
+            return
+        answer, elapsed_ms = done
+        end_ns = self._clock()
+        self.timings.local.add(int(elapsed_ms * NS_PER_MS))
+        self.controller.on_device(Local(), int(elapsed_ms * NS_PER_MS), end_ns)
+        flight.stages_ms["local"] = elapsed_ms
+        if limit_ns is not None and end_ns > limit_ns:
+            self._settle(flight, Outcome.EXPIRED)
+        else:
+            self._settle(flight, Outcome.LOCAL, answer=answer)
+
+    async def _rescue_loop(self) -> None:
+        """Steps in for frames in flight: at once where the stream broke, just in time where the server is silent."""
+        while True:
+            now_ns = self._clock()
+            self._forget(now_ns)
+            waiting = [f for f in (*self._flights.values(), *self._orphans) if self.ledger.is_open(f.frame.index)]
+            local = self.engine.local is not None and self._local_allowed
+            local_ns = int(self.timings.local.quantile(0.95)) if local else 0
+            margin_ns = _SCHEDULING_NS + int(self.timings.head.quantile(0.95)) if local else 0
+            plan = latest_start(waiting, local_ns=local_ns, margin_ns=margin_ns, now_ns=now_ns)
+            if plan is None:
+                await self._wait_changed()
+            elif plan[0] > now_ns:
+                await self._wait_changed((plan[0] - now_ns) / NS_PER_S)
+            elif self._local_allowed:
+                await self._answer_locally(plan[1])
+            else:
+                self._settle(plan[1], Outcome.EXPIRED)
+            self._orphans = [f for f in self._orphans if self.ledger.is_open(f.frame.index)]
+
+    @property
+    def _local_allowed(self) -> bool:
+        """Whether a frame in flight may be answered by the local model."""
+        return True
+
+    def _forget(self, now_ns: int) -> None:
+        """Frames answered here long ago, whose result the server never sent, fill the window no longer."""
+        for wire_id, flight in list(self._flights.items()):
+            if not self.ledger.is_open(flight.frame.index) and now_ns - flight.encoded_ns > _FORGET_NS:
+                del self._flights[wire_id]
+                self.controller.estimator.on_lost(wire_id, now_ns)
+
+    # ------------------------------------------------------------------ a new bundle
+
+    def _swap_engine(self) -> None:
+        """Between two frames: takes the bundle that was fetched in the background."""
+        if self._next_engine is None:
+            return
+        log.info("bundle %s takes over from %s", self._next_engine.sha256[:12], self.engine.sha256[:12])
+        self.engine, self._next_engine = self._next_engine, None
+        self.controller = self._parts.controller(self.engine, self._frames.fps)
+        self.bundle_switches += 1
+        self.note = ""
+        if self.link.up:
+            self.link.restart()
+
+    def _want_bundle(self, sha256: str) -> None:
+        if sha256 == self.engine.sha256 or self._update is not None:
+            return
+        self.note = f"fetching bundle {sha256[:12]}"
+        self._update = asyncio.create_task(self._fetch(sha256))
+
+    async def _fetch(self, sha256: str) -> None:
+        try:
+            self._next_engine = await self._parts.fetch(sha256)
+        except HeadtailError as error:
+            self.note = f"the server's bundle cannot be had: {error.message}"
+            log.warning("%s", self.note)
+            await asyncio.sleep(2.0)
+        finally:
+            self._update = None
+        if self._next_engine is None and self.link.up and self._server_sha256 == sha256:
+            self._want_bundle(sha256)
+        self._notify()
+
+    # ------------------------------------------------------------------ SessionEvents
+
+    def hello(self) -> pb.Hello:
+        """See ``SessionEvents``."""
+        return pb.Hello(
+            protocol_version=PROTOCOL_VERSION, model=self.config.model, bundle_sha256=self.engine.sha256,
+            client_version=self.config.client_version, max_in_flight=self.config.max_in_flight, fps=self._frames.fps,
+            group=self.config.group,
+        )  # fmt: skip
+
+    def on_up(self, welcome: Welcome) -> None:
+        """See ``SessionEvents``."""
+        self._draining = False
+        self._server_sha256 = welcome.bundle_sha256
+        limits = [n for n in (welcome.max_in_flight, self.config.max_in_flight) if n > 0]
+        self._welcome_limit = min(limits, default=0)
+        self.controller.window.set_limit(self._welcome_limit)
+        if welcome.bundle_sha256 == self.engine.sha256:
+            self.controller.estimator.on_connect(self._clock())
+            log.info("connected: model %s, session %s", welcome.model, welcome.session_id)
+        else:
+            self._want_bundle(welcome.bundle_sha256)
+        self._notify()
+
+    def on_down(self, error: HeadtailError) -> None:
+        """See ``SessionEvents``."""
+        log.warning("the session is down: %s", error.message)
+        self.controller.estimator.on_disconnect(self._clock())
+        self._server_sha256 = ""
+        lost, self._flights = list(self._flights.values()), {}
+        self._on_lost([f for f in lost if self.ledger.is_open(f.frame.index)])
+        self._notify()
+
+    def _on_lost(self, flights: list[Flight]) -> None:
+        raise NotImplementedError
+
+    def on_result(self, result: Result, now_ns: int) -> None:
+        """See ``SessionEvents``."""
+        flight = self._flights.pop(result.frame_id, None)
+        estimator = self.controller.estimator
+        if isinstance(result.error, OverloadedError):
+            estimator.on_refused(result.frame_id, now_ns)
+        elif result.error is not None:
+            estimator.on_lost(result.frame_id, now_ns)
+        else:
+            estimator.on_ack(result.frame_id, now_ns, result.timings.total_ns)
+        self._notify()
+        if flight is None or not self.ledger.is_open(flight.frame.index):
+            self.late_results += 1
+            return
+        if result.error is not None:
+            self._on_refused(flight, result.error)
+            return
+        t = result.timings
+        sent_ns = result.echo_sent_ns or flight.encoded_ns
+        flight.stages_ms |= {
+            "send": max(0, sent_ns - flight.encoded_ns) / NS_PER_MS,
+            "network": max(0, now_ns - sent_ns - t.total_ns) / NS_PER_MS,
+            "decode": t.decode_ns / NS_PER_MS,
+            "queue": t.queue_ns / NS_PER_MS,
+            "tail": t.tail_ns / NS_PER_MS,
+        }
+        if flight.deadline_ns is not None and now_ns > flight.deadline_ns + LATE_GRACE_NS:
+            self.late_results += 1
+            self._settle(flight, Outcome.EXPIRED)
+            return
+        self._on_answer(flight, result)
+        self._settle(flight, Outcome.RESULT, answer=result.answer)
+
+    def _on_answer(self, flight: Flight, result: Result) -> None:
+        """A hook for what learns from the server's answers."""
+
+    def _on_refused(self, flight: Flight, error: HeadtailError) -> None:
+        """The server answered this frame with an error; the session goes on."""
+        log.debug("frame %d was refused: %s", flight.frame.index, error.message)
+        flight.refusal = error.code
+        if isinstance(error, VersionMismatchError):
+            self.link.restart()  # its welcome will name the bundle it has now
+        self._on_lost([flight])
+
+    def on_sent(self, frame_id: int, layer: int, n_bytes: int, now_ns: int) -> None:
+        """See ``SessionEvents``."""
+        del layer
+        flight = self._flights.get(frame_id)
+        if flight is not None:
+            flight.payload_bytes += n_bytes
+        self.controller.on_sent(frame_id, n_bytes, now_ns)
+
+    def on_unsent(self, frame_id: int) -> None:
+        """See ``SessionEvents``."""
+        flight = self._flights.pop(frame_id, None)
+        if flight is not None and self.ledger.is_open(flight.frame.index):
+            self._on_lost([flight])
+
+    def on_grant(self, grant: Grant, now_ns: int) -> None:
+        """See ``SessionEvents``."""
+        self.controller.on_grant(
+            now_ns, bitrate_bps=grant.bitrate_bps, max_in_flight=grant.max_in_flight, queue_ns=grant.queue_ns,
+            tail_ns=grant.tail_ns, delivery_bps=grant.delivery_bps,
+        )  # fmt: skip
+        self._notify()
+
+    def on_pong(self, rtt_ns: int, now_ns: int) -> None:
+        """See ``SessionEvents``."""
+        self.controller.estimator.on_pong(rtt_ns, now_ns)
+
+    def on_bundle_changed(self, sha256: str) -> None:
+        """See ``SessionEvents``; frames of the old bundle go on until the new one is here or the server refuses them."""
+        self._want_bundle(sha256)
+
+    def on_draining(self, grace_ns: int) -> None:
+        """See ``SessionEvents``."""
+        log.warning("the server is going away within %.1f s", grace_ns / NS_PER_S)
+        self._draining = True
+        self.controller.estimator.on_disconnect(self._clock())
+        self._notify()
+
+    def ping_due(self, now_ns: int) -> bool:
+        """See ``SessionEvents``."""
+        return self.controller.estimator.ping_due(now_ns)
+
+
+def offline(error: HeadtailError | None) -> HeadtailError:
+    """What to tell a person when no server came in time and there is no other way."""
+    return error if error is not None else UnreachableError("no server answered")

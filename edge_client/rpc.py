@@ -1,0 +1,159 @@
+"""Channels to a server, and gRPC's failures in the project's own words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from protos.errors import (
+    BY_CODE,
+    AuthError,
+    ConfigError,
+    DrainingError,
+    HeadtailError,
+    InternalError,
+    LimitError,
+    ProtocolError,
+    UnknownModelError,
+    UnreachableError,
+    VersionMismatchError,
+    from_code,
+)
+from protos.messages import MAX_PAYLOAD_BYTES
+
+CODE_METADATA = "headtail-code"
+MAX_MESSAGE_BYTES = MAX_PAYLOAD_BYTES + (64 << 10)
+TOKEN_VARIABLE = "HEADTAIL_TOKEN"  # noqa: S105 - the variable's name, not a token
+
+_BY_STATUS: dict[grpc.StatusCode, type[HeadtailError]] = {
+    grpc.StatusCode.NOT_FOUND: UnknownModelError,
+    grpc.StatusCode.FAILED_PRECONDITION: VersionMismatchError,
+    grpc.StatusCode.INVALID_ARGUMENT: ProtocolError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: LimitError,
+    grpc.StatusCode.UNAUTHENTICATED: AuthError,
+    grpc.StatusCode.PERMISSION_DENIED: AuthError,
+}
+# A killed replica shows as any of these; the next attempt may succeed.
+_TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN,
+              grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.ABORTED)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Endpoint:
+    """Where the server is and how to talk to it.
+
+    Attributes:
+        address: ``host:port``.
+        tls_ca: the certificate authority's file; setting it (or ``tls``) encrypts the connection.
+        tls_cert, tls_key: the client's own certificate, for mutual TLS.
+        token: sent as a bearer token; never logged.
+    """
+
+    address: str
+    tls: bool = False
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    token: str = ""
+
+    def __post_init__(self) -> None:
+        host, _, port = self.address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ConfigError(f"--server must be host:port or 'embedded', got {self.address!r}")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("--tls-cert and --tls-key belong together")
+
+    @property
+    def secure(self) -> bool:
+        """Whether the connection is encrypted."""
+        return self.tls or self.tls_ca is not None or self.tls_cert is not None
+
+    @property
+    def metadata(self) -> Sequence[tuple[str, str]]:
+        """What goes with every call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+
+def token_from_environment() -> str:
+    """The bearer token, which never stands on a command line."""
+    return os.environ.get(TOKEN_VARIABLE, "").strip()
+
+
+def open_channel(endpoint: Endpoint) -> grpc.aio.Channel:
+    """A fresh channel that shares nothing with earlier ones, their back-off included: reconnecting is our business.
+
+    Raises:
+        ConfigError: a certificate cannot be read.
+    """
+    options = [
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        ("grpc.enable_http_proxy", 0),
+    ]
+    if not endpoint.secure:
+        return grpc.aio.insecure_channel(endpoint.address, options=options)
+    credentials = grpc.ssl_channel_credentials(_read(endpoint.tls_ca), _read(endpoint.tls_key), _read(endpoint.tls_cert))
+    return grpc.aio.secure_channel(endpoint.address, credentials, options=options)
+
+
+def _read(path: Path | None) -> bytes | None:
+    try:
+        return path.read_bytes() if path else None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+
+
+def translate(error: grpc.aio.AioRpcError, address: str) -> HeadtailError:
+    """A failed call as an error of the tree; the server's own code wins where it sent one."""
+    status, details = error.code(), error.details() or ""
+    for key, value in error.trailing_metadata() or ():
+        if key == CODE_METADATA and value in BY_CODE:
+            return from_code(str(value), details or f"the server at {address} refused")
+    if "http1" in details.lower() or "HTTP/1" in details:
+        return UnreachableError(f"what answers at {address} is no headtail server: it speaks HTTP/1")
+    if status is grpc.StatusCode.UNIMPLEMENTED:
+        return UnreachableError(f"what answers at {address} speaks gRPC, but it is no headtail server", retryable=False)
+    if status is grpc.StatusCode.UNAVAILABLE and "drain" in details.lower():
+        return DrainingError(details)
+    if status in _TRANSIENT:
+        return UnreachableError(f"no headtail server answers at {address} ({_short(details) or status.name.lower()})")
+    if status in _BY_STATUS:
+        return _BY_STATUS[status](details or f"the server at {address} answered {status.name}")
+    return InternalError(f"the server at {address} failed: {_short(details) or status.name}", retryable=True)
+
+
+def _short(details: str) -> str:
+    """GRPC's text without its list of addresses."""
+    text = details.rpartition("; last error: ")[2] or details
+    for known, plain in (
+        ("Connection refused", "connection refused"), ("DNS", "the name cannot be resolved"), ("Name or service", "the name cannot be resolved"),
+        ("Socket closed", "the connection was closed"), ("reset by peer", "the connection was reset"), ("Ssl handshake", "TLS handshake failed"),
+        ("SSL", "TLS handshake failed"), ("FD Shutdown", "the connection was closed"), ("unreachable", "the network is unreachable"),
+    ):  # fmt: skip
+        if known in text:
+            return plain
+    return text.splitlines()[0][:160] if text else ""
+
+
+@contextmanager
+def translated(address: str) -> Iterator[None]:
+    """The client's one place where gRPC's exceptions become the project's."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise translate(error, address) from error
+    except grpc.aio.UsageError as error:
+        raise UnreachableError(f"the stream to {address} ended") from error

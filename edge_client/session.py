@@ -1,0 +1,314 @@
+"""The stream to the server: hello and welcome, frames out, results in, pings, and coming back after every failure.
+
+The only part of the client that touches the network while frames flow. It decides nothing about frames: what happens
+is told to ``SessionEvents`` on the event loop, and what is in flight belongs to the pipeline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import grpc.aio
+
+from edge_client.frames import NS_PER_S, Clock
+from edge_client.rpc import Endpoint, open_channel, translated
+from protos.errors import HeadtailError, ProtocolError, UnreachableError, VersionMismatchError
+from protos.headtail.v1 import headtail_pb2 as pb
+from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
+from protos.messages import PROTOCOL_VERSION, FrameLayer, Grant, Result
+
+log = logging.getLogger(__name__)
+
+Gate = Callable[[int, int], bool]
+"""(layer, bytes) → whether the layer may enter the network now."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Welcome:
+    """What the server said to our hello."""
+
+    session_id: str
+    model: str
+    bundle_sha256: str
+    max_in_flight: int
+    max_payload_bytes: int
+
+
+class SessionEvents(Protocol):
+    """Who is told. Every method is called on the event loop and returns at once."""
+
+    def hello(self) -> pb.Hello:
+        """The hello of the next stream."""
+        ...
+
+    def on_up(self, welcome: Welcome) -> None:
+        """The stream stands."""
+
+    def on_down(self, error: HeadtailError) -> None:
+        """The stream that stood is gone; what was in flight will not be answered."""
+
+    def on_result(self, result: Result, now_ns: int) -> None:
+        """An answer arrived, wanted or not."""
+
+    def on_sent(self, frame_id: int, layer: int, n_bytes: int, now_ns: int) -> None:
+        """A layer was handed to the transport."""
+
+    def on_unsent(self, frame_id: int) -> None:
+        """The frame's base layer was held back (too late, or no grant for it): no answer will come."""
+
+    def on_grant(self, grant: Grant, now_ns: int) -> None:
+        """The server allows more or less."""
+
+    def on_pong(self, rtt_ns: int, now_ns: int) -> None:
+        """A ping came back."""
+
+    def on_bundle_changed(self, sha256: str) -> None:
+        """The server's tail was replaced."""
+
+    def on_draining(self, grace_ns: int) -> None:
+        """The server is going away; it takes no new frames."""
+
+    def ping_due(self, now_ns: int) -> bool:
+        """Whether the round trip should be measured now."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionConfig:
+    """How patient the session is.
+
+    Attributes:
+        welcome_timeout_s: from dialling to the welcome; every third attempt waits four times as long, for slow links.
+        silence_s: a server that leaves a ping unanswered for so long counts as hung.
+        ping_s: a ping is sent at the latest after so much silence.
+        backoff_s: (first, longest) wait between attempts; each is drawn from half to the whole of it.
+    """
+
+    welcome_timeout_s: float = 2.5
+    silence_s: float = 4.0
+    ping_s: float = 1.0
+    backoff_s: tuple[float, float] = (0.15, 1.0)
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    layers: list[FrameLayer]
+    deadline_ns: int | None
+    gate: Gate | None
+
+
+class Session:
+    """One server, reconnected for as long as it takes."""
+
+    def __init__(
+        self, endpoint: Endpoint, events: SessionEvents, *, clock: Clock, config: SessionConfig | None = None, seed: int | None = None
+    ) -> None:
+        self.up = False
+        self.attempts = 0
+        self.reconnects = 0
+        self.error: HeadtailError | None = None
+        self.welcomed = asyncio.Event()
+        self.failed = asyncio.Event()
+        self._endpoint = endpoint
+        self._events = events
+        self._clock = clock
+        self._config = config or SessionConfig()
+        self._random = random.Random(seed)  # noqa: S311 - jitter, no secret
+        self._queue: deque[_Outgoing | pb.ClientMessage] = deque()
+        self._wake = asyncio.Event()
+        self._next_id = 0
+        self._closing = False
+        self._again = False
+        self._heard_ns = 0
+        self._unanswered_ns: int | None = None
+
+    # ------------------------------------------------------------------ for the pipeline
+
+    def send(self, layers: list[FrameLayer], *, deadline_ns: int | None, gate: Gate | None = None) -> int:
+        """Queues a frame's layers, base first, and returns the id the answer will carry.
+
+        Args:
+            layers: whose ``frame_id`` and times are filled in here.
+            deadline_ns: on our clock; a frame later than that is not sent.
+            gate: asked before each layer; a refused one ends the frame.
+        """
+        frame_id = self._next_id
+        self._next_id += 1
+        self._queue.append(_Outgoing([replace(layer, frame_id=frame_id) for layer in layers], deadline_ns, gate))
+        self._wake.set()
+        return frame_id
+
+    def restart(self) -> None:
+        """Says goodbye and hello again: with another bundle."""
+        self._again = True
+        self._say(pb.ClientMessage(goodbye=pb.Goodbye()))
+
+    def close(self) -> None:
+        """Says goodbye; ``run`` returns when the server has closed the stream, or after a second."""
+        self._closing = True
+        self._say(pb.ClientMessage(goodbye=pb.Goodbye()))
+
+    def _say(self, message: pb.ClientMessage) -> None:
+        self._queue.append(message)
+        self._wake.set()
+
+    # ------------------------------------------------------------------ the loop
+
+    async def run(self) -> None:
+        """Connects, and connects again, until ``close``.
+
+        Raises:
+            HeadtailError: before the first welcome, a failure that another attempt cannot mend.
+        """
+        wait_s, longest_s = self._config.backoff_s
+        while not self._closing:
+            self._again = False
+            self.attempts += 1
+            try:
+                await self._one_stream()
+                error: HeadtailError = UnreachableError(f"the server at {self._endpoint.address} closed the stream")
+            except HeadtailError as failure:
+                error = failure
+            was_up, self.up = self.up, False
+            self._queue.clear()
+            if was_up:
+                wait_s = self._config.backoff_s[0]
+                self._events.on_down(error)
+            if self._closing:
+                return
+            self.error = error
+            self.failed.set()
+            if self._again:
+                continue
+            if not error.retryable and not self.welcomed.is_set():
+                raise error
+            log.debug("session: %s", error.message)
+            await asyncio.sleep(wait_s * self._random.uniform(0.5, 1.0))
+            wait_s = min(wait_s * 1.7, longest_s)
+
+    async def _one_stream(self) -> None:
+        patience_s = self._config.welcome_timeout_s * (4 if self.attempts % 3 == 0 else 1)
+        with translated(self._endpoint.address):
+            async with open_channel(self._endpoint) as channel:
+                call = pb_grpc.HeadtailStub(channel).Session(metadata=self._endpoint.metadata)
+                try:
+                    async with asyncio.timeout(patience_s):
+                        await call.write(pb.ClientMessage(hello=self._events.hello()))
+                        welcome = self._check_welcome(await call.read())
+                except TimeoutError:
+                    raise UnreachableError(
+                        f"what listens at {self._endpoint.address} did not answer as a headtail server within {patience_s:g} s"
+                    ) from None
+                except asyncio.InvalidStateError as error:  # the call ended while we wrote
+                    raise UnreachableError(f"the stream to {self._endpoint.address} ended") from error
+                self._stand(welcome)
+                await self._converse(call)
+
+    def _check_welcome(self, message: object) -> Welcome:
+        if not isinstance(message, pb.ServerMessage):
+            raise ProtocolError(f"the server at {self._endpoint.address} closed the stream without a welcome", retryable=True)
+        if message.WhichOneof("content") != "welcome":
+            raise ProtocolError(f"the server at {self._endpoint.address} did not begin with a welcome")
+        w = message.welcome
+        if w.protocol_version != PROTOCOL_VERSION:
+            raise VersionMismatchError(
+                f"the server at {self._endpoint.address} speaks protocol version {w.protocol_version}, this client {PROTOCOL_VERSION}"
+            )
+        return Welcome(
+            session_id=w.session_id, model=w.model, bundle_sha256=w.bundle_sha256, max_in_flight=w.max_in_flight,
+            max_payload_bytes=w.max_payload_bytes,
+        )  # fmt: skip
+
+    def _stand(self, welcome: Welcome) -> None:
+        self._queue.clear()
+        self._next_id = 0
+        self.up = True
+        self.reconnects += self.welcomed.is_set()
+        self.welcomed.set()
+        self._heard_ns, self._unanswered_ns = self._clock(), None
+        self.error = None
+        self._events.on_up(welcome)
+
+    async def _converse(self, call: grpc.aio.StreamStreamCall) -> None:
+        tasks = [asyncio.create_task(f(call)) for f in (self._write, self._read, self._watch)]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            call.cancel()
+            for task in tasks:
+                task.cancel()
+            with suppress(asyncio.CancelledError):
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, call: grpc.aio.StreamStreamCall) -> None:
+        while isinstance(message := await call.read(), pb.ServerMessage):
+            now_ns = self._heard_ns = self._clock()
+            self._unanswered_ns = None
+            match message.WhichOneof("content"):
+                case "result":
+                    self._events.on_result(Result.from_proto(message.result), now_ns)
+                case "grant":
+                    self._events.on_grant(Grant.from_proto(message.grant), now_ns)
+                case "pong":
+                    self._events.on_pong(max(0, now_ns - message.pong.echo_sent_ns), now_ns)
+                case "bundle_changed":
+                    self._events.on_bundle_changed(message.bundle_changed.bundle_sha256)
+                case "draining":
+                    self._events.on_draining(message.draining.grace_ns)
+                case other:
+                    raise ProtocolError(f"the server sent {other or 'an empty message'} in the middle of a session")
+        if await call.code() is not grpc.StatusCode.OK:
+            raise grpc.aio.AioRpcError(
+                await call.code(), await call.initial_metadata(), await call.trailing_metadata(), details=await call.details()
+            )
+
+    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
+        while True:
+            while not self._queue:
+                self._wake.clear()
+                await self._wake.wait()
+            item = self._queue.popleft()
+            if isinstance(item, _Outgoing):
+                await self._write_frame(call, item)
+                continue
+            await call.write(item)
+            if item.WhichOneof("content") == "goodbye":
+                await call.done_writing()
+                await asyncio.sleep(1.0)
+                return
+
+    async def _write_frame(self, call: grpc.aio.StreamStreamCall, item: _Outgoing) -> None:
+        for layer in item.layers:
+            now_ns = self._clock()
+            left_ns = item.deadline_ns - now_ns if item.deadline_ns is not None else 0
+            late = item.deadline_ns is not None and left_ns <= 0
+            if late or (item.gate is not None and not item.gate(layer.layer, len(layer.payload))):
+                if layer.layer == 0:
+                    self._events.on_unsent(layer.frame_id)
+                return
+            # Told before the write: once gRPC has the bytes, the answer may be faster than this task.
+            self._events.on_sent(layer.frame_id, layer.layer, len(layer.payload), now_ns)
+            await call.write(pb.ClientMessage(layer=replace(layer, sent_ns=now_ns, deadline_remaining_ns=left_ns).to_proto()))
+
+    async def _watch(self, call: grpc.aio.StreamStreamCall) -> None:
+        del call
+        while True:
+            await asyncio.sleep(0.1)
+            now_ns = self._clock()
+            quiet = self._unanswered_ns is None and now_ns - self._heard_ns >= self._config.ping_s * NS_PER_S
+            if self._events.ping_due(now_ns) or quiet:
+                self._unanswered_ns = self._unanswered_ns or now_ns
+                self._say(pb.ClientMessage(ping=pb.Ping(sent_ns=now_ns)))
+            if self._unanswered_ns is not None and now_ns - self._unanswered_ns >= self._config.silence_s * NS_PER_S:
+                raise UnreachableError(f"the server at {self._endpoint.address} has been silent for {self._config.silence_s:g} s")
+
+
