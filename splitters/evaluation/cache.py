@@ -1,0 +1,49 @@
+"""Image codecs' results on disk, so that a bundle can be evaluated again without running the whole ladder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import __version__ as pillow
+
+from protos.messages import Answer, Box, Classification, ClassScore, Detection
+from splitters.bundle import Bundle
+from splitters.evaluation.image_codecs import OPTIONS, Setting
+from splitters.evaluation.measure import Measured, Photos
+
+
+def photos_key(bundle: Bundle, photos: Photos, setting: Setting) -> str:
+    """A name for one result: photos, whole model, codec with its options, Pillow's version."""
+    digest = hashlib.sha256(photos.pictures.tobytes())
+    tail = bundle.manifest.tail
+    # The whole model's own weights decide, not the bottleneck's.
+    for path in tail.get("base_weights", tail.get("weights", [tail.get("whole", tail.get("path"))])):
+        digest.update(bundle.manifest.part(path).sha256.encode())
+    digest.update(json.dumps([asdict(setting), dict(OPTIONS[setting.codec]), pillow], sort_keys=True).encode())
+    return digest.hexdigest()[:24]
+
+
+def store(folder: Path, key: str, measured: Measured) -> None:
+    """Writes one result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"sizes": measured.sizes.tolist(), "answers": [asdict(a) for a in measured.answers]}
+    (folder / f"{key}.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+def load(folder: Path, key: str) -> Measured | None:
+    """Reads one result, None where it is not there."""
+    path = folder / f"{key}.json"
+    if not path.exists():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return Measured(sizes=np.array(data["sizes"]), answers=[_answer(a) for a in data["answers"]])
+
+
+def _answer(data: dict[str, list[dict[str, object]]]) -> Answer:
+    if "top" in data:
+        return Classification(top=tuple(ClassScore(**c) for c in data["top"]))  # type: ignore[arg-type]
+    return Detection(boxes=tuple(Box(**{**b, "box_px": tuple(b["box_px"])}) for b in data["boxes"]))  # type: ignore[arg-type]

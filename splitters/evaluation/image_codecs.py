@@ -1,0 +1,84 @@
+"""The baselines: the model's input as JPEG, WebP or AVIF, over qualities and input sizes.
+
+Every setting is 4:2:0. JPEG: optimised Huffman tables, progressive; WebP: method 6; AVIF: speed 6. Shape legend: pictures are
+(H, W, 3) uint8 BGR, H and W the model's input size.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, features
+
+from protos.errors import ConfigError
+
+Picture = NDArray[np.uint8]
+SIZES_PX = (128, 160, 192, 224)
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "jpeg": {"format": "JPEG", "optimize": True, "progressive": True, "subsampling": "4:2:0"},
+    "webp": {"format": "WEBP", "method": 6},
+    "avif": {"format": "AVIF", "speed": 6, "subsampling": "4:2:0", "max_threads": 1},
+}
+QUALITIES: Mapping[str, tuple[int, ...]] = {
+    "jpeg": (4, 8, 14, 24, 40, 65, 85),
+    "webp": (1, 6, 15, 30, 50, 75, 90),
+    "avif": (8, 16, 24, 34, 46, 60, 75),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One baseline setting.
+
+    Attributes:
+        codec: ``jpeg``, ``webp`` or ``avif``.
+        quality: as Pillow counts it.
+        size_px: the picture's shorter side is reduced to this before encoding and enlarged again after decoding.
+    """
+
+    codec: str
+    quality: int
+    size_px: int
+
+    def __str__(self) -> str:
+        return f"{self.codec} q{self.quality} {self.size_px} px"
+
+
+def ladder(codec: str, input_px: int, qualities: tuple[int, ...] | None = None) -> list[Setting]:
+    """Every setting of one codec for a model whose input's shorter side is ``input_px``.
+
+    Raises:
+        ConfigError: the codec is unknown, or this Pillow was built without it.
+    """
+    if codec not in OPTIONS:
+        raise ConfigError(f"image codec {codec!r} is unknown; there are {', '.join(OPTIONS)}")
+    if codec != "jpeg" and not features.check(codec):
+        raise ConfigError(f"this Pillow cannot write {codec}; install Pillow 11.3 or newer from PyPI")
+    sizes = [round(input_px * s / 224) for s in SIZES_PX]
+    return [Setting(codec=codec, quality=q, size_px=s) for s in sizes for q in qualities or QUALITIES[codec]]
+
+
+def encode(picture: Picture, setting: Setting) -> bytes:
+    """The compressed picture, reduced first where the setting says so."""
+    h, w = picture.shape[:2]
+    scale = setting.size_px / min(h, w)
+    small = picture if scale >= 1 else cv2.resize(picture, (round(w * scale), round(h * scale)), interpolation=cv2.INTER_AREA)
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(small[..., ::-1])).save(out, quality=setting.quality, **OPTIONS[setting.codec])
+    return out.getvalue()
+
+
+def decode(data: bytes, height_px: int, width_px: int) -> Picture:
+    """Decoded and, where it was reduced, enlarged again (bicubic)."""
+    with Image.open(io.BytesIO(data)) as opened:
+        picture = np.ascontiguousarray(np.asarray(opened.convert("RGB"))[..., ::-1])
+    if picture.shape[:2] != (height_px, width_px):
+        picture = cv2.resize(picture, (width_px, height_px), interpolation=cv2.INTER_CUBIC).astype(np.uint8, copy=False)
+    return picture

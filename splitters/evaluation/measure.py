@@ -1,0 +1,189 @@
+"""Runs a bundle, and image codecs in its place, over photos: real payload bytes, answers, milliseconds.
+
+Shape legend: M photos, N batch; pictures are (H, W, 3) uint8 BGR of the model's input size; latents carry no batch axis.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from protos.errors import SourceError
+from protos.messages import Answer
+from splitters.bundle import Bundle
+from splitters.codec import LatentCodec
+from splitters.evaluation.image_codecs import Picture, Setting, decode, encode
+from splitters.operating_point import OperatingPoint, Quantiles
+from splitters.postprocess import SizePx
+from splitters.preprocess import input_image, normalise
+from splitters.tails import Tail
+
+log = logging.getLogger(__name__)
+Floats = NDArray[np.float32]
+_BATCH = 25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Photos:
+    """Photos as the model takes them.
+
+    Attributes:
+        pictures: (M, H, W, 3) uint8.
+        sizes_px: (width, height) of each source photo.
+    """
+
+    pictures: NDArray[np.uint8]
+    sizes_px: tuple[SizePx, ...]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+
+def load_photos(files: Sequence[Path], bundle: Bundle) -> Photos:
+    """Reads and resizes photos as the device would.
+
+    Raises:
+        SourceError: one cannot be read.
+    """
+    pictures, sizes = [], []
+    for file in files:
+        frame = cv2.imread(str(file), cv2.IMREAD_COLOR)
+        if frame is None:
+            raise SourceError(f"{file} is no readable image")
+        pictures.append(input_image(frame.astype(np.uint8, copy=False), bundle.manifest.preprocess))
+        sizes.append((frame.shape[1], frame.shape[0]))
+    return Photos(pictures=np.stack(pictures), sizes_px=tuple(sizes))
+
+
+class Device:
+    """A bundle's head as a device runs it: one thread, every graph open.
+
+    Args:
+        bundle: whose head it is.
+        threads: of ONNX Runtime.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        head = bundle.manifest.head
+
+        def session(path: str) -> ort.InferenceSession:
+            return ort.InferenceSession(str(bundle.part_path(path)), options, providers=["CPUExecutionProvider"])
+
+        self._spec = bundle.manifest.preprocess
+        self.stem = session(head.stem)
+        self.graphs = {name: session(path) for name, path in head.graphs.items()}
+        self._inputs = {name: s.get_inputs()[0].name for name, s in self.graphs.items()}
+
+    def stem_map(self, picture: Picture) -> list[Floats]:
+        """The stem's outputs, batch of one."""
+        outputs: list[Floats] = self.stem.run(None, {"image": normalise(picture, self._spec)})
+        return outputs
+
+    def latents(self, stem_map: Sequence[Floats], graphs: Sequence[str]) -> list[Floats]:
+        """Latents, batch of one: the stem's outputs, or the graphs' sum."""
+        if not graphs:
+            return list(stem_map)
+        shares = [self.graphs[g].run(None, {self._inputs[g]: stem_map[0]}) for g in graphs]
+        return [np.sum(parts, axis=0, dtype=np.float32) if len(parts) > 1 else parts[0] for parts in zip(*shares, strict=True)]
+
+    def time_ms(self, picture: Picture, settings: Sequence[tuple[str, ...]], rounds: int = 40) -> dict[tuple[str, ...], Quantiles]:
+        """Head time of every set of graphs, stem included, measured in turns so that disturbances hit all alike."""
+        taken: dict[tuple[str, ...], list[float]] = {s: [] for s in settings}
+        image = {"image": normalise(picture, self._spec)}
+        for _ in range(rounds):
+            for graphs in settings:
+                start = time.perf_counter_ns()
+                self.latents(self.stem.run(None, image), graphs)
+                taken[graphs].append((time.perf_counter_ns() - start) / 1e6)
+        return {s: quantiles(np.array(ms[2:])) for s, ms in taken.items()}
+
+
+def quantiles(values: NDArray[np.float64]) -> Quantiles:
+    """Median and 95th percentile."""
+    return Quantiles(p50=float(np.percentile(values, 50)), p95=float(np.percentile(values, 95)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One setting over all photos: bytes of each payload, (M,), and the answers."""
+
+    sizes: NDArray[np.float64]
+    answers: list[Answer]
+
+
+def run_points(
+    bundle: Bundle, codec: LatentCodec, tail: Tail, photos: Photos, points: Sequence[OperatingPoint], *, tick: Callable[[str], None]
+) -> dict[int, Measured]:
+    """Every operating point over every photo, through real payloads: what the server decodes is what it answers from.
+
+    Args:
+        bundle: the bundle.
+        codec: its latent codec.
+        tail: its tail.
+        photos: the photos.
+        points: what to measure.
+        tick: told of every finished point.
+    """
+    device = Device(bundle)
+    measured: dict[int, Measured] = {}
+    for graphs in dict.fromkeys(p.graphs for p in points):
+        latents = [
+            [t[0] for t in device.latents(device.stem_map(p), graphs)]
+            for p in photos.pictures
+        ]
+        for point in (p for p in points if p.graphs == graphs):
+            measured[point.id] = _run_point(codec, tail, photos, latents, point)
+            tick(f"operating point {point.id}")
+    return measured
+
+
+def _run_point(codec: LatentCodec, tail: Tail, photos: Photos, latents: list[list[Floats]], point: OperatingPoint) -> Measured:
+    sizes = np.zeros(len(photos))
+    answers: list[Answer] = []
+    waiting: list[tuple[Floats, ...]] = []
+    for i, latent in enumerate(latents):
+        layers = codec.encode(codec.quantise(latent, point.codec_point))
+        sizes[i] = sum(map(len, layers))
+        waiting.append(codec.dequantise(codec.decode(layers)))
+        if len(waiting) == _BATCH or i == len(latents) - 1:
+            batch = [np.stack(tensors) for tensors in zip(*waiting, strict=True)]
+            answers += tail.run(batch, photos.sizes_px[i + 1 - len(waiting) : i + 1])
+            waiting = []
+    return Measured(sizes=sizes, answers=answers)
+
+
+def run_whole(tail: Tail, photos: Photos, pictures: Sequence[Picture] | NDArray[np.uint8] | None = None) -> list[Answer]:
+    """The whole model on pictures (default: the photos themselves)."""
+    given = photos.pictures if pictures is None else pictures
+    answers: list[Answer] = []
+    for at in range(0, len(given), _BATCH):
+        answers += tail.run_images(list(given[at : at + _BATCH]), photos.sizes_px[at : at + _BATCH])
+    return answers
+
+
+def run_image_codec(tail: Tail, photos: Photos, setting: Setting) -> Measured:
+    """The whole model on compressed pictures."""
+    h, w = photos.pictures.shape[1:3]
+    payloads = [encode(p, setting) for p in photos.pictures]
+    answers = run_whole(tail, photos, [decode(data, h, w) for data in payloads])
+    return Measured(sizes=np.array([len(p) for p in payloads], np.float64), answers=answers)
+
+
+def encode_ms(photos: Photos, setting: Setting, count: int = 20) -> float:
+    """Median time to compress one picture."""
+    taken = []
+    for picture in photos.pictures[:count]:
+        start = time.perf_counter_ns()
+        encode(picture, setting)
+        taken.append((time.perf_counter_ns() - start) / 1e6)
+    return float(np.median(taken))

@@ -1,0 +1,67 @@
+"""The picture of a report: accuracy over payload bytes, beside the image codecs, and encoder time beside theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from splitters.evaluate import Report
+from splitters.evaluation.bdrate import Array, Photos, front
+
+_COLOURS = {"jpeg": "#8c564b", "webp": "#7f7f7f", "avif": "#1f77b4"}
+
+
+def plot(report: Report, path: Path) -> None:
+    """Writes a PNG.
+
+    Args:
+        report: from ``evaluate``.
+        path: the file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(1.6, 1), layout="constrained")
+    ours, *others = report.curves
+    for curve in others:
+        points = front(curve.points())
+        left.plot(points[:, 0], points[:, 1], "-", marker="s", ms=3, lw=1, color=_COLOURS.get(curve.name), label=f"{curve.name.upper()}, best of quality × size")
+    kinds = dict.fromkeys(p.graphs for p in report.points)
+    shades = plt.get_cmap("plasma")(np.linspace(0.8, 0.1, len(kinds)))
+    measured = ours.points()
+    for shade, graphs in zip(shades, kinds, strict=True):
+        rows = [i for i, p in enumerate(report.points) if p.graphs == graphs]
+        points = front(measured[rows])
+        head_ms = report.points[rows[0]].head_ms.p50
+        label = f"{'+'.join(graphs) or 'head'} ({head_ms:.2f} ms)"
+        left.plot(points[:, 0], points[:, 1], "-", marker="o", ms=4, color=shade, label=label)
+        right.scatter([head_ms], [points[:, 1].max()], color=shade, s=60)
+        right.annotate("+".join(graphs), (head_ms, points[:, 1].max()), textcoords="offset points", xytext=(6, -4), fontsize=8)
+    if not np.isnan(report.whole):
+        left.axhline(report.whole, ls="--", lw=0.8, color="black", label="whole model, no compression")
+    _band(left, measured, ours.sizes.shape[1], ours.accuracy)
+    for name, ms in report.encode_ms.items():
+        right.axvline(ms, ls=":", color=_COLOURS.get(name))
+        right.annotate(f"{name} encode", (ms, right.get_ylim()[0]), rotation=90, fontsize=8, va="bottom", ha="right")
+    left.set(xscale="log", xlabel="payload, bytes a photo (log)", ylabel=report.metric, title=f"{report.model}: {report.photos} photos")
+    right.set(xlabel="head time, ms, one thread", ylabel=f"best {report.metric}", title="Compute knob", xscale="log")
+    left.grid(alpha=0.3)
+    right.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _band(axis: object, measured: Array, photos: int, accuracy: object) -> None:
+    """95 % bootstrap bars of the non-dominated points."""
+    rng = np.random.default_rng(0)
+    kept = {tuple(p) for p in front(measured)}
+    for i, point in enumerate(measured):
+        if tuple(point) in kept:
+            drawn: list[Photos] = [rng.integers(0, photos, photos) for _ in range(200)]
+            low, high = np.percentile([accuracy(i, d) for d in drawn], [2.5, 97.5])  # type: ignore[operator]
+            axis.plot([point[0]] * 2, [low, high], color="black", lw=0.6, alpha=0.5)  # type: ignore[attr-defined]

@@ -1,0 +1,106 @@
+"""The full configuration of one training, as returned by a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protos.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A stretch of training.
+
+    Attributes:
+        steps: optimiser steps.
+        lr: peak learning rate of newly made parts; falls along a cosine over the stage.
+        lr_own: that of the own encoder's blocks, 0 keeps them frozen.
+        lr_tail: that of the student's tail, 0 keeps it frozen.
+        tail_stages: how many leading tail stages ``lr_tail`` applies to.
+        tiers: share of each encoder tier among a batch's samples, cheapest first; they sum to 1.
+        train_quantiser: gains and prior are learned.
+    """
+
+    steps: int
+    lr: float = 1e-3
+    lr_own: float = 0.0
+    lr_tail: float = 0.0
+    tail_stages: int = 1
+    tiers: tuple[float, ...] = (1.0,)
+    warmup_steps: int = 50
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or abs(sum(self.tiers) - 1) > 1e-6:
+            raise ConfigError("a stage needs at least one step and tier shares that sum to 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossWeights:
+    """Weights of the loss's terms; features are compared in units of the teacher's variance.
+
+    Attributes:
+        cut: mean squared error at the cut.
+        stages: at each matched stage but the last.
+        logits: Kullback-Leibler divergence of the logits (classification), else squared error at the last stage.
+        latent: a cheap tier's latent against the dearest tier's.
+    """
+
+    cut: float = 0.3
+    stages: tuple[float, ...] = (1.0, 1.0)
+    logits: float = 1.0
+    latent: float = 0.3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training.
+
+    Attributes:
+        model: name of a builder in ``splitters.train.recipes``.
+        data: sub-folders of the data directory to learn from; empty for all of it.
+        target_bytes: estimated payload of each gain tier in the dearest encoder tier, finest first: the trade-off
+            between loss and bits of every tier is steered towards it.
+        truncate: probability that a sample loses a random number of its trailing channels (tail-drop).
+        prefixes: how many channels such a sample keeps.
+        lost_layers: probability that a sample loses a channel group in the middle (masks of lost layers).
+        groups: first channel of every group.
+        hold_out: photos kept for ``dev``.
+        ema: decay of the averaged weights.
+    """
+
+    model: str
+    stages: tuple[Stage, ...]
+    target_bytes: tuple[float, ...]
+    data: tuple[str, ...] = ()
+    size_px: int = 224
+    mean: tuple[float, float, float] = (127 / 255, 127 / 255, 127 / 255)
+    std: tuple[float, float, float] = (128 / 255, 128 / 255, 128 / 255)
+    loss: LossWeights = LossWeights()
+    batch: int = 32
+    area: float = 0.25
+    truncate: float = 0.25
+    prefixes: tuple[int, ...] = (8, 12, 16, 24, 32, 40)
+    lost_layers: float = 0.0
+    groups: tuple[int, ...] = (0, 16, 32)
+    hold_out: int = 500
+    ema: float = 0.998
+    clip_norm: float = 2.0
+    seed: int = 0
+    checkpoint_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        if any(b <= 0 for b in self.target_bytes) or list(self.target_bytes) != sorted(self.target_bytes, reverse=True):
+            raise ConfigError("target_bytes falls from the finest tier to the coarsest")
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> tuple[Stage, int]:
+        """The stage that step number ``step`` falls into, and its index within it."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage, step
+            step -= stage.steps
+        return self.stages[-1], self.stages[-1].steps - 1

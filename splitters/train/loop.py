@@ -1,0 +1,220 @@
+"""The training loop of a learned bottleneck: any staged base model, any folder of photos, CPU or GPU.
+
+One step draws a batch, runs the teacher once, gives every sample its own encoder tier, gain tier and number of
+channels (the sandwich rule spread over the batch), and answers all of them through one decoder and tail.
+Everything random in step k comes from (seed, k), so a resumed run continues exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from splitters.models.ensemble import OwnEncoder, SmallEncoder
+from splitters.models.learned import LearnedSplit, StagedModel, run_stages
+from splitters.train.checkpoint import load_checkpoint, save_checkpoint
+from splitters.train.config import Stage, TrainConfig
+from splitters.train.losses import BitrateSteering, distortion, relative_error
+from splitters.train.photos import Crops, PhotoCache
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What one step measured: means over the batch.
+
+    Attributes:
+        step: steps done, of ``steps``.
+        loss: the whole loss.
+        distortion: without the bits.
+        latent: the cheap tiers' squared error against the dearest latent, in its variance.
+        tier_bytes: running estimate of each gain tier's payload.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    distortion: float
+    latent: float
+    tier_bytes: tuple[float, ...]
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        config: what the recipe says.
+        base: the teacher.
+        student: trained in place.
+        photos: decoded training photos.
+        out: run directory: checkpoints.
+        device: torch device.
+        clock_s: monotonic seconds, for checkpoints.
+    """
+
+    def __init__(
+        self, config: TrainConfig, base: StagedModel, student: LearnedSplit, photos: PhotoCache, *, out: Path, device: torch.device, clock_s: Callable[[], float]
+    ) -> None:
+        self.config, self.base, self.student, self.photos, self.out, self.device, self.clock_s = config, base, student, photos, out, device, clock_s
+        self.crops = Crops(size_px=config.size_px, area=config.area, mean=config.mean, std=config.std)
+        base.modules().to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        student.to(device, memory_format=torch.channels_last)
+        self.groups = parameter_groups(student)
+        self.optimiser = torch.optim.Adam([{"params": params, "lr": 0.0} for params in self.groups.values()], betas=(0.9, 0.99))
+        self.ema = {name: value.detach().clone() for name, value in student.state_dict().items()}
+        bits = [8 * b for b in config.target_bytes]
+        self.steering = BitrateSteering(bits, [0.02 * bits[0] / b for b in bits])
+        self.running_bytes = list(config.target_bytes)
+        self.step = 0
+        if (out / "checkpoint.safetensors").exists():
+            self.step = load_checkpoint(self)
+            log.info("resumed at step %d", self.step)
+
+    def run(self, on_step: Callable[[StepReport], None] | None = None, stop: Callable[[], bool] = lambda: False) -> None:
+        """Trains to the last step, or until ``stop`` says so, with checkpoints."""
+        saved_s = self.clock_s()
+        while self.step < self.config.steps and not stop():
+            report = self.train_step()
+            self.step += 1
+            if on_step is not None:
+                on_step(report)
+            if self.clock_s() - saved_s > self.config.checkpoint_s:
+                save_checkpoint(self)
+                saved_s = self.clock_s()
+        save_checkpoint(self)
+
+    def _prepare(self, stage: Stage, index: int) -> None:
+        warm = min(1.0, (index + 1) / stage.warmup_steps)
+        fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * index / stage.steps))
+        for group, (name, params) in zip(self.optimiser.param_groups, self.groups.items(), strict=True):
+            lr = {"new": stage.lr, "quantiser": 4 * stage.lr, "own": stage.lr_own}.get(name, 0.0)
+            if name.startswith("tail"):
+                lr = stage.lr_tail if int(name[4:]) < stage.tail_stages else 0.0
+            group["lr"] = lr * warm * fall
+            for p in params:
+                p.requires_grad_(lr > 0)
+
+    def _teach(self, images: Tensor) -> list[Tensor]:
+        with torch.no_grad(), self._amp():
+            cut = self.base.body(self.base.stem(images))
+            return [t.float() for t in [cut, *run_stages(self.base.stages, cut)]]
+
+    def _amp(self) -> torch.autocast:
+        fast = self.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
+
+    def _draw(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Gain tier (n,) and kept channels (n, C) of every sample."""
+        config, c = self.config, self.student.quantiser.log_gain.shape[1]
+        gain = (np.arange(n) + rng.integers(len(config.target_bytes))) % len(config.target_bytes)
+        kept = np.ones((n, c), np.float32)
+        for row in kept:
+            if rng.random() < config.truncate:
+                row[int(rng.choice(config.prefixes)) :] = 0
+            elif rng.random() < config.lost_layers:
+                group = int(rng.integers(1, len(config.groups)))
+                row[config.groups[group] : ([*config.groups, c])[group + 1]] = 0
+        return torch.from_numpy(rng.permutation(gain)).to(self.device), torch.from_numpy(kept).to(self.device)
+
+    def _latents(self, images: Tensor, stage: Stage, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Latents (n, C, h, w) of every sample in its own tier, and the cheap ones' mean mismatch."""
+        ensemble = self.student.ensemble
+        with torch.no_grad():
+            stem_map = self.student.stem(images)
+        dearest = len(ensemble.tiers) - 1
+        counts = shares(stage.tiers, len(images), rng)
+        if stage.lr_own == 0 and isinstance(own := ensemble.encoders[ensemble.tiers[dearest].runs[0][0]], OwnEncoder):
+            with torch.no_grad(), self._amp():
+                cut = own.body(stem_map)
+            best = own.project(cut.float())
+        else:
+            best = ensemble(stem_map, dearest)
+        parts, errors, at = [], [], 0
+        for tier, count in enumerate(counts):
+            if count and tier < dearest:
+                mine = ensemble(stem_map[at : at + count], tier)
+                errors.append(relative_error(mine, best[at : at + count].detach()))
+                parts.append(mine)
+            elif count:
+                parts.append(best[at : at + count])
+            at += count
+        mismatch = torch.cat(errors).sum() / len(images) if errors else best.new_zeros(())
+        return torch.cat(parts), mismatch
+
+    def train_step(self) -> StepReport:
+        """One optimiser step."""
+        config = self.config
+        stage, index = config.stage_at(self.step)
+        self._prepare(stage, index)
+        rng = np.random.default_rng([config.seed, self.step])
+        torch.manual_seed(config.seed * 1_000_003 + self.step)
+        self.student.train()
+        images = self.photos.batch(rng.integers(0, len(self.photos), config.batch), self.crops, rng).to(self.device, memory_format=torch.channels_last)
+        teacher = self._teach(images)
+        latent, mismatch = self._latents(images, stage, rng)
+        gain, kept = self._draw(len(images), rng)
+        restored, bits = self.student.quantiser(latent, gain, kept)
+        wrong = distortion(self.student.answer(restored), teacher, config.loss, logits=self.base.task == "classification")
+        loss = (wrong + self.steering.weight(gain.cpu()).to(self.device) * bits).mean() + config.loss.latent * mismatch
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([p for g in self.groups.values() for p in g if p.grad is not None], config.clip_norm)
+        self.optimiser.step()
+        self._average()
+        return self._report(stage, gain, kept, bits, float(loss), float(wrong.mean()), float(mismatch))
+
+    def _report(self, stage: Stage, gain: Tensor, kept: Tensor, bits: Tensor, loss: float, wrong: float, mismatch: float) -> StepReport:
+        whole = kept.min(1).values > 0
+        counts = shares(stage.tiers, len(gain), None)
+        dearest = torch.zeros(len(gain), dtype=torch.bool, device=gain.device)
+        dearest[len(gain) - counts[-1] :] = True
+        told = (whole & dearest).cpu()
+        if bool(told.any()):
+            g, b = gain.cpu()[told], bits.detach().cpu()[told]
+            self.steering.observe(g, b)
+            for t in g.unique().tolist():
+                self.running_bytes[t] += 0.05 * (float(b[g == t].mean()) / 8 - self.running_bytes[t])
+        return StepReport(step=self.step + 1, steps=self.config.steps, loss=loss, distortion=wrong, latent=mismatch, tier_bytes=tuple(self.running_bytes))
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        keep = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        for name, value in self.student.state_dict().items():
+            if value.dtype.is_floating_point:
+                self.ema[name].lerp_(value, 1 - keep)
+            else:
+                self.ema[name].copy_(value)
+
+
+def shares(fractions: tuple[float, ...], n: int, rng: np.random.Generator | None) -> list[int]:
+    """How many of ``n`` samples each tier gets: whole parts first, the rest drawn (or to the last tier without ``rng``)."""
+    counts = [int(f * n + 1e-9) for f in fractions]
+    rest = n - sum(counts)
+    if rest:
+        left = np.array([f * n - c for f, c in zip(fractions, counts, strict=True)])
+        order = np.argsort(-left, kind="stable") if rng is None else rng.choice(len(counts), rest, replace=False, p=left / left.sum())
+        for i in order[:rest]:
+            counts[int(i)] += 1
+    return counts
+
+
+def parameter_groups(student: LearnedSplit) -> dict[str, list[nn.Parameter]]:
+    """Trainable parameters by role: ``new``, ``quantiser``, ``own`` (the base's own blocks), ``tail0``, ``tail1`` …"""
+    groups: dict[str, list[nn.Parameter]] = {"new": list(student.decoder.parameters()), "quantiser": list(student.quantiser.parameters()), "own": []}
+    for encoder in student.ensemble.encoders:
+        if isinstance(encoder, OwnEncoder):
+            groups["own"] += list(encoder.body.parameters())
+            groups["new"] += list(encoder.project.parameters())
+        elif isinstance(encoder, SmallEncoder):
+            groups["new"] += [*encoder.body.parameters(), *encoder.project.parameters()]
+    for i, stage in enumerate(student.stages):
+        groups[f"tail{i}"] = list(stage.parameters())
+    return {name: params for name, params in groups.items() if params}

@@ -1,0 +1,155 @@
+"""Training photographs: a folder of any images, decoded once, cropped at random.
+
+Shape legend: images (N, 3, size, size) float32, normalised; photos uint8 (H, W, 3) RGB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from protos.errors import SourceError
+
+log = logging.getLogger(__name__)
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_LONGEST = 1.6  # longest to shortest side kept
+
+
+def list_photos(roots: Iterable[Path]) -> list[Path]:
+    """Every image below ``roots``, sorted within each root.
+
+    Raises:
+        SourceError: a root does not exist or none holds an image.
+    """
+    found: list[Path] = []
+    for root in roots:
+        if not root.exists():
+            raise SourceError(f"{root} does not exist: give --data a folder of photos")
+        found += sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise SourceError("no images found: --data must hold .jpg, .jpeg, .png, .webp or .bmp files")
+    return found
+
+
+def hold_out(photos: Sequence[Path], count: int, seed: int) -> tuple[list[Path], list[Path]]:
+    """Splits ``photos`` into training and held-out ones, the same split for the same files and seed."""
+    order = sorted(photos, key=lambda p: hashlib.sha256(f"{seed}/{p.parent.name}/{p.name}".encode()).digest())
+    return sorted(order[count:]), sorted(order[:count])
+
+
+def _load(path: Path, short_px: int) -> NDArray[np.uint8]:
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    w, h = image.size
+    scale = short_px / min(w, h)
+    if scale < 1:
+        image = image.resize((max(short_px, round(w * scale)), max(short_px, round(h * scale))), Image.Resampling.BICUBIC)
+    a = np.asarray(image)
+    h, w = a.shape[:2]
+    across, down = min(w, int(_LONGEST * h)), min(h, int(_LONGEST * w))
+    top, left = (h - down) // 2, (w - across) // 2
+    return np.ascontiguousarray(a[top : top + down, left : left + across])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Crops:
+    """How training crops are drawn.
+
+    Attributes:
+        size_px: side of the model's input.
+        area: smallest share of the photo's area that a crop shows.
+        mean: subtracted per channel, of values in 0..1.
+        std: divided by per channel.
+    """
+
+    size_px: int
+    area: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class PhotoCache:
+    """Decoded photos in one flat file, read through a memory map.
+
+    Args:
+        photos: the files, in order.
+        folder: where the cache lies; reused while the list of photos is the same.
+        short_px: shortest side they are reduced to.
+    """
+
+    def __init__(self, photos: Sequence[Path], folder: Path, short_px: int = 256) -> None:
+        key = hashlib.sha256("\n".join([str(short_px), *map(str, photos)]).encode()).hexdigest()[:16]
+        self.path, index = folder / f"photos-{key}.u8", folder / f"photos-{key}.json"
+        if not index.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            shapes: list[tuple[int, int, int]] = []
+            offset = 0
+            with self.path.open("wb") as out:
+                for path in photos:
+                    a = _load(path, short_px)
+                    out.write(a.tobytes())
+                    shapes.append((offset, a.shape[0], a.shape[1]))
+                    offset += a.nbytes
+            index.write_text(json.dumps(shapes))
+            log.info("decoded %d photos, %.1f MB", len(photos), offset / 1e6)
+        self.shapes: list[tuple[int, int, int]] = [tuple(s) for s in json.loads(index.read_text())]
+        self.flat = np.memmap(self.path, np.uint8, "r")
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def photo(self, i: int) -> NDArray[np.uint8]:
+        """Photo ``i``, (H, W, 3)."""
+        offset, h, w = self.shapes[i]
+        return self.flat[offset : offset + h * w * 3].reshape(h, w, 3)
+
+    def batch(self, indices: Iterable[int], crops: Crops, rng: np.random.Generator) -> Tensor:
+        """Random resized crops, mirrored half of the time."""
+        taken = [_crop(self.photo(i), crops, rng) for i in indices]
+        return normalise(np.stack(taken), crops)
+
+
+def normalise(photos: NDArray[np.uint8], crops: Crops) -> Tensor:
+    """uint8 (N, H, W, 3) to the model's input."""
+    x = torch.from_numpy(photos).permute(0, 3, 1, 2).float().div_(255.0)
+    mean, std = torch.tensor(crops.mean)[:, None, None], torch.tensor(crops.std)[:, None, None]
+    return x.sub_(mean).div_(std)
+
+
+def _crop(photo: NDArray[np.uint8], crops: Crops, rng: np.random.Generator) -> NDArray[np.uint8]:
+    import cv2
+
+    h, w = photo.shape[:2]
+    area = h * w * rng.uniform(crops.area, 1.0)
+    aspect = np.exp(rng.uniform(-0.288, 0.288))  # 3:4 to 4:3
+    across, down = min(w, int((area * aspect) ** 0.5)), min(h, int((area / aspect) ** 0.5))
+    top, left = int(rng.integers(0, h - down + 1)), int(rng.integers(0, w - across + 1))
+    part = photo[top : top + down, left : left + across]
+    if rng.random() < 0.5:
+        part = part[:, ::-1]
+    shrinks = down * across > crops.size_px**2
+    resized: NDArray[np.uint8] = cv2.resize(np.ascontiguousarray(part), (crops.size_px, crops.size_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return resized
+
+
+def centred(path: Path, size_px: int) -> NDArray[np.uint8]:
+    """The photo's shortest side at ``size_px``, centre square, uint8 (size, size, 3): as it is judged."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    w, h = image.size
+    scale = size_px / min(w, h)
+    if scale != 1:
+        image = image.resize((max(size_px, round(w * scale)), max(size_px, round(h * scale))), Image.Resampling.BICUBIC)
+    w, h = image.size
+    left, top = (w - size_px) // 2, (h - size_px) // 2
+    return np.asarray(image.crop((left, top, left + size_px, top + size_px)))
