@@ -1,0 +1,112 @@
+"""One frame to one result: decode, tail, timings. Shared by sessions and the unary call."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from edge_server.assembly import Frame
+from edge_server.backends import Backend, TailWork
+from edge_server.config import Limits
+from edge_server.decode import Decoded, decode_frame
+from edge_server.metrics import Metrics
+from edge_server.models import Model
+from edge_server.references import References
+from protos.errors import HeadtailError, InternalError, OverloadedError
+from protos.messages import Result, ServerTimings
+
+log = logging.getLogger(__name__)
+
+
+class Answerer:
+    """Turns frames into results; never raises for a bad frame.
+
+    Args:
+        backend: where tails run.
+        limits: of pending payloads and pictures.
+        decode_threads: of the executor that decodes.
+        clock: monotonic ns.
+        metrics: counts.
+    """
+
+    def __init__(
+        self, backend: Backend, limits: Limits, *, decode_threads: int, clock: Callable[[], int], metrics: Metrics
+    ) -> None:
+        self._backend = backend
+        self._limits = limits
+        self._clock = clock
+        self._metrics = metrics
+        self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+        self._pending_bytes = 0
+
+    @property
+    def pending_bytes(self) -> int:
+        """Payloads that wait for their answers."""
+        return self._pending_bytes
+
+    async def answer(self, model: Model, frame: Frame, references: References) -> Result:
+        """The frame's result, an error included.
+
+        Args:
+            model: the session's.
+            frame: as it arrived.
+            references: the session's history; the decoded symbols are added.
+        """
+        size = frame.payload_bytes
+        self._pending_bytes += size
+        try:
+            result = await self._answer(model, frame, references)
+        except HeadtailError as error:
+            result = failed(frame, error, self._clock())
+        except Exception:
+            log.exception("frame %d failed", frame.frame_id)
+            result = failed(frame, InternalError("the server failed on this frame; its log says why"), self._clock())
+        finally:
+            self._pending_bytes -= size
+        self._metrics.on_result(model.name, result, size)
+        return result
+
+    async def _answer(self, model: Model, frame: Frame, references: References) -> Result:
+        if frame.error is not None:
+            raise frame.error
+        if self._pending_bytes > self._limits.max_pending_bytes:
+            raise OverloadedError(f"{self._pending_bytes} payload bytes wait for their answers already")
+        start_ns = self._clock()
+        if frame.deadline_ns is not None and start_ns >= frame.deadline_ns:
+            raise OverloadedError("the frame's deadline had passed before it was decoded")
+        loop = asyncio.get_running_loop()
+        decoded = await loop.run_in_executor(self._pool, self._decode, model, frame, references)
+        if decoded.symbols is not None:
+            references.add(frame.frame_id, decoded.symbols)
+        decode_ns = self._clock() - start_ns
+        done = await self._backend.run(
+            TailWork(
+                bundle_sha256=model.sha256, kind=frame.kind, arrays=decoded.arrays, size_px=frame.size_px,
+                deadline_ns=frame.deadline_ns,
+            )
+        )  # fmt: skip
+        return Result(
+            frame_id=frame.frame_id, answer=done.answer, layers_decoded=decoded.layers, symbols_crc32=decoded.symbols_crc32,
+            echo_sent_ns=frame.echo_sent_ns,
+            timings=ServerTimings(
+                decode_ns=decode_ns, queue_ns=done.queue_ns, tail_ns=done.tail_ns, total_ns=self._clock() - frame.arrived_ns,
+                batch_size=done.batch_size,
+            ),
+        )  # fmt: skip
+
+    def _decode(self, model: Model, frame: Frame, references: References) -> Decoded:
+        return decode_frame(model, frame, references, max_pixels=self._limits.max_pixels)
+
+    def close(self) -> None:
+        """Ends the executor."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def failed(frame: Frame, error: HeadtailError, now_ns: int) -> Result:
+    """An error as the frame's result."""
+    return Result(
+        frame_id=frame.frame_id, error=error, echo_sent_ns=frame.echo_sent_ns,
+        timings=ServerTimings(total_ns=max(0, now_ns - frame.arrived_ns) if frame.arrived_ns else 0),
+    )  # fmt: skip

@@ -1,0 +1,214 @@
+"""The embedded backend: tails run in one thread of the server's process.
+
+The thread takes its next batch from the queue itself, so that between two batches nothing waits for the event loop;
+answers go back to the loop as one call a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_server.backends import Load, TailAnswer, TailWork
+from edge_server.batcher import BatchQueue, Waiting
+from edge_server.config import BatchConfig, TailConfig
+from protos.errors import DrainingError, HeadtailError, ModelError, UnknownModelError
+from protos.messages import Answer, PayloadKind
+from splitters.bundle import Bundle
+from splitters.tails import Tail, load_tail
+
+log = logging.getLogger(__name__)
+
+_RECENT = 256  # frames whose times make the p95 that sessions are told
+_JOIN_S = 5.0
+_SUMMARY_NS = 100_000_000
+
+Outcome = TailAnswer | HeadtailError
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    work: TailWork
+    future: asyncio.Future[TailAnswer]
+
+
+def _key(work: TailWork) -> Hashable:
+    return (work.bundle_sha256, work.kind, tuple(a.shape for a in work.arrays))
+
+
+class EmbeddedBackend:
+    """Runs every bundle's tail in one dedicated thread.
+
+    Args:
+        batch: how frames wait.
+        tail: device, threads and cores.
+        clock: monotonic ns.
+    """
+
+    def __init__(self, batch: BatchConfig, tail: TailConfig, clock: Callable[[], int]) -> None:
+        self._config = tail
+        self._clock = clock
+        self._queue: BatchQueue[_Job] = BatchQueue(batch)
+        self._wake = threading.Condition()
+        self._tails: dict[str, Tail] = {}
+        self._recent: deque[tuple[int, int]] = deque(maxlen=_RECENT)
+        self._load_now = Load(waiting=0, queue_ns=0, tail_ns=0)
+        self._summed_ns = 0
+        self._closing = False
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="tail-loader")
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name="tail", daemon=True)
+        self._thread.start()
+
+    async def load(self, bundle: Bundle) -> None:
+        """See `Backend.load`. The tail is run once on zeros, so the first frame does not pay for warming up."""
+        tail = await self._loop.run_in_executor(self._loader, self._load, bundle)
+        with self._wake:
+            self._tails[bundle.sha256] = tail
+
+    def _load(self, bundle: Bundle) -> Tail:
+        self._set_threads()
+        tail = load_tail(bundle, device=self._config.device)
+        latents = [np.zeros((1, *shape), np.float32) for shape in bundle.manifest.latent_shape]
+        try:
+            tail.run(latents, [(bundle.manifest.preprocess.size_px[1], bundle.manifest.preprocess.size_px[0])])
+        except HeadtailError:
+            raise
+        except Exception as error:
+            raise ModelError(f"the tail of {bundle.manifest.name!r} does not run on its own latent shape: {error}") from error
+        return tail
+
+    async def unload(self, bundle_sha256: str) -> None:
+        """See `Backend.unload`."""
+        with self._wake:
+            self._tails.pop(bundle_sha256, None)
+
+    async def run(self, work: TailWork) -> TailAnswer:
+        """See `Backend.run`."""
+        job = _Job(work, self._loop.create_future())
+        with self._wake:
+            if self._closing:
+                raise DrainingError("the server is shutting down")
+            if work.bundle_sha256 not in self._tails:
+                raise UnknownModelError(f"no tail of bundle {work.bundle_sha256[:12]} is loaded")
+            self._queue.add(_key(work), work.deadline_ns, self._clock(), job)
+            self._wake.notify()
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            with self._wake:
+                self._queue.remove({id(job)})
+            raise
+
+    def load_now(self) -> Load:
+        """See `Backend.load_now`."""
+        return self._load_now
+
+    async def close(self) -> None:
+        """See `Backend.close`."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        await self._loop.run_in_executor(self._loader, self._thread.join, _JOIN_S)
+        self._loader.shutdown(wait=False)
+
+    # ------------------------------------------------------------ the tail's thread
+
+    def _set_threads(self) -> None:
+        import torch
+
+        if self._config.threads:
+            torch.set_num_threads(self._config.threads)
+
+    def _work(self) -> None:
+        if self._config.cpus:
+            os.sched_setaffinity(0, self._config.cpus)  # this thread only
+        self._set_threads()
+        while True:
+            with self._wake:
+                self._wait()
+                if self._closing:
+                    break
+                batch = self._queue.take(self._clock())
+                refusals: list[tuple[_Job, Outcome]] = [(w.item, self._queue.refusal(w)) for w in batch.refused]
+            self._deliver(refusals)
+            if batch.run:
+                self._deliver(self._answer(batch.run))
+        self._deliver([(w.item, DrainingError("the server is shutting down")) for w in self._queue.clear()])
+
+    def _wait(self) -> None:
+        """Until there is a batch to take, or the end; the lock is held on entry and on return."""
+        while not self._closing:
+            if not len(self._queue):
+                self._wake.wait()
+            elif hold_ns := self._queue.hold_ns(self._clock()):
+                self._wake.wait(hold_ns / 1e9)
+            else:
+                return
+
+    def _answer(self, waiting: list[Waiting[_Job]]) -> list[tuple[_Job, Outcome]]:
+        jobs = [w.item for w in waiting]
+        first = jobs[0].work
+        tail = self._tails.get(first.bundle_sha256)
+        if tail is None:
+            return [(job, UnknownModelError("the model was unloaded")) for job in jobs]
+        start_ns = self._clock()
+        try:
+            answers = _run(tail, [job.work for job in jobs])
+        except HeadtailError as error:
+            return self._one_by_one(waiting) if len(jobs) > 1 else [(jobs[0], error)]
+        except Exception:
+            log.exception("the tail of bundle %s failed on a batch of %d", first.bundle_sha256[:12], len(jobs))
+            if len(jobs) > 1:
+                return self._one_by_one(waiting)
+            return [(jobs[0], ModelError("the tail failed on this frame; the server's log says why"))]
+        tail_ns = self._clock() - start_ns
+        with self._wake:
+            self._queue.times.add(waiting[0].key, len(jobs), tail_ns)
+            backlog = len(self._queue)
+        self._remember(waiting, start_ns, tail_ns, backlog)
+        return [
+            (w.item, TailAnswer(answer=a, queue_ns=start_ns - w.queued_ns, tail_ns=tail_ns, batch_size=len(jobs)))
+            for w, a in zip(waiting, answers, strict=True)
+        ]
+
+    def _one_by_one(self, waiting: list[Waiting[_Job]]) -> list[tuple[_Job, Outcome]]:
+        """After a failed batch: only the frames that fail alone are told so."""
+        return [outcome for w in waiting for outcome in self._answer([w])]
+
+    def _remember(self, waiting: list[Waiting[_Job]], start_ns: int, tail_ns: int, backlog: int) -> None:
+        self._recent.extend((start_ns - w.queued_ns, tail_ns) for w in waiting)
+        if start_ns - self._summed_ns < _SUMMARY_NS and self._load_now.tail_ns:
+            return
+        self._summed_ns = start_ns
+        queue, tail = np.percentile(np.array(self._recent), 95, axis=0).tolist()
+        self._load_now = Load(waiting=backlog, queue_ns=int(queue), tail_ns=int(tail))
+
+    def _deliver(self, outcomes: list[tuple[_Job, Outcome]]) -> None:
+        if outcomes and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_resolve, outcomes)
+
+
+def _run(tail: Tail, works: list[TailWork]) -> list[Answer]:
+    sizes = [w.size_px for w in works]
+    if works[0].kind is PayloadKind.IMAGE:
+        return tail.run_images([w.arrays[0] for w in works], sizes)
+    return tail.run([np.stack(tensors) for tensors in zip(*(w.arrays for w in works), strict=True)], sizes)
+
+
+def _resolve(outcomes: list[tuple[_Job, Outcome]]) -> None:
+    for job, outcome in outcomes:
+        if job.future.done():
+            continue
+        if isinstance(outcome, HeadtailError):
+            job.future.set_exception(outcome)
+        else:
+            job.future.set_result(outcome)

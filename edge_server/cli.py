@@ -1,0 +1,148 @@
+"""``edge-server``: serves the tails of one or more bundles."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from edge_server.config import DEFAULT_LISTEN, BatchConfig, Limits, SecurityConfig, ServerConfig, TailConfig
+from protos.errors import ConfigError, HeadtailError
+
+log = logging.getLogger("edge_server")
+
+_EPILOG = """\
+examples:
+  edge-server --model efficientnet-lite0
+  edge-server --listen 0.0.0.0:50051 --model detector --tls-cert s.pem --tls-key s.key --token-file tokens
+  edge-server --listen 127.0.0.1:0 --model ./my-bundle --port-file port.txt
+
+signals: SIGTERM and SIGINT drain and end with 0; a second one ends at once; SIGHUP reads the bundles from disk again.
+exit codes: 0 done, 2 a wrong setting or missing package, 4 a bundle is absent or altered, 5 unknown model,
+11 a tail cannot be run, 1 an error of ours, 130 stopped at the second signal.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="edge-server", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help="address; port 0 picks a free one (default %(default)s)"
+    )
+    p.add_argument(
+        "--model", action="append", required=True, metavar="NAME|DIR",
+        help="a default bundle's name, exported on first use, or a bundle's directory; repeat for several, the first is the default",
+    )  # fmt: skip
+    p.add_argument("--backend", default="embedded", help="where tails run: embedded (in this process)")
+    p.add_argument(
+        "--grace-s", type=float, default=10.0, help="longest a shutdown waits for frames in flight (default %(default)s)"
+    )
+    p.add_argument("--port-file", type=Path, metavar="FILE", help="write HOST:PORT here once listening")
+    p.add_argument("--parent-pid", type=int, metavar="PID", help="end when this process does")
+    p.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics there; 0 picks a free port")
+    p.add_argument("--reuse-port", action="store_true", help="let several edge-server processes share the address")
+    p.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    tail = p.add_argument_group("tail")
+    tail.add_argument("--tail-threads", type=int, default=0, help="threads of the tail's math library; 0: its own choice")
+    tail.add_argument("--tail-cpus", default="", metavar="0,1", help="cores the tail's thread is pinned to")
+    tail.add_argument("--tail-device", default="cpu", help="torch device of torch tails (default %(default)s)")
+    tail.add_argument("--decode-threads", type=int, default=2, help="threads that decode payloads (default %(default)s)")
+    tail.add_argument("--max-batch", type=int, default=16, help="most frames in one run of the tail (default %(default)s)")
+    tail.add_argument(
+        "--max-batch-delay-ms", type=float, default=0.0, help="hold a lone frame back so that others join it (default 0)"
+    )
+    tail.add_argument("--max-queue", type=int, default=1024, help="frames that may wait for the tail (default %(default)s)")
+    limits = p.add_argument_group("limits")
+    limits.add_argument("--max-payload-mib", type=float, default=4.0, help="of one layer (default %(default)s)")
+    limits.add_argument("--max-sessions", type=int, default=2048, help="open at once (default %(default)s)")
+    limits.add_argument("--max-in-flight", type=int, default=64, help="unanswered frames of a session (default %(default)s)")
+    door = p.add_argument_group("security")
+    door.add_argument("--tls-cert", type=Path, metavar="PEM")
+    door.add_argument("--tls-key", type=Path, metavar="PEM")
+    door.add_argument("--tls-client-ca", type=Path, metavar="PEM", help="require client certificates signed by it")
+    door.add_argument("--token-file", type=Path, metavar="FILE", help="lines of 'name token'; read again when it changes")
+    door.add_argument("--max-sessions-per-token", type=int, default=0)
+    door.add_argument("--frames-per-s-per-token", type=float, default=0.0)
+    door.add_argument("--bytes-per-s-per-token", type=float, default=0.0)
+    return p
+
+
+def _cpus(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"--tail-cpus must be core numbers, for instance 0,1, got {text!r}") from None
+
+
+def config_from(args: argparse.Namespace) -> ServerConfig:
+    """The parsed arguments as a checked configuration.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    payload_bytes = int(args.max_payload_mib * (1 << 20))
+    return ServerConfig(
+        listen=args.listen, models=tuple(args.model), backend=args.backend, grace_s=args.grace_s, port_file=args.port_file,
+        parent_pid=args.parent_pid, metrics_port=args.metrics_port, reuse_port=args.reuse_port,
+        limits=Limits(
+            max_payload_bytes=payload_bytes, max_frame_bytes=max(8 << 20, payload_bytes), max_sessions=args.max_sessions,
+            max_in_flight=args.max_in_flight,
+        ),
+        batch=BatchConfig(
+            max_batch=args.max_batch, max_delay_ns=int(args.max_batch_delay_ms * 1e6), max_queue=args.max_queue
+        ),
+        tail=TailConfig(
+            threads=args.tail_threads, device=args.tail_device, cpus=_cpus(args.tail_cpus), decode_threads=args.decode_threads
+        ),
+        security=SecurityConfig(
+            tls_cert=args.tls_cert, tls_key=args.tls_key, tls_client_ca=args.tls_client_ca, token_file=args.token_file,
+            max_sessions_per_token=args.max_sessions_per_token, frames_per_s_per_token=args.frames_per_s_per_token,
+            bytes_per_s_per_token=args.bytes_per_s_per_token,
+        ),
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        config = config_from(args)
+        if config.exposed:
+            log.warning("%s is open to other machines without TLS or token: anyone who reaches it can use it", config.listen)
+        return asyncio.run(_serve(config))
+    except HeadtailError as error:
+        print(f"edge-server: {error.message}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        log.exception("edge-server failed")
+        print("edge-server: an error of ours; the lines above say where", file=sys.stderr)
+        return 1
+
+
+async def _serve(config: ServerConfig) -> int:
+    try:
+        from edge_server.server import EdgeServer
+    except ImportError as error:
+        from protos.errors import MissingDependencyError
+
+        raise MissingDependencyError(f"{error.name} is not installed; the server needs: pip install 'headtail[server]'") from error
+    server = EdgeServer(config)
+    try:
+        await server.start()
+    except BaseException:
+        await server.close()
+        raise
+    await server.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

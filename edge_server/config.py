@@ -1,0 +1,188 @@
+"""The server's settings, one frozen dataclass a component, bounds checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from protos.errors import ConfigError
+from protos.messages import MAX_PAYLOAD_BYTES
+
+DEFAULT_LISTEN = "127.0.0.1:50051"
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """``host:port`` as a pair; IPv6 hosts in brackets.
+
+    Raises:
+        ConfigError: no port, or one outside 0..65535.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise ConfigError(f"{text!r} is no address; give host:port, for instance 0.0.0.0:50051 or [::]:50051")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to ``host``."""
+    return host.strip("[]") in ("localhost", "::1") or host.startswith("127.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What the server takes at most; each is checked before memory is spent on it.
+
+    Attributes:
+        max_payload_bytes: of one layer.
+        max_frame_bytes: of all layers of one frame.
+        max_pending_bytes: payloads of all sessions that wait for an answer.
+        max_pixels: of an offloaded image, read from its header before it is decoded.
+        max_sessions: open at once.
+        max_in_flight: frames one session may have unanswered.
+        max_fetches: bundle downloads at once; further ones wait.
+        hello_s: a session that says nothing for this long after opening is closed.
+        write_s: a client that does not read for this long is let go.
+        layer_wait_ns: a frame without deadline runs with the layers that arrived after this long.
+    """
+
+    max_payload_bytes: int = 4 << 20
+    max_frame_bytes: int = 8 << 20
+    max_pending_bytes: int = 256 << 20
+    max_pixels: int = 16 << 20
+    max_sessions: int = 2048
+    max_in_flight: int = 64
+    max_fetches: int = 16
+    hello_s: float = 10.0
+    write_s: float = 30.0
+    layer_wait_ns: int = 2_000_000_000
+
+    def __post_init__(self) -> None:
+        if not 1024 <= self.max_payload_bytes <= MAX_PAYLOAD_BYTES:
+            raise ConfigError(f"max_payload_bytes must be 1024..{MAX_PAYLOAD_BYTES}")
+        if self.max_frame_bytes < self.max_payload_bytes or self.max_pending_bytes < self.max_frame_bytes:
+            raise ConfigError("max_pending_bytes >= max_frame_bytes >= max_payload_bytes is required")
+        if min(self.max_pixels, self.max_sessions, self.max_in_flight, self.max_fetches, self.layer_wait_ns) < 1:
+            raise ConfigError("every limit must be at least 1")
+        if min(self.hello_s, self.write_s) <= 0:
+            raise ConfigError("hello_s and write_s must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """How frames wait for the tail.
+
+    Attributes:
+        max_batch: frames in one run of the tail.
+        max_delay_ns: how long a lone frame may be held back so that others join it; 0: never.
+        max_queue: frames that may wait; further ones are refused.
+        margin_ns: what an answer needs after the tail; a deadline nearer than tail time and margin is refused.
+    """
+
+    max_batch: int = 16
+    max_delay_ns: int = 0
+    max_queue: int = 1024
+    margin_ns: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_batch <= 1024 or not 1 <= self.max_queue <= 1 << 20:
+            raise ConfigError("max_batch must be 1..1024 and max_queue 1..1048576")
+        if not 0 <= self.max_delay_ns <= 1_000_000_000 or self.margin_ns < 0:
+            raise ConfigError("max_delay must be 0..1000 ms and the margin not negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TailConfig:
+    """Where and how the tail runs.
+
+    Attributes:
+        threads: of the tail's math library; 0: left to it.
+        device: a torch device.
+        cpus: cores the tail's thread is pinned to; empty: any.
+        decode_threads: of the executor that decodes payloads.
+    """
+
+    threads: int = 0
+    device: str = "cpu"
+    cpus: tuple[int, ...] = ()
+    decode_threads: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threads <= 1024 or not 1 <= self.decode_threads <= 64:
+            raise ConfigError("tail threads must be 0..1024 and decode threads 1..64")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SecurityConfig:
+    """TLS, tokens and quotas; all off by default.
+
+    Attributes:
+        tls_cert, tls_key: PEM files of the server; both or neither.
+        tls_client_ca: PEM file; clients must show a certificate it signed (mTLS).
+        token_file: bearer tokens, one ``name token`` a line; read again when it changes.
+        max_sessions_per_token, frames_per_s_per_token, bytes_per_s_per_token: quotas shared by all who hold a token;
+            0: none.
+    """
+
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    token_file: Path | None = None
+    max_sessions_per_token: int = 0
+    frames_per_s_per_token: float = 0.0
+    bytes_per_s_per_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("--tls-cert and --tls-key belong together; give both or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
+        quotas = (self.max_sessions_per_token, self.frames_per_s_per_token, self.bytes_per_s_per_token)
+        if min(quotas) < 0:
+            raise ConfigError("quotas must not be negative")
+        if any(quotas) and self.token_file is None:
+            raise ConfigError("quotas count per token; give --token-file as well")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """Everything ``edge-server`` is told.
+
+    Attributes:
+        listen: host:port; port 0 picks a free one.
+        models: bundle names or directories, the default first.
+        backend: ``embedded``.
+        grace_s: how long work in flight may take at shutdown.
+        port_file: where the bound address is written, for whoever started the server.
+        parent_pid: the server ends when this process does.
+        metrics_port: Prometheus; None: off.
+        reuse_port: several ingress processes may share the address.
+    """
+
+    listen: str = DEFAULT_LISTEN
+    models: tuple[str, ...]
+    backend: str = "embedded"
+    grace_s: float = 10.0
+    port_file: Path | None = None
+    parent_pid: int | None = None
+    metrics_port: int | None = None
+    reuse_port: bool = False
+    limits: Limits = field(default_factory=Limits)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    tail: TailConfig = field(default_factory=TailConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
+
+    def __post_init__(self) -> None:
+        split_address(self.listen)
+        if not self.models:
+            raise ConfigError("give at least one --model")
+        if self.backend not in ("embedded",):
+            raise ConfigError(f"backend {self.backend!r} is not available in this release; there is: embedded")
+        if not 0 <= self.grace_s <= 3600:
+            raise ConfigError("the grace must be 0..3600 s")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ConfigError("the metrics port must be 0..65535")
+
+    @property
+    def exposed(self) -> bool:
+        """Open beyond this machine without TLS or token."""
+        return not is_loopback(split_address(self.listen)[0]) and not (self.security.tls_cert or self.security.token_file)

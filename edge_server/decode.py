@@ -1,0 +1,152 @@
+"""Payloads to what a tail takes: symbols to latents, or a compressed picture to pixels.
+
+Shape legend: latents (C, H, W) float32; pictures (h, w, 3) uint8 BGR.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_server.assembly import Frame
+from edge_server.models import Model
+from protos.errors import LimitError, PayloadError
+from protos.messages import PayloadKind
+from splitters.codec import Symbols
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoded:
+    """A frame ready for the tail; ``symbols`` is what temporal prediction may refer to later."""
+
+    arrays: tuple[NDArray[Any], ...]
+    layers: int = 0
+    symbols: Symbols | None = None
+    symbols_crc32: int = 0
+
+
+def decode_frame(model: Model, frame: Frame, references: Mapping[int, Symbols], *, max_pixels: int) -> Decoded:
+    """Decodes one frame; safe to call from any thread.
+
+    Args:
+        model: whose codec.
+        frame: with at least its base layer.
+        references: this session's decoded symbols by frame id.
+        max_pixels: of an offloaded picture.
+
+    Raises:
+        PayloadError: the base layer is damaged, or refers to a frame that is no longer held: send a key frame.
+        LimitError: larger than a payload of this bundle may be.
+    """
+    if frame.kind is PayloadKind.IMAGE:
+        return Decoded(arrays=(decode_image(b"".join(frame.layers), model.bundle.manifest.preprocess.size_px, max_pixels),))
+    symbols = model.codec.decode(frame.layers, references)
+    return Decoded(
+        arrays=tuple(model.codec.dequantise(symbols)), layers=symbols.layers, symbols=symbols, symbols_crc32=symbols.crc32()
+    )
+
+
+def decode_image(payload: bytes, size_px: tuple[int, int], max_pixels: int) -> NDArray[np.uint8]:
+    """A JPEG or WebP of the model's own input.
+
+    Args:
+        payload: the file's bytes.
+        size_px: (height, width) the picture must have.
+        max_pixels: checked against the file's header before anything is decoded.
+
+    Raises:
+        PayloadError: neither format, damaged, or of another size.
+        LimitError: more than ``max_pixels``.
+    """
+    width, height = image_size(payload)
+    if width * height > max_pixels:
+        raise LimitError(f"the picture has {width}x{height} px; this server decodes at most {max_pixels} pixels")
+    if (height, width) != tuple(size_px):
+        raise PayloadError(
+            f"an offloaded picture must have the model's input size {size_px[1]}x{size_px[0]} px, not {width}x{height}"
+        )
+    try:
+        image = cv2.imdecode(np.frombuffer(payload, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        image = None
+    if image is None or image.shape != (height, width, 3):
+        raise PayloadError("the offloaded picture cannot be decoded")
+    return image.astype(np.uint8, copy=False)
+
+
+def image_size(payload: bytes) -> tuple[int, int]:
+    """(width, height) as a JPEG's or WebP's header says.
+
+    Raises:
+        PayloadError: it is neither, or ends before its size.
+    """
+    try:
+        if payload[:2] == b"\xff\xd8":
+            return _jpeg_size(payload)
+        if payload[:4] == b"RIFF" and payload[8:12] == b"WEBP":
+            return _webp_size(payload)
+    except (struct.error, IndexError) as error:
+        raise PayloadError("the offloaded picture ends within its header") from error
+    raise PayloadError("an offloaded picture must be a JPEG or a WebP")
+
+
+# Markers that carry a frame's size: SOF0..15 without DHT (C4), JPG (C8) and DAC (CC).
+_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_BARE = frozenset(range(0xD0, 0xD8)) | {0x01}
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    at = 2
+    while True:
+        if data[at] != 0xFF:
+            raise PayloadError("the JPEG's markers are damaged")
+        while data[at] == 0xFF:
+            at += 1
+        marker = data[at]
+        at += 1
+        if marker in _BARE:
+            continue
+        if marker in _SOF:
+            height, width = struct.unpack_from(">HH", data, at + 3)
+            return _positive(width, height)
+        if marker in (0xD9, 0xDA):
+            raise PayloadError("the JPEG has no size before its pixels")
+        (length,) = struct.unpack_from(">H", data, at)
+        at += max(2, length)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return (
+            _positive(1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little"))
+            if len(data) >= 30
+            else _cut()
+        )
+    if kind == b"VP8L":
+        if data[20] != 0x2F:
+            raise PayloadError("the WebP's header is damaged")
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return _positive((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+    if kind == b"VP8 ":
+        if data[23:26] != b"\x9d\x01\x2a":
+            raise PayloadError("the WebP's header is damaged")
+        width, height = struct.unpack_from("<HH", data, 26)
+        return _positive(width & 0x3FFF, height & 0x3FFF)
+    raise PayloadError("the WebP's header is damaged")
+
+
+def _cut() -> tuple[int, int]:
+    raise PayloadError("the offloaded picture ends within its header")
+
+
+def _positive(width: int, height: int) -> tuple[int, int]:
+    if width < 1 or height < 1:
+        raise PayloadError("the offloaded picture has no pixels")
+    return width, height

@@ -1,0 +1,167 @@
+"""The door: the gRPC service in front of the backend."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from edge_server.assembly import Frame, deadline_of, frame_of
+from edge_server.auth import client_of
+from edge_server.fetch import chunks
+from edge_server.references import References
+from edge_server.session import Services, Session
+from edge_server.status import translated
+from protos.errors import DrainingError, HeadtailError, LimitError, ProtocolError, VersionMismatchError
+from protos.headtail.v1 import headtail_pb2 as pb
+from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
+from protos.messages import MAX_LAYERS, PROTOCOL_VERSION, FrameLayer
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Ingress(pb_grpc.HeadtailServicer):
+    """The service.
+
+    Args:
+        services: store, backend and what else all calls share.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self.sessions: set[Session] = set()
+        self.calls = 0  # unary calls under way
+        self._s = services
+        self._fetches = asyncio.Semaphore(services.limits.max_fetches)
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._draining = False
+
+    def drain(self, grace_ns: int) -> None:
+        """No new work; the sessions are told."""
+        self._draining = True
+        for session in self.sessions:
+            session.drain(grace_ns)
+
+    def finish(self) -> None:
+        """Sessions end once they have sent what they owe."""
+        for session in self.sessions:
+            session.finish()
+
+    # ------------------------------------------------------------ the calls
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802 - gRPC's name
+        """The models held."""
+        del request, context
+        models = [
+            pb.ModelInfo(name=m.name, task=m.bundle.manifest.task, bundle_sha256=m.sha256, device_bytes=m.device_bytes)
+            for m in self._s.store.all()
+        ]
+        return pb.ListModelsResponse(models=models, protocol_version=PROTOCOL_VERSION, server_version=self._s.version)
+
+    async def FetchBundle(self, request: pb.FetchBundleRequest, context: Context) -> AsyncIterator[pb.BundleChunk]:  # noqa: N802
+        """A bundle's device part. Frames of other sessions go between two chunks."""
+        async with translated(context), self._fetches:
+            model = self._s.store.get(request.model)
+            for chunk in chunks(model, request.bundle_sha256, request.have):
+                yield chunk
+                await asyncio.sleep(0)
+
+    async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:  # noqa: N802
+        """One frame, one answer."""
+        self.calls += 1
+        try:
+            async with translated(context):
+                return await self._infer(request, context)
+        finally:
+            self.calls -= 1
+        raise AssertionError  # translated() has ended the call
+
+    async def Session(self, request_iterator: Any, context: Context) -> None:  # noqa: N802
+        """A camera's stream."""
+        del request_iterator  # read() on the context waits without a generator in between
+        async with translated(context):
+            client = client_of(context)
+            if self._draining:
+                raise DrainingError("the server is shutting down")
+            if len(self.sessions) >= self._s.limits.max_sessions:
+                raise LimitError(f"{len(self.sessions)} sessions are open, the most this server allows", retryable=True)
+            with client.session():
+                session = Session(self._s, context, client)
+                self.sessions.add(session)
+                try:
+                    await session.run()
+                except HeadtailError as error:
+                    self._s.metrics.on_refused(error.code)
+                    log.info("session %s ended: %s", session.id, error.message)
+                    raise
+                finally:
+                    self.sessions.discard(session)
+
+    async def _infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:
+        now_ns = self._s.clock()
+        if self._draining:
+            raise DrainingError("the server is shutting down")
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise VersionMismatchError(
+                f"the client speaks protocol version {request.protocol_version}, this server {PROTOCOL_VERSION}"
+            )
+        model = self._s.store.get(request.model)
+        frame = self._frame(request, now_ns)
+        if request.bundle_sha256 != model.sha256:
+            raise VersionMismatchError(
+                f"the frame was made with bundle {request.bundle_sha256[:12] or '(none)'}, the server's tail is {model.sha256[:12]}"
+            )
+        refusal = client_of(context).admit_frame(frame.payload_bytes, now_ns)
+        if refusal is not None:
+            raise refusal
+        result = await self._s.answerer.answer(model, frame, References())
+        return pb.InferResponse(result=result.to_proto())
+
+    def _frame(self, request: pb.InferRequest, now_ns: int) -> Frame:
+        if not 1 <= len(request.layers) <= MAX_LAYERS:
+            raise ProtocolError(f"a frame has 1..{MAX_LAYERS} layers, got {len(request.layers)}")
+        limits = self._s.limits
+        layers = [FrameLayer.from_proto(layer, max_payload_bytes=limits.max_payload_bytes) for layer in request.layers]
+        first = layers[0]
+        for index, layer in enumerate(layers):
+            if layer.layer != index or (layer.frame_id, layer.layer_count, layer.kind) != (
+                first.frame_id,
+                first.layer_count,
+                first.kind,
+            ):
+                raise ProtocolError("the layers of one frame must be gapless and of one kind, base first")
+        if sum(len(layer.payload) for layer in layers) > limits.max_frame_bytes:
+            raise LimitError(f"the frame has more than {limits.max_frame_bytes} bytes")
+        return frame_of(layers, now_ns, now_ns, deadline_of(first, now_ns))
+
+    async def reload(self) -> None:
+        """Reads the bundles from disk again and puts changed ones into use; sessions are told."""
+        loop = asyncio.get_running_loop()
+        for model in await loop.run_in_executor(None, self._s.store.changed):
+            try:
+                await self._s.backend.load(model.bundle)
+            except HeadtailError as error:
+                log.error("%s: kept as it was: %s", model.name, error.message)
+                continue
+            old = self._s.store.replace(model)
+            log.info("%s: bundle %s replaces %s", model.name, model.sha256[:12], old.sha256[:12])
+            for session in self.sessions:
+                session.tell_replaced(model)
+            self._retire(old.sha256)
+
+    def _retire(self, sha256: str) -> None:
+        """Unloads a replaced tail when no session runs on it any more."""
+
+        async def wait() -> None:
+            while any(s.model is not None and s.model.sha256 == sha256 for s in self.sessions):
+                await asyncio.sleep(1.0)
+            if all(m.sha256 != sha256 for m in self._s.store.all()):
+                await self._s.backend.unload(sha256)
+
+        task = asyncio.create_task(wait())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)

@@ -1,0 +1,302 @@
+"""One camera's stream, server side: hello, welcome, frames in, results out, and a clean end.
+
+A task reads, a task writes, and every frame is a task of its own. A bad frame is answered with an error and the stream
+goes on; a broken protocol ends the stream with a mapped status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc.aio
+
+from edge_server.answering import Answerer, failed
+from edge_server.assembly import Assembler, Frame
+from edge_server.backends import Backend
+from edge_server.bandwidth import BandwidthManager
+from edge_server.config import Limits
+from edge_server.metrics import Metrics
+from edge_server.models import Model, ModelStore
+from edge_server.references import References
+from protos.errors import DrainingError, HeadtailError, LimitError, ProtocolError, VersionMismatchError
+from protos.headtail.v1 import headtail_pb2 as pb
+from protos.messages import PROTOCOL_VERSION, FrameLayer, Result
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_IN_FLIGHT = 8
+_MARGIN_NS = 5_000_000  # beside the tail's time, what a frame cut short still needs to arrive in time
+_PAUSE_NS = 200_000_000  # longest a session that overruns its grant is left unread at a time
+
+
+class Quota(Protocol):
+    """What one client may use; shared by all who hold the same token."""
+
+    def admit_frame(self, n_bytes: int, now_ns: int) -> HeadtailError | None:
+        """Counts a frame, or says why it is refused."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Services:
+    """What every session of a server shares."""
+
+    store: ModelStore
+    backend: Backend
+    answerer: Answerer
+    bandwidth: BandwidthManager
+    limits: Limits
+    metrics: Metrics
+    clock: Callable[[], int]
+    version: str
+
+
+class Session:
+    """One open stream.
+
+    Args:
+        services: shared by all.
+        context: the call.
+        quota: of the client's token; None: none.
+    """
+
+    def __init__(self, services: Services, context: grpc.aio.ServicerContext[Any, Any], quota: Quota | None = None) -> None:
+        self.id = secrets.token_hex(6)
+        self.model: Model | None = None
+        self._s = services
+        self._context = context
+        self._quota = quota
+        self._client_sha256 = ""
+        self._max_in_flight = _DEFAULT_IN_FLIGHT
+        self._assembler = self._new_assembler()
+        self._references = References()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._out: deque[pb.ServerMessage] = deque()
+        self._wake = asyncio.Event()
+        self._finishing = False
+        self._draining = False
+        self._error: HeadtailError | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    # ------------------------------------------------------------ the whole stream
+
+    async def run(self) -> None:
+        """Serves the stream to its end.
+
+        Raises:
+            HeadtailError: the client broke the protocol or a limit.
+        """
+        await self._greet()
+        name = self._greeted().name
+        self._s.metrics.on_session(name, +1)
+        reader = asyncio.create_task(self._read())
+        try:
+            await self._write()
+        finally:
+            reader.cancel()
+            for task in self._tasks:
+                task.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+            self._s.bandwidth.close(self.id)
+            self._s.metrics.on_session(name, -1)
+            await asyncio.gather(reader, *self._tasks, return_exceptions=True)
+        if self._error is not None:
+            raise self._error
+
+    def drain(self, grace_ns: int) -> None:
+        """Tells the client that the server is going; the stream ends when nothing is owed any more."""
+        self._draining = True
+        self._send(pb.ServerMessage(draining=pb.Draining(grace_ns=grace_ns)))
+
+    def finish(self) -> None:
+        """Ends the stream once what is owed has been sent."""
+        self._flush_assembler()
+        self._finishing = True
+        self._wake.set()
+
+    def tell_replaced(self, model: Model) -> None:
+        """The tail of this session's model was replaced; frames in hand still run on the old one."""
+        if self.model is not None and self.model.name == model.name and self.model.sha256 != model.sha256:
+            self._send(pb.ServerMessage(bundle_changed=pb.BundleChanged(bundle_sha256=model.sha256)))
+
+    # ------------------------------------------------------------ hello
+
+    async def _greet(self) -> None:
+        try:
+            async with asyncio.timeout(self._s.limits.hello_s):
+                message = await self._context.read()
+        except TimeoutError:
+            raise ProtocolError(f"no hello came within {self._s.limits.hello_s:g} s") from None
+        if not isinstance(message, pb.ClientMessage) or message.WhichOneof("content") != "hello":
+            raise ProtocolError("a session begins with hello")
+        await self._context.write(self._hello(message.hello))
+
+    def _hello(self, hello: pb.Hello) -> pb.ServerMessage:
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise VersionMismatchError(
+                f"the client speaks protocol version {hello.protocol_version}, this server {PROTOCOL_VERSION}; update the older of the two"
+            )
+        self.model = model = self._s.store.get(hello.model)
+        self._client_sha256 = hello.bundle_sha256
+        self._max_in_flight = min(hello.max_in_flight or _DEFAULT_IN_FLIGHT, self._s.limits.max_in_flight)
+        self._references = References()
+        points = [(p.payload_bytes.p50, p.accuracy) for p in model.bundle.points if p.payload_bytes.p50 > 0 and p.accuracy > 0]
+        fps = hello.fps if 0 < hello.fps < 10_000 else 0.0
+        self._s.bandwidth.close(self.id)
+        self._s.bandwidth.open(self.id, hello.group[:64], fps=fps, points=points)
+        log.info("session %s: %s, client %s", self.id, model.name, hello.client_version[:32] or "unknown")
+        return pb.ServerMessage(
+            welcome=pb.Welcome(
+                protocol_version=PROTOCOL_VERSION, session_id=self.id, model=model.name, bundle_sha256=model.sha256,
+                max_in_flight=self._max_in_flight, max_payload_bytes=self._s.limits.max_payload_bytes, server_version=self._s.version,
+            )
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ in
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                message = await self._context.read()
+                if not isinstance(message, pb.ClientMessage):  # the client will send no more
+                    self.finish()
+                    return
+                if await self._take(message):
+                    return
+        except HeadtailError as error:
+            self._error = error
+            self._finishing = True
+            self._wake.set()
+
+    async def _take(self, message: pb.ClientMessage) -> bool:
+        """Handles one message; whether it was the last."""
+        match message.WhichOneof("content"):
+            case "layer":
+                self._on_layer(message.layer)
+                if pause_ns := self._s.bandwidth.pause_ns(self.id, self._s.clock()):
+                    await asyncio.sleep(min(pause_ns, _PAUSE_NS) / 1e9)
+            case "ping":
+                self._send(pb.ServerMessage(pong=pb.Pong(echo_sent_ns=message.ping.sent_ns)))
+            case "hello":
+                self._flush_assembler()
+                self._assembler = self._new_assembler()
+                self._send(self._hello(message.hello))
+            case "goodbye":
+                self.finish()
+                return True
+            case _:
+                raise ProtocolError("a client message was empty")
+        return False
+
+    def _on_layer(self, message: pb.FrameLayer) -> None:
+        now_ns = self._s.clock()
+        self._s.bandwidth.on_layer(self.id, len(message.payload), message.sent_ns, now_ns)
+        try:
+            layer = FrameLayer.from_proto(message, max_payload_bytes=self._s.limits.max_payload_bytes)
+        except HeadtailError as error:
+            ready = self._assembler.damaged(message.frame_id, message.layer, error, now_ns)
+        else:
+            ready = self._assembler.add(layer, now_ns)
+        for frame in ready:
+            self._begin(frame)
+        self._set_timer(now_ns)
+
+    def _begin(self, frame: Frame) -> None:
+        now_ns = self._s.clock()
+        refusal = frame.error or self._refusal(frame, now_ns)
+        if refusal is not None:
+            result = failed(frame, refusal, now_ns)
+            self._s.metrics.on_result(self._greeted().name, result, frame.payload_bytes)
+            self._send_result(result)
+            return
+        task = asyncio.create_task(self._answer(self._greeted(), frame, self._references))
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _refusal(self, frame: Frame, now_ns: int) -> HeadtailError | None:
+        model = self._greeted()
+        if self._draining:
+            return DrainingError("the server is shutting down and takes no new frames")
+        if len(self._tasks) >= self._max_in_flight:
+            return LimitError(
+                f"{len(self._tasks)} frames are unanswered; this session may have {self._max_in_flight}", retryable=True
+            )
+        if self._client_sha256 != model.sha256:
+            return VersionMismatchError(
+                f"this frame was made with bundle {self._client_sha256[:12] or '(none)'}, the server's tail is {model.sha256[:12]}; "
+                "fetch that bundle and say hello again"
+            )
+        if self._quota is not None:
+            return self._quota.admit_frame(frame.payload_bytes, now_ns)
+        return None
+
+    async def _answer(self, model: Model, frame: Frame, references: References) -> None:
+        self._send_result(await self._s.answerer.answer(model, frame, references))
+
+    def _greeted(self) -> Model:
+        if self.model is None:
+            raise ProtocolError("a session begins with hello")
+        return self.model
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._wake.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("session %s: a frame's task failed", self.id, exc_info=error)
+
+    # ------------------------------------------------------------ frames that wait for layers
+
+    def _new_assembler(self) -> Assembler:
+        limits = self._s.limits
+        return Assembler(max_frame_bytes=limits.max_frame_bytes, wait_ns=limits.layer_wait_ns)
+
+    def _set_timer(self, now_ns: int) -> None:
+        due_ns = self._assembler.due_ns(self._s.backend.load_now().tail_ns + _MARGIN_NS)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if due_ns is not None:
+            self._timer = asyncio.get_running_loop().call_later(max(0, due_ns - now_ns) / 1e9, self._flush_assembler)
+
+    def _flush_assembler(self) -> None:
+        for frame in self._assembler.flush():
+            self._begin(frame)
+
+    # ------------------------------------------------------------ out
+
+    def _send_result(self, result: Result) -> None:
+        self._send(pb.ServerMessage(result=result.to_proto()))
+        load = self._s.backend.load_now()
+        self._s.bandwidth.on_tail(load.queue_ns, load.tail_ns)
+        grant = self._s.bandwidth.grant(self.id, self._s.clock())
+        if grant is not None:
+            self._s.metrics.on_grant(grant.bitrate_bps)
+            self._send(pb.ServerMessage(grant=grant.to_proto()))
+
+    def _send(self, message: pb.ServerMessage) -> None:
+        self._out.append(message)
+        self._wake.set()
+
+    async def _write(self) -> None:
+        allowed = 4 * self._s.limits.max_in_flight + 64
+        while True:
+            while self._out:
+                if len(self._out) > allowed:
+                    raise LimitError(f"{len(self._out)} answers wait because the client does not read them")
+                try:
+                    async with asyncio.timeout(self._s.limits.write_s):
+                        await self._context.write(self._out.popleft())
+                except TimeoutError:
+                    raise LimitError(f"the client has read nothing for {self._s.limits.write_s:g} s") from None
+            if self._error is not None or (self._finishing and not self._tasks):
+                return
+            if not self._out:
+                self._wake.clear()
+                await self._wake.wait()
