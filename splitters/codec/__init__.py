@@ -15,12 +15,14 @@ from typing import Any
 from protos.errors import BundleError
 from splitters.codec.base import Latent, LatentCodec, References, Spec
 from splitters.codec.calibrate import calibrate_plain
+from splitters.codec.learned import LearnedCodec, learned_spec
 from splitters.codec.plain import PlainCodec
 from splitters.codec.symbols import SymbolArray, Symbols
 
 __all__ = [
     "Latent",
     "LatentCodec",
+    "LearnedCodec",
     "PlainCodec",
     "References",
     "Spec",
@@ -28,6 +30,7 @@ __all__ = [
     "Symbols",
     "calibrate_plain",
     "codec_from_spec",
+    "learned_spec",
 ]
 
 
@@ -44,4 +47,9 @@ def codec_from_spec(spec: Mapping[str, Any], read_part: Callable[[str], bytes]) 
     kind = spec.get("kind") if isinstance(spec, Mapping) else None
     if kind == "plain":
         return PlainCodec(spec)
+    if kind == "learned":
+        path = spec.get("tables")
+        if not isinstance(path, str):
+            raise BundleError("codec.json names no part that holds its tables")
+        return LearnedCodec(spec, read_part(path))
     raise BundleError(f"codec.json names the kind {kind!r}; this release reads 'plain' and 'learned'")

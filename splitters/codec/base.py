@@ -55,10 +55,14 @@ class LatentCodec(ABC):
     def dequantise(self, symbols: Symbols) -> tuple[Latent, ...]:
         """Turns symbols back into float32 latents; cells of missing layers are zeros."""
 
+    def prefix(self, symbols: Symbols, layers: int) -> Symbols:
+        """Returns what the first `layers` layers hold: what a receiver of only those has decoded."""
+        if layers < symbols.layers:
+            raise NotImplementedError(f"the {self.kind} codec has a single layer")
+        return symbols
+
     @abstractmethod
-    def encode(
-        self, symbols: Symbols, reference: Symbols | None = None, reference_frame: int | None = None
-    ) -> list[bytes]:
+    def encode(self, symbols: Symbols, reference: Symbols | None = None, reference_frame: int | None = None) -> list[bytes]:
         """Returns one payload per layer that `symbols` holds, base first.
 
         Args:
@@ -68,9 +72,7 @@ class LatentCodec(ABC):
         """
 
     @abstractmethod
-    def decode(
-        self, layers: Sequence[bytes], references: References | None = None, *, strict: bool = False
-    ) -> Symbols:
+    def decode(self, layers: Sequence[bytes], references: References | None = None, *, strict: bool = False) -> Symbols:
         """Returns exactly the symbols that were encoded, of the complete layers that arrived.
 
         A damaged or cut layer ends the prefix: what its predecessors hold is returned, and
@@ -108,9 +110,7 @@ class LatentCodec(ABC):
             raise PayloadError(f"point {header.point_index} is none of the bundle's {len(self.point_ids)}")
         point_id = self.point_ids[header.point_index]
         if header.layer_count != self.layer_count(point_id):
-            raise PayloadError(
-                f"point {point_id} has {self.layer_count(point_id)} layers, the header says {header.layer_count}"
-            )
+            raise PayloadError(f"point {point_id} has {self.layer_count(point_id)} layers, the header says {header.layer_count}")
         return point_id
 
     def _check_symbols(self, symbols: Symbols) -> None:
@@ -125,6 +125,4 @@ def check_spec(spec: Mapping[str, Any], kind: str) -> None:
     if spec.get("kind") != kind:
         raise BundleError(f"codec.json is of kind {spec.get('kind')!r}, expected {kind!r}")
     if spec.get("version") != SPEC_VERSION:
-        raise BundleError(
-            f"codec.json has version {spec.get('version')!r}, this release reads {SPEC_VERSION}"
-        )
+        raise BundleError(f"codec.json has version {spec.get('version')!r}, this release reads {SPEC_VERSION}")

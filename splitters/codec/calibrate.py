@@ -62,10 +62,7 @@ def calibrate_plain(
     return {
         "kind": "plain",
         "version": SPEC_VERSION,
-        "tensors": [
-            {"shape": [int(n) for n in s.shape[1:]], "channel_axis": int(a)}
-            for s, a in zip(samples, axes, strict=True)
-        ],
+        "tensors": [{"shape": [int(n) for n in s.shape[1:]], "channel_axis": int(a)} for s, a in zip(samples, axes, strict=True)],
         "points": points,
     }
 

@@ -67,9 +67,7 @@ class PlainCodec(LatentCodec):
         self.point_ids = tuple(self._points)
         self._sizes = [int(np.prod(shape, dtype=np.int64)) for shape in self.shapes]
         if not 1 <= len(self.shapes) <= MAX_TENSORS or not 1 <= sum(self._sizes) <= MAX_ELEMENTS:
-            raise BundleError(
-                f"a plain codec holds 1..{MAX_TENSORS} tensors of at most {MAX_ELEMENTS} elements"
-            )
+            raise BundleError(f"a plain codec holds 1..{MAX_TENSORS} tensors of at most {MAX_ELEMENTS} elements")
         if not 1 <= len(self.point_ids) <= MAX_POINTS or len(self.point_ids) != len(spec["points"]):
             raise BundleError(f"a codec has 1..{MAX_POINTS} points of distinct ids")
 
@@ -130,9 +128,7 @@ class PlainCodec(LatentCodec):
             for tensor, scale in zip(symbols.tensors, scales, strict=True)
         )
 
-    def encode(
-        self, symbols: Symbols, reference: Symbols | None = None, reference_frame: int | None = None
-    ) -> list[bytes]:
+    def encode(self, symbols: Symbols, reference: Symbols | None = None, reference_frame: int | None = None) -> list[bytes]:
         """See `LatentCodec.encode`; a reference is not made use of."""
         del reference, reference_frame
         self._check_symbols(symbols)
@@ -148,9 +144,7 @@ class PlainCodec(LatentCodec):
         header = Header(kind=self.kind, point_index=self.point_ids.index(symbols.point_id), layer_count=1)
         return seal(header, [compressor.compress(raw)])
 
-    def decode(
-        self, layers: Sequence[bytes], references: References | None = None, *, strict: bool = False
-    ) -> Symbols:
+    def decode(self, layers: Sequence[bytes], references: References | None = None, *, strict: bool = False) -> Symbols:
         """See `LatentCodec.decode`."""
         del references
         header, bodies = open_layers(layers, strict=strict)
@@ -180,7 +174,5 @@ def _decompress(body: bytes, size: int) -> bytes:
     except zstandard.ZstdError as error:
         raise PayloadError(f"the payload is no zstandard frame of this bundle: {error}") from error
     if len(raw) != size:
-        raise PayloadError(
-            f"the payload holds {'more' if len(raw) > size else len(raw)} symbols, expected {size}"
-        )
+        raise PayloadError(f"the payload holds {'more' if len(raw) > size else len(raw)} symbols, expected {size}")
     return raw

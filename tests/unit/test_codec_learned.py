@@ -1,0 +1,284 @@
+"""The learned codec: exact layers, prediction, both coders, damage."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protos.errors import BundleError, ConfigError, ModelError, PayloadError
+from splitters.codec import LearnedCodec, Symbols, codec_from_spec, learned_spec
+from splitters.codec.envelope import Header, Reference, open_layers, seal
+from splitters.codec.fit import fit_tables
+
+C, H, W = 6, 7, 9
+LAYERS = (2, 4, 6)
+GAINS = np.array([[1.0] * C, [4.0] * C])
+
+
+def smooth(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Latents with spatial correlation, falling in strength over channels: (count, C, H, W)."""
+    noise = rng.normal(size=(count, C, H + 2, W + 2))
+    field = sum(noise[:, :, dy : dy + H, dx : dx + W] for dy in range(3) for dx in range(3)) / 3
+    return np.asarray(field / np.arange(1, C + 1)[:, None, None], dtype=np.float32)
+
+
+def make_fit() -> tuple[dict[str, Any], bytes]:
+    rng = np.random.default_rng(3)
+    before = smooth(rng, 60)
+    now = before + 0.1 * smooth(rng, 60)
+    symbols = [np.rint(before * gain[:, None, None]).astype(np.int32) for gain in GAINS]
+    pairs = [(np.rint(now * g[:, None, None]).astype(np.int32), s) for g, s in zip(GAINS, symbols, strict=True)]
+    spec = learned_spec(
+        shape=(C, H, W),
+        gains=GAINS,
+        ungains=1 / GAINS,
+        points={"coarse": (0, C), "fine": (1, C), "fine3": (1, 3), "coarse2": (0, 2)},
+        tables_path="device/codec.bin",
+    )
+    return json.loads(json.dumps(spec)), fit_tables(symbols, LAYERS, pairs_by_tier=pairs)
+
+
+SPEC, PART = make_fit()
+COMPILED = LearnedCodec(SPEC, PART)
+PURE = LearnedCodec(SPEC, PART, coder="pure")
+RNG = np.random.default_rng(11)
+BEFORE = smooth(RNG, 4)
+NOW = BEFORE + 0.05 * smooth(RNG, 4)
+
+
+def any_symbols(data: st.DataObject, point: str) -> Symbols:
+    """Symbols as a codec may meet them: quiet, wild, or far outside the tables."""
+    reach = data.draw(st.sampled_from([0, 1, 3, 40, 2047]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    values = rng.integers(-reach, reach + 1, size=(C, H, W)).astype(np.int16)
+    kept = SPEC["points"][COMPILED.point_ids.index(point)]["channels"]
+    values[kept:] = 0
+    count = COMPILED.layer_count(point)
+    return Symbols(point_id=point, tensors=(values,), layers=count, layer_count=count)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_symbols_survive_exactly_and_both_coders_agree(data: st.DataObject) -> None:
+    point = data.draw(st.sampled_from(COMPILED.point_ids))
+    symbols = any_symbols(data, point)
+    reference = any_symbols(data, data.draw(st.sampled_from(COMPILED.point_ids))) if data.draw(st.booleans()) else None
+    frame = data.draw(st.integers(0, 2**40)) if reference is not None else None
+    payloads = COMPILED.encode(symbols, reference, frame)
+    assert PURE.encode(symbols, reference, frame) == payloads
+    held = {frame: reference} if reference is not None and frame is not None else {}
+    for count in range(1, len(payloads) + 1):
+        for codec in (COMPILED, PURE):
+            decoded = codec.decode(payloads[:count], held, strict=True)
+            assert decoded.equals(codec.prefix(symbols, count))
+            assert decoded.crc32() == codec.prefix(symbols, count).crc32()
+
+
+@pytest.mark.parametrize(("point", "layers"), [("coarse", 3), ("fine", 3), ("fine3", 2), ("coarse2", 1)])
+def test_layers_follow_the_channels_kept(point: str, layers: int) -> None:
+    symbols = COMPILED.quantise([NOW[0]], point)
+    assert COMPILED.layer_count(point) == len(COMPILED.encode(symbols)) == layers
+    kept = SPEC["points"][COMPILED.point_ids.index(point)]["channels"]
+    latent = COMPILED.dequantise(symbols)[0]
+    gain = GAINS[SPEC["points"][COMPILED.point_ids.index(point)]["tier"], 0]
+    assert np.abs(latent[:kept] - NOW[0][:kept]).max() <= 0.5001 / gain
+    assert not latent[kept:].any()
+
+
+def test_missing_layers_are_zeros_and_damage_ends_the_prefix() -> None:
+    symbols = COMPILED.quantise([NOW[0]], "fine")
+    payloads = COMPILED.encode(symbols)
+    damaged = [payloads[0], payloads[1][:-1], payloads[2]]
+    decoded = COMPILED.decode(damaged)
+    assert (decoded.layers, decoded.layer_count, decoded.complete) == (1, 3, False)
+    assert np.array_equal(decoded.tensors[0][:2], symbols.tensors[0][:2])
+    assert not decoded.tensors[0][2:].any()
+    with pytest.raises(PayloadError, match="layer 1"):
+        COMPILED.decode(damaged, strict=True)
+
+
+def test_contexts_beat_a_memoryless_code() -> None:
+    """Below the empirical entropy of each channel, header and checksums aside."""
+    bits, size = 0.0, 0
+    for latent in BEFORE:
+        symbols = COMPILED.quantise([latent], "fine")
+        size += sum(map(len, open_layers(COMPILED.encode(symbols))[1]))
+    values = np.concatenate([COMPILED.quantise([z], "fine").tensors[0].reshape(C, -1) for z in BEFORE], axis=1)
+    for channel in values:
+        p = np.unique(channel, return_counts=True)[1] / channel.size
+        bits -= float((p * np.log2(p)).sum()) * channel.size
+    assert size < 0.95 * bits / 8
+
+
+def test_prediction_halves_a_still_scene_and_steps_aside_at_a_cut() -> None:
+    alone = predicted = 0
+    for before, now in zip(BEFORE, NOW, strict=True):
+        reference, symbols = (COMPILED.quantise([z], "fine") for z in (before, now))
+        alone += sum(map(len, COMPILED.encode(symbols)))
+        payloads = COMPILED.encode(symbols, reference, 5)
+        predicted += sum(map(len, payloads))
+        assert COMPILED.decode(payloads, {5: reference}, strict=True).equals(symbols)
+    assert predicted < 0.6 * alone
+    symbols, unlike = (COMPILED.quantise([z], "fine") for z in (NOW[0], -3 * NOW[0]))
+    assert COMPILED.encode(symbols, unlike, 5) == COMPILED.encode(symbols)
+
+
+def test_a_frame_predicted_from_what_is_not_held_asks_for_a_key_frame() -> None:
+    reference, symbols = (COMPILED.quantise([z], "fine") for z in (BEFORE[0], NOW[0]))
+    payloads = COMPILED.encode(symbols, reference, 5)
+    with pytest.raises(PayloadError, match="frame 5, which is not held: send a key frame"):
+        COMPILED.decode(payloads)
+    with pytest.raises(PayloadError, match="which is not held"):
+        COMPILED.decode(payloads, {4: reference})
+    with pytest.raises(PayloadError, match="with other symbols"):
+        COMPILED.decode(payloads, {5: symbols})
+    with pytest.raises(PayloadError, match="3 layers of frame 5, of which 2 are held"):
+        COMPILED.decode(payloads, {5: COMPILED.prefix(reference, 2)})
+
+
+def test_a_prefix_of_the_reference_predicts_the_layers_it_has() -> None:
+    reference, symbols = (COMPILED.quantise([z], "fine") for z in (BEFORE[0], NOW[0]))
+    base = COMPILED.prefix(reference, 1)
+    payloads = COMPILED.encode(symbols, base, 9)
+    # The server may hold more of it by now; what was named is what counts.
+    assert COMPILED.decode(payloads, {9: reference}, strict=True).equals(symbols)
+    assert len(payloads[0]) < len(COMPILED.encode(symbols)[0])
+
+
+def test_no_drift_over_a_long_chain_with_losses() -> None:
+    rng = np.random.default_rng(5)
+    latent, held, sent = BEFORE[0].copy(), {}, {}
+    acknowledged: int | None = None
+    for frame in range(60):
+        latent += 0.05 * smooth(rng, 1)[0]
+        symbols = COMPILED.quantise([latent], ("fine", "coarse")[frame % 7 == 0])
+        payloads = COMPILED.encode(symbols, sent.get(acknowledged), acknowledged)
+        arrived = int(rng.integers(0, len(payloads) + 1))  # none: the frame is lost
+        if arrived:
+            held[frame] = COMPILED.decode(payloads[:arrived], held, strict=True)
+            sent[frame] = COMPILED.prefix(symbols, arrived)
+            assert held[frame].equals(sent[frame])
+            acknowledged = frame
+
+
+@given(data=st.data())
+@settings(max_examples=250, deadline=None)
+def test_any_flipped_bit_is_detected(data: st.DataObject) -> None:
+    reference, symbols = (COMPILED.quantise([z], "coarse") for z in (BEFORE[1], NOW[1]))
+    payloads = COMPILED.encode(symbols, reference, 300) if data.draw(st.booleans()) else COMPILED.encode(symbols)
+    layer = data.draw(st.integers(0, len(payloads) - 1))
+    bit = data.draw(st.integers(0, 8 * len(payloads[layer]) - 1))
+    changed = bytearray(payloads[layer])
+    changed[bit // 8] ^= 1 << bit % 8
+    damaged = [*payloads[:layer], bytes(changed), *payloads[layer + 1 :]]
+    with pytest.raises(PayloadError):
+        COMPILED.decode(damaged, {300: reference}, strict=True)
+    if layer:
+        assert COMPILED.decode(damaged, {300: reference}).equals(COMPILED.prefix(symbols, layer))
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_forged_but_well_sealed_payloads_never_crash_a_decoder(data: st.DataObject) -> None:
+    reference = COMPILED.quantise([BEFORE[0]], "fine")
+    point = data.draw(st.integers(0, 4))
+    count = data.draw(st.integers(1, 3))
+    named = data.draw(st.sampled_from([None, Reference(frame_id=1, layers=3, crc32=reference.crc32())]))
+    bodies = data.draw(st.lists(st.binary(max_size=200), min_size=1, max_size=count))
+    payloads = seal(Header(kind="learned", point_index=point, layer_count=count, reference=named), bodies)
+    outcomes = []
+    for codec in (COMPILED, PURE):
+        try:
+            outcomes.append(codec.decode(payloads, {1: reference}, strict=True).crc32())
+        except PayloadError:
+            outcomes.append(None)
+    assert outcomes[0] == outcomes[1]
+
+
+@given(payloads=st.lists(st.binary(max_size=80), max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_random_bytes_are_refused(payloads: list[bytes]) -> None:
+    with pytest.raises(PayloadError):
+        COMPILED.decode(payloads)
+
+
+def test_layers_of_different_frames_do_not_mix() -> None:
+    a, b = (COMPILED.encode(COMPILED.quantise([z], "fine")) for z in NOW[:2])
+    assert COMPILED.decode([a[0], b[1], b[2]]).layers == 1
+    assert COMPILED.decode([a[0], a[2], a[1]]).layers == 1
+
+
+def test_wrong_input_is_named() -> None:
+    with pytest.raises(ModelError, match="NaN"):
+        COMPILED.quantise([np.full((C, H, W), np.nan, np.float32)], "fine")
+    assert COMPILED.quantise([np.full((C, H, W), np.inf, np.float32)], "fine").tensors[0].max() == 2047
+    with pytest.raises(ConfigError, match="no codec point"):
+        COMPILED.quantise([NOW[0]], "finest")
+    with pytest.raises(ConfigError, match="shape"):
+        COMPILED.quantise([NOW[0][:, :3]], "fine")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("version", 2),
+        ("shape", [C + 1, H, W]),
+        ("shape", [C, 0, W]),
+        ("shape", [C, 1 << 20, 1 << 20]),
+        ("gains", [[1.0] * C]),
+        ("gains", [[0.0] * C, [1.0] * C]),
+        ("points", []),
+        ("points", [{"id": "a", "tier": 2, "channels": 1}]),
+        ("points", [{"id": "a", "tier": 0, "channels": 0}]),
+        ("points", [{"id": "a", "tier": 0, "channels": 1}] * 2),
+        ("tables", None),
+    ],
+)
+def test_a_broken_spec_is_a_bundle_error(key: str, value: object) -> None:
+    with pytest.raises(BundleError):
+        codec_from_spec({**copy.deepcopy(SPEC), key: value}, lambda _: PART)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_altered_tables_are_a_bundle_error_or_still_a_codec(data: st.DataObject) -> None:
+    changed = bytearray(PART)
+    for _ in range(data.draw(st.integers(1, 3))):
+        changed[data.draw(st.integers(0, len(PART) - 1))] ^= data.draw(st.integers(1, 255))
+    cut = data.draw(st.sampled_from([len(PART), len(PART) // 2, 3, 0]))
+    try:
+        codec = LearnedCodec(SPEC, bytes(changed[:cut]))
+    except BundleError:
+        return
+    symbols = codec.quantise([NOW[0]], "fine")
+    assert codec.decode(codec.encode(symbols), strict=True).equals(symbols)
+
+
+def test_fitting_refuses_what_does_not_fit_together() -> None:
+    symbols = np.zeros((2, C, H, W), np.int32)
+    with pytest.raises(ConfigError, match="layers must rise"):
+        fit_tables([symbols], (2, 2, 6))
+    with pytest.raises(ConfigError, match="layers must rise"):
+        fit_tables([symbols], (2, 4))
+    with pytest.raises(ConfigError, match="every gain tier"):
+        fit_tables([], (6,))
+    with pytest.raises(ConfigError, match="pairs for every tier"):
+        fit_tables([symbols, symbols], (6,), pairs_by_tier=[(symbols, symbols)])
+
+
+def test_tables_without_pairs_and_odd_planes_still_code() -> None:
+    rng = np.random.default_rng(1)
+    for shape in ((3, 1, 1), (3, 2, 13), (3, 13, 13)):
+        part = fit_tables([rng.integers(-2, 3, size=(4, *shape))], (1, 3))
+        spec = learned_spec(shape=shape, gains=np.ones((1, 3)), ungains=np.ones((1, 3)), points={"p": (0, 3)}, tables_path="t")
+        codec = codec_from_spec(spec, lambda _, part=part: part)
+        assert not codec.supports_reference
+        symbols = codec.quantise([rng.normal(size=shape).astype(np.float32) * 30], "p")
+        payloads = codec.encode(symbols, symbols, 1)
+        assert codec.decode(payloads, strict=True).equals(symbols)
