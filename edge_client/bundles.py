@@ -18,10 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edge_client.rpc import Endpoint, open_channel, translated
+from edge_client.rpc import Endpoint, open_channel, stub, translated
 from protos.errors import BundleError, ProtocolError, UnknownModelError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
 from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION
 from splitters.bundle import MANIFEST, Bundle, cache_dir, open_bundle, verify_part
 from splitters.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
@@ -117,7 +116,7 @@ async def list_models(endpoint: Endpoint, *, timeout_s: float = 5.0) -> list[pb.
     """
     with translated(endpoint.address):
         async with open_channel(endpoint) as channel:
-            call = pb_grpc.HeadtailStub(channel).ListModels(pb.ListModelsRequest(), timeout=timeout_s, metadata=endpoint.metadata)
+            call = stub(channel).ListModels(pb.ListModelsRequest(), timeout=timeout_s, metadata=endpoint.metadata)
             response = await call
     if response.protocol_version != PROTOCOL_VERSION:
         raise VersionMismatchError(
@@ -144,9 +143,12 @@ async def fetch_bundle(
     """Fetches the device part of a bundle, resuming what is there, and verifies it.
 
     Args:
+        endpoint: the server.
+        store: where it is kept.
         model: its name at the server; empty: the default.
         sha256: the hash wanted; empty: whatever the server holds.
         pace: awaited after every chunk, so that frames go first.
+        idle_timeout_s: longest silence of the server.
 
     Raises:
         BundleError: what arrived is not what the manifest says, or cannot be stored.
@@ -164,17 +166,20 @@ async def fetch_bundle(
             await _receive(endpoint, directory, model, sha256, pace, idle_timeout_s)
             bundle = store.adopt(directory, sha256)
     except OSError as error:
-        raise BundleError(f"cannot store the bundle under {store.root}: {error.strerror}; HEADTAIL_CACHE names another place") from error
+        raise BundleError(
+            f"cannot store the bundle under {store.root}: {error.strerror}; HEADTAIL_CACHE names another place"
+        ) from error
     log.info("fetched bundle %s (%s)", bundle.manifest.name, sha256[:12])
     return bundle
 
 
 async def _receive(endpoint: Endpoint, directory: Path, model: str, sha256: str, pace: Pace | None, idle_timeout_s: float) -> None:
     held = _offsets(directory)
-    request = pb.FetchBundleRequest(model=model, bundle_sha256=sha256, have=[pb.PartOffset(path=p, offset=n) for p, n in held.items()])
+    have = [pb.PartOffset(path=p, offset=n) for p, n in held.items()]
+    request = pb.FetchBundleRequest(model=model, bundle_sha256=sha256, have=have)
     with translated(endpoint.address):
         async with open_channel(endpoint) as channel:
-            call = pb_grpc.HeadtailStub(channel).FetchBundle(request, metadata=endpoint.metadata)
+            call = stub(channel).FetchBundle(request, metadata=endpoint.metadata)
             receiver = _Receiver(directory, sha256, held)
             try:
                 while True:
@@ -264,4 +269,3 @@ class _Receiver:
                 if file.is_file() and file.stat().st_size >= part.bytes:
                     file.unlink()
                 raise
-

@@ -13,7 +13,7 @@ from edge_client.engine import Engine
 from edge_client.flights import Flight
 from edge_client.frames import NS_PER_S, Outcome
 from edge_client.pipeline import Parts, Pipeline, PipelineConfig, offline
-from protos.errors import HeadtailError, LimitError, OverloadedError
+from protos.errors import DrainingError, HeadtailError, OverloadedError, UnreachableError, VersionMismatchError, from_code
 from splitters.operating_point import OperatingPoint, best_point
 
 _WINDOW = 8
@@ -27,6 +27,7 @@ class FilePipeline(Pipeline):
         super().__init__(config, parts, engine)
         self.refused: HeadtailError | None = None
         self._again: deque[Flight] = deque()
+        self._paused: set[Flight] = set()
         self._current: Flight | None = None
         self._down_ns = 0
         self._offline = False
@@ -36,7 +37,7 @@ class FilePipeline(Pipeline):
         return False
 
     def _waiting(self) -> list[Flight]:
-        return [*self._again, *([self._current] if self._current is not None else [])]
+        return [*self._again, *self._paused, *([self._current] if self._current is not None else [])]
 
     async def _main(self) -> None:
         self._down_ns = self._clock()
@@ -83,6 +84,7 @@ class FilePipeline(Pipeline):
 
     async def _ready(self) -> bool:
         """Waits for the server and a place in the window; False when there has been no server for too long."""
+        patience_ns = self.config.wait_for_server_s * NS_PER_S
         while not self._stopping:
             self._swap_engine()
             now_ns = self._clock()
@@ -92,7 +94,7 @@ class FilePipeline(Pipeline):
                     return True
             elif self.link.up and self._update is not None:
                 self._down_ns = now_ns  # it is there, and its bundle is on the way
-            elif self._offline or (now_ns - self._down_ns >= self.config.wait_for_server_s * NS_PER_S and self.link.failed.is_set()):
+            elif self._offline or (now_ns - self._down_ns >= patience_ns and self.link.failed.is_set()):
                 self._offline = True
                 return False
             await self._wait_changed(0.25)
@@ -118,18 +120,16 @@ class FilePipeline(Pipeline):
 
     def _refused_again(self, flight: Flight) -> None:
         error, flight.refusal = flight.refusal, ""
-        transient = error in (OverloadedError.code, "draining", "version_mismatch", "unreachable")
+        transient = error in (OverloadedError.code, DrainingError.code, VersionMismatchError.code, UnreachableError.code)
         if transient and flight.tries < _MAX_TRIES:
+            self._paused.add(flight)
             asyncio.get_running_loop().call_later(0.1 * 2**flight.tries, self._retry, flight)
             return
+        self.refused = self.refused or from_code(error, f"frame {flight.frame.index} was refused: {flight.refusal_text}")
         self._settle(flight, Outcome.DROPPED, error)
 
     def _retry(self, flight: Flight) -> None:
+        self._paused.discard(flight)
         if self.ledger.is_open(flight.frame.index):
             self._again.append(flight)
             self._notify()
-
-    def _on_refused(self, flight: Flight, error: HeadtailError) -> None:
-        if not error.retryable or isinstance(error, LimitError):
-            self.refused = self.refused or error
-        super()._on_refused(flight, error)

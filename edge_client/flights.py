@@ -25,6 +25,7 @@ class Flight:
         urgent: the server will not answer (stream broken, refused): step in at once.
         answering: the local model is at it.
         tries: how often it was sent.
+        refusal, refusal_text: the code and the sentence with which the server refused it; empty: it did not.
     """
 
     frame: CapturedFrame
@@ -40,6 +41,7 @@ class Flight:
     answering: bool = False
     tries: int = 0
     refusal: str = ""
+    refusal_text: str = ""
 
 
 def latest_start(flights: Iterable[Flight], *, local_ns: int, margin_ns: int, now_ns: int) -> tuple[int, Flight] | None:

@@ -5,11 +5,12 @@ Frame by frame: change gate → controller → head → send; what the server do
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from edge_client.control import Local, Offload, Skip, Split
 from edge_client.flights import Flight
 from edge_client.frames import NS_PER_S, CapturedFrame, Outcome
 from edge_client.pipeline import Pipeline, offline
-from dataclasses import replace
 
 _FAR_NS = 10 * NS_PER_S
 
@@ -117,4 +118,3 @@ class LivePipeline(Pipeline):
             else:
                 self._orphans.append(flight)
         self._notify()
-

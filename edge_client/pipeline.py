@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
+from edge_client.capture import Delivery
 from edge_client.control import Controller, Local
 from edge_client.device import DeviceWorker
-from edge_client.capture import Delivery
 from edge_client.engine import Encoded, Engine
 from edge_client.flights import Flight, latest_start
 from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Clock, FrameReport, Ledger, Outcome
@@ -119,7 +119,7 @@ class Parts:
     emit: Callable[[FrameReport], None]
     fetch: Callable[[str], Awaitable[Engine]]
     controller: Callable[[Engine, float], Controller]
-    sample: Callable[[Frame, Frame], None] = lambda frame, image: None
+    sample: Callable[[Frame, Frame], None] = lambda _frame, _image: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +157,7 @@ class Pipeline:
         self._update: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stopping = False
+        self._finished = False
 
     # ------------------------------------------------------------------ life
 
@@ -178,12 +179,12 @@ class Pipeline:
                 if task.done():
                     task.result()
         finally:
+            self._finished = True
             for frame in self._frames.close():
                 self._capture(frame)
                 self._settle_frame(frame, Outcome.DROPPED, "stopped")
-            for task in (main, rescue, self._update):
-                if task is not None:
-                    task.cancel()
+            for task in (main, rescue, *([self._update] if self._update else [])):
+                task.cancel()
             for flight in [*self._flights.values(), *self._orphans, *self._waiting()]:
                 self._settle(flight, Outcome.DROPPED, "stopped")
             link.close()
@@ -447,7 +448,8 @@ class Pipeline:
 
     def on_down(self, error: HeadtailError) -> None:
         """See ``SessionEvents``."""
-        log.warning("the session is down: %s", error.message)
+        if not self._finished:
+            log.warning("the session is down: %s", error.message)
         self.controller.estimator.on_disconnect(self._clock())
         self._server_sha256 = ""
         lost, self._flights = list(self._flights.values()), {}
@@ -496,7 +498,7 @@ class Pipeline:
     def _on_refused(self, flight: Flight, error: HeadtailError) -> None:
         """The server answered this frame with an error; the session goes on."""
         log.debug("frame %d was refused: %s", flight.frame.index, error.message)
-        flight.refusal = error.code
+        flight.refusal, flight.refusal_text = error.code, error.message
         if isinstance(error, VersionMismatchError):
             self.link.restart()  # its welcome will name the bundle it has now
         self._on_lost([flight])
@@ -519,7 +521,7 @@ class Pipeline:
         """See ``SessionEvents``."""
         self.controller.on_grant(
             now_ns, bitrate_bps=grant.bitrate_bps, max_in_flight=grant.max_in_flight, queue_ns=grant.queue_ns,
-            tail_ns=grant.tail_ns, delivery_bps=grant.delivery_bps,
+            tail_ns=grant.tail_ns,
         )  # fmt: skip
         self._notify()
 

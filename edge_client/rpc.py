@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import grpc.aio
@@ -25,6 +26,8 @@ from protos.errors import (
     VersionMismatchError,
     from_code,
 )
+from protos.headtail.v1 import headtail_pb2 as pb
+from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
 from protos.messages import MAX_PAYLOAD_BYTES
 
 CODE_METADATA = "headtail-code"
@@ -42,6 +45,18 @@ _BY_STATUS: dict[grpc.StatusCode, type[HeadtailError]] = {
 # A killed replica shows as any of these; the next attempt may succeed.
 _TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN,
               grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.ABORTED)  # fmt: skip
+
+_PLAIN = {
+    "Connection refused": "connection refused",
+    "DNS": "the name cannot be resolved",
+    "Name or service": "the name cannot be resolved",
+    "Socket closed": "the connection was closed",
+    "FD Shutdown": "the connection was closed",
+    "reset by peer": "the connection was reset",
+    "Ssl handshake": "the TLS handshake failed",
+    "SSL": "the TLS handshake failed",
+    "unreachable": "the network is unreachable",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +93,15 @@ class Endpoint:
     def metadata(self) -> Sequence[tuple[str, str]]:
         """What goes with every call."""
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+
+if TYPE_CHECKING:
+    Call = grpc.aio.StreamStreamCall[pb.ClientMessage, pb.ServerMessage]
+
+
+def stub(channel: grpc.aio.Channel) -> Any:
+    """The server's methods."""
+    return pb_grpc.HeadtailStub(channel)  # type: ignore[no-untyped-call]
 
 
 def token_from_environment() -> str:
@@ -119,15 +143,17 @@ def _read(path: Path | None) -> bytes | None:
 def translate(error: grpc.aio.AioRpcError, address: str) -> HeadtailError:
     """A failed call as an error of the tree; the server's own code wins where it sent one."""
     status, details = error.code(), error.details() or ""
-    for key, value in error.trailing_metadata() or ():
-        if key == CODE_METADATA and value in BY_CODE:
-            return from_code(str(value), details or f"the server at {address} refused")
+    code = next((str(v) for k, v in cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ()) if k == CODE_METADATA), "")
+    if code in BY_CODE:
+        return from_code(code, details or f"the server at {address} refused")
     if "http1" in details.lower() or "HTTP/1" in details:
-        return UnreachableError(f"what answers at {address} is no headtail server: it speaks HTTP/1")
+        return UnreachableError(f"what answers at {address} is no headtail server: it speaks HTTP/1", retryable=False)
     if status is grpc.StatusCode.UNIMPLEMENTED:
         return UnreachableError(f"what answers at {address} speaks gRPC, but it is no headtail server", retryable=False)
     if status is grpc.StatusCode.UNAVAILABLE and "drain" in details.lower():
         return DrainingError(details)
+    if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return UnreachableError(f"what listens at {address} did not answer as a headtail server in time")
     if status in _TRANSIENT:
         return UnreachableError(f"no headtail server answers at {address} ({_short(details) or status.name.lower()})")
     if status in _BY_STATUS:
@@ -138,11 +164,7 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> HeadtailError:
 def _short(details: str) -> str:
     """GRPC's text without its list of addresses."""
     text = details.rpartition("; last error: ")[2] or details
-    for known, plain in (
-        ("Connection refused", "connection refused"), ("DNS", "the name cannot be resolved"), ("Name or service", "the name cannot be resolved"),
-        ("Socket closed", "the connection was closed"), ("reset by peer", "the connection was reset"), ("Ssl handshake", "TLS handshake failed"),
-        ("SSL", "TLS handshake failed"), ("FD Shutdown", "the connection was closed"), ("unreachable", "the network is unreachable"),
-    ):  # fmt: skip
+    for known, plain in _PLAIN.items():
         if known in text:
             return plain
     return text.splitlines()[0][:160] if text else ""

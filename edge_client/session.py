@@ -13,16 +13,18 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import grpc.aio
 
 from edge_client.frames import NS_PER_S, Clock
-from edge_client.rpc import Endpoint, open_channel, translated
+from edge_client.rpc import Endpoint, open_channel, stub, translated
 from protos.errors import HeadtailError, ProtocolError, UnreachableError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
 from protos.messages import PROTOCOL_VERSION, FrameLayer, Grant, Result
+
+if TYPE_CHECKING:
+    from edge_client.rpc import Call
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +110,13 @@ class Session:
     """One server, reconnected for as long as it takes."""
 
     def __init__(
-        self, endpoint: Endpoint, events: SessionEvents, *, clock: Clock, config: SessionConfig | None = None, seed: int | None = None
+        self,
+        endpoint: Endpoint,
+        events: SessionEvents,
+        *,
+        clock: Clock,
+        config: SessionConfig | None = None,
+        seed: int | None = None,
     ) -> None:
         self.up = False
         self.attempts = 0
@@ -197,7 +205,7 @@ class Session:
         patience_s = self._config.welcome_timeout_s * (4 if self.attempts % 3 == 0 else 1)
         with translated(self._endpoint.address):
             async with open_channel(self._endpoint) as channel:
-                call = pb_grpc.HeadtailStub(channel).Session(metadata=self._endpoint.metadata)
+                call = stub(channel).Session(metadata=self._endpoint.metadata)
                 try:
                     async with asyncio.timeout(patience_s):
                         await call.write(pb.ClientMessage(hello=self._events.hello()))
@@ -219,7 +227,8 @@ class Session:
         w = message.welcome
         if w.protocol_version != PROTOCOL_VERSION:
             raise VersionMismatchError(
-                f"the server at {self._endpoint.address} speaks protocol version {w.protocol_version}, this client {PROTOCOL_VERSION}"
+                f"the server at {self._endpoint.address} speaks protocol version {w.protocol_version}, "
+                f"this client {PROTOCOL_VERSION}; update the older of the two"
             )
         return Welcome(
             session_id=w.session_id, model=w.model, bundle_sha256=w.bundle_sha256, max_in_flight=w.max_in_flight,
@@ -236,7 +245,7 @@ class Session:
         self.error = None
         self._events.on_up(welcome)
 
-    async def _converse(self, call: grpc.aio.StreamStreamCall) -> None:
+    async def _converse(self, call: Call) -> None:
         tasks = [asyncio.create_task(f(call)) for f in (self._write, self._read, self._watch)]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -249,7 +258,7 @@ class Session:
             with suppress(asyncio.CancelledError):
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _read(self, call: grpc.aio.StreamStreamCall) -> None:
+    async def _read(self, call: Call) -> None:
         while isinstance(message := await call.read(), pb.ServerMessage):
             now_ns = self._heard_ns = self._clock()
             self._unanswered_ns = None
@@ -268,10 +277,10 @@ class Session:
                     raise ProtocolError(f"the server sent {other or 'an empty message'} in the middle of a session")
         if await call.code() is not grpc.StatusCode.OK:
             raise grpc.aio.AioRpcError(
-                await call.code(), await call.initial_metadata(), await call.trailing_metadata(), details=await call.details()
+                await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details(), None
             )
 
-    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
+    async def _write(self, call: Call) -> None:
         while True:
             while not self._queue:
                 self._wake.clear()
@@ -286,7 +295,7 @@ class Session:
                 await asyncio.sleep(1.0)
                 return
 
-    async def _write_frame(self, call: grpc.aio.StreamStreamCall, item: _Outgoing) -> None:
+    async def _write_frame(self, call: Call, item: _Outgoing) -> None:
         for layer in item.layers:
             now_ns = self._clock()
             left_ns = item.deadline_ns - now_ns if item.deadline_ns is not None else 0
@@ -299,7 +308,7 @@ class Session:
             self._events.on_sent(layer.frame_id, layer.layer, len(layer.payload), now_ns)
             await call.write(pb.ClientMessage(layer=replace(layer, sent_ns=now_ns, deadline_remaining_ns=left_ns).to_proto()))
 
-    async def _watch(self, call: grpc.aio.StreamStreamCall) -> None:
+    async def _watch(self, call: Call) -> None:
         del call
         while True:
             await asyncio.sleep(0.1)
@@ -310,5 +319,3 @@ class Session:
                 self._say(pb.ClientMessage(ping=pb.Ping(sent_ns=now_ns)))
             if self._unanswered_ns is not None and now_ns - self._unanswered_ns >= self._config.silence_s * NS_PER_S:
                 raise UnreachableError(f"the server at {self._endpoint.address} has been silent for {self._config.silence_s:g} s")
-
-

@@ -191,8 +191,9 @@ class PictureCamera:
                 return image, path.relative_to(self._root).as_posix()
             self.unreadable.append(path)
         if not self._delivered:
-            what = f"{self.unreadable[0]} is no picture" if self._single else f"none of the {len(self.unreadable)} files in {self._root} is a picture"
-            raise SourceError(f"{what} that can be read")
+            if self._single:
+                raise SourceError(f"{self.unreadable[0]} is no picture that can be read")
+            raise SourceError(f"none of the {len(self.unreadable)} files in {self._root} is a picture that can be read")
         return None
 
     def close(self) -> None:
@@ -227,7 +228,7 @@ class SyntheticCamera:
                 else:
                     raise ConfigError(f"synthetic: has no option {name!r}; it takes fps=30, size=640x480 and still=1")
             except ValueError as error:
-                raise ConfigError(f"synthetic: {name}={value!r} is not understood; an example: synthetic:fps=30,size=640x480") from error
+                raise ConfigError(f"synthetic: {item!r} is not understood; for example synthetic:fps=30,size=640x480") from error
         if not (0 < self.fps <= 1000 and 16 <= width <= 8192 and 16 <= height <= 8192):
             raise ConfigError("synthetic: needs 0 < fps <= 1000 and sides of 16..8192 px")
         y, x = np.mgrid[:height, :width]

@@ -1,0 +1,267 @@
+"""Puts the client together: source, bundle, pipeline, sinks; runs it, and takes it apart in the right order."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+from edge_client.bundles import BundleStore, choose_model, fetch_bundle, list_models
+from edge_client.capture import Capture, CaptureConfig
+from edge_client.choices import DeviceTimes, make_controller, measure
+from edge_client.config import EMBEDDED, ClientConfig
+from edge_client.control import Controller
+from edge_client.device import DeviceWorker, ThreadExecutor
+from edge_client.embedded import EmbeddedServer
+from edge_client.engine import Engine
+from edge_client.files import FilePipeline
+from edge_client.frames import Ledger
+from edge_client.live import LivePipeline
+from edge_client.pipeline import Parts, Pipeline, PipelineConfig
+from edge_client.rpc import Endpoint
+from edge_client.session import Session
+from edge_client.sinks import InOrder, JsonLines, Sink, Window, open_json_lines, open_video
+from edge_client.sources import DEFAULT_FPS, Source, parse_source
+from edge_client.status import Status
+from edge_client.summary import JpegSampler, Summary
+from protos.errors import HeadtailError
+from splitters.bundle import Bundle
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Console:
+    """The streams a client speaks to."""
+
+    results: TextIO
+    status: Callable[[str], None]
+    terminal: bool
+    columns: int = 120
+
+
+@dataclass(slots=True, kw_only=True)
+class Ending:
+    """How a run ended: its summary, and the error it ended with, if any."""
+
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+    error: HeadtailError | None = None
+    interrupted: int = 0
+
+
+class Client:
+    """One run of ``edge-client``."""
+
+    def __init__(self, config: ClientConfig, console: Console) -> None:
+        self._config = config
+        self._console = console
+        self._clock = time.monotonic_ns
+        self._store = BundleStore()
+        self._pipeline: Pipeline | None = None
+        self._session: Session | None = None
+        self._capture: Capture | None = None
+        self._engine: Engine | None = None
+        self._times = DeviceTimes()
+        self._task: asyncio.Task[None] | None = None
+        self._ending = Ending()
+
+    async def run(self) -> Ending:
+        """Runs to the end, whatever ends it, and says how it was."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt)
+        sampler = JpegSampler(clock=self._clock, every_s=0.0)
+        summary = Summary(lambda: self._pipeline.ledger if self._pipeline else Ledger(), sampler)
+        server: EmbeddedServer | None = None
+        try:
+            source = parse_source(self._config.camera)
+            if self._config.server == EMBEDDED:
+                server = EmbeddedServer(self._config.model)
+            self._task = asyncio.create_task(self._everything(source, server, summary, sampler))
+            await self._task
+        except HeadtailError as error:
+            self._ending.error = error
+        except asyncio.CancelledError:
+            if not self._ending.interrupted:
+                raise
+        finally:
+            if server is not None:
+                await loop.run_in_executor(None, server.stop)
+            sampler.close()
+        self._ending.summary = {**summary.as_json(), **self._facts()}
+        self._ending.text = summary.as_text() + self._fact_lines()
+        return self._ending
+
+    def _interrupt(self) -> None:
+        self._ending.interrupted += 1
+        if self._pipeline is not None and self._ending.interrupted == 1:
+            self._pipeline.stop()
+        elif self._task is not None:
+            self._task.cancel()
+
+    # ------------------------------------------------------------------ the parts
+
+    async def _everything(self, source: Source, server: EmbeddedServer | None, summary: Summary, sampler: JpegSampler) -> None:
+        config = self._config
+        address = await server.start() if server is not None else config.server
+        endpoint = config.endpoint(address)
+        capture = self._capture = Capture(
+            CaptureConfig(source=source, realtime=config.realtime, loop=config.loop, frames=config.frames, fps=config.fps),
+            clock=self._clock,
+        )
+        live = capture.live
+        model = "" if server is not None else config.model
+        bundle = await self._first_bundle(endpoint, model, wait_s=config.effective_wait_s(live=live))
+        engine = await self._load(bundle)
+        if live:
+            sampler.every_s = 1.0
+        sinks = InOrder([summary, *self._sinks(source, capture)])
+        executor = ThreadExecutor()
+        parts = Parts(
+            frames=capture, worker=DeviceWorker(executor), clock=self._clock, emit=sinks.take, sample=sampler.offer,
+            fetch=functools.partial(self._fetch, endpoint, model), controller=self._controller,
+        )  # fmt: skip
+        settings = PipelineConfig(
+            model=model, deadline_ms=config.effective_deadline_ms(live=live), max_in_flight=config.max_in_flight,
+            wait_for_server_s=config.effective_wait_s(live=live), point_id=self._checked_point(engine), group=config.group,
+            keep_images=config.display or config.save_video is not None, client_version=_version(),
+        )  # fmt: skip
+        pipeline = self._pipeline = (LivePipeline if live else FilePipeline)(settings, parts, engine)
+        self._session = Session(endpoint, pipeline, clock=self._clock)
+        status = self._status(summary_sink=sinks)
+        shower = asyncio.create_task(self._show(status))
+        try:
+            await pipeline.run(self._session)
+        finally:
+            shower.cancel()
+            sinks.close()
+            executor.close()
+        if isinstance(pipeline, FilePipeline) and pipeline.refused is not None:
+            raise pipeline.refused
+
+    def _checked_point(self, engine: Engine) -> int | None:
+        if self._config.operating_point is not None:
+            engine.bundle.point(self._config.operating_point)
+        return self._config.operating_point
+
+    async def _first_bundle(self, endpoint: Endpoint, model: str, *, wait_s: float) -> Bundle:
+        """The bundle to start with: the one remembered, else the server's.
+
+        Raises:
+            HeadtailError: no server, and nothing remembered; or the server refuses.
+        """
+        known = self._store.remembered(self._memory_key(endpoint), model)
+        if known is not None and (bundle := self._store.open(known)) is not None:
+            return bundle
+        until_s = time.monotonic() + wait_s
+        while True:
+            try:
+                info = choose_model(await list_models(endpoint), model, endpoint.address)
+                bundle = await fetch_bundle(endpoint, self._store, model=info.name, sha256=info.bundle_sha256)
+            except HeadtailError as error:
+                if not error.retryable or time.monotonic() >= until_s:
+                    raise
+                await asyncio.sleep(_RETRY_S)
+                continue
+            self._store.remember(self._memory_key(endpoint), model, bundle.sha256)
+            return bundle
+
+    def _memory_key(self, endpoint: Endpoint) -> str:
+        return f"{EMBEDDED}:{self._config.model}" if self._config.server == EMBEDDED else endpoint.address
+
+    async def _fetch(self, endpoint: Endpoint, model: str, sha256: str) -> Engine:
+        """In the background: fetches, loads, and remembers the server's new bundle."""
+        bundle = await fetch_bundle(endpoint, self._store, model=model, sha256=sha256, pace=functools.partial(asyncio.sleep, 0.01))
+        engine = await self._load(bundle)
+        self._store.remember(self._memory_key(endpoint), model, bundle.sha256)
+        return engine
+
+    async def _load(self, bundle: Bundle) -> Engine:
+        def work() -> tuple[Engine, DeviceTimes]:
+            engine = Engine(bundle, clock=self._clock, threads=self._config.threads)
+            return engine, measure(engine, clock=self._clock, cache=self._store.root / "times")
+
+        engine, self._times = await asyncio.get_running_loop().run_in_executor(None, work)
+        self._engine = engine
+        return engine
+
+    def _controller(self, engine: Engine, fps: float) -> Controller:
+        return make_controller(engine, self._times, fps=fps, explain=self._config.explain)
+
+    # ------------------------------------------------------------------ what people see
+
+    def _labels(self) -> Mapping[int, str]:
+        return self._engine.labels if self._engine else {}
+
+    def _sinks(self, source: Source, capture: Capture) -> list[Sink]:
+        sinks: list[Sink] = []
+        if self._config.output == "-":
+            sinks.append(JsonLines(self._console.results, self._labels, owned=False))
+        elif self._config.output is not None:
+            sinks.append(open_json_lines(Path(self._config.output), self._labels))
+        if self._config.save_video is not None:
+            fps = self._config.fps or capture.fps or DEFAULT_FPS
+            many = source.kind != "picture"
+            sinks.append(open_video(Path(self._config.save_video), self._labels, fps=fps, pictures=source.pictures, many=many))
+        if self._config.display:
+            sinks.append(Window(self._labels))
+        return sinks
+
+    def _status(self, *, summary_sink: InOrder) -> Status:
+        status = Status(
+            self._console.status, clock=self._clock, terminal=self._console.terminal, note=self._note, columns=self._console.columns
+        )
+        summary_sink.add(status)
+        return status
+
+    def _note(self) -> str:
+        notes = [self._capture.note if self._capture else "", self._pipeline.note if self._pipeline else ""]
+        if self._session is not None and not self._session.up:
+            notes.append("no server" + (f": {self._session.error.message}" if self._session.error else ""))
+        return "; ".join(n for n in notes if n)
+
+    async def _show(self, status: Status) -> None:
+        while True:
+            await asyncio.sleep(status.interval_s)
+            status.show()
+
+    def _facts(self) -> dict[str, Any]:
+        pipeline, engine = self._pipeline, self._engine
+        return {
+            "model": engine.model if engine else None,
+            "bundle_sha256": engine.sha256 if engine else None,
+            "late_results": pipeline.late_results if pipeline else 0,
+            "reconnects": self._session.reconnects if self._session else 0,
+            "bundle_switches": pipeline.bundle_switches if pipeline else 0,
+            "unreadable_files": self._capture.unreadable if self._capture else 0,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        }
+
+    def _fact_lines(self) -> str:
+        facts = self._facts()
+        more = [f"{facts[key]} {text}" for key, text in (
+            ("late_results", "results came too late"), ("reconnects", "reconnects"), ("bundle_switches", "bundle switches"),
+            ("unreadable_files", "unreadable files left out"),
+        ) if facts[key]]  # fmt: skip
+        model = f"\nmodel    {facts['model']} ({str(facts['bundle_sha256'])[:12]})" if facts["model"] else ""
+        also = f"\nalso     {', '.join(more)}" if more else ""
+        return f"{model}{also}\nmemory   {facts['peak_memory_bytes'] / 2**20:.0f} MiB at its peak"
+
+
+def _version() -> str:
+    try:
+        return version("headtail")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,132 @@
+"""What the controller may choose from on this device: the bundle's table, with this device's own times.
+
+``measure`` times every operating point once per device and bundle (three seconds at most) and keeps the figures in the
+cache; a table's ``head_ms`` measured elsewhere is only a prior.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from edge_client.control import ControlConfig, Controller, LocalOption
+from edge_client.engine import Engine
+from edge_client.frames import NS_PER_MS, NS_PER_S, Clock
+from protos.errors import BundleError
+from splitters.operating_point import OperatingPoint, Quantiles
+from splitters.preprocess import Frame
+
+log = logging.getLogger(__name__)
+
+# A measured device is optimistic about its link: what does not arrive in time, the local model answers.
+_INITIAL_BPS = 20_000_000.0
+_BUDGET_NS = 3 * NS_PER_S
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceTimes:
+    """Milliseconds on this device: head to payload by operating point id, and the local model."""
+
+    head_ms: Mapping[int, Quantiles] = field(default_factory=dict)
+    local_ms: Quantiles | None = None
+
+
+def measure(engine: Engine, *, clock: Clock = time.monotonic_ns, cache: Path | None = None) -> DeviceTimes:
+    """Times the engine on a test picture, or reads what an earlier start measured."""
+    file = cache / f"{engine.sha256[:32]}-{_device_id()}.json" if cache is not None else None
+    if file is not None and (known := _read(file)) is not None:
+        return known
+    times = _measure(engine, clock)
+    if file is not None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(_to_json(times)), encoding="utf-8")
+        except OSError as error:
+            log.debug("device times are not kept: %s", error)
+    return times
+
+
+def _measure(engine: Engine, clock: Clock) -> DeviceTimes:
+    height, width = engine.bundle.manifest.preprocess.size_px
+    picture: Frame = np.random.default_rng(0).integers(0, 255, (height * 5 // 4, width * 5 // 4, 3)).astype(np.uint8)
+    until_ns = clock() + _BUDGET_NS
+    samples: dict[int, list[float]] = {p.id: [] for p in engine.bundle.points}
+    local: list[float] = []
+    for turn in range(8):
+        for point in engine.bundle.points:
+            start_ns = clock()
+            engine.encode(engine.features(picture), point)
+            if turn:  # the first run warms up
+                samples[point.id].append((clock() - start_ns) / NS_PER_MS)
+        if engine.local is not None:
+            prepared = engine.local.prepare(picture)
+            _, elapsed_ms = engine.local.answer(prepared, (width, height))
+            if turn:
+                local.append(elapsed_ms)
+        if clock() > until_ns and turn:
+            break
+    head = {i: _quantiles(values) for i, values in samples.items() if values}
+    return DeviceTimes(head_ms=head, local_ms=_quantiles(local) if local else None)
+
+
+def _quantiles(values: list[float]) -> Quantiles:
+    return Quantiles(p50=float(np.median(values)), p95=float(np.quantile(values, 0.95)))
+
+
+def _device_id() -> str:
+    return f"{platform.machine()}-{os.cpu_count()}"
+
+
+def _to_json(times: DeviceTimes) -> dict[str, object]:
+    local = [times.local_ms.p50, times.local_ms.p95] if times.local_ms else None
+    return {"head_ms": {str(i): [q.p50, q.p95] for i, q in times.head_ms.items()}, "local_ms": local}
+
+
+def _read(file: Path) -> DeviceTimes | None:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        head = {int(i): Quantiles(p50=a, p95=b) for i, (a, b) in data["head_ms"].items()}
+        local = Quantiles(p50=data["local_ms"][0], p95=data["local_ms"][1]) if data["local_ms"] else None
+    except (OSError, ValueError, KeyError, TypeError, BundleError):
+        return None
+    return DeviceTimes(head_ms=head, local_ms=local)
+
+
+def make_controller(engine: Engine, times: DeviceTimes, *, fps: float, explain: bool = False) -> Controller:
+    """The controller of one bundle on this device."""
+    points = believable(engine.bundle.points, engine)
+    local = engine.bundle.manifest.local
+    option = None
+    if local is not None and engine.local is not None:
+        worst = min(p.accuracy for p in points)
+        option = LocalOption(accuracy=local.accuracy or 0.8 * worst, ms=times.local_ms or Quantiles(p50=30.0, p95=60.0))
+    config = ControlConfig(fps=min(max(fps, 1.0), 1000.0) if fps else 30.0, initial_bps=_INITIAL_BPS, explain=explain)
+    return Controller(config, points, local=option, head_ms=times.head_ms)
+
+
+def believable(points: tuple[OperatingPoint, ...], engine: Engine) -> list[OperatingPoint]:
+    """The table with stand-ins where nothing was measured.
+
+    More bits are taken to be a little more accurate, and a payload to be three quarters of its symbols.
+    """
+    elements = sum(math.prod(shape) for shape in engine.bundle.manifest.latent_shape)
+    unmeasured = all(p.accuracy == 0 for p in points)
+    order = {p.id: rank for rank, p in enumerate(sorted(points, key=lambda p: (p.bits, p.channels, p.encoders, p.width)))}
+    table = []
+    for point in points:
+        if unmeasured:
+            point = replace(point, accuracy=0.7 + 0.01 * min(order[point.id], 25), pareto=True)  # noqa: PLW2901
+        if point.payload_bytes.p95 <= 0:
+            guess = 0.75 * elements * point.bits / 8 + 32
+            point = replace(point, payload_bytes=Quantiles(p50=guess, p95=guess))  # noqa: PLW2901
+        table.append(point)
+    return table

@@ -1,0 +1,151 @@
+"""``edge-client``: the whole user interface of the device."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from edge_client.config import ClientConfig, read_toml
+from protos.errors import HeadtailError
+
+_DESCRIPTION = """\
+Runs the head of a vision model on this device and sends what it says to a headtail server, which runs the tail.
+The server tells which model; its device part is fetched once and cached. Every captured frame ends in exactly one
+outcome: result (the server's answer), local (the device's own small model), unchanged, filtered, dropped or expired.
+"""
+
+_EPILOG = """\
+examples:
+  edge-client --camera 0 --server host:50051                    a webcam, answered within 500 ms or locally
+  edge-client --camera photos/ --server embedded --output -     every photo in a directory, server started for you
+  edge-client --camera clip.mp4 --realtime --deadline-ms 200    a file as if it were a camera
+  edge-client --camera rtsp://cam/1 --save-video out.mp4        annotated video
+  edge-client --camera synthetic:fps=30,size=640x480 --frames 300 --json
+
+live or file: cameras, URLs, synthetic: and --realtime are live: newest frame only, a deadline (500 ms), local answers
+when the network fails. Pictures, directories and files are not: every frame, no deadline, the server's answer.
+
+exit codes: 0 done or stopped by SIGINT/SIGTERM; 1 our own fault; 2 wrong option; 3 no frames from the source;
+4 bundle absent or altered; 5 unknown model; 6 version mismatch; 7 no headtail server there; 8 broken protocol;
+9 a limit; 10 not authorised; 11 the model failed; 130 interrupted twice.
+
+environment: HEADTAIL_TOKEN (bearer token), HEADTAIL_CACHE (default ~/.cache/headtail).
+"""
+
+_CAMERA_HELP = "device index, /dev/videoN, RTSP/HTTP URL, video file, picture, directory, or synthetic:[fps=30,size=640x480]"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; defaults are ``ClientConfig``'s."""
+    parser = argparse.ArgumentParser(
+        prog="edge-client", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--camera", metavar="SOURCE", help=_CAMERA_HELP)
+    add("--server", metavar="HOST:PORT", help="the server, or 'embedded' to start one as a child (default 127.0.0.1:50051)")
+    add("--model", metavar="NAME", help="one of the server's models (default: its first); with embedded: a bundle or its name")
+    add("--deadline-ms", type=float, metavar="MS", help="from capture to answer, 0: none (default 500 live, none for files)")
+    add(
+        "--max-in-flight",
+        type=int,
+        metavar="N",
+        help="frames unanswered at a time (default 0: as many as the network is ready for)",
+    )
+    add("--frames", type=int, metavar="N", help="end after N captured frames (default 0: no limit)")
+    add("--loop", action="store_true", help="begin a file again at its end")
+    add("--realtime", action="store_true", help="play a file at its own pace and treat it as a camera: newest frame wins")
+    add("--fps", type=float, metavar="F", help="the pace of --realtime (default: the file's own, 25 for pictures)")
+    add("--output", metavar="FILE", help="results as JSON lines, one a frame; - is standard output")
+    add("--wait-for-server-s", type=float, metavar="S", help="go on without a server after so long (default 0 live, 30 for files)")
+    add("--display", action="store_true", help="show annotated frames in a window")
+    add("--save-video", metavar="PATH", help="write annotated frames: a .mp4, a .jpg for one picture, or a directory")
+    add("--operating-point", type=int, metavar="ID", help="always send at this operating point instead of choosing")
+    add(
+        "--change-gate",
+        choices=("on", "off", "auto"),
+        help="reuse the last result where nothing moved (default on live, off for files)",
+    )
+    add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
+    add("--group", metavar="NAME", help="cameras of the same group share a link; the server divides it fairly")
+    add("--tls", action="store_true", help="encrypt with the system's certificate authorities")
+    add("--tls-ca", metavar="FILE", help="encrypt, trusting this certificate authority (PEM)")
+    add("--tls-cert", metavar="FILE", help="this client's certificate, for mutual TLS (PEM)")
+    add("--tls-key", metavar="FILE", help="its key (PEM)")
+    add("--explain", action="store_true", help="log every decision with its inputs and candidates")
+    add("--json", action="store_true", help="the summary as one JSON object on the last line of standard output")
+    add("--config", metavar="FILE.toml", help="options from a TOML file; the command line wins")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="to standard error (default warning)")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[ClientConfig, str]:
+    """The configuration and the log level.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    parser = build_parser()
+    given = vars(parser.parse_args(argv))
+    level = given.pop("log_level")
+    path = given.pop("config", None)
+    settings = {**(read_toml(Path(path)) if path else {}), **given}
+    if "camera" not in settings:
+        parser.error("--camera is required")
+    known = {f.name for f in fields(ClientConfig)}
+    return ClientConfig(**{k: v for k, v in settings.items() if k in known}), level
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the client and returns its exit code."""
+    try:
+        config, level = parse(argv)
+    except HeadtailError as error:
+        print(f"edge-client: {error.message}", file=sys.stderr)
+        return error.exit_code
+    except TypeError as error:
+        print(f"edge-client: a setting has the wrong type: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    return _run(config)
+
+
+def _run(config: ClientConfig) -> int:
+    from edge_client.app import Client, Console
+
+    console = Console(
+        results=sys.stdout,
+        status=lambda text: print(text, end="", file=sys.stderr, flush=True),
+        terminal=sys.stderr.isatty(),
+        columns=shutil.get_terminal_size().columns,
+    )
+    try:
+        ending = asyncio.run(Client(config, console).run())
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        logging.getLogger(__name__).debug("unexpected", exc_info=True)
+        logging.getLogger(__name__).critical("our own fault; --log-level debug shows the traceback")
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            raise
+        return 1
+    code = ending.error.exit_code if ending.error else 130 if ending.interrupted > 1 else 0
+    if ending.summary.get("frames"):
+        print(ending.text, file=sys.stderr if config.output == "-" else sys.stdout)
+    if ending.error is not None:
+        print(f"edge-client: {ending.error.message}", file=sys.stderr)
+    if config.json:
+        print(json.dumps({**ending.summary, "exit_code": code}))
+    sys.stdout.flush()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

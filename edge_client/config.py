@@ -1,0 +1,111 @@
+"""The client's settings, checked once; from the command line, and a TOML file for what stays the same."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from edge_client.rpc import Endpoint, token_from_environment
+from protos.errors import ConfigError
+
+LIVE_DEADLINE_MS = 500.0
+FILE_PATIENCE_S = 30.0
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientConfig:
+    """Everything ``edge-client`` can be told. None: depends on whether the source is live.
+
+    Attributes:
+        camera: what ``sources.parse_source`` understands.
+        server: ``host:port``, or ``embedded``.
+        model: a name the server knows; with ``embedded`` a bundle's name or directory; empty: the server's first.
+        deadline_ms: from capture to answer; 0: none. None: 500 live, none for files.
+        max_in_flight: frames unanswered at a time; 0: as many as the network is ready for.
+        frames: end after so many captured frames; 0: no limit.
+        fps: pace of ``realtime``; 0: the file's own.
+        output: where results go; ``-``: standard output; None: nowhere.
+        wait_for_server_s: None: 0 live, 30 for files.
+        operating_point: always this one; None: chosen frame by frame.
+        threads: of the head.
+        change_gate: ``on``, ``off`` or ``auto`` (on live, off for files).
+        group: cameras with the same name share a link; the server divides it among them.
+        tls_ca, tls_cert, tls_key, tls: see ``rpc.Endpoint``.
+    """
+
+    camera: str
+    server: str = "127.0.0.1:50051"
+    model: str = ""
+    deadline_ms: float | None = None
+    max_in_flight: int = 0
+    frames: int = 0
+    loop: bool = False
+    realtime: bool = False
+    fps: float = 0.0
+    output: str | None = None
+    wait_for_server_s: float | None = None
+    display: bool = False
+    save_video: str | None = None
+    operating_point: int | None = None
+    threads: int = 1
+    change_gate: str = "auto"
+    group: str = ""
+    tls: bool = False
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    explain: bool = False
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("deadline_ms", 0, 3_600_000), ("max_in_flight", 0, 1024), ("frames", 0, 2**53), ("fps", 0, 1000),
+            ("wait_for_server_s", 0, 86_400), ("threads", 1, 256), ("operating_point", 0, 65_535),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and low <= value <= high):
+                raise ConfigError(f"--{name.replace('_', '-')} must be {low}..{high}, got {value}")
+        if self.change_gate not in ("on", "off", "auto"):
+            raise ConfigError(f"--change-gate must be on, off or auto, got {self.change_gate!r}")
+        if self.server != EMBEDDED:
+            self.endpoint(self.server)
+
+    def endpoint(self, address: str) -> Endpoint:
+        """The server at ``address`` with this configuration's certificates and token."""
+        paths = {n: Path(v) if (v := getattr(self, n)) else None for n in ("tls_ca", "tls_cert", "tls_key")}
+        if self.server == EMBEDDED:
+            return Endpoint(address=address)
+        return Endpoint(address=address, tls=self.tls, token=token_from_environment(), **paths)
+
+    def effective_deadline_ms(self, *, live: bool) -> float:
+        """The deadline in force; 0: none."""
+        return self.deadline_ms if self.deadline_ms is not None else LIVE_DEADLINE_MS if live else 0.0
+
+    def effective_wait_s(self, *, live: bool) -> float:
+        """How long a server is waited for."""
+        return self.wait_for_server_s if self.wait_for_server_s is not None else 0.0 if live else FILE_PATIENCE_S
+
+
+def read_toml(path: Path) -> Mapping[str, Any]:
+    """Settings of a TOML file; keys are the options' names, with ``_`` or ``-``.
+
+    Raises:
+        ConfigError: unreadable, not TOML, or a key that is no option.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not TOML: {error}") from error
+    known = {f.name for f in fields(ClientConfig)}
+    settings = {key.replace("-", "_"): value for key, value in data.items()}
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"--config {path} has the unknown key {key!r}; known keys: {', '.join(sorted(known))}")
+    return settings
