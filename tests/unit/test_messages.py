@@ -1,0 +1,120 @@
+import contextlib
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protos.errors import HeadtailError, LimitError, OverloadedError, PayloadError, ProtocolError
+from protos.headtail.v1 import headtail_pb2 as pb
+from protos.messages import (
+    MAX_LAYERS,
+    MAX_SIDE_PX,
+    Box,
+    Classification,
+    ClassScore,
+    Detection,
+    FrameLayer,
+    Grant,
+    PayloadKind,
+    Result,
+    ServerTimings,
+)
+
+U64 = st.integers(0, 2**64 - 1)
+
+
+@given(
+    st.builds(
+        FrameLayer, frame_id=U64, layer=st.integers(0, 3), layer_count=st.integers(4, MAX_LAYERS), kind=st.sampled_from(PayloadKind),
+        operating_point=st.integers(0, 0xFFFF), deadline_remaining_ns=U64, captured_unix_ns=U64,
+        source_width_px=st.integers(1, MAX_SIDE_PX), source_height_px=st.integers(1, MAX_SIDE_PX), payload=st.binary(max_size=64), sent_ns=U64,
+    )
+)  # fmt: skip
+def test_layers_survive_the_wire(layer: FrameLayer) -> None:
+    assert FrameLayer.from_proto(pb.FrameLayer.FromString(layer.to_proto().SerializeToString())) == layer
+
+
+def proto(**changes: object) -> pb.FrameLayer:
+    message = FrameLayer(frame_id=1, source_width_px=4, source_height_px=3, payload=b"abc").to_proto()
+    for name, value in changes.items():
+        setattr(message, name, value)
+    return message
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"payload": b"abd"}, PayloadError),
+        ({"payload_crc32": 0}, PayloadError),
+        ({"layer": 1}, ProtocolError),
+        ({"layer_count": 0}, ProtocolError),
+        ({"layer_count": MAX_LAYERS + 1}, ProtocolError),
+        ({"kind": 0}, ProtocolError),
+        ({"kind": 9}, ProtocolError),
+        ({"source_width_px": 0}, ProtocolError),
+        ({"source_height_px": MAX_SIDE_PX + 1}, ProtocolError),
+        ({"operating_point": 0x10000}, ProtocolError),
+    ],
+)
+def test_layers_out_of_range_are_refused(changes: dict, error: type[HeadtailError]) -> None:
+    with pytest.raises(error):
+        FrameLayer.from_proto(proto(**changes))
+
+
+def test_a_payload_over_the_limit_is_refused() -> None:
+    with pytest.raises(LimitError, match="3 bytes"):
+        FrameLayer.from_proto(proto(), max_payload_bytes=2)
+
+
+RESULTS = [
+    Result(frame_id=3, answer=Classification(top=(ClassScore(class_id=7, score=0.5), ClassScore(class_id=1, score=0.25)))),
+    Result(
+        frame_id=4,
+        answer=Detection(boxes=(Box(class_id=18, score=0.5, box_px=(1.0, 2.0, 3.5, 4.25)),)),
+        layers_decoded=2,
+        symbols_crc32=9,
+    ),
+    Result(
+        frame_id=5, answer=Detection(boxes=()), timings=ServerTimings(decode_ns=1, queue_ns=2, tail_ns=3, total_ns=4, batch_size=5)
+    ),
+]
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_results_survive_the_wire(result: Result) -> None:
+    assert Result.from_proto(pb.Result.FromString(result.to_proto().SerializeToString())) == result
+
+
+def test_errors_travel_in_results() -> None:
+    back = Result.from_proto(Result(frame_id=1, error=OverloadedError("too much"), echo_sent_ns=4).to_proto())
+    assert isinstance(back.error, OverloadedError)
+    assert (back.error.message, back.error.retryable, back.answer, back.echo_sent_ns) == ("too much", True, None, 4)
+
+
+def test_a_result_without_outcome_is_refused_on_both_sides() -> None:
+    with pytest.raises(ProtocolError):
+        Result(frame_id=1).to_proto()
+    with pytest.raises(ProtocolError):
+        Result.from_proto(pb.Result(frame_id=1))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused(bad: float) -> None:
+    with pytest.raises(ProtocolError):
+        Result.from_proto(pb.Result(classification=pb.Classification(top=[pb.ClassScore(score=bad)])))
+    with pytest.raises(ProtocolError):
+        Grant.from_proto(pb.Grant(delay_trend=bad))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_a_mapped_error(data: bytes) -> None:
+    from google.protobuf.message import DecodeError
+
+    with contextlib.suppress(HeadtailError, DecodeError):
+        FrameLayer.from_proto(pb.FrameLayer.FromString(data))
+
+
+def test_grants_survive_the_wire() -> None:
+    grant = Grant(bitrate_bps=5, max_in_flight=2, queue_ns=3, tail_ns=4, delivery_bps=1.5, delay_trend=-0.5)
+    assert Grant.from_proto(grant.to_proto()) == grant

@@ -1,0 +1,102 @@
+import struct
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_server.decode import decode_image, image_size
+from edge_server.references import References
+from protos.errors import HeadtailError, LimitError, PayloadError
+from splitters.codec import Symbols
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
+
+
+def coded(suffix: str, *flags: int) -> bytes:
+    ok, data = cv2.imencode(suffix, PICTURE, list(flags))
+    assert ok
+    return data.tobytes()
+
+
+KINDS = {
+    "jpeg": coded(".jpg"),
+    "progressive": coded(".jpg", cv2.IMWRITE_JPEG_PROGRESSIVE, 1),
+    "webp": coded(".webp", cv2.IMWRITE_WEBP_QUALITY, 80),
+    "lossless": coded(".webp", cv2.IMWRITE_WEBP_QUALITY, 101),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_are_read_from_headers_and_pictures_decode(kind: str) -> None:
+    assert image_size(KINDS[kind]) == (40, 24)
+    assert decode_image(KINDS[kind], (24, 40), 10_000).shape == (24, 40, 3)
+
+
+def test_extended_webp_says_its_canvas() -> None:
+    head = b"RIFF\0\0\0\0WEBPVP8X" + struct.pack("<II", 10, 0) + (639).to_bytes(3, "little") + (479).to_bytes(3, "little")
+    assert image_size(head) == (640, 480)
+
+
+def test_a_bomb_is_refused_before_it_is_decoded() -> None:
+    data = bytearray(KINDS["jpeg"])
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", 60000, 60000)
+    with pytest.raises(LimitError, match="60000x60000"):
+        decode_image(bytes(data), (24, 40), 1 << 20)
+
+
+def test_another_size_than_the_models_is_refused() -> None:
+    with pytest.raises(PayloadError, match="40x24"):
+        decode_image(KINDS["jpeg"], (32, 32), 1 << 20)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff\xd8", b"\xff\xd8\xff", b"GIF89a" + bytes(40), b"RIFF\0\0\0\0WEBP", b"RIFF\0\0\0\0WEBPVP8X", bytes(64)]
+)
+def test_what_is_no_picture_is_a_payload_error(data: bytes) -> None:
+    with pytest.raises(PayloadError):
+        image_size(data)
+
+
+@given(
+    st.sampled_from(sorted(KINDS)), st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=6), st.integers(0, 4000)
+)
+def test_mutated_pictures_end_in_a_picture_or_a_mapped_error(kind: str, edits: list, keep: int) -> None:
+    data = bytearray(KINDS[kind])
+    for at, value in edits:
+        data[at % len(data)] = value
+    try:
+        picture = decode_image(bytes(data[: keep or len(data)]), (24, 40), 10_000)
+    except HeadtailError:
+        return
+    assert picture.shape == (24, 40, 3)
+
+
+def symbols(n: int = 8) -> Symbols:
+    return Symbols(point_id="0", tensors=(np.zeros(n, np.int16),), layers=1, layer_count=1)
+
+
+def test_references_are_bounded_in_number_and_bytes() -> None:
+    held = References(capacity=3, max_bytes=1000)
+    for i in range(5):
+        held.add(i, symbols())
+    assert sorted(held) == [2, 3, 4]
+    held.add(5, symbols(300))  # 600 bytes
+    held.add(6, symbols(300))
+    assert sorted(held) == [6]
+    held.add(7, symbols(2000))
+    assert sorted(held) == [6]
+
+
+def test_a_reference_in_use_outlives_newer_ones() -> None:
+    held = References(capacity=3)
+    for i in range(3):
+        held.add(i, symbols())
+    assert held[0].point_id == "0"
+    held.add(3, symbols())
+    assert 0 in held
+    assert 1 not in held
+    with pytest.raises(KeyError):
+        held[1]
