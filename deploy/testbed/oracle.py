@@ -1,28 +1,32 @@
-"""The oracle: an upper bound on what any controller could deliver on a scenario with one camera.
+"""The oracle: what a controller could deliver at most on a scenario with one camera if it knew the future.
 
-It knows the capacity trace from end to end, has no noise in its times, sends at the trace's full capacity from the
-first byte (no slow start, no congestion window), and chooses by dynamic programming over (device free, link free).
-Of loss it knows the probability, not the coins: a frame of n packets is whole at once with probability (1-p)^n, after
-one repair, a round trip and a quarter later, with (1-p^2)^n, and so on; a lost packet delays no other frame. It may
-fall back on the local model for what does not arrive. Real transports are worse in every respect.
+It knows the capacity trace from end to end, has no noise in its times, starts at full speed, and chooses by dynamic
+programming over (device free, link free). Of loss it knows the probability, not the coins, and it has the transport
+everybody has, at its best: a packet lost is repaired in a round trip and a quarter, until then the connection delivers
+nothing (in order is TCP's promise), and the capacity is at most what CUBIC sustains at that loss and round trip on a
+link without any limit (measured with the same model). It may fall back on the local model for what does not arrive.
+Without loss this is an upper bound; with loss the expected exposure to repairs is carried along each path, so it is the
+value of a good clairvoyant policy rather than a proof.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from deploy.testbed.camera import OVERHEAD_BYTES
+from deploy.testbed.link import Link, LinkConfig, LossModel
 from deploy.testbed.report import Summary
 from deploy.testbed.scenario import Scenario
-from deploy.testbed.tcp import HEADER_BYTES, MSS_BYTES
-from deploy.testbed.trace import NEVER_NS, Trace
+from deploy.testbed.tcp import HEADER_BYTES, MSS_BYTES, TcpFlow
+from deploy.testbed.trace import NEVER_NS, Trace, constant
 from deploy.testbed.workload import Workload, pareto_offloads
 
 _BEAM = 10
 _REPAIRS = 4
-# (device free, link free, score, on time, bytes), times in ns.
-_State = tuple[float, float, float, float, float]
+# (device free, link free, score, on time, bytes, packets exposed to loss lately, last sent), times in ns.
+_State = tuple[float, float, float, float, float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,12 +44,15 @@ class _Problem:
 
     def __init__(self, scenario: Scenario, workload: Workload) -> None:
         w = workload.slowed(scenario.device_slowdown)
+        self.loss, self.result_loss = scenario.uplink.loss_percent / 100, scenario.downlink.loss_percent / 100
+        rtt_ns = int((scenario.uplink.delay_ms + scenario.downlink.delay_ms) * 1e6)
         self.uplink: Trace = scenario.uplink.capacity(scenario.duration_s, scenario.folder)
+        if self.loss > 0:
+            self.uplink = self.uplink.limited(sustained_bps(self.loss, rtt_ns))
         down = scenario.downlink.capacity(scenario.duration_s, scenario.folder)
         self.up_ns, self.down_ns = scenario.uplink.delay_ms * 1e6, scenario.downlink.delay_ms * 1e6
         result_ns = 8e9 * (w.result_bytes + HEADER_BYTES) / max(down.mean_bps(), 1.0)
         self.back_ns = self.down_ns + result_ns
-        self.loss, self.result_loss = scenario.uplink.loss_percent / 100, scenario.downlink.loss_percent / 100
         self.repair_ns = 1.25 * (self.up_ns + self.down_ns)
         self.deadline_ns = scenario.deadline_ms * 1e6
         self.local_ns = w.local.ms.p50 * 1e6 if w.local else float(NEVER_NS)
@@ -56,7 +63,7 @@ class _Problem:
         self.choices = [
             _Choice(
                 device_ns=ms * 1e6,
-                bits=8 * (size + OVERHEAD_BYTES + HEADER_BYTES * _packets(size)) / (1 - self.loss),
+                bits=8 * (size + OVERHEAD_BYTES + HEADER_BYTES * _packets(size)) ,
                 payload_bytes=size,
                 packets=_packets(size),
                 accuracy=accuracy,
@@ -65,7 +72,7 @@ class _Problem:
             for ms, size, accuracy, server_ms in rows
         ]
 
-    def p_within(self, spare_ns: float, packets: int) -> float:
+    def p_within(self, spare_ns: float, packets: float) -> float:
         """P(whole and answered with at most as many repairs as the spare time allows)."""
         if spare_ns < 0:
             return 0.0
@@ -74,28 +81,57 @@ class _Problem:
         repairs = min(_REPAIRS, int(spare_ns / self.repair_ns)) if self.repair_ns > 0 else _REPAIRS
         return float((1 - self.loss ** (repairs + 1)) ** packets * (1 - self.result_loss ** (repairs + 1)))
 
+    def exposed(self, state: _State, at_ns: float) -> float:
+        """Packets whose loss would still hold back a frame that leaves now."""
+        age_ns = max(0.0, at_ns - state[6])
+        return state[5] * max(0.0, 1 - age_ns / self.repair_ns) if self.repair_ns > 0 else 0.0
+
     def extend(self, state: _State, captured_ns: float, out: Callable[[_State], None]) -> None:
         """Everything that can be done with one frame."""
-        device, link, score, on_time, sent = state
+        device, link, score, on_time, sent, exposure, last = state
         start = max(captured_ns, device)
         deadline = captured_ns + self.deadline_ns
         out(state)
         if start + self.local_ns <= deadline:
-            out((start + self.local_ns, link, score + self.local_accuracy, on_time + 1, sent))
+            out((start + self.local_ns, link, score + self.local_accuracy, on_time + 1, sent, exposure, last))
         for c in self.choices:
             ready = start + c.device_ns
             if ready >= deadline:
                 continue
             free = self.uplink.finish_ns(max(ready, link), c.bits)
             spare = deadline - (free + self.up_ns + c.server_ns + self.back_ns)
-            p = self.p_within(spare, c.packets)
+            held = self.exposed(state, ready) if self.loss else 0.0
+            # The wait behind an earlier loss is over half a repair on the mean; what fits into the spare time is no harm.
+            waits = held * max(0.0, 1 - spare / self.repair_ns) if held else 0.0
+            p = self.p_within(spare, c.packets + waits)
             if p <= 0.0:
                 continue
-            out((ready, free, score + p * c.accuracy, on_time + p, sent + c.payload_bytes))
+            after = (sent + c.payload_bytes, c.packets + held, ready)
+            out((ready, free, score + p * c.accuracy, on_time + p, *after))
             if p < 1.0 and ready + self.local_ns <= deadline:
-                q = self.p_within(spare - self.local_ns, c.packets)  # answered before the fallback must start
-                gain = q * c.accuracy + (1 - q) * self.local_accuracy
-                out((ready + (1 - q) * self.local_ns, free, score + gain, on_time + 1, sent + c.payload_bytes))
+                early = self.p_within(spare - self.local_ns, c.packets + waits)  # answered before the fallback must start
+                gain = p * c.accuracy + (1 - p) * self.local_accuracy
+                out((ready + (1 - early) * self.local_ns, free, score + gain, on_time + 1, *after))
+
+
+@lru_cache(maxsize=64)
+def sustained_bps(loss: float, rtt_ns: int) -> float:
+    """What CUBIC carries in the long run at this loss and round trip where the link itself sets no limit."""
+    link = Link(LinkConfig(trace=constant(200e6), delay_ns=rtt_ns // 2, loss=LossModel(loss=loss)), "sustained")
+    flow = TcpFlow(link, reverse_delay_ns=rtt_ns // 2, ack_loss=loss, seed="sustained")
+    arrived = [0]
+    chunk = 20 * MSS_BYTES
+
+    def deliver(_: int) -> None:
+        arrived[0] += chunk
+
+    now, end = 0, 120_000_000_000
+    while now < end:
+        while flow.unsent_bytes < 4 * chunk:
+            flow.write(chunk, now, deliver)
+        now = max(flow.wake_ns, now)
+        flow.advance(now)
+    return arrived[0] * 8e9 / end
 
 
 def _packets(size: float) -> int:
@@ -107,7 +143,7 @@ def oracle(scenario: Scenario, workload: Workload) -> Summary:
     problem = _Problem(scenario, workload)
     interval_ns = 1e9 / scenario.fps
     n = int(-(-scenario.duration_s * 1e9 // interval_ns))
-    states: list[_State] = [(0.0, 0.0, 0.0, 0.0, 0.0)]
+    states: list[_State] = [(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)]
     for k in range(n):
         now, following = k * interval_ns, (k + 1) * interval_ns
         found: dict[tuple[int, int], _State] = {}
@@ -122,7 +158,7 @@ def oracle(scenario: Scenario, workload: Workload) -> Summary:
             problem.extend(state, now, keep)
         states = _prune(list(found.values()), following)
     best = max(states, key=lambda s: s[2])
-    _, _, score, on_time, sent = best
+    _, _, score, on_time, sent, _, _ = best
     return Summary(
         captured=n,
         on_time=on_time / n,

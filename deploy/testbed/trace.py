@@ -99,6 +99,11 @@ class Trace:
         dead = [any(b <= t < e for b, e in outages_ns) for t in marks]
         return Trace([(t, 0.0 if d else self.bps(t)) for t, d in zip(marks, dead, strict=True)], until_ns, name=self.name)
 
+    def limited(self, bps: float) -> Trace:
+        """The same trace, nowhere above ``bps``."""
+        steps = [(t, min(r * 1e9, bps)) for t, r in zip(self._times, self._rates, strict=True)]
+        return Trace(steps, self.period_ns, name=self.name)
+
     def scaled(self, factor: float) -> Trace:
         """Every bitrate times ``factor``."""
         steps = [(t, r * 1e9 * factor) for t, r in zip(self._times, self._rates, strict=True)]

@@ -5,8 +5,8 @@ delivered, on the clock of its acknowledgement with the server's time taken off,
 
     d_k = max(s_k + p, d_{k-1}) + 8 b_k / R.
 
-So every acknowledgement gives a service time, free of the wait behind earlier frames; R is the byte-weighted harmonic
-mean of recent ones, p the least round trip of recent frames and pings. What this simple model gets wrong is kept as
+So every acknowledgement gives a service time, free of the wait behind earlier frames; R is a low median of the newest
+few (a mean would take a repaired packet for a slow link), p the least round trip of recent frames and pings. What this simple model gets wrong is kept as
 it is: small residuals (jitter, a busy server) in units of the frame's own uncertainty, large ones (a lost packet and
 its repair) as times, with their frequency per packet sent. P(on time) is read off those two empirical distributions:
 the tail is the measured tail, and no quantile is ever a mean.
@@ -14,8 +14,8 @@ the tail is the measured tail, and no quantile is ever a mean.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
-from math import exp
 
 from edge_client.control.config import ControlConfig
 from edge_client.control.quantile import SlidingQuantile, SlidingSum
@@ -33,6 +33,12 @@ _SEGMENT_BYTES = 1448
 _OUTAGE_NS = 1_000_000_000
 _REFUSED_NS = 10_000_000_000
 _WINDOW_SAMPLES = 96
+# So many frames in a row that look repaired mean a slow link.
+_SLOW_RUN = 3
+# The bitrate is read off this quantile of the newest service times per byte: more than half, to be careful.
+_RECENT_LEAST, _RECENT_MOST, _RECENT_QUANTILE = 5, 15, 0.6
+# After this long without a sample the bitrate is believed to recover, doubling in so much time.
+_STALE_NS, _DOUBLING_NS = 1_500_000_000, 2_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,10 +83,12 @@ class Estimator:
         self._repairs = SlidingQuantile(size=size, age_ns=window)
         self._packets = SlidingSum(age_ns=window)
         self._server_prior_ns = 10_000_000.0
+        self._slow_run = 0
         self._last_delivery_ns = 0
         self._last_heard_ns = 0
         self._last_ping_ns = 0
-        self._forget_rate(self.config.initial_bps)
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT_MOST)  # when, ns per byte
+        self._learnt_ns_per_byte = self._ns_per_byte = 8e9 / self.config.initial_bps
 
     # ------------------------------------------------------------------ events
 
@@ -126,8 +134,8 @@ class Estimator:
         service_ns = max(delivered_ns - start_ns, _MIN_SERVICE_NS)
         if round_trip_ns < _OUTAGE_NS:
             waited = self._last_delivery_ns > record.sent_ns + self.base_rtt_ns
-            self._learn_rate(record.n_bytes, service_ns, now_ns, waited=waited)
-            self._learn_residual(record, now_ns)
+            repaired = self._learn_residual(record, now_ns)
+            self._learn_rate(record.n_bytes, service_ns, now_ns, waited=waited, repaired=repaired)
         self._last_delivery_ns = max(self._last_delivery_ns, delivered_ns) if self._sane(now_ns) else delivered_ns
 
     def on_refused(self, frame_id: int, now_ns: int) -> None:
@@ -185,7 +193,7 @@ class Estimator:
     @property
     def delivery_bps(self) -> float:
         """Central estimate of the bottleneck's bitrate, bits/s, always positive and finite."""
-        return self._bits / self._busy_s
+        return 8e9 / self._ns_per_byte
 
     @property
     def base_rtt_ns(self) -> float:
@@ -203,7 +211,7 @@ class Estimator:
 
     def service_ns(self, n_bytes: float) -> float:
         """Time the bottleneck needs for so many bytes."""
-        return 8e9 * n_bytes * self._busy_s / self._bits
+        return n_bytes * self._ns_per_byte
 
     def scale_ns(self, service_ns: float) -> float:
         """The unit residuals of a frame with that service time are counted in."""
@@ -216,7 +224,7 @@ class Estimator:
         longer it will still last. A stalled link thereby closes itself within a frame or two.
         """
         at_ns = float(self._last_delivery_ns)
-        base_ns, per_byte = self.base_rtt_ns, 8e9 * self._busy_s / self._bits
+        base_ns, per_byte = self.base_rtt_ns, self._ns_per_byte
         overdue_ns = 0.0
         first = True
         for record in self._flight.values():
@@ -254,6 +262,17 @@ class Estimator:
         already = self.p_within(now_ns - record.predicted_ns, record.scale_ns, packets)
         return max(0.0, soon - already) / max(1e-3, 1.0 - already)
 
+    def expire(self, now_ns: int) -> None:
+        """Forgets what is too old: a link not used for a while is an unknown one, and worth a try."""
+        for window in (self._residuals, self._repairs):
+            window.expire(now_ns)
+        self._packets.expire(now_ns)
+        idle_ns = now_ns - self._recent[-1][0] if self._recent else 0
+        if idle_ns > _STALE_NS and not self._flight:
+            least = min(8e9 / self.config.initial_bps, self._learnt_ns_per_byte)
+            grown = self._learnt_ns_per_byte / 2.0 ** min(30.0, (idle_ns - _STALE_NS) / _DOUBLING_NS)
+            self._ns_per_byte = max(least, grown)
+
     def estimate(self) -> NetworkEstimate:
         """The summary."""
         rate = self.delivery_bps
@@ -285,41 +304,32 @@ class Estimator:
         """False after the clock jumped back behind the last delivery."""
         return self._last_delivery_ns <= now_ns
 
-    def _forget_rate(self, bps: float) -> None:
-        # 20 ms of link time: a weak belief, gone after a frame or two.
-        self._busy_s = 0.02
-        self._bits = bps * self._busy_s
-        self._rate_at_ns = 0
-        self._was_slow = False
-
-    def _learn_residual(self, record: _InFlight, now_ns: int) -> None:
-        """Sorts a residual into the body or, when only a repair can explain it, the tail."""
+    def _learn_residual(self, record: _InFlight, now_ns: int) -> bool:
+        """Sorts a residual into the body or, when only a repair can explain it, the tail; returns whether it did."""
         late_ns = now_ns - record.predicted_ns
         self._packets.add(1 + record.n_bytes // _SEGMENT_BYTES, now_ns)
-        if late_ns > 0.6 * self.base_rtt_ns + 3 * record.scale_ns:
+        repaired = late_ns > 0.6 * self.base_rtt_ns + 3 * record.scale_ns
+        if repaired:
             self._repairs.add(late_ns, now_ns)
         else:
             self._residuals.add(late_ns / record.scale_ns, now_ns)
-        self._repairs.expire(now_ns)
+        return repaired
 
-    def _learn_rate(self, n_bytes: int, service_ns: float, now_ns: int, *, waited: bool) -> None:
-        """Takes a service time into the bitrate, unless loss made it.
+    def _learn_rate(self, n_bytes: int, service_ns: float, now_ns: int, *, waited: bool, repaired: bool) -> None:
+        """Takes in a service time.
 
-        A repaired packet holds one frame back and then releases those behind it all at once: neither tells how fast
-        the link is. So one slow frame counts little until a second confirms it, and a frame that came the moment its
-        predecessor did counts not at all. The residuals keep both.
+        A repaired packet holds a frame back and then releases those behind it all at once: neither says how fast the
+        link is. Several slow frames in a row are no repairs, though, but a link that has become slow.
         """
-        if n_bytes <= 0:
+        if n_bytes <= 0 or (waited and service_ns < 0.5 * self.service_ns(n_bytes)):
             return
-        expected_ns = self.service_ns(n_bytes)
-        if waited and service_ns < 0.5 * expected_ns:
+        self._slow_run = self._slow_run + 1 if repaired else 0
+        if repaired and self._slow_run < _SLOW_RUN:
             return
-        slow = service_ns > 2.0 * expected_ns + 0.25 * self.base_rtt_ns
-        if slow and not self._was_slow:
-            service_ns = 1.5 * expected_ns
-        self._was_slow = slow
-        keep = exp(-max(0, now_ns - self._rate_at_ns) / self.config.rate_memory_ns) if self._rate_at_ns else 0.5
-        self._rate_at_ns = now_ns
-        self._bits = max(self._bits * keep, 1.0) + 8.0 * n_bytes
-        self._busy_s = max(self._busy_s * keep, 1e-6) + service_ns * 1e-9
+        recent = self._recent
+        recent.append((now_ns, service_ns / n_bytes))
+        while len(recent) > _RECENT_LEAST and now_ns - recent[0][0] > self.config.rate_memory_ns:
+            recent.popleft()
+        ordered = sorted(cost for _, cost in recent)
+        self._learnt_ns_per_byte = self._ns_per_byte = ordered[int(_RECENT_QUANTILE * len(ordered))]
         self._rates.add(8e9 * n_bytes / service_ns, now_ns)

@@ -80,5 +80,9 @@ class SlidingSum:
         """Adds, and forgets what is too old."""
         self._items.append((now_ns, value))
         self.total += value
-        while now_ns - self._items[0][0] > self._age_ns:
+        self.expire(now_ns)
+
+    def expire(self, now_ns: int) -> None:
+        """Forgets what is too old."""
+        while self._items and now_ns - self._items[0][0] > self._age_ns:
             self.total -= self._items.popleft()[1]

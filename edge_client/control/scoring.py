@@ -21,7 +21,7 @@ class Score:
     Attributes:
         expected_ns: decision to answer, median.
         p: P(answer from the server before the deadline).
-        p_all: the same with the fallback.
+        p_all: the same with the fallback, over all frames: those it displaces are never answered.
         value: expected accuracy, less what displaced frames would have brought.
         fallback_ns: when the local model should start; None: no use.
         refused: why it cannot be chosen; empty: it can.
@@ -47,6 +47,7 @@ class Moment:
         self.now_ns = now_ns
         self.deadline_ns = deadline_ns
         self.interval_ns = interval_ns
+        estimator.expire(now_ns)
         self.base_ns = estimator.base_rtt_ns
         self.server_ns = estimator.server_ns
         self.drained_ns = estimator.drained_ns(now_ns)
@@ -55,8 +56,8 @@ class Moment:
         """The local model alone."""
         budget_ns = self.deadline_ns - self.now_ns
         p = LOCAL_SURE if local.high_ns <= budget_ns else (0.5 if local.mid_ns <= budget_ns else 0.0)
-        value = local.accuracy * p / max(1.0, local.mid_ns / self.interval_ns)
-        return Score(local, local.mid_ns, p, p, value)
+        kept = min(1.0, self.interval_ns / max(1.0, local.mid_ns))
+        return Score(local, local.mid_ns, p, p * kept, p * kept * local.accuracy)
 
     def score_remote(self, o: Option) -> Score:
         """A payload sent, with the local model to fall back on where the device has time for it."""
@@ -74,7 +75,9 @@ class Moment:
         score = Score(o, done_ns - self.now_ns, p, p, p * o.accuracy)
         if self.local is not None:
             self._fall_back(score, self.local, done_ns + spare_ns, scale_ns)
-        score.value /= max(1.0, o.mid_ns / self.interval_ns, service_ns / share_ns if service_ns > 1.45 * share_ns else 1.0)
+        displaces = max(1.0, o.mid_ns / self.interval_ns, service_ns / share_ns if service_ns > 1.45 * share_ns else 1.0)
+        score.value /= displaces
+        score.p_all /= displaces
         return score
 
     def _fall_back(self, score: Score, local: Option, done_ns: float, scale_ns: float) -> None:
