@@ -26,9 +26,11 @@ U64 = st.integers(0, 2**64 - 1)
 
 @given(
     st.builds(
-        FrameLayer, frame_id=U64, layer=st.integers(0, 3), layer_count=st.integers(4, MAX_LAYERS), kind=st.sampled_from(PayloadKind),
+        FrameLayer, frame_id=U64, layer=st.integers(0, 3), layer_count=st.integers(4, MAX_LAYERS),
+        kind=st.sampled_from(PayloadKind),
         operating_point=st.integers(0, 0xFFFF), deadline_remaining_ns=U64, captured_unix_ns=U64,
-        source_width_px=st.integers(1, MAX_SIDE_PX), source_height_px=st.integers(1, MAX_SIDE_PX), payload=st.binary(max_size=64), sent_ns=U64,
+        source_width_px=st.integers(1, MAX_SIDE_PX), source_height_px=st.integers(1, MAX_SIDE_PX),
+        payload=st.binary(max_size=64), sent_ns=U64,
     )
 )  # fmt: skip
 def test_layers_survive_the_wire(layer: FrameLayer) -> None:
