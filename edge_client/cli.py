@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -118,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: ClientConfig) -> int:
+    # FFmpeg's and OpenCV's own complaints would stand beside our one clear sentence; both read this when they are loaded.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     from edge_client.app import Client, Console
 
     console = Console(

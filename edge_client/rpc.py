@@ -146,8 +146,8 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> HeadtailError:
     code = next((str(v) for k, v in cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ()) if k == CODE_METADATA), "")
     if code in BY_CODE:
         return from_code(code, details or f"the server at {address} refused")
-    if "http1" in details.lower() or "HTTP/1" in details:
-        return UnreachableError(f"what answers at {address} is no headtail server: it speaks HTTP/1", retryable=False)
+    if "http1" in details.lower() or "HTTP/2 (Expected SETTINGS" in details:
+        return UnreachableError(f"what answers at {address} is no headtail server: it does not speak gRPC", retryable=False)
     if status is grpc.StatusCode.UNIMPLEMENTED:
         return UnreachableError(f"what answers at {address} speaks gRPC, but it is no headtail server", retryable=False)
     if status is grpc.StatusCode.UNAVAILABLE and "drain" in details.lower():

@@ -25,10 +25,6 @@ DEFAULT_FPS = 25.0
 OPEN_TIMEOUT_MS = 5000
 READ_TIMEOUT_MS = 5000
 
-# FFmpeg's and OpenCV's own complaints would stand beside our one clear sentence.
-os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-os.environ.setdefault("OPENCV_VIDEOIO_DEBUG", "0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
