@@ -18,18 +18,30 @@ from torch import Tensor, nn
 
 from protos.errors import ConfigError, ModelError
 from splitters.models.coco_classes import NAME_OF
-from splitters.models.fpn import conv_unit, separable_unit
+from splitters.models.fpn import separable_unit
 
 STEM_CHANNELS = 32
-POOL = 4
 PEAKS = 2
 WEIGHTS = Path(__file__).parent.parent / "weights" / "detector" / "prefilter.safetensors"
 # The classes the committed weights were trained for, as COCO category ids.
 CATEGORY_IDS = (1, 2, 3, 4, 6, 8, 17, 18)  # person, bicycle, car, motorcycle, bus, truck, cat, dog
 
 
+class _Residual(nn.Module):
+    """A separable convolution added to its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.unit = separable_unit(channels, channels, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keeps the shape."""
+        y: Tensor = x + self.unit(x)
+        return y
+
+
 class Prefilter(nn.Module):
-    """Pooled stem map to a heat map per class, and from its peaks one logit per class.
+    """Stem map to a heat map per class, and from its peaks one logit per class.
 
     Args:
         categories: K, the number of classes.
@@ -38,23 +50,26 @@ class Prefilter(nn.Module):
 
     def __init__(self, categories: int = len(CATEGORY_IDS), channels: int = 64) -> None:
         super().__init__()
-        self.mean, self.most = nn.AvgPool2d(POOL), nn.MaxPool2d(POOL)
+        wide = channels + channels // 2
         self.body = nn.Sequential(
-            conv_unit(2 * STEM_CHANNELS, channels),
-            separable_unit(channels, channels, 3),
-            separable_unit(channels, channels + 32, 5, stride=2),
-            separable_unit(channels + 32, channels + 32, 5),
-            separable_unit(channels + 32, channels + 32, 5),
+            separable_unit(STEM_CHANNELS, channels // 2, 5, stride=2),
+            separable_unit(channels // 2, channels, 5, stride=2),
+            _Residual(channels),
+            _Residual(channels),
+            separable_unit(channels, wide, 5, stride=2),
+            _Residual(wide),
+            _Residual(wide),
+            _Residual(wide),
         )
-        self.heat = nn.Conv2d(channels + 32, categories, 1)
-        self.scene = nn.Linear(channels + 32, categories)
+        self.heat = nn.Conv2d(wide, categories, 1)
+        self.scene = nn.Linear(wide, categories)
         nn.init.constant_(cast("nn.Parameter", self.heat.bias), -3.0)  # a cell starts at 5 %
         nn.init.zeros_(self.scene.weight)
         nn.init.zeros_(self.scene.bias)
 
     def maps(self, stem: Tensor) -> tuple[Tensor, Tensor]:
         """The heat map's logits, and the image's logit of every class (N, K)."""
-        x = self.body(torch.cat([self.mean(stem), self.most(stem)], dim=1))
+        x = self.body(stem)
         heat: Tensor = self.heat(x)
         # The mean of the highest few: one hot cell alone is often noise.
         peaks = heat.flatten(2).topk(PEAKS, dim=2).values.mean(dim=2)

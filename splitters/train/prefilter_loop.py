@@ -23,15 +23,16 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from splitters.models.boxes import Floats
+from splitters.models.boxes import Floats, Pixels
 from splitters.models.coco_classes import INDEX_OF, NAME_OF
 from splitters.models.coco_classes import NAMES as COCO_NAMES
 from splitters.models.detector import INPUT_SIZE_PX
 from splitters.models.efficientnet_lite import load_efficientnet_lite0
 from splitters.models.prefilter import CATEGORY_IDS, Prefilter
-from splitters.train.detector_augment import Sampler
+from splitters.train.detector_augment import Sampler, recolour
 from splitters.train.detector_data import Example, build_examples
 from splitters.train.detector_loop import freeze_to_onnx, normalise
+from splitters.train.prefilter_augment import Composer
 
 log = logging.getLogger(__name__)
 CELL_PX = 16
@@ -51,6 +52,7 @@ class PrefilterRecipe:
         batch: pictures a step.
         rate: learning rate of AdamW, falling as a cosine of the time spent.
         side_min_px: boxes whose longer side is shorter, in input pixels, do not make a picture positive.
+        composed: share of pictures with objects pasted on foreign ground.
         held_out: share of the labelled photos kept for calibration.
         seed: of all chance.
     """
@@ -60,6 +62,7 @@ class PrefilterRecipe:
     batch: int = 16
     rate: float = 2e-3
     side_min_px: float = 16.0
+    composed: float = 0.3125
     held_out: float = 0.15
     seed: int = 7
 
@@ -106,6 +109,16 @@ def prefilter_loss(model: Prefilter, stem: Tensor, heat: Tensor, image: Tensor) 
     return dense + F.binary_cross_entropy_with_logits(logits[known], image[known])
 
 
+def _draw(sampler: Sampler, composer: Composer, recipe: PrefilterRecipe) -> tuple[Pixels, list[Floats]]:
+    composed = round(recipe.batch * recipe.composed) if composer.ready else 0
+    pictures, boxes = sampler.batch(recipe.batch - composed, INPUT_SIZE_PX, 0.25)
+    for _ in range(composed):
+        picture, found = composer.picture(INPUT_SIZE_PX)
+        pictures = np.concatenate([pictures, recolour(picture, composer.rng)[None]])
+        boxes.append(found)
+    return pictures, boxes
+
+
 def train(recipe: PrefilterRecipe, data: Path, out: Path, *, cache: Path) -> None:
     """Leaves ``prefilter.safetensors`` (fp16, averaged) and ``prefilter.json`` in ``out``."""
     out.mkdir(parents=True, exist_ok=True)
@@ -114,12 +127,13 @@ def train(recipe: PrefilterRecipe, data: Path, out: Path, *, cache: Path) -> Non
     examples = build_examples(data, cache, longest_px=INPUT_SIZE_PX)
     kept: list[Example] = [e for i, e in enumerate(examples) if not held_out(i, recipe.held_out)]
     sampler = Sampler(kept, SOURCE_WEIGHTS, np.random.default_rng(recipe.seed), empty=1.5)
+    composer = Composer(kept, [INDEX_OF[c] for c in recipe.category_ids], np.random.default_rng(recipe.seed + 1))
     model = Prefilter(len(recipe.category_ids)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = {k: v.clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=0.01)
     start, step, total = time.monotonic(), 0, 0.0
     while (progress := (time.monotonic() - start) / (60 * recipe.minutes)) < 1:
-        pictures, boxes = sampler.batch(recipe.batch, INPUT_SIZE_PX, 0.15)
+        pictures, boxes = _draw(sampler, composer, recipe)
         features = torch.from_numpy(stem.run(None, {"x": normalise(pictures)})[0]).contiguous(memory_format=torch.channels_last)
         targets = heat_targets(boxes, recipe.category_ids, INPUT_SIZE_PX, recipe.side_min_px)
         loss = prefilter_loss(model, features, *targets)
