@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from splitters.cutting.partition import Cut, Partitioner
-from splitters.cutting.trace import Method, TensorInfo, flat_inputs, trace
+from splitters.cutting.trace import Method, TensorInfo, flat_inputs, trace, trace_program
 from splitters.cutting.verify import Verification, verify
 
 
@@ -66,7 +67,7 @@ class Cutter:
     """One traced model, to be cut at several places without tracing it again.
 
     Args:
-        model: used in evaluation mode; its weights are shared with the halves, not copied.
+        model: a module, used in evaluation mode, or an exported program; its weights are shared with the halves, not copied.
         example_inputs: a tensor or tuple of tensors with the batch axis first; the batch size does not matter.
         method: ``export`` or ``fx`` alone; by default whichever works, torch.export first.
 
@@ -74,10 +75,14 @@ class Cutter:
         CutError: the model does not run on the example, or no graph can be made of it.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, *, method: Method | None = None) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module | ExportedProgram, example_inputs: Any, *, method: Method | None = None) -> None:
         self.example = flat_inputs(example_inputs)
-        self.trace = trace(model, example_inputs, method=method)
+        if isinstance(model, ExportedProgram):
+            self.trace = trace_program(model, example_inputs)
+            self.model: nn.Module = model.module()
+        else:
+            self.trace = trace(model, example_inputs, method=method)
+            self.model = model
         self.partitioner = Partitioner(self.trace)
 
     def candidates(self) -> tuple[Cut, ...]:
@@ -101,11 +106,11 @@ class Cutter:
         )  # fmt: skip
 
 
-def split(model: nn.Module, at: str, example_inputs: Any, *, method: Method | None = None) -> Split:
+def split(model: nn.Module | ExportedProgram, at: str, example_inputs: Any, *, method: Method | None = None) -> Split:
     """Cuts ``model`` after its submodule ``at`` into a head for the device and a tail for the server.
 
     Args:
-        model: any module whose graph torch.export or torch.fx can make.
+        model: any module whose graph torch.export or torch.fx can make, or an exported program.
         at: dotted name of a submodule (``layer2``, ``blocks.3.0``) or of a node of the graph.
         example_inputs: a tensor or tuple of tensors, batch axis first.
         method: ``export`` or ``fx`` alone; by default whichever works, torch.export first.

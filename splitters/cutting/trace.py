@@ -119,7 +119,35 @@ def _by_export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool) -> t
     shapes = tuple({0: batch} if x.ndim and x.shape[0] == size else {} for x in inputs) if dynamic else None
     # One *args entry holds a tuple of specs; a plain forward takes one spec an argument.
     variadic = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
-    program = torch.export.export(model, inputs, dynamic_shapes=(shapes,) if variadic and shapes else shapes, strict=False)
+    return _of_program(
+        torch.export.export(model, inputs, dynamic_shapes=(shapes,) if variadic and shapes else shapes, strict=False)
+    )
+
+
+def trace_program(program: torch.export.ExportedProgram, example_inputs: Any) -> Trace:
+    """Takes the graph of an exported program; its batch is as dynamic as it was exported.
+
+    Raises:
+        CutError: the program does not run on the example.
+    """
+    given = flat_inputs(example_inputs)
+    first = next((n.meta.get("val") for n in program.graph.nodes if n.name in program.graph_signature.user_inputs), None)
+    dynamic = isinstance(first, Tensor) and isinstance(first.shape[0], torch.SymInt)
+    batches = (2, _CHECK_BATCH) if dynamic else (given[0].shape[0],)
+    note = () if dynamic else (f"the program was exported with a fixed batch of {batches[0]}",)
+    try:
+        module, out_spec = _of_program(program)
+        with torch.no_grad():
+            return _finish(module, out_spec, given, batches, "export", note)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in given)
+        raise CutError(
+            f"the exported program does not run on the example {shapes}: {first_line(error)}; it was exported for "
+            f"{tuple(first.shape) if isinstance(first, Tensor) else 'other inputs'}"
+        ) from error
+
+
+def _of_program(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, pytree.TreeSpec]:
     if not make_functional(program.graph):
         program = program.run_decompositions({})
     accepts = inspect.signature(program.module).parameters

@@ -1,0 +1,88 @@
+"""What ``profile`` and ``cut`` share: the model's arguments, and a photograph to measure on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from protos.errors import ConfigError, SourceError
+from splitters.manifest import Preprocess
+from splitters.preprocess import Frame, input_image
+
+if TYPE_CHECKING:
+    from splitters.sources import Source
+
+JPEG_QUALITY = 90
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, weights: str) -> None:
+    """MODEL, --weights and --size."""
+    parser.add_argument("model", metavar="MODEL", help="timm:NAME, torchvision:NAME, onnx:PATH, py:MODULE:FACTORY or a .pt2 file")
+    parser.add_argument(
+        "--weights", default=weights, metavar="random|hub|FILE",
+        help="hub: fetched by timm or torchvision where this machine can reach it; FILE: safetensors (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--size", metavar="HxW", help="input size in pixels, where the model's own is not wanted")
+
+
+def load_model(args: argparse.Namespace) -> Source:
+    """The model the arguments name.
+
+    Raises:
+        ConfigError: --size is no HxW.
+    """
+    from splitters.sources import load_source
+
+    size = None
+    if args.size:
+        height, _, width = str(args.size).partition("x")
+        if not (height.isdigit() and width.isdigit()):
+            raise ConfigError(f"--size must be HxW in pixels, for example 224x224, got {args.size!r}")
+        size = (int(height), int(width))
+    return load_source(args.model, weights=args.weights, size_px=size)
+
+
+def default_preprocess(source: Source) -> Preprocess:
+    """The source's own preprocessing, or ImageNet's mean and deviation at the example's size."""
+    if source.preprocess is not None:
+        return source.preprocess
+    height, width = source.example.shape[-2:]
+    return Preprocess(
+        resize="shortest", size_px=(height, width), resize_px=max(round(min(height, width) * 8 / 7), height, width),
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+    )  # fmt: skip
+
+
+def read_picture(path: Path) -> Frame:
+    """A picture file as (H, W, 3) BGR.
+
+    Raises:
+        SourceError: OpenCV cannot read it.
+    """
+    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if picture is None:
+        raise SourceError(f"{path} is no picture that can be read")
+    return picture.astype(np.uint8, copy=False)
+
+
+def sample_picture(path: Path | None, source: Source) -> tuple[Frame, Preprocess, str, int]:
+    """A photograph, the preprocessing, where the photograph is from, and its bytes as a JPEG at the model's size.
+
+    Raises:
+        SourceError: the file is no picture, or there is none and scikit-image, which ships one, is absent.
+    """
+    spec = default_preprocess(source)
+    if path is not None:
+        picture, where = read_picture(path), str(path)
+    else:
+        try:
+            from skimage import data
+        except ModuleNotFoundError as error:
+            raise SourceError("a photograph is needed to measure compressed bytes: give --image FILE") from error
+        picture, where = np.ascontiguousarray(data.astronaut()[..., ::-1]), "scikit-image's astronaut (NASA, public domain)"
+    _, jpeg = cv2.imencode(".jpg", input_image(picture, spec), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    return picture, spec, where, int(jpeg.size)

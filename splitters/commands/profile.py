@@ -1,0 +1,71 @@
+"""``splitters profile MODEL``: what every candidate cut of a model would cost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from splitters.commands.model_arguments import add_model_arguments, load_model, sample_picture
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declares the verb."""
+    parser = subparsers.add_parser(
+        "profile",
+        help="what every candidate cut of a model would cost",
+        description="Finds every place where the model can be cut and measures, on this machine and one thread, what crosses "
+        "there and what each side would have to do. Cuts marked * send the least for the work they ask of the device.",
+    )
+    add_model_arguments(parser, weights="random")
+    parser.add_argument(
+        "--image", type=Path, help="a photograph to measure compressed bytes on (default: scikit-image's astronaut)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw bytes and cumulative MACs along the network")
+    parser.add_argument("--budget-s", type=float, default=20.0, help="time for latency measurements (default: %(default)s)")
+    network = parser.add_argument_group("where to run it, given a network")
+    network.add_argument("--bitrate-bps", type=float, help="uplink; prints the fastest places to run, local and server included")
+    network.add_argument("--rtt-ms", type=float, default=30.0)
+    network.add_argument(
+        "--device-slowdown", type=float, default=8.0, help="how many times slower the device is (default: %(default)s)"
+    )
+    network.add_argument("--deadline-ms", type=float)
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints, draws."""
+    import torch
+
+    from splitters.cutting.trace import flat_inputs
+    from splitters.preprocess import preprocess
+    from splitters.profiling import profile
+
+    source = load_model(args)
+    picture, spec, where, jpeg_bytes = sample_picture(args.image, source)
+    image = flat_inputs(torch.from_numpy(preprocess(picture, spec)))
+    table = profile(source.model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s)
+    print(table)
+    print(f" picture: {where}; weights: {source.weights}" + ("" if source.weights != "random" else
+          " (compressed sizes are those of an untrained network; trained ones are usually smaller after activations)"))  # fmt: skip
+    result = {"weights": source.weights, **table.to_json()}
+    if args.bitrate_bps is not None:
+        best = table.choices(
+            bitrate_bps=args.bitrate_bps, rtt_ms=args.rtt_ms, device_slowdown=args.device_slowdown, deadline_ms=args.deadline_ms
+        )
+        print(
+            f" at {args.bitrate_bps / 1e6:g} Mbit/s, {args.rtt_ms:g} ms round trip, a device {args.device_slowdown:g} times slower:"
+        )
+        for c in best[:5]:
+            print(f"   {c.where:6} {c.name:30} {c.latency_ms:8.1f} ms = device {c.device_ms:.1f} + network {c.network_ms:.1f} "
+                  f"+ server {c.server_ms:.1f}{'' if c.meets_deadline else '  (misses the deadline)'}")  # fmt: skip
+        result["best"] = [{"where": c.where, "name": c.name, "latency_ms": c.latency_ms} for c in best[:5]]
+    if args.plot:
+        from splitters.profiling_plot import plot
+
+        plot(table, args.plot)
+        print(f" picture of the table: {args.plot}")
+    if args.json:
+        print(json.dumps(result))
+    return 0
