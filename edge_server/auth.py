@@ -191,7 +191,7 @@ class Tokens:
 Continuation = Callable[[grpc.HandlerCallDetails], Any]
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):
+class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
     """Lets only calls with a valid token through; health answers to everyone."""
 
     def __init__(self, tokens: Tokens) -> None:

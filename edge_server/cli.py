@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--model", action="append", required=True, metavar="NAME|DIR",
-        help="a default bundle's name, exported on first use, or a bundle's directory; repeat for several, the first is the default",
+        help="a default bundle's name (exported on first use) or a directory; repeat for several, the first is the default",
     )  # fmt: skip
     p.add_argument("--backend", default="embedded", help="where tails run: embedded (in this process)")
     p.add_argument(

@@ -15,9 +15,9 @@ from edge_server.fetch import chunks
 from edge_server.references import References
 from edge_server.session import Services, Session
 from edge_server.status import translated
+from edge_server.wire import checked
 from protos.errors import DrainingError, HeadtailError, LimitError, ProtocolError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
 from protos.messages import MAX_LAYERS, PROTOCOL_VERSION, FrameLayer
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Ingress(pb_grpc.HeadtailServicer):
+class Ingress:
     """The service.
 
     Args:
@@ -55,7 +55,8 @@ class Ingress(pb_grpc.HeadtailServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802 - gRPC's name
         """The models held."""
-        del request, context
+        async with translated(context):
+            checked(request)
         models = [
             pb.ModelInfo(name=m.name, task=m.bundle.manifest.task, bundle_sha256=m.sha256, device_bytes=m.device_bytes)
             for m in self._s.store.all()
@@ -65,7 +66,7 @@ class Ingress(pb_grpc.HeadtailServicer):
     async def FetchBundle(self, request: pb.FetchBundleRequest, context: Context) -> AsyncIterator[pb.BundleChunk]:  # noqa: N802
         """A bundle's device part. Frames of other sessions go between two chunks."""
         async with translated(context), self._fetches:
-            model = self._s.store.get(request.model)
+            model = self._s.store.get(checked(request).model)
             for chunk in chunks(model, request.bundle_sha256, request.have):
                 yield chunk
                 await asyncio.sleep(0)
@@ -75,7 +76,7 @@ class Ingress(pb_grpc.HeadtailServicer):
         self.calls += 1
         try:
             async with translated(context):
-                return await self._infer(request, context)
+                return await self._infer(checked(request), context)
         finally:
             self.calls -= 1
         raise AssertionError  # translated() has ended the call

@@ -20,7 +20,7 @@ class Metrics(Protocol):
     def on_result(self, model: str, result: Result, payload_bytes: int) -> None:
         """A frame was answered."""
 
-    def on_grant(self, bitrate_bps: int) -> None:
+    def on_grant(self) -> None:
         """A session was told what it may send."""
 
     def on_refused(self, reason: str) -> None:
@@ -36,7 +36,7 @@ class NoMetrics:
     def on_result(self, model: str, result: Result, payload_bytes: int) -> None:
         """See `Metrics`."""
 
-    def on_grant(self, bitrate_bps: int) -> None:
+    def on_grant(self) -> None:
         """See `Metrics`."""
 
     def on_refused(self, reason: str) -> None:
@@ -109,7 +109,7 @@ class PrometheusMetrics:
             self._stages.labels(model, stage).observe(value_ns / 1e9)
         self._batches.labels(model).observe(t.batch_size)
 
-    def on_grant(self, bitrate_bps: int) -> None:
+    def on_grant(self) -> None:
         """See `Metrics`."""
         self._grants.inc()
 

@@ -17,6 +17,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from edge_server import wire
 from edge_server.answering import Answerer
 from edge_server.auth import TokenInterceptor, Tokens
 from edge_server.backends import Backend
@@ -27,12 +28,9 @@ from edge_server.metrics import Metrics, NoMetrics, PrometheusMetrics
 from edge_server.models import ModelStore
 from edge_server.session import Services
 from protos.errors import ConfigError
-from protos.headtail.v1 import headtail_pb2 as pb
-from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
 
-SERVICE = pb.DESCRIPTOR.services_by_name["Headtail"].full_name
 _LINGER_S = 0.3  # after Draining, frames already on their way still get a plain refusal
 _POLL_S = 0.5
 _TOKEN_POLL_S = 1.0
@@ -79,7 +77,7 @@ class EdgeServer:
         self._backend: Backend | None = None
         self._answerer: Answerer | None = None
         self._ingress: Ingress | None = None
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # set at import
         self._server: grpc.aio.Server | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -131,13 +129,13 @@ class EdgeServer:
             options=channel_options(self.config),
             maximum_concurrent_rpcs=self.config.limits.max_sessions + 256,
         )
-        pb_grpc.add_HeadtailServicer_to_server(self._ingress, server)
+        server.add_generic_rpc_handlers((wire.handler(self._ingress),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection((wire.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         self.address = _bind(server, self.config)
         await server.start()
         self._server = server
-        for name in ("", SERVICE):
+        for name in ("", wire.SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         log.info("listening on %s", self.address)
         if self.config.port_file is not None:

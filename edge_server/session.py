@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc.aio
+from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs lack it
 
 from edge_server.answering import Answerer, failed
 from edge_server.assembly import Assembler, Frame
@@ -24,7 +25,8 @@ from edge_server.config import Limits
 from edge_server.metrics import Metrics
 from edge_server.models import Model, ModelStore
 from edge_server.references import References
-from protos.errors import DrainingError, HeadtailError, LimitError, ProtocolError, VersionMismatchError
+from edge_server.wire import checked
+from protos.errors import DrainingError, HeadtailError, InternalError, LimitError, ProtocolError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, FrameLayer, Result
 
@@ -134,14 +136,16 @@ class Session:
                 message = await self._context.read()
         except TimeoutError:
             raise ProtocolError(f"no hello came within {self._s.limits.hello_s:g} s") from None
-        if not isinstance(message, pb.ClientMessage) or message.WhichOneof("content") != "hello":
+        if message is EOF or checked(message).WhichOneof("content") != "hello":
             raise ProtocolError("a session begins with hello")
+        if self._draining:
+            raise DrainingError("the server is shutting down")
         await self._context.write(self._hello(message.hello))
 
     def _hello(self, hello: pb.Hello) -> pb.ServerMessage:
         if hello.protocol_version != PROTOCOL_VERSION:
             raise VersionMismatchError(
-                f"the client speaks protocol version {hello.protocol_version}, this server {PROTOCOL_VERSION}; update the older of the two"
+                f"the client speaks protocol version {hello.protocol_version}, this server {PROTOCOL_VERSION}; update the older one"
             )
         self.model = model = self._s.store.get(hello.model)
         self._client_sha256 = hello.bundle_sha256
@@ -155,7 +159,8 @@ class Session:
         return pb.ServerMessage(
             welcome=pb.Welcome(
                 protocol_version=PROTOCOL_VERSION, session_id=self.id, model=model.name, bundle_sha256=model.sha256,
-                max_in_flight=self._max_in_flight, max_payload_bytes=self._s.limits.max_payload_bytes, server_version=self._s.version,
+                max_in_flight=self._max_in_flight, max_payload_bytes=self._s.limits.max_payload_bytes,
+                server_version=self._s.version,
             )
         )  # fmt: skip
 
@@ -165,15 +170,18 @@ class Session:
         try:
             while True:
                 message = await self._context.read()
-                if not isinstance(message, pb.ClientMessage):  # the client will send no more
+                if message is EOF:  # the client will send no more
                     self.finish()
                     return
-                if await self._take(message):
+                if await self._take(checked(message)):
                     return
         except HeadtailError as error:
             self._error = error
-            self._finishing = True
-            self._wake.set()
+        except Exception:
+            log.exception("session %s: its reader failed", self.id)
+            self._error = InternalError("the server failed on this session; its log says why")
+        self._finishing = True
+        self._wake.set()
 
     async def _take(self, message: pb.ClientMessage) -> bool:
         """Handles one message; whether it was the last."""
@@ -230,8 +238,8 @@ class Session:
             )
         if self._client_sha256 != model.sha256:
             return VersionMismatchError(
-                f"this frame was made with bundle {self._client_sha256[:12] or '(none)'}, the server's tail is {model.sha256[:12]}; "
-                "fetch that bundle and say hello again"
+                f"this frame was made with bundle {self._client_sha256[:12] or '(none)'}, "
+                f"the server's tail is {model.sha256[:12]}; fetch that bundle and say hello again"
             )
         if self._quota is not None:
             return self._quota.admit_frame(frame.payload_bytes, now_ns)
@@ -277,7 +285,7 @@ class Session:
         self._s.bandwidth.on_tail(load.queue_ns, load.tail_ns)
         grant = self._s.bandwidth.grant(self.id, self._s.clock())
         if grant is not None:
-            self._s.metrics.on_grant(grant.bitrate_bps)
+            self._s.metrics.on_grant()
             self._send(pb.ServerMessage(grant=grant.to_proto()))
 
     def _send(self, message: pb.ServerMessage) -> None:

@@ -117,7 +117,7 @@ class EmbeddedBackend:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        await self._loop.run_in_executor(self._loader, self._thread.join, _JOIN_S)
+        await self._loop.run_in_executor(None, self._thread.join, _JOIN_S)
         self._loader.shutdown(wait=False)
 
     # ------------------------------------------------------------ the tail's thread

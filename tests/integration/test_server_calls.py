@@ -1,0 +1,293 @@
+"""The calls beside the stream, the end of a server, and what hostile bytes do to it."""
+
+import asyncio
+import hashlib
+import os
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from edge_server.server import EdgeServer
+from protos.headtail.v1 import headtail_pb2 as pb
+from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
+from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION, Result
+from splitters.bundle import Bundle
+from splitters.manifest import parse_manifest
+from tests.fakes.bundles import write_tiny_bundle
+from tests.fakes.server_client import Device, hello, opened, picture, session
+from tests.fakes.server_running import running
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "other", name="other", seed=5, size_px=128)
+
+
+@pytest.fixture(scope="module")
+def device(bundle: Bundle) -> Device:
+    return Device(bundle)
+
+
+@pytest.fixture(scope="module")
+async def server(bundle: Bundle, second: Bundle) -> AsyncIterator[EdgeServer]:
+    async with running(bundle.path, second.path, metrics_port=0) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+async def stub(server: EdgeServer) -> AsyncIterator[pb_grpc.HeadtailStub]:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield pb_grpc.HeadtailStub(channel)
+
+
+async def failure(call: object) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call  # type: ignore[misc]
+    return caught.value.code(), dict(caught.value.trailing_metadata()).get("headtail-code", "")
+
+
+async def test_models_are_listed_default_first(stub: pb_grpc.HeadtailStub, bundle: Bundle, second: Bundle) -> None:
+    answer = await stub.ListModels(pb.ListModelsRequest())
+    assert [(m.name, m.task, m.bundle_sha256) for m in answer.models] == [
+        ("tiny", "classification", bundle.sha256),
+        ("other", "classification", second.sha256),
+    ]
+    assert answer.protocol_version == PROTOCOL_VERSION
+    assert answer.models[0].device_bytes == (bundle.path / "manifest.json").stat().st_size + sum(
+        p.bytes for p in bundle.manifest.device_parts()
+    )
+
+
+async def fetch(stub: pb_grpc.HeadtailStub, **request: object) -> tuple[bytes, dict[str, bytes], int]:
+    manifest, files, largest = b"", {}, 0
+    async for chunk in stub.FetchBundle(pb.FetchBundleRequest(**request)):
+        if chunk.WhichOneof("content") == "manifest_json":
+            assert not manifest
+            assert not files
+            manifest = chunk.manifest_json
+            continue
+        files.setdefault(chunk.part.path, b"")
+        files[chunk.part.path] += chunk.part.data
+        largest = max(largest, len(chunk.part.data))
+    return manifest, files, largest
+
+
+async def test_a_fetched_bundle_is_the_device_part_and_nothing_else(
+    stub: pb_grpc.HeadtailStub, bundle: Bundle, second: Bundle
+) -> None:
+    for wanted, name in ((bundle, ""), (second, "other")):
+        manifest, files, largest = await fetch(stub, model=name)
+        assert hashlib.sha256(manifest).hexdigest() == wanted.sha256
+        parts = {p.path: p for p in parse_manifest(manifest).device_parts()}
+        assert files.keys() == parts.keys()
+        assert all(hashlib.sha256(files[path]).hexdigest() == part.sha256 for path, part in parts.items())
+        assert not any(path.startswith("server/") for path in files)
+        assert largest <= CHUNK_BYTES
+
+
+async def test_a_fetch_resumes_where_it_left_off(stub: pb_grpc.HeadtailStub, bundle: Bundle) -> None:
+    _, whole, _ = await fetch(stub)
+    done, half = "device/codec.json", "device/stem.onnx"
+    have = [pb.PartOffset(path=done, offset=len(whole[done])), pb.PartOffset(path=half, offset=100)]
+    _, rest, _ = await fetch(stub, bundle_sha256=bundle.sha256, have=have)
+    assert done not in rest
+    assert rest[half] == whole[half][100:]
+    assert rest["device/local.onnx"] == whole["device/local.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "wanted"),
+    [
+        ({"model": "nope"}, ("NOT_FOUND", "unknown_model")),
+        ({"bundle_sha256": "0" * 64}, ("FAILED_PRECONDITION", "version_mismatch")),
+        ({"have": [pb.PartOffset(path="device/stem.onnx", offset=1 << 40)]}, ("INVALID_ARGUMENT", "protocol")),
+        ({"have": [pb.PartOffset(path="server/tail.onnx", offset=0)]}, ("INVALID_ARGUMENT", "protocol")),
+        ({"have": [pb.PartOffset(path="../../etc/passwd", offset=0)]}, ("INVALID_ARGUMENT", "protocol")),
+    ],
+)
+async def test_a_fetch_that_cannot_be_served_says_why(stub: pb_grpc.HeadtailStub, request_: dict, wanted: tuple[str, str]) -> None:
+    status, code = await failure(fetch(stub, **request_))
+    assert (status.name, code) == wanted
+
+
+async def test_infer_answers_one_frame(stub: pb_grpc.HeadtailStub, server: EdgeServer, bundle: Bundle, device: Device) -> None:
+    layers = device.layers(picture(9), 0)
+    answer = await stub.Infer(pb.InferRequest(protocol_version=PROTOCOL_VERSION, bundle_sha256=bundle.sha256, layers=layers))
+    async with session(server.address, bundle.sha256) as stream:
+        streamed = await stream.frame(layers)
+    assert Result.from_proto(answer.result).answer == streamed.answer
+
+
+async def test_infer_refuses_what_it_cannot_answer(stub: pb_grpc.HeadtailStub, bundle: Bundle, device: Device) -> None:
+    layers = device.layers(picture(9), 0)
+
+    def request(**changes: object) -> pb.InferRequest:
+        fields = {"protocol_version": PROTOCOL_VERSION, "bundle_sha256": bundle.sha256, "layers": layers, **changes}
+        return pb.InferRequest(**fields)
+
+    for changes, wanted in [
+        ({"protocol_version": 7}, ("FAILED_PRECONDITION", "version_mismatch")),
+        ({"bundle_sha256": ""}, ("FAILED_PRECONDITION", "version_mismatch")),
+        ({"model": "x"}, ("NOT_FOUND", "unknown_model")),
+        ({"layers": []}, ("INVALID_ARGUMENT", "protocol")),
+        ({"layers": [*layers, *layers]}, ("INVALID_ARGUMENT", "protocol")),
+    ]:
+        status, code = await failure(stub.Infer(request(**changes)))
+        assert (status.name, code) == wanted
+    broken = pb.FrameLayer.FromString(layers[0].SerializeToString())
+    broken.payload_crc32 ^= 1
+    assert await failure(stub.Infer(request(layers=[broken]))) == (grpc.StatusCode.INVALID_ARGUMENT, "payload")
+
+
+async def test_health_and_reflection_answer(server: EdgeServer) -> None:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "headtail.v1.Headtail"):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        )
+        services = {s.name async for answer in call for s in answer.list_services_response.service}
+        assert {"headtail.v1.Headtail", "grpc.health.v1.Health"} <= services
+
+
+async def test_metrics_count_frames_by_outcome(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+    async with session(server.address, bundle.sha256) as stream:
+        await stream.frame(device.layers(picture(), 0))
+        await stream.frame(device.layers(picture(), 1, deadline_ns=1))
+    text = await asyncio.to_thread(
+        lambda: urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5).read().decode()
+    )
+    assert 'headtail_frames_total{model="tiny",outcome="result"}' in text
+    assert 'headtail_frames_total{model="tiny",outcome="overloaded"}' in text
+    assert 'headtail_stage_seconds_bucket{le="0.005",model="tiny",stage="tail"}' in text
+
+
+# ---------------------------------------------------------------- hostile bytes
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00" + bytes(200),
+        PREFACE + b"\xff" * 500,
+        PREFACE + bytes(9),
+        b"",
+        bytes(100_000),
+    ],
+    ids=["http1", "tls", "frames", "half", "nothing", "zeros"],
+)
+async def test_garbage_on_the_socket_hurts_nobody(server: EdgeServer, bundle: Bundle, device: Device, data: bytes) -> None:
+    host, _, port = server.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(data)
+    try:
+        async with asyncio.timeout(0.3):
+            while await reader.read(4096):
+                pass
+    except (TimeoutError, ConnectionError):
+        pass
+    writer.close()
+    async with session(server.address, bundle.sha256) as stream:
+        assert (await stream.frame(device.layers(picture(), 0))).error is None
+
+
+async def test_random_messages_in_a_session_end_it_or_are_answered(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+    raw = {"request_serializer": lambda b: b, "response_deserializer": pb.ServerMessage.FromString}
+    path = "/headtail.v1.Headtail/Session"
+    good = [pb.ClientMessage(layer=m).SerializeToString() for m in device.layers(picture(), 0)]
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        for i in range(40):
+            call = channel.stream_stream(path, **raw)()
+            body = bytearray(good[0])
+            noise = os.urandom(6)
+            for a, b in zip(noise[::2], noise[1::2], strict=True):
+                body[(a * 7) % len(body)] = b
+            try:
+                async with asyncio.timeout(5):
+                    await call.write(pb.ClientMessage(hello=hello(bundle.sha256)).SerializeToString())
+                    await call.read()
+                    await call.write(bytes(body) if i % 2 else os.urandom(50))
+                    await call.done_writing()
+                    while await call.read() is not grpc.aio.EOF:
+                        pass
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                pass
+    async with session(server.address, bundle.sha256) as stream:
+        assert (await stream.frame(device.layers(picture(), 0))).error is None
+
+
+# ---------------------------------------------------------------- the end
+
+
+async def test_draining_answers_what_is_in_flight_tells_the_sessions_and_takes_nothing_new(bundle: Bundle, device: Device) -> None:
+    async with (
+        running(bundle.path, grace_s=5.0) as server,
+        session(server.address, bundle.sha256) as stream,
+        opened(server.address) as late,
+    ):
+        for i in range(4):
+            await stream.send(layer=device.layers(picture(i), i)[0])
+        await asyncio.sleep(0)
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            await health.Check(health_pb2.HealthCheckRequest(service=""))
+            assert (await stream.result()).error is None
+            ending = asyncio.create_task(server.drain())
+            assert (await stream.expect("draining")).grace_ns == 5_000_000_000
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=""))
+            assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+            await late.send(hello=hello(bundle.sha256))
+            assert await late.status() == (grpc.StatusCode.UNAVAILABLE, "draining")
+            await stream.send(layer=device.layers(picture(), 99)[0])
+            results = [*(m.result.frame_id for m in stream.others if m.WhichOneof("content") == "result")]
+            refused = None
+            while refused is None:
+                result = await stream.result()
+                results.append(result.frame_id)
+                refused = result.error
+            assert refused.code == "draining"
+            assert sorted(results) == [1, 2, 3, 99]
+            assert (await stream.status())[0] is grpc.StatusCode.OK
+        await asyncio.wait_for(ending, 5)
+
+
+async def test_a_drain_does_not_wait_longer_than_its_grace_for_a_client_that_stays(bundle: Bundle) -> None:
+    async with running(bundle.path, grace_s=0.5) as server, session(server.address, bundle.sha256):
+        await asyncio.wait_for(server.drain(), 4)
+
+
+async def test_a_port_in_use_is_a_clear_error(server: EdgeServer, bundle: Bundle, tmp_path: Path) -> None:
+    from protos.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="in use"):
+        async with running(bundle.path, listen=server.address, port_file=tmp_path / "port"):
+            pass
+    assert not (tmp_path / "port").exists()
+
+
+async def test_bytes_that_are_no_message_are_a_mapped_error_in_every_call(server: EdgeServer) -> None:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        for name in ("ListModels", "Infer"):
+            assert await failure(channel.unary_unary(f"/headtail.v1.Headtail/{name}")(b"\xff\xff\xff")) == (
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "protocol",
+            )
+        call = channel.unary_stream("/headtail.v1.Headtail/FetchBundle")(b"\xff\xff\xff")
+        assert await failure(call.read()) == (grpc.StatusCode.INVALID_ARGUMENT, "protocol")
