@@ -2,7 +2,8 @@
 
 It knows the capacity trace from end to end, has no noise in its times, starts at full speed, and chooses by dynamic
 programming over (device free, link free). Of loss it knows the probability, not the coins, and it has the transport
-everybody has, at its best: a packet lost is repaired in a round trip and a quarter, until then the connection delivers
+everybody has, at its best: a packet lost is repaired in a round trip and a quarter, the last one of a frame when
+the tail loss probe, the time-out or the next frame's acknowledgement reveals it; until then the connection delivers
 nothing (in order is TCP's promise), and the capacity is at most what CUBIC sustains at that loss and round trip on a
 link without any limit (measured with the same model). It may fall back on the local model for what does not arrive.
 Without loss this is an upper bound; with loss the expected exposure to repairs is carried along each path, so it is the
@@ -53,7 +54,8 @@ class _Problem:
         self.up_ns, self.down_ns = scenario.uplink.delay_ms * 1e6, scenario.downlink.delay_ms * 1e6
         result_ns = 8e9 * (w.result_bytes + HEADER_BYTES) / max(down.mean_bps(), 1.0)
         self.back_ns = self.down_ns + result_ns
-        self.repair_ns = 1.25 * (self.up_ns + self.down_ns)
+        self.rtt_ns = self.up_ns + self.down_ns
+        self.interval_ns = 1e9 / scenario.fps
         self.deadline_ns = scenario.deadline_ms * 1e6
         self.local_ns = w.local.ms.p50 * 1e6 if w.local else float(NEVER_NS)
         self.local_accuracy = w.local.accuracy if w.local else 0.0
@@ -72,19 +74,25 @@ class _Problem:
             for ms, size, accuracy, server_ms in rows
         ]
 
-    def p_within(self, spare_ns: float, packets: float) -> float:
+    def repair_ns(self, packets: int) -> float:
+        """From when a frame would have been whole to when it is, one packet of it having been lost."""
+        probe = 2 * self.rtt_ns + (200e6 if packets == 1 else 2e6)
+        tail = min(probe, self.rtt_ns + 200e6, self.interval_ns + 1.25 * self.rtt_ns)
+        return ((packets - 1) * 1.25 * self.rtt_ns + tail) / packets
+
+    def p_within(self, spare_ns: float, packets: float, repair_ns: float) -> float:
         """P(whole and answered with at most as many repairs as the spare time allows)."""
         if spare_ns < 0:
             return 0.0
         if self.loss == 0.0 and self.result_loss == 0.0:
             return 1.0
-        repairs = min(_REPAIRS, int(spare_ns / self.repair_ns)) if self.repair_ns > 0 else _REPAIRS
+        repairs = min(_REPAIRS, int(spare_ns / repair_ns))
         return float((1 - self.loss ** (repairs + 1)) ** packets * (1 - self.result_loss ** (repairs + 1)))
 
     def exposed(self, state: _State, at_ns: float) -> float:
         """Packets whose loss would still hold back a frame that leaves now."""
         age_ns = max(0.0, at_ns - state[6])
-        return state[5] * max(0.0, 1 - age_ns / self.repair_ns) if self.repair_ns > 0 else 0.0
+        return state[5] * max(0.0, 1 - age_ns / (1.25 * self.rtt_ns)) if self.rtt_ns > 0 else 0.0
 
     def extend(self, state: _State, captured_ns: float, out: Callable[[_State], None]) -> None:
         """Everything that can be done with one frame."""
@@ -102,14 +110,15 @@ class _Problem:
             spare = deadline - (free + self.up_ns + c.server_ns + self.back_ns)
             held = self.exposed(state, ready) if self.loss else 0.0
             # The wait behind an earlier loss is over half a repair on the mean; what fits into the spare time is no harm.
-            waits = held * max(0.0, 1 - spare / self.repair_ns) if held else 0.0
-            p = self.p_within(spare, c.packets + waits)
+            waits = held * max(0.0, 1 - spare / (1.25 * self.rtt_ns)) if held else 0.0
+            repair = self.repair_ns(c.packets)
+            p = self.p_within(spare, c.packets + waits, repair)
             if p <= 0.0:
                 continue
             after = (sent + c.payload_bytes, c.packets + held, ready)
             out((ready, free, score + p * c.accuracy, on_time + p, *after))
             if p < 1.0 and ready + self.local_ns <= deadline:
-                early = self.p_within(spare - self.local_ns, c.packets + waits)  # answered before the fallback must start
+                early = self.p_within(spare - self.local_ns, c.packets + waits, repair)  # answered before the fallback must start
                 gain = p * c.accuracy + (1 - p) * self.local_accuracy
                 out((ready + (1 - early) * self.local_ns, free, score + gain, on_time + 1, *after))
 

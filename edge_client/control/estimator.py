@@ -35,6 +35,8 @@ _REFUSED_NS = 10_000_000_000
 _WINDOW_SAMPLES = 96
 # So many frames in a row that look repaired mean a slow link.
 _SLOW_RUN = 3
+# A frame that is later than this, in round trips beyond its noise, lost a packet.
+_REPAIR_RTTS = 0.6
 # The bitrate is read off this quantile of the newest service times per byte: more than half, to be careful.
 _RECENT_LEAST, _RECENT_MOST, _RECENT_QUANTILE = 5, 15, 0.6
 # After this long without a sample the bitrate is believed to recover, doubling in so much time.
@@ -134,8 +136,8 @@ class Estimator:
         service_ns = max(delivered_ns - start_ns, _MIN_SERVICE_NS)
         if round_trip_ns < _OUTAGE_NS:
             waited = self._last_delivery_ns > record.sent_ns + self.base_rtt_ns
-            repaired = self._learn_residual(record, now_ns)
-            self._learn_rate(record.n_bytes, service_ns, now_ns, waited=waited, repaired=repaired)
+            self._learn_residual(record, now_ns)
+            self._learn_rate(record.n_bytes, service_ns, now_ns, waited=waited)
         self._last_delivery_ns = max(self._last_delivery_ns, delivered_ns) if self._sane(now_ns) else delivered_ns
 
     def on_refused(self, frame_id: int, now_ns: int) -> None:
@@ -304,25 +306,25 @@ class Estimator:
         """False after the clock jumped back behind the last delivery."""
         return self._last_delivery_ns <= now_ns
 
-    def _learn_residual(self, record: _InFlight, now_ns: int) -> bool:
-        """Sorts a residual into the body or, when only a repair can explain it, the tail; returns whether it did."""
+    def _learn_residual(self, record: _InFlight, now_ns: int) -> None:
+        """Sorts a residual into the body or, when only a repair can explain it, the tail."""
         late_ns = now_ns - record.predicted_ns
         self._packets.add(1 + record.n_bytes // _SEGMENT_BYTES, now_ns)
-        repaired = late_ns > 0.6 * self.base_rtt_ns + 3 * record.scale_ns
-        if repaired:
+        if late_ns > _REPAIR_RTTS * self.base_rtt_ns + 3 * record.scale_ns:
             self._repairs.add(late_ns, now_ns)
         else:
             self._residuals.add(late_ns / record.scale_ns, now_ns)
-        return repaired
 
-    def _learn_rate(self, n_bytes: int, service_ns: float, now_ns: int, *, waited: bool, repaired: bool) -> None:
+    def _learn_rate(self, n_bytes: int, service_ns: float, now_ns: int, *, waited: bool) -> None:
         """Takes in a service time.
 
         A repaired packet holds a frame back and then releases those behind it all at once: neither says how fast the
         link is. Several slow frames in a row are no repairs, though, but a link that has become slow.
         """
-        if n_bytes <= 0 or (waited and service_ns < 0.5 * self.service_ns(n_bytes)):
+        expected_ns = self.service_ns(n_bytes)
+        if n_bytes <= 0 or (waited and service_ns < 0.5 * expected_ns):
             return
+        repaired = service_ns > expected_ns + _REPAIR_RTTS * self.base_rtt_ns + 3 * self.scale_ns(expected_ns)
         self._slow_run = self._slow_run + 1 if repaired else 0
         if repaired and self._slow_run < _SLOW_RUN:
             return
