@@ -1,0 +1,216 @@
+"""TLS, client certificates, tokens and quotas on a real server."""
+
+import asyncio
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from edge_server.config import SecurityConfig
+from protos.errors import ConfigError, LimitError
+from protos.headtail.v1 import headtail_pb2 as pb
+from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
+from splitters.bundle import Bundle
+from tests.fakes.bundles import write_tiny_bundle
+from tests.fakes.server_client import Device, hello, opened, picture, session
+from tests.fakes.server_running import running
+
+ALICE, BOB = "alice-token-0123456789", "bob-token-9876543210xx"
+UNAUTHENTICATED = (grpc.StatusCode.UNAUTHENTICATED, "auth")
+
+
+def bearer(token: str) -> tuple[tuple[str, str]]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def device(bundle: Bundle) -> Device:
+    return Device(bundle)
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens"
+    path.write_text(f"# cameras\nalice {ALICE}\n\nbob {BOB}\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "metadata", [(), bearer("wrong-token-000000000"), bearer(""), bearer(ALICE[:-1]), (("authorization", f"Basic {ALICE}"),)]
+)
+async def test_without_a_valid_token_only_health_answers(bundle: Bundle, token_file: Path, metadata: tuple) -> None:
+    async with running(bundle.path, security=SecurityConfig(token_file=token_file)) as server:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            answer = await health.Check(health_pb2.HealthCheckRequest())
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            stub = pb_grpc.HeadtailStub(channel)
+            reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+            calls = [
+                stub.ListModels(pb.ListModelsRequest(), metadata=metadata),
+                stub.Infer(pb.InferRequest(), metadata=metadata),
+                stub.FetchBundle(pb.FetchBundleRequest(), metadata=metadata).read(),
+                reflection.ServerReflectionInfo(
+                    iter([reflection_pb2.ServerReflectionRequest(list_services="")]), metadata=metadata
+                ).read(),
+            ]
+            for call in calls:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call
+                assert (caught.value.code(), dict(caught.value.trailing_metadata())["headtail-code"]) == UNAUTHENTICATED
+        async with opened(server.address, metadata) as stream:
+            assert await stream.status() == UNAUTHENTICATED
+
+
+async def test_a_token_opens_the_door_and_a_changed_file_is_read_again(
+    bundle: Bundle, device: Device, token_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "edge_server")
+    async with running(bundle.path, security=SecurityConfig(token_file=token_file)) as server:
+        async with session(server.address, bundle.sha256, bearer(ALICE)) as stream:
+            assert (await stream.frame(device.layers(picture(), 0))).error is None
+        token_file.write_text("not a token file")
+        await asyncio.sleep(1.3)
+        async with session(server.address, bundle.sha256, bearer(ALICE)):
+            pass  # a broken file changes nothing
+        token_file.write_text("carol carol-token-55555555\n")
+        await asyncio.sleep(1.3)
+        async with opened(server.address, bearer(ALICE)) as stream:
+            assert await stream.status() == UNAUTHENTICATED
+        async with session(server.address, bundle.sha256, bearer("carol-token-55555555")):
+            pass
+    assert ALICE not in caplog.text
+    assert "carol-token" not in caplog.text
+
+
+async def test_a_quota_of_frames_holds_for_all_who_share_the_token(bundle: Bundle, device: Device, token_file: Path) -> None:
+    security = SecurityConfig(token_file=token_file, frames_per_s_per_token=40)
+    layers = device.layers(picture(), 0)
+
+    async def camera(address: str, token: str, until: float) -> list[bool]:
+        answers = []
+        async with session(address, bundle.sha256, bearer(token)) as stream:
+            frame_id = 0
+            while time.monotonic() < until:
+                message = pb.FrameLayer.FromString(layers[0].SerializeToString())
+                message.frame_id = frame_id
+                result = await stream.frame([message])
+                assert result.error is None or (isinstance(result.error, LimitError) and result.error.retryable)
+                answers.append(result.error is None)
+                frame_id += 1
+                await asyncio.sleep(0.05)
+        return answers
+
+    async with running(bundle.path, security=security) as server:
+        begun = time.monotonic()
+        shared = [camera(server.address, ALICE, begun + 2.0) for _ in range(50)]
+        *many, alone = await asyncio.gather(*shared, camera(server.address, BOB, begun + 2.0))
+        took_s = time.monotonic() - begun
+    answered, asked = sum(map(sum, many)), sum(map(len, many))
+    assert asked > 80
+    assert 40 <= answered <= 40 * (took_s + 1) + 1
+    assert all(alone)  # bob is not held up by what alice's cameras do
+
+
+async def test_a_quota_of_sessions_and_bytes(bundle: Bundle, device: Device, token_file: Path) -> None:
+    security = SecurityConfig(token_file=token_file, max_sessions_per_token=1, bytes_per_s_per_token=600)
+    async with running(bundle.path, security=security) as server:
+        async with session(server.address, bundle.sha256, bearer(ALICE)) as stream:
+            async with opened(server.address, bearer(ALICE)) as second:
+                await second.send(hello=hello(bundle.sha256))
+                assert await second.status() == (grpc.StatusCode.RESOURCE_EXHAUSTED, "limit")
+            async with session(server.address, bundle.sha256, bearer(BOB)):
+                pass
+            results = [await stream.frame(device.layers(picture(), i)) for i in range(8)]
+            assert sum(r.error is None for r in results) in (2, 3)
+            assert {type(r.error) for r in results if r.error} == {LimitError}
+        await asyncio.sleep(0.1)
+        async with session(server.address, bundle.sha256, bearer(ALICE)):
+            pass
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "alice\n", "alice short\n", f"a {ALICE}\na {BOB}\n"])
+async def test_a_useless_token_file_is_refused_at_the_start(bundle: Bundle, tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokens").write_text(text)
+    with pytest.raises(ConfigError, match="token file"):
+        async with running(bundle.path, security=SecurityConfig(token_file=tmp_path / "tokens")):
+            pass
+
+
+# ---------------------------------------------------------------- certificates
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ca, server and client (signed by it), and a stranger signed by no one we know."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    root = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(("openssl", *arguments), cwd=root, check=True, capture_output=True)
+
+    for name in ("ca", "stranger"):
+        openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+                "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")  # fmt: skip
+    (root / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+    for name in ("server", "client"):
+        openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", f"{name}.key",
+                "-out", f"{name}.csr", "-subj", f"/CN={name}")  # fmt: skip
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
+                "-extfile", "san", "-out", f"{name}.pem")  # fmt: skip
+    return root
+
+
+def channel_to(address: str, root: Path, client: str | None) -> grpc.aio.Channel:
+    def pem(name: str) -> bytes:
+        return (root / name).read_bytes()
+
+    key, cert = (pem(f"{client}.key"), pem(f"{client}.pem")) if client else (None, None)
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(pem("ca.pem"), key, cert))
+
+
+async def models(channel: grpc.aio.Channel) -> int:
+    return len((await pb_grpc.HeadtailStub(channel).ListModels(pb.ListModelsRequest(), timeout=5)).models)
+
+
+async def test_tls_serves_those_who_know_the_authority_and_no_plain_text(bundle: Bundle, certificates: Path) -> None:
+    security = SecurityConfig(tls_cert=certificates / "server.pem", tls_key=certificates / "server.key")
+    async with running(bundle.path, security=security) as server:
+        async with channel_to(server.address, certificates, None) as channel:
+            assert await models(channel) == 1
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await models(channel)
+
+
+async def test_mutual_tls_asks_for_a_certificate_of_the_authority(bundle: Bundle, certificates: Path) -> None:
+    security = SecurityConfig(
+        tls_cert=certificates / "server.pem", tls_key=certificates / "server.key", tls_client_ca=certificates / "ca.pem"
+    )
+    async with running(bundle.path, security=security) as server:
+        async with channel_to(server.address, certificates, "client") as channel:
+            assert await models(channel) == 1
+        for nobody in (None, "stranger"):
+            async with channel_to(server.address, certificates, nobody) as channel:
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await models(channel)
+
+
+async def test_certificates_that_cannot_be_used_are_named(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "x.pem").write_text("no pem")
+    for cert in (tmp_path / "absent.pem", tmp_path / "x.pem"):
+        with pytest.raises(ConfigError, match=cert.name):
+            async with running(bundle.path, security=SecurityConfig(tls_cert=cert, tls_key=cert)):
+                pass
