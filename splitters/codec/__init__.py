@@ -1,10 +1,21 @@
 """Latent codecs: quantise, entropy-code and layer what a head sends. No torch in here.
 
-codec = codec_from_spec(spec, read_part)
-symbols = codec.quantise(latents, point_id)      # integers; the only lossy step
-payloads = codec.encode(symbols)                 # one per layer, base first
-symbols = codec.decode(payloads[:n])             # exactly the same integers, of n layers
-latents = codec.dequantise(symbols)              # missing layers are zeros
+::
+
+    codec = codec_from_spec(spec, read_part)
+    symbols = codec.quantise(latents, point_id)      # integers; the only lossy step
+    payloads = codec.encode(symbols)                 # one per layer, base first
+    symbols = codec.decode(payloads[:n])             # exactly the same integers, of n layers
+    latents = codec.dequantise(symbols)              # missing layers are zeros
+
+Video: the client codes against what the server has acknowledged, the server keeps what it decoded::
+
+    reference, reference_frame = predictor.choose()                                # client
+    payloads = codec.encode(symbols, reference, reference_frame)
+    predictor.sent(frame_id, symbols, key=not is_predicted(payloads[0]))
+    symbols = codec.decode(payloads, store); store.add(frame_id, symbols)          # server
+    predictor.acknowledged(frame_id, symbols.layers, symbols.crc32())              # client, from the server's result
+    predictor.reset()                                                              # client, on reconnect or error `payload`
 """
 
 from __future__ import annotations
@@ -15,21 +26,27 @@ from typing import Any
 from protos.errors import BundleError
 from splitters.codec.base import Latent, LatentCodec, References, Spec
 from splitters.codec.calibrate import calibrate_plain
+from splitters.codec.envelope import is_predicted
 from splitters.codec.learned import LearnedCodec, learned_spec
 from splitters.codec.plain import PlainCodec
 from splitters.codec.symbols import SymbolArray, Symbols
+from splitters.codec.temporal import HISTORY_FRAMES, Predictor, ReferenceStore
 
 __all__ = [
+    "HISTORY_FRAMES",
     "Latent",
     "LatentCodec",
     "LearnedCodec",
     "PlainCodec",
+    "Predictor",
+    "ReferenceStore",
     "References",
     "Spec",
     "SymbolArray",
     "Symbols",
     "calibrate_plain",
     "codec_from_spec",
+    "is_predicted",
     "learned_spec",
 ]
 

@@ -93,6 +93,11 @@ def seal(header: Header, bodies: Sequence[bytes]) -> list[bytes]:
     return payloads
 
 
+def is_predicted(base_layer: bytes) -> bool:
+    """Whether a frame's base layer was coded against a reference; False for a key frame."""
+    return bool(base_layer[:1]) and bool(base_layer[0] & 1)
+
+
 def open_layers(payloads: Sequence[bytes], *, strict: bool = False) -> tuple[Header, list[bytes]]:
     """Checks payloads and returns the header and the bodies of the complete prefix.
 

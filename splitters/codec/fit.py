@@ -7,7 +7,7 @@
 ``symbols_tier`` is (N, C, H, W) integers: round(latent * gain[tier]) of N training photos, all C channels, 200 to 1000
 photos are plenty. ``layers`` says at which channel each layer of a payload ends; the last is C. ``pairs_by_tier`` makes
 temporal prediction possible: symbols of a frame and of an earlier frame of the same fixed camera, both (N, C, H, W)
-(see `still_pairs` in tests/bench/codec.py for pairs made from single photos). Give symbols of the encoder that ships;
+(`pairs.camera_pair` makes such frames from single photos). Give symbols of the encoder that ships;
 where several encoders write the same latent, mix their photos.
 
 The fit is ordinary least squares for the mean, iteratively reweighted least squares of the absolute residual for the
