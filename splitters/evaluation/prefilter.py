@@ -1,15 +1,12 @@
-"""What a filter can promise: thresholds for a recall, with bounds over independent units.
+"""Curves of a filter, and the passages of a video that count as independent units.
 
-A unit is what can be counted as one independent chance to miss: a photo, or a passage in a video (neighbouring frames show the
-same object, so they are not independent). Shape legend: N frames or photos, U units.
+Shape legend: N frames or photos, U units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,82 +14,6 @@ from numpy.typing import NDArray
 from protos.errors import ConfigError, MissingDependencyError
 
 Array = NDArray[np.float64]
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Calibration:
-    """A threshold and the promise that comes with it.
-
-    Attributes:
-        threshold: frames with a lower score are stopped.
-        recall_asked: share of units that hold something of interest which should pass.
-        recall_promised: one-sided 95 % Clopper–Pearson lower bound on the share that passes at this threshold, over units like
-            those it was calibrated on.
-        units: independent positive units used.
-        missed: of them, how many the threshold misses.
-    """
-
-    threshold: float
-    recall_asked: float
-    recall_promised: float
-    units: int
-    missed: int
-
-    @property
-    def kept(self) -> bool:
-        """Whether the recall asked for is promised."""
-        return self.recall_promised >= self.recall_asked
-
-    def to_json(self) -> dict[str, Any]:
-        """The calibration as plain JSON types."""
-        return {**asdict(self), "confidence": CONFIDENCE, "kept": self.kept}
-
-
-def clopper_pearson_lower(hits: int, units: int, confidence: float = CONFIDENCE) -> float:
-    """One-sided lower bound on a proportion (Clopper & Pearson 1934); 0 without a hit.
-
-    Raises:
-        ConfigError: not 0 ≤ hits ≤ units.
-    """
-    if not 0 <= hits <= units:
-        raise ConfigError(f"hits must lie in 0..units, got {hits} of {units}")
-    if hits == 0:
-        return 0.0
-    try:
-        from scipy.stats import beta
-    except ImportError as error:
-        raise MissingDependencyError("scipy is not installed; run: pip install 'headtail[train]'") from error
-    return float(beta.ppf(1 - confidence, hits, units - hits + 1))
-
-
-def calibrate(positive_scores: Sequence[float] | Array, recall: float) -> Calibration:
-    """The highest threshold whose bound reaches ``recall``; where none does, the one that promises most.
-
-    The threshold is the (m + 1)-th smallest score; the share of future units that reach it then has exactly the distribution that
-    the Clopper–Pearson bound of ``units - m`` hits describes (an order statistic), so choosing it on these units costs nothing.
-
-    Args:
-        positive_scores: (U,) the score of every independent unit that holds something of interest.
-        recall: asked for, in (0, 1).
-
-    Raises:
-        ConfigError: no positive unit, or a recall outside (0, 1).
-    """
-    scores = np.sort(np.asarray(positive_scores, np.float64))
-    if not 0 < recall < 1:
-        raise ConfigError(f"a recall must lie between 0 and 1, got {recall}")
-    if scores.size == 0:
-        raise ConfigError("calibration needs at least one photo or passage that holds something of interest")
-    missed = 0
-    while missed + 1 < scores.size and clopper_pearson_lower(scores.size - missed - 1, scores.size) >= recall:
-        missed += 1
-    # Equal scores pass together: the misses counted are those strictly below.
-    below = int(np.searchsorted(scores, scores[missed], side="left"))
-    return Calibration(
-        threshold=float(scores[missed]), recall_asked=recall, units=int(scores.size), missed=below,
-        recall_promised=clopper_pearson_lower(scores.size - below, scores.size),
-    )  # fmt: skip
 
 
 def passages(positive: NDArray[np.bool_], gap: int) -> list[NDArray[np.int64]]:

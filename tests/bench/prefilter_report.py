@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from splitters.evaluation.detection import load_truth
-from splitters.evaluation.prefilter import Array, calibrate, draw_curves, passage_scores, passages, roc_auc
+from splitters.evaluation.prefilter import Array, draw_curves, passage_scores, passages, roc_auc
 from splitters.models.boxes import Pixels, read_rgb
 from splitters.models.detector import PREPROCESS
 from splitters.models.efficientnet_lite import load_efficientnet_lite0
 from splitters.models.onnx_detectors import YoloxNano
 from splitters.models.prefilter import WEIGHTS, InterestScore, columns_of, load_prefilter
+from splitters.models.prefilter_promise import calibrate
 from splitters.preprocess import preprocess
 
 Score = Callable[[Pixels], float]

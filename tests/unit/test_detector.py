@@ -167,3 +167,16 @@ def test_a_frame_of_any_shape_gives_boxes_inside_it() -> None:
         assert (found.boxes_px <= [shape[1], shape[0]] * 2).all()
         assert (np.diff(found.scores) <= 0).all()
     assert PREPROCESS.size_px == (320, 320)
+
+
+def test_staged_pieces_are_the_whole(fresh: Detector) -> None:
+    from splitters.models.detector_staged import staged_detector
+    from splitters.models.learned import run_stages
+
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+    staged = staged_detector(fresh)
+    with torch.no_grad():
+        outputs = run_stages(staged.stages, staged.body(staged.stem(x)))
+        whole = fresh(x)
+    assert len(outputs) == 9
+    assert all(torch.equal(a, b) for a, b in zip(outputs[-3:], whole, strict=True))

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from protos.errors import ConfigError, ModelError
-from splitters.evaluation.prefilter import calibrate, clopper_pearson_lower, draw_curves, passage_scores, passages, roc, roc_auc
+from splitters.evaluation.prefilter import draw_curves, passage_scores, passages, roc, roc_auc
 from splitters.models.prefilter import CATEGORY_IDS, WEIGHTS, InterestScore, Prefilter, columns_of, load_prefilter
+from splitters.models.prefilter_promise import calibrate, clopper_pearson_lower, promises
 from splitters.train.prefilter_loop import heat_targets, held_out, prefilter_loss
 
 
@@ -165,3 +166,15 @@ def test_committed_weights_load() -> None:
     model, ids = load_prefilter()
     assert ids == CATEGORY_IDS
     assert torch.isfinite(model(torch.zeros(1, 32, 160, 160))).all()
+
+
+def test_promises_count_only_photos_with_something_of_interest() -> None:
+    rng = np.random.default_rng(0)
+    confidence = np.zeros((400, 3))
+    confidence[:300, 1] = 1.0
+    confidence[300:, 2] = 0.4  # not sure enough to count
+    scores = np.clip(confidence * 0.5 + rng.uniform(0, 0.5, confidence.shape), 0, 1)
+    found = promises(scores, confidence, [1, 2])
+    assert [c.units for c in found] == [300] * 8
+    assert all(c.kept for c in found)
+    assert [c.threshold for c in found] == sorted((c.threshold for c in found), reverse=True)
