@@ -75,6 +75,7 @@ class Session:
         self._context = context
         self._quota = quota
         self._client_sha256 = ""
+        self._group = ""
         self._max_in_flight = _DEFAULT_IN_FLIGHT
         self._assembler = self._new_assembler()
         self._references = References()
@@ -154,7 +155,8 @@ class Session:
         points = [(p.payload_bytes.p50, p.accuracy) for p in model.bundle.points if p.payload_bytes.p50 > 0 and p.accuracy > 0]
         fps = hello.fps if 0 < hello.fps < 10_000 else 0.0
         self._s.bandwidth.close(self.id)
-        self._s.bandwidth.open(self.id, hello.group[:64], fps=fps, points=points)
+        self._group = hello.group[:64]
+        self._s.bandwidth.open(self.id, self._group, fps=fps, points=points)
         log.info("session %s: %s, client %s", self.id, model.name, hello.client_version[:32] or "unknown")
         return pb.ServerMessage(
             welcome=pb.Welcome(
@@ -188,7 +190,9 @@ class Session:
         match message.WhichOneof("content"):
             case "layer":
                 self._on_layer(message.layer)
-                if pause_ns := self._s.bandwidth.pause_ns(self.id, self._s.clock()):
+                # Only who shares a link is held to its grant: alone, a client that overruns it harms no one, and the
+                # pause itself would look like a queue on its link.
+                if self._group and (pause_ns := self._s.bandwidth.pause_ns(self.id, self._s.clock())):
                     await asyncio.sleep(min(pause_ns, _PAUSE_NS) / 1e9)
             case "ping":
                 self._send(pb.ServerMessage(pong=pb.Pong(echo_sent_ns=message.ping.sent_ns)))
