@@ -18,6 +18,7 @@ from protos.errors import ConfigError
 
 Array = NDArray[np.float64]
 RECALLS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+SURE = 0.5  # a photo is positive from this confidence of a box on
 CONFIDENCE = 0.95
 
 
@@ -107,16 +108,16 @@ def calibrate(positive_scores: Sequence[float] | Array, recall: float) -> Calibr
     )  # fmt: skip
 
 
-def promises(scores: Array, confidence: Array, columns: Sequence[int], *, sure: float = 0.5) -> list[Calibration]:
-    """Calibrations for every recall of ``RECALLS`` on held-out photos, for a set of classes of interest.
+def promises(scores: Array, confidence: Array, columns: Sequence[int], recalls: Sequence[float] = RECALLS) -> list[Calibration]:
+    """Calibrations for several recalls on held-out photos, for a set of classes of interest.
 
     Args:
         scores: (M, K) the prefilter's scores.
         confidence: (M, K) of the surest box of each class that is large enough; 1 for ground truth.
         columns: the classes of interest.
-        sure: a photo is positive from this confidence on.
+        recalls: asked for.
     """
     chosen = list(columns)
-    positive = confidence[:, chosen].max(axis=1) >= sure
+    positive = confidence[:, chosen].max(axis=1) >= SURE
     best = scores[:, chosen].max(axis=1)[positive]
-    return [calibrate(best, recall) for recall in RECALLS]
+    return [calibrate(best, recall) for recall in recalls]

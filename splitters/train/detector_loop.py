@@ -63,7 +63,7 @@ class DetectorRecipe:
     batch: int = 8
     first_trained_block: int = 5
     frozen_until: float = 0.1
-    small_until: float = 0.72
+    small_until: float = 0.88
     mosaic_until: float = 0.88
     small_px: int = 256
     rate: float = 1e-3
