@@ -6,7 +6,7 @@ back as symbols * ungain[tier, channel] (gain units: Cui et al. 2021, arXiv 2003
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from splitters.codec.tables import read_tables
 class _Point:
     tier: int
     channels: int
-    layers: int
+    ends: tuple[int, ...]  # channel groups held by the first layer, the first two, ...
 
 
 def learned_spec(
@@ -37,6 +37,7 @@ def learned_spec(
     ungains: NDArray[np.floating[Any]],
     points: Mapping[str, tuple[int, int]],
     tables_path: str,
+    single_layer: Collection[str] = (),
 ) -> Spec:
     """Builds the spec `codec_from_spec` reads.
 
@@ -46,6 +47,8 @@ def learned_spec(
         ungains: (tiers, C), latent = symbols * ungain; usually near 1 / gain.
         points: codec point id → (tier, channels kept).
         tables_path: the bundle part that holds the bytes from `fit_tables`.
+        single_layer: points whose frames travel in one layer: at a few hundred bytes a further layer's 5 bytes of
+            number and checksum, and its own ending of the range code, cost more than refinement is worth.
     """
     return {
         "kind": "learned",
@@ -53,7 +56,10 @@ def learned_spec(
         "shape": [int(n) for n in shape],
         "gains": [[float(np.float32(g)) for g in row] for row in gains],
         "ungains": [[float(np.float32(g)) for g in row] for row in ungains],
-        "points": [{"id": name, "tier": int(tier), "channels": int(kept)} for name, (tier, kept) in points.items()],
+        "points": [
+            {"id": name, "tier": int(tier), "channels": int(kept), "single_layer": name in single_layer}
+            for name, (tier, kept) in points.items()
+        ],
         "tables": tables_path,
     }
 
@@ -81,7 +87,9 @@ class LearnedCodec(LatentCodec):
             channels, height, width = (int(n) for n in spec["shape"])
             self._gains = np.asarray(spec["gains"], dtype=np.float32)
             self._ungains = np.asarray(spec["ungains"], dtype=np.float32)
-            entries = [(str(p["id"]), int(p["tier"]), int(p["channels"])) for p in spec["points"]]
+            entries = [
+                (str(p["id"]), int(p["tier"]), int(p["channels"]), bool(p.get("single_layer", False))) for p in spec["points"]
+            ]
         except (LookupError, TypeError, ValueError) as error:
             raise BundleError(f"codec.json does not hold a learned codec: {error!r}") from error
         if min(height, width) < 1 or channels * height * width > MAX_ELEMENTS or channels != self._tables.channels:
@@ -91,23 +99,24 @@ class LearnedCodec(LatentCodec):
         for gains in (self._gains, self._ungains):
             if gains.shape != (self._tables.tiers, channels) or not (np.isfinite(gains).all() and (gains > 0).all()):
                 raise BundleError(f"gains must be {self._tables.tiers} x {channels} positive numbers")
-        if not 1 <= len(entries) <= MAX_POINTS or len({name for name, _, _ in entries}) != len(entries):
+        if not 1 <= len(entries) <= MAX_POINTS or len({entry[0] for entry in entries}) != len(entries):
             raise BundleError(f"a codec has 1..{MAX_POINTS} points of distinct ids")
         if len(self._tables.layers) > MAX_LAYERS:
             raise BundleError(f"a codec has at most {MAX_LAYERS} layers")
         self._points = {}
-        for name, tier, kept in entries:
+        for name, tier, kept, single in entries:
             if not (0 <= tier < self._tables.tiers and 1 <= kept <= channels):
                 raise BundleError(f"point {name} names tier {tier} and {kept} channels, which do not exist")
-            layers = sum(start < kept for start in (0, *self._tables.layers[:-1]))
-            self._points[name] = _Point(tier=tier, channels=kept, layers=layers)
+            groups = sum(start < kept for start in (0, *self._tables.layers[:-1]))
+            ends = (groups,) if single else tuple(range(1, groups + 1))
+            self._points[name] = _Point(tier=tier, channels=kept, ends=ends)
         self.point_ids = tuple(self._points)
         self.shapes = ((channels, height, width),)
         self._geometry = Geometry(height, width)
 
     def layer_count(self, point_id: str) -> int:
-        """Groups of channels that the point's channels kept reach into."""
-        return self._point(point_id).layers
+        """One, or as many as groups of channels that the point's channels kept reach into."""
+        return len(self._point(point_id).ends)
 
     def _point(self, point_id: str) -> _Point:
         if point_id not in self._points:
@@ -116,7 +125,7 @@ class LearnedCodec(LatentCodec):
 
     def _held(self, point: _Point, layers: int) -> int:
         """Channels that the first `layers` layers of a point hold."""
-        return min(self._tables.layers[layers - 1], point.channels)
+        return min(self._tables.layers[point.ends[layers - 1] - 1], point.channels)
 
     def quantise(self, latents: Sequence[Latent], point_id: str) -> Symbols:
         """See `LatentCodec.quantise`; channels that the point drops become zero.
@@ -132,7 +141,7 @@ class LearnedCodec(LatentCodec):
             raise ModelError("the head returned NaN in latent_0")
         values = np.zeros(self.shapes[0], dtype=np.int16)
         values[: point.channels] = np.clip(scaled, -MAX_SYMBOL, MAX_SYMBOL)
-        return Symbols(point_id=point_id, tensors=(values,), layers=point.layers, layer_count=point.layers)
+        return Symbols(point_id=point_id, tensors=(values,), layers=len(point.ends), layer_count=len(point.ends))
 
     def dequantise(self, symbols: Symbols) -> tuple[Latent, ...]:
         """See `LatentCodec.dequantise`."""
@@ -164,7 +173,7 @@ class LearnedCodec(LatentCodec):
             if np.abs(difference).sum() < np.abs(values[:held].astype(np.int32)).sum():
                 plan = predicted
                 named = Reference(frame_id=reference_frame, layers=reference.layers, crc32=reference.crc32())
-        bodies = encode_layers(values, symbols.layers, self._geometry, self._tables, plan, self._coders)
+        bodies = encode_layers(values, point.ends[: symbols.layers], self._geometry, self._tables, plan, self._coders)
         header = Header(
             kind=self.kind,
             point_index=self.point_ids.index(symbols.point_id),
@@ -181,8 +190,8 @@ class LearnedCodec(LatentCodec):
         plan = Plan(tier=point.tier, channels=point.channels)
         if header.reference is not None:
             plan = self._plan(point, self._find(header.reference, references))
-        values = decode_layers(bodies, self._geometry, self._tables, plan, self._coders)
-        return Symbols(point_id=point_id, tensors=(values,), layers=len(bodies), layer_count=point.layers)
+        values = decode_layers(bodies, point.ends, self._geometry, self._tables, plan, self._coders)
+        return Symbols(point_id=point_id, tensors=(values,), layers=len(bodies), layer_count=len(point.ends))
 
     def _find(self, wanted: Reference, references: References | None) -> Symbols:
         """Returns exactly the symbols a frame was predicted from."""

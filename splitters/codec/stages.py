@@ -98,41 +98,48 @@ class Walk:
 
 
 def encode_layers(
-    symbols: SymbolArray, layers: int, geometry: Geometry, tables: Tables, plan: Plan, coders: CoderFactory
+    symbols: SymbolArray, ends: Sequence[int], geometry: Geometry, tables: Tables, plan: Plan, coders: CoderFactory
 ) -> list[bytes]:
-    """Codes the first `layers` layers of (C, H, W) symbols, one body each."""
+    """Codes (C, H, W) symbols into one body per payload layer.
+
+    `ends` says how many groups of channels each body, with those before it, holds; rising.
+    """
     walk = Walk(geometry, tables, plan)
     flat = symbols.reshape(len(symbols), -1).astype(np.int64)
     bodies = []
-    for layer in range(layers):
+    for first, last in zip((0, *ends), ends, strict=False):
         encoder = coders.encoder()
-        for stage in walk.stages(layer):
-            expected, rows, table_set = walk.expect(stage)
-            values = flat[stage.start : stage.stop, geometry.passes[stage.number].raster]
-            _put(encoder, (values - expected).ravel(), rows.ravel(), table_set, tables.radius)
-            walk.accept(stage, values)
-        walk.close(layer)
+        for group in range(first, last):
+            for stage in walk.stages(group):
+                expected, rows, table_set = walk.expect(stage)
+                values = flat[stage.start : stage.stop, geometry.passes[stage.number].raster]
+                _put(encoder, (values - expected).ravel(), rows.ravel(), table_set, tables.radius)
+                walk.accept(stage, values)
+            walk.close(group)
         bodies.append(encoder.finish())
     return bodies
 
 
-def decode_layers(bodies: Sequence[bytes], geometry: Geometry, tables: Tables, plan: Plan, coders: CoderFactory) -> SymbolArray:
+def decode_layers(
+    bodies: Sequence[bytes], ends: Sequence[int], geometry: Geometry, tables: Tables, plan: Plan, coders: CoderFactory
+) -> SymbolArray:
     """Returns (C, H, W) symbols; channels of layers without a body are zero.
 
     Raises:
         PayloadError: the bytes cannot have come from these tables.
     """
     walk = Walk(geometry, tables, plan)
-    for layer, body in enumerate(bodies):
+    for body, first, last in zip(bodies, (0, *ends), ends, strict=False):
         decoder = coders.decoder(body)
-        for stage in walk.stages(layer):
-            expected, rows, table_set = walk.expect(stage)
-            residual = _get(decoder, rows.ravel(), table_set, tables.radius)
-            values = expected + residual.reshape(expected.shape)
-            if np.abs(values).max() > MAX_SYMBOL:
-                raise PayloadError(f"a symbol exceeds {MAX_SYMBOL}: the payload is not of this bundle")
-            walk.accept(stage, values)
-        walk.close(layer)
+        for group in range(first, last):
+            for stage in walk.stages(group):
+                expected, rows, table_set = walk.expect(stage)
+                residual = _get(decoder, rows.ravel(), table_set, tables.radius)
+                values = expected + residual.reshape(expected.shape)
+                if np.abs(values).max() > MAX_SYMBOL:
+                    raise PayloadError(f"a symbol exceeds {MAX_SYMBOL}: the payload is not of this bundle")
+                walk.accept(stage, values)
+            walk.close(group)
     return walk.values.reshape(-1, geometry.height, geometry.width).astype(np.int16)
 
 

@@ -38,8 +38,9 @@ def make_fit() -> tuple[dict[str, Any], bytes]:
         shape=(C, H, W),
         gains=GAINS,
         ungains=1 / GAINS,
-        points={"coarse": (0, C), "fine": (1, C), "fine3": (1, 3), "coarse2": (0, 2)},
+        points={"coarse": (0, C), "fine": (1, C), "fine3": (1, 3), "coarse2": (0, 2), "single": (0, 5)},
         tables_path="device/codec.bin",
+        single_layer=["single"],
     )
     return json.loads(json.dumps(spec)), fit_tables(symbols, LAYERS, pairs_by_tier=pairs)
 
@@ -80,7 +81,7 @@ def test_any_symbols_survive_exactly_and_both_coders_agree(data: st.DataObject) 
             assert decoded.crc32() == codec.prefix(symbols, count).crc32()
 
 
-@pytest.mark.parametrize(("point", "layers"), [("coarse", 3), ("fine", 3), ("fine3", 2), ("coarse2", 1)])
+@pytest.mark.parametrize(("point", "layers"), [("coarse", 3), ("fine", 3), ("fine3", 2), ("coarse2", 1), ("single", 1)])
 def test_layers_follow_the_channels_kept(point: str, layers: int) -> None:
     symbols = COMPILED.quantise([NOW[0]], point)
     assert COMPILED.layer_count(point) == len(COMPILED.encode(symbols)) == layers
@@ -187,7 +188,7 @@ def test_any_flipped_bit_is_detected(data: st.DataObject) -> None:
 @settings(max_examples=150, deadline=None)
 def test_forged_but_well_sealed_payloads_never_crash_a_decoder(data: st.DataObject) -> None:
     reference = COMPILED.quantise([BEFORE[0]], "fine")
-    point = data.draw(st.integers(0, 4))
+    point = data.draw(st.integers(0, 5))
     count = data.draw(st.integers(1, 3))
     named = data.draw(st.sampled_from([None, Reference(frame_id=1, layers=3, crc32=reference.crc32())]))
     bodies = data.draw(st.lists(st.binary(max_size=200), min_size=1, max_size=count))
