@@ -16,26 +16,34 @@ _COLOURS = {
     Outcome.FILTERED: (160, 160, 160), Outcome.DROPPED: (60, 60, 220), Outcome.EXPIRED: (60, 60, 220),
 }  # fmt: skip
 _PALETTE = 37
+_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
+MIN_WIDTH_PX = 640
 
 
 def annotate(image: Frame, report: FrameReport, labels: Mapping[int, str]) -> Frame:
-    """A copy of the frame with its answer drawn in; at least 320 px wide, so that the text can be read."""
-    scale = max(1.0, 320 / image.shape[1])
+    """A copy of the frame with its answer drawn in; enlarged to at least 640 px width, so that the text can be read."""
+    scale = max(1.0, MIN_WIDTH_PX / image.shape[1])
     picture: Frame = cv2.resize(image, None, fx=scale, fy=scale).astype(np.uint8) if scale > 1 else image.copy()
-    size = max(0.4, min(picture.shape[:2]) / 900)
-    lines = [_status(report)]
+    size = max(0.5, min(picture.shape[:2]) / 900)
+    lines = [(_status(report), _COLOURS[report.outcome])]
     if isinstance(report.answer, Detection):
-        for box in report.answer.boxes:
-            x1, y1, x2, y2 = (round(v * scale) for v in box.box_px)
-            colour = _class_colour(box.class_id)
-            cv2.rectangle(picture, (x1, y1), (x2, y2), colour, max(1, round(2 * size)))
-            _text(picture, f"{labels.get(box.class_id, str(box.class_id))} {box.score:.2f}", (x1, max(y1, 12)), size, colour)
+        # The surest last, so that its label is not painted over.
+        for box in reversed(report.answer.boxes):
+            corners = tuple(round(v * scale) for v in box.box_px)
+            text = f"{labels.get(box.class_id, box.class_id)} {box.score:.2f}"
+            _draw_box(picture, corners, text, _class_colour(box.class_id), size)
     elif isinstance(report.answer, Classification):
-        lines += [f"{s.score:5.1%} {labels.get(s.class_id, str(s.class_id))}" for s in report.answer.top[:3]]
-    height = round(34 * size)
-    for row, line in enumerate(lines):
-        _text(picture, line, (4, (row + 1) * height), size, _COLOURS[report.outcome] if row == 0 else (255, 255, 255))
+        lines += [(f"{s.score:5.1%}  {labels.get(s.class_id, s.class_id)}", _WHITE) for s in report.answer.top[:3]]
+    y = 0
+    for text, colour in lines:
+        y += _label(picture, text, (0, y), size, colour, _BLACK)
     return picture
+
+
+def _draw_box(picture: Frame, corners: tuple[int, ...], text: str, colour: tuple[int, int, int], size: float) -> None:
+    x1, y1, x2, y2 = corners
+    cv2.rectangle(picture, (x1, y1), (x2, y2), colour, max(2, round(3 * size)))
+    _label(picture, text, (x1, max(0, y1 - round(30 * size))), 0.8 * size, _BLACK, colour)
 
 
 def _status(report: FrameReport) -> str:
@@ -51,7 +59,16 @@ def _class_colour(class_id: int) -> tuple[int, int, int]:
     return int(blue), int(green), int(red)
 
 
-def _text(picture: Frame, text: str, origin: tuple[int, int], size: float, colour: tuple[int, int, int]) -> None:
-    thickness = max(1, round(2 * size))
-    cv2.putText(picture, text, origin, cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), thickness + 2, cv2.LINE_AA)
-    cv2.putText(picture, text, origin, cv2.FONT_HERSHEY_SIMPLEX, size, colour, thickness, cv2.LINE_AA)
+def _label(
+    picture: Frame, text: str, corner: tuple[int, int], size: float, colour: tuple[int, int, int], ground: tuple[int, int, int]
+) -> int:
+    """Draws text on a filled bar whose top left is ``corner``; returns the bar's height in pixels."""
+    thickness = max(1, round(1.6 * size))
+    (width, height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, thickness)
+    pad = round(6 * size)
+    x, y = corner
+    bottom = y + height + below + 2 * pad
+    area = picture[max(0, y) : bottom, max(0, x) : x + width + 2 * pad]
+    area[:] = (0.3 * area + 0.7 * np.asarray(ground)).astype(np.uint8)
+    cv2.putText(picture, text, (x + pad, y + height + pad), cv2.FONT_HERSHEY_SIMPLEX, size, colour, thickness, cv2.LINE_AA)
+    return bottom - y
