@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 _RECENT = 256  # frames whose times make the p95 that sessions are told
 _JOIN_S = 5.0
 _SUMMARY_NS = 100_000_000
+_SWITCH_S = 0.0005  # Python's own 5 ms let a busy event loop hold up the tail's thread for a good part of a batch
 
 Outcome = TailAnswer | HeadtailError
 
@@ -65,6 +67,7 @@ class EmbeddedBackend:
         self._closing = False
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="tail-loader")
         self._loop = asyncio.get_running_loop()
+        sys.setswitchinterval(min(_SWITCH_S, sys.getswitchinterval()))
         self._thread = threading.Thread(target=self._work, name="tail", daemon=True)
         self._thread.start()
 
