@@ -121,7 +121,8 @@ class Capture:
             self._changed.clear()
             watched = self.config.source.camera and self._restart is None
             try:
-                await asyncio.wait_for(self._changed.wait(), self.config.stall_timeout_s if watched else None)
+                async with asyncio.timeout(self.config.stall_timeout_s if watched else None):
+                    await self._changed.wait()
             except TimeoutError:
                 self._again("the camera stalled")
 

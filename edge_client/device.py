@@ -53,6 +53,13 @@ class DeviceWorker:
         """Whether nothing runs or waits."""
         return self._running is None and not self._heap
 
+    async def join(self) -> None:
+        """Waits for the job that runs; those that wait are left out."""
+        for *_, future in self._heap:
+            future.cancel()
+        if self._running is not None:
+            await self._running
+
     async def run(self, function: Callable[[], T], *, due_ns: int) -> T:
         """Runs a blocking function on the worker and returns its value, or raises what it raised."""
         loop = asyncio.get_running_loop()

@@ -39,6 +39,9 @@ class FilePipeline(Pipeline):
     def _waiting(self) -> list[Flight]:
         return [*self._again, *self._paused, *([self._current] if self._current is not None else [])]
 
+    def _in_flight(self) -> list[Flight]:
+        return [*super()._in_flight(), *self._waiting()]  # a deadline holds while a frame waits for a server, too
+
     async def _main(self) -> None:
         self._down_ns = self._clock()
         await self._frames.start()
@@ -69,6 +72,9 @@ class FilePipeline(Pipeline):
             await self._answer_locally(flight)
             return
         if not self.ledger.is_open(flight.frame.index):  # its deadline passed while it waited
+            return
+        if flight.deadline_ns is not None and self._clock() >= flight.deadline_ns:
+            self._settle(flight, Outcome.EXPIRED)
             return
         flight.engine = self.engine
         shot = await self._encode(flight, self._point(), keep_local=False)

@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 LATE_GRACE_NS = 100 * NS_PER_MS
 _SCHEDULING_NS = 5 * NS_PER_MS
-_FORGET_NS = 10 * NS_PER_S
+_FORGET_NS = 3 * NS_PER_S
+_UNANSWERED_NS = 60 * NS_PER_S
 
 
 class Frames(Protocol):
@@ -191,6 +192,7 @@ class Pipeline:
             with suppress(TimeoutError, HeadtailError):
                 await asyncio.wait_for(session, 1.5)
             await asyncio.gather(main, rescue, return_exceptions=True)
+            await self._worker.join()
 
     def stop(self) -> None:
         """Ends the source; what is in flight is still waited for, shortly."""
@@ -218,7 +220,8 @@ class Pipeline:
     async def _wait_changed(self, timeout_s: float | None = None) -> None:
         self._changed.clear()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for may swallow a cancellation that comes with the event
+                await self._changed.wait()
 
     async def _wait_for_server(self, limit_s: float) -> bool:
         """Waits until the first welcome, or until ``limit_s`` have passed and an attempt has failed."""
@@ -362,13 +365,15 @@ class Pipeline:
         while True:
             now_ns = self._clock()
             self._forget(now_ns)
-            waiting = [f for f in (*self._flights.values(), *self._orphans) if self.ledger.is_open(f.frame.index)]
+            waiting = [f for f in self._in_flight() if self.ledger.is_open(f.frame.index)]
             local = self.engine.local is not None and self._local_allowed
             local_ns = int(self.timings.local.quantile(0.95)) if local else 0
-            margin_ns = _SCHEDULING_NS + int(self.timings.head.quantile(0.95)) if local else 0
+            # A job that runs is not interrupted, be it another frame's head or its local answer.
+            running_ns = int(max(self.timings.head.quantile(0.95), self.timings.local.quantile(0.95)))
+            margin_ns = _SCHEDULING_NS + running_ns if local else 0
             plan = latest_start(waiting, local_ns=local_ns, margin_ns=margin_ns, now_ns=now_ns)
             if plan is None:
-                await self._wait_changed()
+                await self._wait_changed(self._unanswered_s(now_ns))
             elif plan[0] > now_ns:
                 await self._wait_changed((plan[0] - now_ns) / NS_PER_S)
             elif self._local_allowed:
@@ -376,6 +381,21 @@ class Pipeline:
             else:
                 self._settle(plan[1], Outcome.EXPIRED)
             self._orphans = [f for f in self._orphans if self.ledger.is_open(f.frame.index)]
+
+    def _unanswered_s(self, now_ns: int) -> float | None:
+        """Seconds until a frame without deadline has waited too long; a stream that swallows frames is begun anew."""
+        oldest_ns = min((f.encoded_ns for f in self._flights.values()), default=None)
+        if oldest_ns is None:
+            return None
+        if now_ns - oldest_ns >= _UNANSWERED_NS:
+            log.warning("a frame has been unanswered for %.0f s; the stream is begun anew", _UNANSWERED_NS / NS_PER_S)
+            self.link.restart()
+            return 1.0
+        return (oldest_ns + _UNANSWERED_NS - now_ns) / NS_PER_S
+
+    def _in_flight(self) -> list[Flight]:
+        """Frames that may need rescue."""
+        return [*self._flights.values(), *self._orphans]
 
     @property
     def _local_allowed(self) -> bool:

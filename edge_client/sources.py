@@ -26,7 +26,6 @@ OPEN_TIMEOUT_MS = 5000
 READ_TIMEOUT_MS = 5000
 
 
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     """A parsed ``--camera``.

@@ -165,19 +165,24 @@ class Controller:
         scores = [moment.score_local(self._local)] if self._local else []
         if not e.connected:
             return scores, "offline"
-        frames = self.window.frames
+        frames = self.window.frames if e.in_flight else 0
         room = self.window.limit_bytes - e.backlog_bytes if e.in_flight else inf
-        closed = False
-        for o in self._remote:
-            if o.n_bytes > tokens:
-                scores.append(Score(o, refused="grant"))
-            elif e.in_flight >= frames and e.in_flight_at(now_ns + o.mid_ns) >= frames:
+        full = 0 < frames <= e.in_flight
+        closed, enough, untried = False, 0.0, e.room_to_try_bytes
+        for o in self._remote:  # the most accurate first: what cannot beat a sure one any more need not be looked at
+            if o.accuracy < enough:
+                break
+            if o.n_bytes > tokens or o.typical_bytes > untried:
+                scores.append(Score(o, refused="grant" if o.n_bytes > tokens else "untried"))
+                continue
+            if (full or o.typical_bytes > room) and e.in_flight_at(now_ns + o.mid_ns) >= (frames if full else 1):
                 closed = True
                 scores.append(Score(o, refused="window"))
-            elif o.typical_bytes > room and e.in_flight_at(now_ns + o.mid_ns):
-                scores.append(Score(o, refused="window"))
-            else:
-                scores.append(moment.score_remote(o))
+                continue
+            score = moment.score_remote(o)
+            scores.append(score)
+            if score.p_all >= self.config.target_on_time and not self.config.explain:
+                enough = max(enough, score.value - self.config.switch_margin)
         return scores, "window" if closed else "worthless"
 
     def _choose(self, scores: list[Score]) -> Score | None:

@@ -14,6 +14,7 @@ the tail is the measured tail, and no quantile is ever a mean.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ _PRIOR_RESIDUALS = (-0.2, 0.1, 0.4, 1.5)
 # Repairs per packet are believed to be this frequent, with the weight of so many packets.
 _PRIOR_REPAIRS, _PRIOR_PACKETS = 0.4, 80.0
 _SEGMENT_BYTES = 1448
+_INITIAL_WINDOW_BYTES = 14_000.0
+_FORGET_TRIED = 0.98
 # A frame that took longer than this was in an outage: that says nothing about the link as it is between outages.
 _OUTAGE_NS = 1_000_000_000
 _REFUSED_NS = 10_000_000_000
@@ -86,6 +89,9 @@ class Estimator:
         self._packets = SlidingSum(age_ns=window)
         self._server_prior_ns = 10_000_000.0
         self._slow_run = 0
+        self._tried_bytes = 0.0
+        self._stale = True
+        self._prior_weight = self._body_size = self._odds = 1.0
         self._last_delivery_ns = 0
         self._last_heard_ns = 0
         self._last_ping_ns = 0
@@ -131,6 +137,7 @@ class Estimator:
         delivered_ns = max(now_ns - server_ns, record.sent_ns)
         round_trip_ns = delivered_ns - record.sent_ns
         self._rtts.add(round_trip_ns, now_ns)
+        self._tried_bytes = max(float(record.n_bytes), self._tried_bytes * _FORGET_TRIED)
         self._servers.add(server_ns, now_ns)
         start_ns = max(record.sent_ns + self.base_rtt_ns, self._last_delivery_ns)
         service_ns = max(delivered_ns - start_ns, _MIN_SERVICE_NS)
@@ -144,6 +151,7 @@ class Estimator:
         """The server answered that it cannot make this frame's deadline: as bad as a frame that came too late."""
         self._last_heard_ns = now_ns
         if self._pop(frame_id) is not None:
+            self._stale = True
             self._packets.add(1, now_ns)
             self._repairs.add(_REFUSED_NS, now_ns)
 
@@ -188,6 +196,14 @@ class Estimator:
         """Frames sent and not answered."""
         return len(self._flight)
 
+    @property
+    def room_to_try_bytes(self) -> float:
+        """The largest frame worth sending: twice what lately came through, or what TCP sends without waiting.
+
+        More would be spread over round trips by the transport's slow start, which tells nothing about the link.
+        """
+        return max(_INITIAL_WINDOW_BYTES, 2 * self._tried_bytes)
+
     def in_flight_at(self, at_ns: float) -> int:
         """Frames that will probably still be unanswered at a later moment; overdue ones are."""
         return sum(r.predicted_ns > at_ns for r in self._flight.values()) if self._flight else 0
@@ -228,6 +244,8 @@ class Estimator:
         at_ns = float(self._last_delivery_ns)
         base_ns, per_byte = self.base_rtt_ns, self._ns_per_byte
         overdue_ns = 0.0
+        if not self._flight:
+            return at_ns
         first = True
         for record in self._flight.values():
             at_ns = max(at_ns, record.sent_ns + base_ns) + per_byte * record.n_bytes
@@ -244,15 +262,22 @@ class Estimator:
 
     def p_within(self, slack_ns: float, scale_ns: float, packets: int = 1) -> float:
         """P(a frame of so many packets comes back no later than ``slack_ns`` after its prediction)."""
+        if self._stale:
+            self._freshen()
         at = slack_ns / scale_ns
+        body = self._residuals.count_at_most(at) + self._prior_weight * bisect_right(_PRIOR_RESIDUALS, at)
+        odds = packets * self._odds
+        if odds < 1e-9:
+            return body / self._body_size
+        return (body / self._body_size + odds * self._repairs.count_at_most(slack_ns) / (len(self._repairs) + 1.0)) / (1.0 + odds)
+
+    def _freshen(self) -> None:
+        """Works out what ``p_within`` needs once for each change of the windows."""
         n = len(self._residuals)
-        believed = sum(r <= at for r in _PRIOR_RESIDUALS)
-        weight = 4.0 / (4.0 + n)
-        smooth = (self._residuals.count_at_most(at) + weight * believed) / (n + 4 * weight + 0.25)
-        repairs = len(self._repairs)
-        odds = packets * (repairs + _PRIOR_REPAIRS) / (self._packets.total + _PRIOR_PACKETS)
-        repaired = self._repairs.count_at_most(slack_ns) / (repairs + 1.0)
-        return (smooth + odds * repaired) / (1.0 + odds)
+        self._prior_weight = 4.0 / (4.0 + n)
+        self._body_size = n + 4 * self._prior_weight + 0.25
+        self._odds = (len(self._repairs) + _PRIOR_REPAIRS) / (self._packets.total + _PRIOR_PACKETS)
+        self._stale = False
 
     def p_still(self, frame_id: int, now_ns: int, deadline_ns: int) -> float:
         """P(the answer to a frame in flight, not there yet, comes before its deadline)."""
@@ -266,9 +291,8 @@ class Estimator:
 
     def expire(self, now_ns: int) -> None:
         """Forgets what is too old: a link not used for a while is an unknown one, and worth a try."""
-        for window in (self._residuals, self._repairs):
-            window.expire(now_ns)
-        self._packets.expire(now_ns)
+        if self._residuals.expire(now_ns) + self._repairs.expire(now_ns) + self._packets.expire(now_ns):
+            self._stale = True
         idle_ns = now_ns - self._recent[-1][0] if self._recent else 0
         if idle_ns > _STALE_NS and not self._flight:
             least = min(8e9 / self.config.initial_bps, self._learnt_ns_per_byte)
@@ -309,6 +333,7 @@ class Estimator:
     def _learn_residual(self, record: _InFlight, now_ns: int) -> None:
         """Sorts a residual into the body or, when only a repair can explain it, the tail."""
         late_ns = now_ns - record.predicted_ns
+        self._stale = True
         self._packets.add(1 + record.n_bytes // _SEGMENT_BYTES, now_ns)
         if late_ns > _REPAIR_RTTS * self.base_rtt_ns + 3 * record.scale_ns:
             self._repairs.add(late_ns, now_ns)

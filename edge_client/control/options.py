@@ -49,7 +49,7 @@ class Option:
 
 
 def useful(options: Sequence[Option]) -> list[Option]:
-    """Those no other beats in bytes, device time and accuracy at once, fewest bytes first."""
+    """Those no other beats in bytes, device time and accuracy at once, the most accurate first."""
 
     def beaten(o: Option) -> bool:
         return any(
@@ -60,4 +60,4 @@ def useful(options: Sequence[Option]) -> list[Option]:
             for p in options
         )
 
-    return sorted((o for o in options if not beaten(o)), key=lambda o: (o.n_bytes, -o.accuracy))
+    return sorted((o for o in options if not beaten(o)), key=lambda o: (-o.accuracy, o.n_bytes))

@@ -31,10 +31,13 @@ class SlidingQuantile:
             self._drop_oldest()
         self.expire(now_ns)
 
-    def expire(self, now_ns: int) -> None:
-        """Forgets what is too old."""
+    def expire(self, now_ns: int) -> int:
+        """Forgets what is too old; returns how many that were."""
+        gone = 0
         while self._order and now_ns - self._order[0][0] > self._age_ns:
             self._drop_oldest()
+            gone += 1
+        return gone
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -51,11 +54,6 @@ class SlidingQuantile:
     def minimum(self, default: float) -> float:
         """The least sample, or ``default``."""
         return self._sorted[0] if self._sorted else default
-
-    def share_at_most(self, value: float) -> float:
-        """The empirical distribution function; NaN-free, 1 when empty."""
-        n = len(self._sorted)
-        return bisect_right(self._sorted, value) / n if n else 1.0
 
     def count_at_most(self, value: float) -> int:
         """How many samples do not exceed ``value``."""
@@ -82,7 +80,10 @@ class SlidingSum:
         self.total += value
         self.expire(now_ns)
 
-    def expire(self, now_ns: int) -> None:
-        """Forgets what is too old."""
+    def expire(self, now_ns: int) -> int:
+        """Forgets what is too old; returns how many that were."""
+        gone = 0
         while self._items and now_ns - self._items[0][0] > self._age_ns:
             self.total -= self._items.popleft()[1]
+            gone += 1
+        return gone

@@ -39,7 +39,7 @@ class Score:
 class Moment:
     """What holds for all options of one decision."""
 
-    __slots__ = ("base_ns", "deadline_ns", "drained_ns", "estimator", "interval_ns", "local", "now_ns", "server_ns")
+    __slots__ = ("base_ns", "deadline_ns", "drained_ns", "estimator", "interval_ns", "local", "noise_ns", "now_ns", "server_ns")
 
     def __init__(self, estimator: Estimator, local: Option | None, now_ns: int, deadline_ns: int, interval_ns: float) -> None:
         self.estimator = estimator
@@ -50,6 +50,7 @@ class Moment:
         estimator.expire(now_ns)
         self.base_ns = estimator.base_rtt_ns
         self.server_ns = estimator.server_ns
+        self.noise_ns = estimator.scale_ns(0.0)
         self.drained_ns = estimator.drained_ns(now_ns)
 
     def score_local(self, local: Option) -> Score:
@@ -70,7 +71,7 @@ class Moment:
             return Score(o, refused="link")
         done_ns = begins_ns + service_ns + self.server_ns
         spare_ns = o.high_ns - o.mid_ns
-        scale_ns = e.scale_ns(service_ns)
+        scale_ns = self.noise_ns + service_ns
         p = e.p_within(self.deadline_ns - done_ns - spare_ns, scale_ns, o.packets)
         score = Score(o, done_ns - self.now_ns, p, p, p * o.accuracy)
         if self.local is not None:
@@ -85,6 +86,9 @@ class Moment:
         o = score.option
         start_ns = self.deadline_ns - local.high_ns
         if self.now_ns + o.high_ns > start_ns:
+            return
+        if score.p > 0.999:
+            score.fallback_ns = int(start_ns)
             return
         sure = self._local_in_time(start_ns, o.mid_ns, local)
         p_early = self.estimator.p_within(start_ns - done_ns, scale_ns, o.packets)

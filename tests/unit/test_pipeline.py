@@ -1,0 +1,279 @@
+"""Every captured frame ends in exactly one outcome, whatever fails; on virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edge_client.device import DeviceWorker
+from edge_client.files import FilePipeline
+from edge_client.frames import FrameReport, Ledger, Outcome
+from edge_client.live import LivePipeline
+from edge_client.pipeline import LATE_GRACE_NS, Parts, Pipeline, PipelineConfig
+from protos.errors import InternalError, UnknownModelError, UnreachableError
+from tests.fakes.client_loop import VirtualLoop, run_virtual
+from tests.fakes.client_parts import FakeDevice, FakeEngine, FakeFrames, FakeLink, Fault, fake_controller
+
+
+@dataclass
+class Run:
+    pipeline: Pipeline
+    link: FakeLink
+    reports: list[FrameReport]
+
+    def count(self, outcome: Outcome, *, first: int = 0, last: int = 10**9) -> int:
+        return sum(r.outcome is outcome and first <= r.frame.index <= last for r in self.reports)
+
+
+def run(
+    *,
+    live: bool = True,
+    frames: int = 300,
+    fps: float = 30.0,
+    faults: Sequence[Fault] = (),
+    deadline_ms: float = 500.0,
+    wait_s: float = 0.0,
+    head_ms: float = 5.0,
+    local_ms: float = 20.0,
+    local: bool = True,
+    rtt_s: float = 0.02,
+    fatal: Any = None,
+    stop_at_s: float | None = None,
+) -> Run:
+    async def main(loop: VirtualLoop) -> Run:
+        device = FakeDevice()
+        engine: Any = FakeEngine(device, head_ms=head_ms, local_ms=local_ms, local=local)
+        reports: list[FrameReport] = []
+
+        async def fetch(sha256: str) -> Any:
+            await asyncio.sleep(0.4)
+            return FakeEngine(device, sha256, head_ms=head_ms, local_ms=local_ms, local=local)
+
+        parts = Parts(
+            frames=FakeFrames(loop, count=frames, fps=fps, live=live), worker=DeviceWorker(device), clock=loop.clock,
+            emit=reports.append, fetch=fetch, controller=fake_controller,
+        )  # fmt: skip
+        config = PipelineConfig(deadline_ms=deadline_ms, wait_for_server_s=wait_s)
+        pipeline: Pipeline = (LivePipeline if live else FilePipeline)(config, parts, engine)
+        link = FakeLink(loop, pipeline, faults=faults, rtt_s=rtt_s, fatal=fatal)
+        if stop_at_s is not None:
+            loop.call_later(stop_at_s, pipeline.stop)
+        await pipeline.run(link)
+        return Run(pipeline, link, reports)
+
+    return run_virtual(main)
+
+
+def check(r: Run, *, deadline_ms: float = 500.0, frames: int | None = 300) -> None:
+    ledger = r.pipeline.ledger
+    assert ledger.balanced
+    assert ledger.open_count == 0
+    assert sorted(report.frame.index for report in r.reports) == list(range(ledger.captured))
+    if frames is not None:
+        assert ledger.captured == frames
+    for report in r.reports:
+        if report.outcome in (Outcome.LOCAL, Outcome.RESULT) and deadline_ms:
+            assert report.stages_ms["total"] <= deadline_ms + LATE_GRACE_NS / 1e6
+            assert report.answer is not None
+
+
+def test_a_quiet_network_gives_results() -> None:
+    r = run()
+    check(r)
+    assert r.count(Outcome.RESULT) >= 295
+
+
+def test_the_session_breaks_for_three_seconds_and_comes_back() -> None:
+    r = run(faults=[Fault(at_s=2.0, for_s=3.0, kind="down")])
+    check(r)
+    assert r.count(Outcome.RESULT, last=59) >= 50
+    assert r.count(Outcome.LOCAL, first=60, last=149) >= 60
+    assert r.count(Outcome.RESULT, first=165) >= 100
+    assert r.count(Outcome.EXPIRED) == 0
+
+
+def test_a_server_that_hangs_is_answered_for_just_in_time() -> None:
+    r = run(faults=[Fault(at_s=2.0, for_s=3.0, kind="hang")])
+    check(r)
+    local = [report for report in r.reports if report.outcome is Outcome.LOCAL]
+    assert len(local) > 40
+    # Those that were in flight waited for the server as long as they could, and no longer.
+    waited = [report for report in local if report.payload_bytes]
+    assert waited
+    assert all(300 < report.stages_ms["total"] <= 505 for report in waited)
+    assert r.pipeline.late_results >= len(waited)
+
+
+def test_without_a_local_model_frames_in_flight_expire_and_others_are_dropped() -> None:
+    hang = run(faults=[Fault(at_s=2.0, for_s=3.0, kind="lose")], local=False)
+    check(hang)
+    assert hang.count(Outcome.EXPIRED) >= 1
+    down = run(faults=[Fault(at_s=2.0, for_s=3.0, kind="down")], local=False)
+    check(down)
+    assert down.pipeline.ledger.dropped["offline"] > 50
+
+
+def test_a_slow_device_supersedes_frames_and_counts_them() -> None:
+    r = run(head_ms=80, local=False)
+    check(r)
+    assert r.pipeline.ledger.dropped["superseded"] > 100
+    assert r.count(Outcome.RESULT) > 80
+
+
+def test_an_overloaded_server_is_answered_for_locally() -> None:
+    r = run(faults=[Fault(at_s=2.0, for_s=2.0, kind="refuse")])
+    check(r)
+    assert r.count(Outcome.LOCAL) > 10
+    assert r.count(Outcome.EXPIRED) == 0
+
+
+def test_a_new_bundle_is_fetched_and_taken_between_two_frames() -> None:
+    r = run(faults=[Fault(at_s=3.0, for_s=1e9, kind="bundle")])
+    check(r)
+    assert r.pipeline.bundle_switches == 1
+    hashes = [report.bundle_sha256[0] for report in r.reports]
+    assert hashes == sorted(hashes)
+    assert r.count(Outcome.RESULT, first=130) > 100
+
+
+def test_a_server_that_returns_with_another_bundle() -> None:
+    faults = [Fault(at_s=2.0, for_s=1.0, kind="down"), Fault(at_s=2.5, for_s=1e9, kind="bundle")]
+    r = run(faults=faults)
+    check(r)
+    assert r.pipeline.bundle_switches == 1
+    assert r.count(Outcome.RESULT, first=120) > 120
+
+
+def test_draining_is_no_catastrophe() -> None:
+    r = run(faults=[Fault(at_s=2.0, for_s=1.0, kind="drain")])
+    check(r)
+    assert r.count(Outcome.RESULT, first=120) > 150
+
+
+def test_stopping_answers_what_is_in_flight() -> None:
+    r = run(stop_at_s=4.0)
+    check(r, frames=None)
+    assert 100 < r.pipeline.ledger.captured < 130
+    assert r.pipeline.ledger.dropped["stopped"] <= 2
+
+
+def test_stopping_while_the_server_hangs_takes_no_longer_than_an_answer() -> None:
+    r = run(stop_at_s=4.0, faults=[Fault(at_s=3.5, for_s=1e9, kind="hang")])
+    check(r, frames=None)
+
+
+def test_a_refused_hello_ends_the_run_with_its_error() -> None:
+    with pytest.raises(UnknownModelError):
+        run(fatal=UnknownModelError("no such model"))
+
+
+def test_live_without_server_and_without_local_model_is_an_error() -> None:
+    with pytest.raises(UnreachableError):
+        run(local=False, faults=[Fault(at_s=0, for_s=1e9, kind="down")])
+
+
+def test_live_without_server_answers_locally() -> None:
+    r = run(faults=[Fault(at_s=0, for_s=1e9, kind="down")])
+    check(r)
+    assert r.count(Outcome.LOCAL) > 290
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_files_are_all_results() -> None:
+    r = run(live=False, deadline_ms=0)
+    check(r, deadline_ms=0)
+    assert r.count(Outcome.RESULT) == 300
+
+
+def test_files_wait_for_a_server_and_send_again_what_was_in_flight() -> None:
+    r = run(live=False, deadline_ms=0, wait_s=30, faults=[Fault(at_s=1.0, for_s=10.0, kind="down")])
+    check(r, deadline_ms=0)
+    assert r.count(Outcome.RESULT) == 300
+    assert r.link.sent > 300
+
+
+def test_files_use_the_local_model_only_when_the_patience_is_over() -> None:
+    r = run(live=False, deadline_ms=0, wait_s=2, frames=400, faults=[Fault(at_s=1.0, for_s=10.0, kind="down")])
+    check(r, deadline_ms=0, frames=400)
+    assert r.count(Outcome.LOCAL) > 50
+    gone = run(live=False, deadline_ms=0, wait_s=1, frames=20, faults=[Fault(at_s=0, for_s=1e9, kind="down")])
+    check(gone, deadline_ms=0, frames=20)
+    assert gone.count(Outcome.LOCAL) == 20
+
+
+def test_files_without_server_and_local_model_end_with_an_error() -> None:
+    with pytest.raises(UnreachableError):
+        run(live=False, deadline_ms=0, wait_s=1, local=False, faults=[Fault(at_s=0, for_s=1e9, kind="down")])
+
+
+def test_files_overload_is_retried_and_a_frame_that_fails_is_named() -> None:
+    r = run(live=False, deadline_ms=0, faults=[Fault(at_s=0.5, for_s=1.0, kind="refuse")])
+    check(r, deadline_ms=0)
+    assert r.count(Outcome.RESULT) == 300
+    r = run(live=False, deadline_ms=0, faults=[Fault(at_s=0.5, for_s=0.1, kind="error")])
+    check(r, deadline_ms=0)
+    assert isinstance(r.pipeline, FilePipeline)
+    assert r.pipeline.refused is not None
+    assert r.pipeline.ledger.dropped["headtail"] > 0
+
+
+def test_files_take_a_new_bundle() -> None:
+    r = run(live=False, deadline_ms=0, wait_s=30, frames=600, faults=[Fault(at_s=1.0, for_s=1e9, kind="bundle")])
+    check(r, deadline_ms=0, frames=600)
+    assert r.count(Outcome.RESULT) == 600
+    assert r.pipeline.bundle_switches == 1
+
+
+def test_files_with_a_deadline_expire() -> None:
+    r = run(live=False, deadline_ms=100, wait_s=30, faults=[Fault(at_s=1.0, for_s=1.0, kind="hang")])
+    check(r, deadline_ms=100)
+    assert r.count(Outcome.EXPIRED) > 0
+    assert r.count(Outcome.LOCAL) == 0
+
+
+# ---------------------------------------------------------------- whatever fails
+
+FAULTS = st.builds(
+    Fault,
+    at_s=st.floats(0, 4),
+    for_s=st.floats(0.01, 3),
+    kind=st.sampled_from(["down", "hang", "lose", "refuse", "error", "drain", "bundle"]),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    faults=st.lists(FAULTS, max_size=4),
+    live=st.booleans(),
+    fps=st.sampled_from([5.0, 30.0, 60.0]),
+    deadline_ms=st.sampled_from([0.0, 100.0, 500.0]),
+    head_ms=st.sampled_from([1.0, 20.0, 120.0]),
+    local_ms=st.sampled_from([2.0, 40.0, 300.0]),
+    rtt_s=st.sampled_from([0.001, 0.05, 0.4]),
+    stop_at_s=st.none() | st.floats(0, 4),
+)
+def test_outcomes_add_up_under_every_fault(
+    live: bool, fps: float, deadline_ms: float, stop_at_s: float | None, **kwargs: Any
+) -> None:
+    frames = int(4 * fps)
+    r = run(live=live, fps=fps, deadline_ms=deadline_ms, frames=frames, wait_s=0.0 if live else 2.0, stop_at_s=stop_at_s, **kwargs)
+    check(r, deadline_ms=deadline_ms, frames=frames if stop_at_s is None else None)
+
+
+def test_the_ledger_counts_a_frame_once() -> None:
+    ledger = Ledger()
+    ledger.capture(0)
+    with pytest.raises(InternalError):
+        ledger.capture(0)
+    assert ledger.settle(0, Outcome.RESULT)
+    assert not ledger.settle(0, Outcome.LOCAL)
+    assert ledger.balanced
+    assert sum(ledger.outcomes.values()) == 1
