@@ -12,7 +12,7 @@ from deploy.testbed.path import Pipe
 from deploy.testbed.policies import Policy
 from deploy.testbed.server import Server
 from deploy.testbed.workload import Workload
-from edge_client.control import Decision, Local, Offload, Skip, Split
+from edge_client.control import Decision, Explanation, Local, Offload, Skip, Split
 from splitters.operating_point import Quantiles
 
 # HTTP/2, gRPC and protobuf around a layer, as measured on the wire for a small payload.
@@ -65,6 +65,7 @@ class Camera:
         self.up, self.down, self.server = up, down, server
         self.result_bytes = workload.result_bytes
         self.frames: list[Frame] = []
+        self.explanations: list[Explanation] = []
         self.busy = False
         self._waiting: Frame | None = None
         self._fallbacks: deque[Frame] = deque()
@@ -102,6 +103,8 @@ class Camera:
         now = self.loop.now_ns
         decision = self.policy.decide(frame.frame_id, now, frame.deadline_ns)
         frame.choice = decision.name
+        if decision.explain is not None:
+            self.explanations.append(decision.explain)
         if isinstance(decision, Skip):
             self._drop(frame, "skipped" if decision.reason != "late" else "late")
             return

@@ -1,0 +1,274 @@
+"""The ``edge-testbed`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from deploy.testbed.plots import Dot, plot_policies, plot_run
+from deploy.testbed.report import Summary, jain, summarise
+from deploy.testbed.scenario import Scenario, load_scenario
+from deploy.testbed.simulate import Run, simulate
+from deploy.testbed.study import ALL_POLICIES, Condition, Job, pool_rows, run_jobs, sample_traces
+from deploy.testbed.synthetic import KINDS
+from deploy.testbed.workload import Workload, load_workload
+from protos.errors import ConfigError, HeadtailError
+
+SCENARIOS = Path(__file__).parent / "scenarios"
+
+_EPILOG = """\
+examples:
+  edge-testbed list
+  edge-testbed run tunnel --plot tunnel.png --json
+  edge-testbed run my.toml --policy reference --bundle detector
+  edge-testbed run lossy --mode shape --bundle detector          # real client and server, loopback only
+  sudo edge-testbed relay lossy                                  # two network namespaces, real TCP
+  edge-testbed compare --traces $HEADTAIL_DATA/traces --deadline-ms 200 --json
+
+exit codes: 0 done; 2 a wrong argument or scenario; 4 the bundle is unreadable; 1 our own fault.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns the exit code."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        code: int = args.run(args)
+    except HeadtailError as error:
+        print(f"edge-testbed: {error.message}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-testbed",
+        description="What a split-computing system does on a bad network: simulated, shaped or relayed.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--verbose", action="store_true", help="log what is being done")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    run = verbs.add_parser("run", help="run a scenario")
+    run.add_argument("scenario", help="a TOML file, or the name of a scenario that comes with headtail (edge-testbed list)")
+    run.add_argument("--policy", default="ours", choices=ALL_POLICIES, help="who decides (default %(default)s)")
+    run.add_argument("--mode", default="simulate", choices=("simulate", "shape", "relay"), help="default %(default)s")
+    run.add_argument("--frames", metavar="SOURCE", help="shape and relay: the video, picture or folder the camera shows")
+    run.add_argument("--duration-s", type=float, help="instead of the scenario's")
+    run.add_argument("--explain", type=Path, metavar="FILE", help="write every decision's inputs, candidates and choice as JSON lines")
+    _workload_arguments(run)
+    _output_arguments(run)
+    run.set_defaults(run=_run)
+
+    compare = verbs.add_parser("compare", help="all policies over a folder of traces")
+    compare.add_argument("--traces", type=Path, help="folder with traces (.log, .txt, .csv, Mahimahi), searched to the bottom; default: synthetic ones")
+    compare.add_argument("--deadline-ms", type=float, default=200.0)
+    compare.add_argument("--fps", type=float, default=10.0)
+    compare.add_argument("--loss-percent", type=float, default=0.0)
+    compare.add_argument("--rtt-ms", type=float, default=80.0)
+    compare.add_argument("--device-slowdown", type=float, default=10.0)
+    compare.add_argument("--policies", default=",".join(ALL_POLICIES), help="comma separated (default: all)")
+    compare.add_argument("--limit", type=int, default=12, help="traces, drawn with --seed; 0: all (default %(default)s)")
+    compare.add_argument("--duration-s", type=float, default=30.0, help="virtual time a trace (default %(default)s)")
+    compare.add_argument("--seed", type=int, default=0)
+    compare.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    _workload_arguments(compare)
+    _output_arguments(compare)
+    compare.set_defaults(run=_compare)
+
+    shown = verbs.add_parser("list", help="scenarios and synthetic traces that come with headtail")
+    shown.set_defaults(run=_list)
+    return parser
+
+
+def _workload_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bundle",
+        default="efficientnet-lite0",
+        help="whose operating points: a default model's name, a bundle directory or a workload's JSON file (default %(default)s)",
+    )
+
+
+def _output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture: .png, .pdf or .svg")
+
+
+def _load(name: str) -> Workload:
+    path = Path(name)
+    if not path.exists():
+        from splitters.bundle import exported_path
+
+        path = exported_path(name)
+        if not path.exists():
+            from splitters.export import ensure_exported
+
+            path = ensure_exported(name)
+    return load_workload(path)
+
+
+def _scenario(name: str) -> Scenario:
+    path = Path(name)
+    own = SCENARIOS / f"{name}.toml"
+    if not path.exists() and own.exists():
+        path = own
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in SCENARIOS.glob("*.toml")))
+        raise ConfigError(f"no scenario {name!r}: give a TOML file or one of {known}")
+    return load_scenario(path)
+
+
+def _run(args: argparse.Namespace) -> int:
+    scenario = _scenario(args.scenario)
+    if args.duration_s:
+        scenario = replace(scenario, duration_s=args.duration_s)
+    if args.mode != "simulate":
+        return _run_real(args, scenario)
+    workload = _load(args.bundle)
+    if args.policy == "oracle":
+        from deploy.testbed.oracle import oracle
+
+        _show(args, scenario.name, workload, "oracle", oracle(scenario, workload), {})
+        return 0
+    run = simulate(scenario, workload, args.policy, explain=args.explain is not None)
+    if args.explain:
+        with args.explain.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in run.explanations())
+    extra: dict[str, object] = {}
+    if len(run.cameras) > 1:
+        scores = [summarise(c.frames).score for c in run.cameras]
+        extra = {"cameras": len(scores), "jain": round(jain(scores), 4), "score_sum": round(sum(scores), 4)}
+    if args.plot:
+        plot_run(
+            dots_of(run),
+            [(t / 1e9, bps / 1e6) for t, bps in run.uplinks[0].trace.steps(int(scenario.duration_s * 1e9))],
+            choices_of(workload),
+            title=f"{scenario.name}, {args.policy}: {run.summary().on_time:.1%} on time, accuracy {run.summary().accuracy:.3f}",
+            deadline_ms=scenario.deadline_ms,
+            duration_s=scenario.duration_s,
+            out=args.plot,
+        )
+    _show(args, scenario.name, workload, args.policy, run.summary(), extra)
+    return 0
+
+
+def _run_real(args: argparse.Namespace, scenario: Scenario) -> int:
+    from deploy.testbed.real import run_real
+
+    if args.policy != "ours":
+        raise ConfigError("shape and relay run the real client, whose policy is ours; leave --policy away")
+    found = run_real(scenario, mode=args.mode, model=args.bundle, source=args.frames, plot=args.plot)
+    if args.json:
+        print(json.dumps(found))
+    else:
+        for key, value in found.items():
+            print(f"{key:<18}{value}")
+    return 0
+
+
+def _show(args: argparse.Namespace, name: str, workload: Workload, policy: str, s: Summary, extra: dict[str, object]) -> None:
+    print(f"{name}: {policy} on {workload.name}, {s.captured} frames")
+    print(f"  on time {s.on_time:.1%}   accuracy {s.accuracy:.4f}   accuracy x on-time {s.score:.4f}   {s.bytes_mean:.0f} bytes/frame")
+    if s.latency_ms_p95:
+        print(f"  latency p50 {s.latency_ms_p50:.0f} ms, p95 {s.latency_ms_p95:.0f} ms")
+    print("  " + ", ".join(f"{k} {v}" for k, v in s.outcomes.items()))
+    for key, value in extra.items():
+        print(f"  {key} {value}")
+    if args.json:
+        print(json.dumps({"scenario": name, "workload": workload.name, "policy": policy, **s.to_json(), **extra}))
+
+
+def _compare(args: argparse.Namespace) -> int:
+    workload = _load(args.bundle)
+    policies = args.policies.split(",")
+    unknown = sorted(set(policies) - set(ALL_POLICIES))
+    if unknown:
+        raise ConfigError(f"no policy {', '.join(unknown)}; there are {', '.join(ALL_POLICIES)}")
+    lacking = {"local"} if workload.local is None else set()
+    lacking |= {p for p in policies if p.startswith("offload")} if not workload.offloads else set()
+    for p in sorted(lacking & set(policies)):
+        print(f"{p}: left out, {workload.name} has nothing measured for it", file=sys.stderr)
+    policies = [p for p in policies if p not in lacking]
+    traces = _traces(args)
+    condition = Condition(
+        deadline_ms=args.deadline_ms, fps=args.fps, loss_percent=args.loss_percent, rtt_ms=args.rtt_ms, slowdown=args.device_slowdown
+    )
+    jobs = [
+        Job(family="", trace=t, condition=condition, policy=p, workload=workload, duration_s=args.duration_s, seed=args.seed)
+        for t in traces
+        for p in policies
+    ]
+    by = defaultdict(list)
+    for row in run_jobs(jobs, args.jobs):
+        by[row.policy].append(row)
+    pooled = {p: pool_rows(by[p]) for p in policies}
+    print(f"{len(traces)} traces, {condition}, {workload.name}")
+    print(f"{'policy':<18}{'on time':>9}{'accuracy':>10}{'acc x on':>10}{'bytes':>9}{'p95 ms':>8}")
+    for p, s in sorted(pooled.items(), key=lambda item: -item[1].score):
+        print(f"{p:<18}{s.on_time:>9.1%}{s.accuracy:>10.4f}{s.score:>10.4f}{s.bytes_mean:>9.0f}{s.latency_ms_p95:>8.0f}")
+    table = {p: {"on_time": s.on_time, "accuracy": s.accuracy, "bytes_mean": s.bytes_mean, "score": s.score} for p, s in pooled.items()}
+    if args.plot:
+        metric = workload.points[0].accuracy_metric
+        plot_policies(table, title=f"{len(traces)} traces, {args.deadline_ms:g} ms", metric=metric, out=args.plot)
+    if args.json:
+        print(json.dumps({"workload": workload.name, "traces": len(traces), "policies": table}))
+    return 0
+
+
+def _traces(args: argparse.Namespace) -> list[str]:
+    if args.traces is None:
+        return sample_traces(None, args.limit, args.seed)["synthetic"]
+    if not args.traces.is_dir():
+        raise ConfigError(f"--traces must be a folder, {args.traces} is none")
+    import random
+
+    known = {".log", ".txt", ".csv", ".trace", ".up", ".down"}
+    found = sorted(str(p.resolve()) for p in args.traces.rglob("*") if p.is_file() and p.suffix in known)
+    if not found:
+        raise ConfigError(f"{args.traces} holds no traces ({', '.join(sorted(known))})")
+    random.Random(args.seed).shuffle(found)  # noqa: S311
+    return found[: args.limit] if args.limit else found
+
+
+def _list(args: argparse.Namespace) -> int:
+    del args
+    for path in sorted(SCENARIOS.glob("*.toml")):
+        first = path.read_text().splitlines()[0].lstrip("# ")
+        print(f"{path.stem:<14}{first}")
+    print(f"synthetic traces: {', '.join(KINDS)}")
+    return 0
+
+
+def dots_of(run: Run) -> list[Dot]:
+    """The first camera's frames for ``plot_run``."""
+    return [
+        Dot(
+            at_s=f.captured_ns / 1e9,
+            choice=f.choice,
+            outcome=f.outcome,
+            latency_ms=(f.answered_ns - f.captured_ns) / 1e6 if f.answered_ns else 0.0,
+            sent_s=f.sent_ns / 1e9,
+            payload_bytes=f.payload_bytes if f.sent_ns else 0,
+        )
+        for f in run.cameras[0].frames
+    ]
+
+
+def choices_of(workload: Workload) -> list[str]:
+    """Names of all choices, least accurate first."""
+    rows = [(p.accuracy, f"split {p.id}") for p in workload.points]
+    rows += [(o.accuracy, f"{o.format} {o.quality}" + (f"@{o.size_px}" if o.size_px else "")) for o in workload.offloads]
+    rows += [(workload.local.accuracy, "local")] if workload.local else []
+    return [name for _, name in sorted(rows)]
