@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_server.config import DEFAULT_LISTEN, BatchConfig, Limits, SecurityConfig, ServerConfig, TailConfig
+from edge_server.memory import keep_freed_memory
 from protos.errors import ConfigError, HeadtailError
 
 log = logging.getLogger("edge_server")
@@ -115,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = config_from(args)
         if config.exposed:
             log.warning("%s is open to other machines without TLS or token: anyone who reaches it can use it", config.listen)
+        keep_freed_memory()
         return asyncio.run(_serve(config))
     except HeadtailError as error:
         print(f"edge-server: {error.message}", file=sys.stderr)

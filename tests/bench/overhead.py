@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from edge_server.memory import keep_freed_memory
 from edge_server.models import locate
 from protos.headtail.v1 import headtail_pb2 as pb
 from splitters.bundle import open_bundle
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the server does: the call it is compared with gets the same allocator
     with tempfile.TemporaryDirectory() as tmp:
         figures = asyncio.run(measure(args.model, args.frames, Path(tmp)))
     print(f"direct call of the tail      {figures['direct_ms_p50']:8.2f} ms")

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from edge_server.memory import keep_freed_memory
 from edge_server.models import locate
 from splitters.bundle import Bundle, open_bundle
 from splitters.tails import Tail, load_tail
@@ -121,6 +122,7 @@ def measure(args: argparse.Namespace, tmp: Path) -> list[dict[str, Any]]:
     write_frames(frames, [device.layers(picture(s, 640, 480), 0)[0] for s in range(SHOTS)])
     os.sched_setaffinity(0, {TAIL_CORE})
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the server does: the loop it is compared with gets the same allocator
     direct = Direct(bundle, load_tail(bundle), device)
     rows = []
     for backend in args.backends:
