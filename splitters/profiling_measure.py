@@ -83,7 +83,7 @@ def measure(cutter: Cutter, name: str, picture_bytes: int | None, budget_s: floa
     if picture_bytes is None:
         picture_bytes = sum(zstd_8bit_bytes(x[:1]) for x in inputs)
     work = [int(heads[c.position - 1]) for c in cuts]
-    good = mark_good(work, [sum(sent[n][2] for n in c.crossing) for c in cuts], picture_bytes)
+    good = mark_good([c.name for c in cuts], work, [sum(sent[n][2] for n in c.crossing) for c in cuts], picture_bytes)
     first = [c for c, is_good in zip(cuts, good, strict=True) if is_good]
     times, whole = cut_times(cutter, cuts, inputs, first=first, budget_s=budget_s, notes=notes)
     for cut, macs, is_good in zip(cuts, work, good, strict=True):

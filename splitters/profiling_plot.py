@@ -34,8 +34,8 @@ def plot(profile: Profile, path: Path) -> None:
         axes.plot(x, [r.int8_bytes / 1e3 for r in rows], color=_BYTES, lw=0.9, ls=(0, (2, 1.5)), label="8 bits")
         axes.plot(x, [r.zstd_bytes / 1e3 for r in rows], color=_BYTES, lw=1.6, label="8 bits, zstandard")
         axes.axhline(profile.picture_bytes / 1e3, color=_INK, lw=0.9, ls=":")
-        axes.annotate(f"the picture itself: {profile.picture_bytes / 1e3:.0f} kB", (len(rows) - 1, profile.picture_bytes / 1e3),
-                      xytext=(0, 3), textcoords="offset points", ha="right", va="bottom", fontsize=8, color=_INK)  # fmt: skip
+        axes.annotate(f"the picture itself (JPEG): {profile.picture_bytes / 1e3:.0f} kB", (0, profile.picture_bytes / 1e3),
+                      xytext=(0, -3), textcoords="offset points", ha="left", va="top", fontsize=8, color=_INK)  # fmt: skip
         good = [i for i, r in enumerate(rows) if r.good]
         axes.plot(good, [rows[i].zstd_bytes / 1e3 for i in good], "o", color=_MARK, ms=5, mec="white", mew=0.8, zorder=5,
                   label="good cut: fewer bytes than any with less work")  # fmt: skip

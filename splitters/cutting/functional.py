@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
+_REGIONS = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}  # and where the body is among the arguments
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "_assert_not_none")
 
 
@@ -59,6 +61,45 @@ def _functional_twin(node: fx.Node) -> Any:
     if twin is None or twin._schema.is_mutable:  # noqa: SLF001
         return None
     return twin if [a.name for a in twin._schema.arguments] == [a.name for a in _schema(node).arguments] else None  # noqa: SLF001
+
+
+def inline_regions(module: fx.GraphModule) -> None:
+    """Puts the nodes of switched-off autocast and of gradient-mode regions in place of the region.
+
+    torch.export keeps such regions as calls of a submodule, into which no cut could fall.
+
+    Raises:
+        ValueError: a region computes in lower precision; that cannot be flattened without changing the result.
+    """
+    for node in list(module.graph.nodes):
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name not in _REGIONS:
+            continue
+        if name == "wrap_with_autocast" and node.args[2]:
+            raise ValueError("the model switches autocast on inside; trace it without")
+        body_node, *arguments = node.args[_REGIONS[name] :]
+        body = module.get_submodule(str(body_node.target))
+        env: dict[fx.Node, Any] = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), arguments, strict=True))
+        result: Any = None
+        with module.graph.inserting_before(node):
+            for inner in body.graph.nodes:
+                if inner.op == "output":
+                    result = fx.map_arg(inner.args[0], env.__getitem__)
+                elif inner.op == "get_attr":
+                    path = f"{str(body_node.target).replace('.', '_')}_{str(inner.target).replace('.', '_')}"
+                    if not hasattr(module, path):
+                        setattr(module, path, operator.attrgetter(str(inner.target))(body))
+                    env[inner] = module.graph.get_attr(path)
+                elif inner.op != "placeholder":
+                    env[inner] = module.graph.node_copy(inner, env.__getitem__)
+        if isinstance(result, fx.Node):
+            node.replace_all_uses_with(result)
+        else:
+            for user in list(node.users):
+                user.replace_all_uses_with(result[user.args[1]])
+                module.graph.erase_node(user)
+        module.graph.erase_node(node)
+    module.recompile()
 
 
 def drop_checks(graph: fx.Graph) -> None:

@@ -1,19 +1,67 @@
-"""An ONNX file as a torch module, through onnx2torch, with its batch axis freed where that is possible."""
+"""An ONNX file as a torch module, through onnx2torch, with shapes made constants and the batch axis freed.
+
+onnx2torch hands shapes, sizes and slices to its modules as tensors, which no graph tracer can follow. Where they are
+constants of the file, as they nearly always are, the modules are replaced by ones that hold plain numbers.
+"""
 
 from __future__ import annotations
 
-import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from protos.errors import ConfigError, MissingDependencyError, ModelError
 from splitters.cutting.checks import first_line
 
-log = logging.getLogger(__name__)
+
+OPSET = 16  # the newest of which onnx2torch knows most operators; later files are converted down
+
+
+class Reshape(nn.Module):
+    """Reshape to constant numbers; 0 keeps the input's own side."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…) → ``shape``."""
+        return x.reshape([x.shape[i] if side == 0 else side for i, side in enumerate(self.shape)])
+
+
+class Resize(nn.Module):
+    """Interpolation to a constant size, or by constant factors."""
+
+    def __init__(self, mode: str, align_corners: bool | None, size: Sequence[int] | None, scales: Sequence[float] | None) -> None:
+        super().__init__()
+        self.mode, self.align_corners = mode, align_corners
+        self.size, self.scales = list(size) if size else None, list(scales) if scales else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, h, w)."""
+        return nn.functional.interpolate(
+            x, size=self.size, scale_factor=self.scales, mode=self.mode, align_corners=self.align_corners
+        )
+
+
+class Slice(nn.Module):
+    """Constant slices; steps are positive."""
+
+    def __init__(self, slices: Sequence[tuple[int, int, int, int]]) -> None:
+        super().__init__()
+        self.slices = tuple(slices)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Takes ``start:end:step`` of each axis named."""
+        for axis, start, end, step in self.slices:
+            index: list[Any] = [slice(None)] * x.ndim
+            index[axis] = slice(start, end, step)
+            x = x[tuple(index)]
+        return x
 
 
 def load_onnx(path: Path) -> tuple[nn.Module, Tensor]:
@@ -31,6 +79,7 @@ def load_onnx(path: Path) -> tuple[nn.Module, Tensor]:
 
         torchvision_compat.activate()  # onnx2torch imports torchvision
         import onnx
+        import onnx.version_converter
         import onnx2torch
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"{error.name} is not installed; install the extra: pip install 'headtail[zoo]'") from error
@@ -47,11 +96,15 @@ def load_onnx(path: Path) -> tuple[nn.Module, Tensor]:
         )
     sides = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim]
     shape = [1, *(side or (3 if axis == 1 else 224) for axis, side in enumerate(sides) if axis > 0)]
-    free_batch(model)
     try:
+        if max(o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}) > OPSET:
+            model = onnx.version_converter.convert_version(model, OPSET)
+        free_batch(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return onnx2torch.convert(model).eval(), torch.zeros(shape)
+            module = onnx2torch.convert(model).eval()
+            make_constant(module)
+            return module, torch.zeros(shape)
     except NotImplementedError as error:
         raise ModelError(f"{path} uses an operator that onnx2torch does not know: {first_line(error)}") from error
     except Exception as error:
@@ -62,36 +115,98 @@ def free_batch(model: Any) -> None:
     """Frees a batch axis that was exported as 1: inputs, outputs, and reshapes to a constant shape that begins with 1.
 
     In a Reshape a 0 means "as the input", which is the batch where the first axis was the batch all along. Where it was
-    not, the cut does not verify at another batch size and the batch stays fixed.
+    not, the batch stays fixed, since the graph then fails at another batch size.
     """
-    import onnx
     from onnx import numpy_helper
 
     graph = model.graph
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.shape.dim:
             value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    constants = {i.name: i for i in graph.initializer}
-    nodes = {n.output[0]: n for n in graph.node if n.op_type == "Constant" and n.output}
-    changed = 0
+    known = {i.name: i for i in graph.initializer}
+    known |= {n.output[0]: a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"}
     for node in graph.node:
-        if node.op_type != "Reshape":
+        if node.op_type != "Reshape" or node.input[1] not in known:
             continue
-        name = node.input[1]
-        tensor = (
-            constants.get(name) or next((a.t for a in nodes[name].attribute if a.name == "value"), None)
-            if (name in constants or name in nodes)
-            else None
-        )
-        if tensor is None:
-            continue
-        shape = numpy_helper.to_array(tensor).copy()
-        if shape.ndim == 1 and len(shape) > 1 and shape[0] == 1:
+        shape = numpy_helper.to_array(known[node.input[1]]).copy()
+        literal = [a for a in node.attribute if a.name == "allowzero"]
+        if 0 not in shape:
+            for attribute in literal:
+                node.attribute.remove(attribute)
+        if shape.ndim == 1 and len(shape) > 1 and shape[0] == 1 and not (literal and 0 in shape):
             shape[0] = 0
-            own = f"{node.name or node.output[0]}_shape_free"
-            graph.initializer.append(numpy_helper.from_array(shape, own))
-            node.input[1] = own
-            changed += 1
-    del model.graph.value_info[:]
-    log.info("freed the batch axis of %d reshapes", changed)
-    del onnx
+            node.input[1] = f"{node.output[0]}_free_shape"
+            graph.initializer.append(numpy_helper.from_array(shape, node.input[1]))
+    del graph.value_info[:]
+
+
+def make_constant(module: fx.GraphModule) -> None:
+    """Replaces onnx2torch's Reshape, Resize and Slice by modules of plain numbers where their settings are constants."""
+    for node in module.graph.nodes:
+        if node.op != "call_module":
+            continue
+        own = module.get_submodule(str(node.target))
+        build = {"OnnxReshape": _reshape, "OnnxResize": _resize, "OnnxSlice": _slice}.get(type(own).__name__)
+        if build is None:
+            continue
+        settings = [_constant(module, a) for a in node.args[1:]] + [_constant(module, v) for v in node.kwargs.values()]
+        names = [*_ARGUMENTS[type(own).__name__][: len(node.args) - 1], *node.kwargs]
+        if any(s is _UNKNOWN for s in settings):
+            continue
+        new = build(own, {n: s for n, s in zip(names, settings, strict=True) if s})
+        if new is not None:
+            module.set_submodule(str(node.target), new)
+            node.args, node.kwargs = node.args[:1], {}
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+_UNKNOWN = object()
+_ARGUMENTS = {
+    "OnnxReshape": ("shape",),
+    "OnnxResize": ("roi", "scales", "sizes"),
+    "OnnxSlice": ("starts", "ends", "axes", "steps"),
+}
+
+
+def _constant(module: fx.GraphModule, argument: Any) -> Any:
+    """The numbers of a constant argument, None where there is none, ``_UNKNOWN`` where it is computed."""
+    if argument is None:
+        return None
+    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+        return _UNKNOWN
+    value: Any = module
+    for part in str(argument.target).split("."):
+        value = getattr(value, part)
+    return value.flatten().tolist()
+
+
+def _reshape(own: nn.Module, settings: dict[str, list[Any]]) -> nn.Module | None:
+    del own
+    return Reshape([int(s) for s in settings["shape"]])
+
+
+def _resize(own: Any, settings: dict[str, list[Any]]) -> nn.Module | None:
+    size, scales = settings.get("sizes"), settings.get("scales")
+    if size is None and (scales is None or scales[:2] != [1, 1]):
+        return None
+    dimensions = len(size or scales or []) - 2
+    mode = (
+        own.onnx_mode
+        if own.onnx_mode == "nearest"
+        else {("linear", 1): "linear", ("linear", 2): "bilinear", ("cubic", 2): "bicubic"}.get((own.onnx_mode, dimensions))
+    )
+    if mode is None:
+        return None
+    return Resize(
+        mode, own.align_corners, [int(s) for s in size[2:]] if size else None, scales[2:] if scales and not size else None
+    )
+
+
+def _slice(own: nn.Module, settings: dict[str, list[Any]]) -> nn.Module | None:
+    del own
+    starts, ends = settings["starts"], settings["ends"]
+    axes, steps = settings.get("axes", list(range(len(starts)))), settings.get("steps", [1] * len(starts))
+    if any(step <= 0 for step in steps):
+        return None
+    return Slice([(int(a), int(s), int(e), int(t)) for a, s, e, t in zip(axes, starts, ends, steps, strict=True)])

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from protos.errors import CutError
 from splitters.cutting.checks import ModuleTracker, check_devices, first_line, inference, run_model
-from splitters.cutting.functional import drop_checks, make_functional
+from splitters.cutting.functional import drop_checks, inline_regions, make_functional
 
 Method = Literal["export", "fx"]
 _CHECK_BATCH = 3
@@ -154,6 +154,7 @@ def _of_program(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, 
     module = program.module(check_guards=False) if "check_guards" in accepts else program.module()
     if not isinstance(module, fx.GraphModule):
         raise TypeError("torch.export returned no graph module")
+    inline_regions(module)
     drop_checks(module.graph)
     spec = program.call_spec.out_spec
     if spec is None:

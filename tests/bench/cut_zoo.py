@@ -61,7 +61,7 @@ FAST = (
 )  # fmt: skip
 
 # Weight variance times fan-in, where He's 2 lets the residual stream grow until a branch is lost in it.
-GAIN = {"shvit_s1": 1.0}
+GAIN = {"shvit_s1": 1.0, "efficientvit_m1": 1.0}
 
 
 def build(name: str, side_px: int) -> tuple[nn.Module, torch.Tensor]:

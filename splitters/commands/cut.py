@@ -1,0 +1,159 @@
+"""``splitters cut MODEL --at NAME --out BUNDLE``: divide a model and write a bundle that servers and clients run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from protos.errors import ConfigError, SourceError
+from splitters.commands.model_arguments import add_model_arguments, default_preprocess, load_model, read_picture
+from splitters.manifest import Preprocess
+from splitters.preprocess import Frame
+
+if TYPE_CHECKING:
+    from splitters.cut_bundle import Serving
+    from splitters.sources import Source
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+YOLOX_PREPROCESS = {
+    "resize": "letterbox", "anchor": "top_left", "pad": 114, "interpolation": "bilinear",
+    "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+}  # fmt: skip
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declares the verb."""
+    parser = subparsers.add_parser(
+        "cut",
+        help="divide a model and write a bundle",
+        description="Cuts the model after --at, verifies that head and tail together are the same function, chooses the latent "
+        "codec's scales on photographs, and writes a bundle. `splitters profile MODEL` lists the cuts.",
+    )
+    add_model_arguments(parser, weights="hub")
+    parser.add_argument("--at", required=True, metavar="NAME", help="the submodule after which to cut")
+    parser.add_argument("--out", required=True, type=Path, help="the bundle's directory")
+    parser.add_argument("--name", help="the bundle's name (default: the model's)")
+    parser.add_argument("--photos", type=Path, metavar="DIR", help="typical photographs (default: those scikit-image ships)")
+    parser.add_argument("--photos-max", type=int, default=100, metavar="N", help="use N of them at most (default: %(default)s)")
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4, 3, 2], help="an operating point each (default: 8 6 4 3 2)")
+    parser.add_argument("--local", action="store_true", help="give the device the whole model too, for when no server answers")
+    parser.add_argument(
+        "--output", choices=("softmax", "yolox", "boxes"), default="softmax",
+        help="what the model returns: class logits; YOLOX's raw grid; or boxes xyxy and class scores (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--score-min", type=float, default=0.05, help="detectors: lowest score reported (default: %(default)s)")
+    parser.add_argument("--iou", type=float, default=0.65, help="detectors: overlap above which the lesser box goes")
+    parser.add_argument("--preprocess", type=Path, metavar="FILE.json", help="the manifest's preprocess, where the source has none")
+    parser.add_argument("--labels", type=Path, metavar="FILE.json", help="class id → name, where the source has none")
+    parser.add_argument("--licence", default="unknown: ask whoever gave you the weights", help="of the weights")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Cuts and says what was proved and measured."""
+    from splitters.cut_bundle import write_bundle
+
+    source = load_model(args)
+    photos = read_photos(args.photos, args.photos_max)
+    detector = _detector(source, args, photos)
+    if detector is not None:
+        written = detector
+    else:
+        import torch
+
+        from splitters.cut import Cutter
+        from splitters.preprocess import preprocess
+
+        serving = _serving(source, args)
+        image = torch.from_numpy(preprocess(photos[0], serving.preprocess))
+        written = write_bundle(Cutter(source.model, image), args.at, photos, serving, args.out)
+    bundle, proof = written.bundle, written.verification
+    print(f"{bundle.manifest.name} cut at {args.at}: {bundle.path} (sha256 {bundle.sha256[:16]}…)")
+    print(f"  latents {list(bundle.manifest.latent_shape)}; head and tail are the model: relative difference "
+          f"{proof.relative_difference:.1e} at batches {list(proof.batches)}, in ONNX {written.onnx_difference:.1e}; "
+          f"1 % of a latent moves the output by {min(proof.sensitivity):.1e} or more")  # fmt: skip
+    print(f"  point bits  payload p50     p95   head ms (scales and bytes from {written.photos} photographs)")
+    for p in bundle.points:
+        print(f"  {p.id:5} {p.bits:4.0f} {p.payload_bytes.p50:10.0f} B {p.payload_bytes.p95:7.0f} {p.head_ms.p50:8.2f}")
+    if args.json:
+        print(json.dumps({
+            "path": str(bundle.path), "sha256": bundle.sha256, "at": args.at, "relative_difference": proof.relative_difference,
+            "onnx_difference": written.onnx_difference, "points": [p.to_json() for p in bundle.points],
+        }))  # fmt: skip
+    return 0
+
+
+def _detector(source: Source, args: argparse.Namespace, photos: list[Frame]) -> Any:
+    """The bundle of one of torchvision's detectors, which bring their own resize and postprocess; None for other models."""
+    if not str(args.model).startswith("torchvision:"):
+        return None
+    from splitters.models import detectors
+
+    if not detectors.is_detector(source.model):
+        return None
+    from splitters.detector_bundle import write_detector_bundle
+
+    return write_detector_bundle(
+        source, args.at, photos, args.out, name=args.name or source.name, bits=args.bits, licence=args.licence
+    )
+
+
+def _serving(source: Source, args: argparse.Namespace) -> Serving:
+    from splitters.cut_bundle import Serving
+
+    labels = dict(source.labels)
+    if args.labels:
+        labels = {int(k): str(v) for k, v in _read_json(args.labels).items()}
+    spec = default_preprocess(source)
+    postprocess: dict[str, Any] = {"kind": "softmax"}
+    if args.output != "softmax":
+        from splitters.models.coco_classes import NAME_OF
+
+        labels = labels or dict(NAME_OF)
+        kind = "yolox" if args.output == "yolox" else "dense_boxes"
+        postprocess = {"kind": kind, "class_ids": sorted(labels), "score_min": args.score_min, "iou": args.iou}
+        if args.output == "yolox":
+            spec = Preprocess(size_px=spec.size_px, **YOLOX_PREPROCESS)
+    if args.preprocess:
+        try:
+            spec = Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in _read_json(args.preprocess).items()})
+        except TypeError as error:
+            raise ConfigError(f"{args.preprocess}: {error}") from error
+    return Serving(
+        name=args.name or source.name, task="classification" if args.output == "softmax" else "detection", preprocess=spec,
+        postprocess=postprocess, labels=labels, licence=args.licence, bits=tuple(args.bits), local=args.local,
+        provenance={"model": args.model, "weights": source.weights},
+    )  # fmt: skip
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return data
+
+
+def read_photos(folder: Path | None, at_most: int) -> list[Frame]:
+    """Photographs of a directory (evenly drawn), or those that scikit-image ships.
+
+    Raises:
+        SourceError: none is found.
+    """
+    if folder is None:
+        try:
+            from skimage import data
+        except ModuleNotFoundError as error:
+            raise SourceError("photographs are needed to choose the codec's scales: give --photos DIR") from error
+        return [picture[..., ::-1].copy() for picture in (data.astronaut(), data.chelsea(), data.coffee(), data.rocket())]
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
+    if not files:
+        raise SourceError(f"{folder} holds no photographs ({', '.join(PHOTO_SUFFIXES)})")
+    step = max(1, len(files) // at_most)
+    return [read_picture(f) for f in files[::step][:at_most]]
