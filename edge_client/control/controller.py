@@ -175,7 +175,7 @@ class Controller:
             if o.n_bytes > tokens or o.typical_bytes > untried:
                 scores.append(Score(o, refused="grant" if o.n_bytes > tokens else "untried"))
                 continue
-            if (full or o.typical_bytes > room) and e.in_flight_at(now_ns + o.mid_ns) >= (frames if full else 1):
+            if (full or o.typical_bytes > room) and e.in_flight_at(now_ns + o.mid_ns, now_ns) >= (frames if full else 1):
                 closed = True
                 scores.append(Score(o, refused="window"))
                 continue

@@ -89,6 +89,7 @@ class Estimator:
         self._packets = SlidingSum(age_ns=window)
         self._server_prior_ns = 10_000_000.0
         self._slow_run = 0
+        self._known_rtt_ns = float(self.config.initial_rtt_ns)
         self._tried_bytes = 0.0
         self._stale = True
         self._prior_weight = self._body_size = self._odds = 1.0
@@ -136,7 +137,8 @@ class Estimator:
         server_ns = max(0, server_ns)
         delivered_ns = max(now_ns - server_ns, record.sent_ns)
         round_trip_ns = delivered_ns - record.sent_ns
-        self._rtts.add(round_trip_ns, now_ns)
+        if round_trip_ns < _OUTAGE_NS:
+            self._learn_rtt(round_trip_ns, now_ns)
         self._tried_bytes = max(float(record.n_bytes), self._tried_bytes * _FORGET_TRIED)
         self._servers.add(server_ns, now_ns)
         start_ns = max(record.sent_ns + self.base_rtt_ns, self._last_delivery_ns)
@@ -176,7 +178,8 @@ class Estimator:
     def on_pong(self, rtt_ns: int, now_ns: int) -> None:
         """A ping came back after ``rtt_ns``."""
         self._last_heard_ns = now_ns
-        self._rtts.add(max(0, rtt_ns), now_ns)
+        if rtt_ns < _OUTAGE_NS:
+            self._learn_rtt(max(0, rtt_ns), now_ns)
 
     def ping_due(self, now_ns: int) -> bool:
         """Whether a ping should leave now (the caller then sends it and calls this again only after the answer or the
@@ -204,9 +207,9 @@ class Estimator:
         """
         return max(_INITIAL_WINDOW_BYTES, 2 * self._tried_bytes)
 
-    def in_flight_at(self, at_ns: float) -> int:
-        """Frames that will probably still be unanswered at a later moment; overdue ones are."""
-        return sum(r.predicted_ns > at_ns for r in self._flight.values()) if self._flight else 0
+    def in_flight_at(self, at_ns: float, now_ns: int) -> int:
+        """Frames that will probably still be unanswered at a later moment; overdue ones will."""
+        return sum(r.predicted_ns > at_ns or r.predicted_ns + r.scale_ns < now_ns for r in self._flight.values())
 
     @property
     def delivery_bps(self) -> float:
@@ -216,11 +219,11 @@ class Estimator:
     @property
     def base_rtt_ns(self) -> float:
         """Round trip without queueing and without the server's time."""
-        return self._rtts.minimum(float(self.config.initial_rtt_ns))
+        return self._rtts.minimum(self._known_rtt_ns)
 
     def rtt_ns(self, q: float) -> float:
         """A quantile of the measured round trips, without the server's time."""
-        return self._rtts.quantile(q, float(self.config.initial_rtt_ns))
+        return self._rtts.quantile(q, self._known_rtt_ns)
 
     @property
     def server_ns(self) -> float:
@@ -305,8 +308,8 @@ class Estimator:
         return NetworkEstimate(
             delivery_bps_p05=self._rates.quantile(0.05, rate),
             delivery_bps_p50=self._rates.quantile(0.5, rate),
-            rtt_ns_p50=int(self._rtts.quantile(0.5, self.config.initial_rtt_ns)),
-            rtt_ns_p95=int(self._rtts.quantile(0.95, self.config.initial_rtt_ns)),
+            rtt_ns_p50=int(self.rtt_ns(0.5)),
+            rtt_ns_p95=int(self.rtt_ns(0.95)),
             server_ns_p50=int(self.server_ns),
             server_ns_p95=int(self._servers.quantile(0.95, self._server_prior_ns)),
             backlog_bytes=self.backlog_bytes,
@@ -329,6 +332,10 @@ class Estimator:
     def _sane(self, now_ns: int) -> bool:
         """False after the clock jumped back behind the last delivery."""
         return self._last_delivery_ns <= now_ns
+
+    def _learn_rtt(self, rtt_ns: int, now_ns: int) -> None:
+        self._rtts.add(rtt_ns, now_ns)
+        self._known_rtt_ns = float(self._rtts.minimum(rtt_ns))
 
     def _learn_residual(self, record: _InFlight, now_ns: int) -> None:
         """Sorts a residual into the body or, when only a repair can explain it, the tail."""
