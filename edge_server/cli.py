@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_server.config import DEFAULT_LISTEN, BatchConfig, Limits, SecurityConfig, ServerConfig, TailConfig
+from edge_server.config import DEFAULT_LISTEN, BatchConfig, Limits, RayConfig, SecurityConfig, ServerConfig, TailConfig
 from edge_server.memory import keep_freed_memory
 from protos.errors import ConfigError, HeadtailError
 
@@ -19,6 +19,7 @@ _EPILOG = """\
 examples:
   edge-server --model efficientnet-lite0
   edge-server --listen 0.0.0.0:50051 --model detector --tls-cert s.pem --tls-key s.key --token-file tokens
+  edge-server --backend ray --replicas 1:4 --model detector
   edge-server --listen 127.0.0.1:0 --model ./my-bundle --port-file port.txt
 
 signals: SIGTERM and SIGINT drain and end with 0; a second one ends at once; SIGHUP reads the bundles from disk again.
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", action="append", required=True, metavar="NAME|DIR",
         help="a default bundle's name (exported on first use) or a directory; repeat for several, the first is the default",
     )  # fmt: skip
-    p.add_argument("--backend", default="embedded", help="where tails run: embedded (in this process)")
+    p.add_argument("--backend", default="embedded", help="where tails run: embedded (in this process) or ray (Ray Serve)")
     p.add_argument(
         "--grace-s", type=float, default=10.0, help="longest a shutdown waits for frames in flight (default %(default)s)"
     )
@@ -58,6 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-batch-delay-ms", type=float, default=0.0, help="hold a lone frame back so that others join it (default 0)"
     )
     tail.add_argument("--max-queue", type=int, default=1024, help="frames that may wait for the tail (default %(default)s)")
+    ray = p.add_argument_group("ray")
+    ray.add_argument("--ray-address", default="", help="of the cluster; without it one is started on this machine")
+    ray.add_argument("--replicas", default="1", metavar="N|MIN:MAX", help="of each bundle's tail (default %(default)s)")
+    ray.add_argument("--cpus-per-replica", type=float, default=1.0, help="cores Ray sets aside for one (default %(default)s)")
+    ray.add_argument("--gpus-per-replica", type=float, default=0.0, help="GPUs, fractions allowed (default %(default)s)")
     limits = p.add_argument_group("limits")
     limits.add_argument("--max-payload-mib", type=float, default=4.0, help="of one layer (default %(default)s)")
     limits.add_argument("--max-sessions", type=int, default=2048, help="open at once (default %(default)s)")
@@ -80,6 +86,14 @@ def _cpus(text: str) -> tuple[int, ...]:
         raise ConfigError(f"--tail-cpus must be core numbers, for instance 0,1, got {text!r}") from None
 
 
+def _replicas(text: str) -> tuple[int, int]:
+    fewest, _, most = text.partition(":")
+    try:
+        return int(fewest), int(most or fewest)
+    except ValueError:
+        raise ConfigError(f"--replicas must be N or MIN:MAX, got {text!r}") from None
+
+
 def config_from(args: argparse.Namespace) -> ServerConfig:
     """The parsed arguments as a checked configuration.
 
@@ -99,6 +113,10 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
         ),
         tail=TailConfig(
             threads=args.tail_threads, device=args.tail_device, cpus=_cpus(args.tail_cpus), decode_threads=args.decode_threads
+        ),
+        ray=RayConfig(
+            address=args.ray_address, replicas=_replicas(args.replicas), cpus_per_replica=args.cpus_per_replica,
+            gpus_per_replica=args.gpus_per_replica,
         ),
         security=SecurityConfig(
             tls_cert=args.tls_cert, tls_key=args.tls_key, tls_client_ca=args.tls_client_ca, token_file=args.token_file,

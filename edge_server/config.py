@@ -112,6 +112,31 @@ class TailConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RayConfig:
+    """Tails on a Ray cluster.
+
+    Attributes:
+        address: of the cluster, e.g. ``auto`` or ``ray://head:10001``; empty: one is started on this machine.
+        replicas: (fewest, most) of each bundle's tail; Serve scales between them with the frames in progress.
+        cpus_per_replica, gpus_per_replica: what Ray sets aside for each; fractions share a card.
+        cpus: of the cluster started here; None: all cores.
+    """
+
+    address: str = ""
+    replicas: tuple[int, int] = (1, 1)
+    cpus_per_replica: float = 1.0
+    gpus_per_replica: float = 0.0
+    cpus: int | None = None
+
+    def __post_init__(self) -> None:
+        lowest, highest = self.replicas
+        if not 1 <= lowest <= highest <= 1000:
+            raise ConfigError("--replicas must be N or MIN:MAX with 1 <= MIN <= MAX <= 1000")
+        if self.cpus_per_replica < 0 or self.gpus_per_replica < 0:
+            raise ConfigError("cores and GPUs per replica must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SecurityConfig:
     """TLS, tokens and quotas; all off by default.
 
@@ -150,7 +175,7 @@ class ServerConfig:
     Attributes:
         listen: host:port; port 0 picks a free one.
         models: bundle names or directories, the default first.
-        backend: ``embedded``.
+        backend: ``embedded`` or ``ray``.
         grace_s: how long work in flight may take at shutdown.
         port_file: where the bound address is written, for whoever started the server.
         parent_pid: the server ends when this process does.
@@ -169,14 +194,15 @@ class ServerConfig:
     limits: Limits = field(default_factory=Limits)
     batch: BatchConfig = field(default_factory=BatchConfig)
     tail: TailConfig = field(default_factory=TailConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
         split_address(self.listen)
         if not self.models:
             raise ConfigError("give at least one --model")
-        if self.backend not in ("embedded",):
-            raise ConfigError(f"backend {self.backend!r} is not available in this release; there is: embedded")
+        if self.backend not in ("embedded", "ray"):
+            raise ConfigError(f"backend {self.backend!r} is unknown; there are embedded and ray")
         if not 0 <= self.grace_s <= 3600:
             raise ConfigError("the grace must be 0..3600 s")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:

@@ -27,6 +27,6 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     settings = ((_M_MMAP_THRESHOLD, _MMAP_BYTES), (_M_TRIM_THRESHOLD, _KEEP_BYTES), (_M_TOP_PAD, _PAD_BYTES))
-    done = all([bool(mallopt(ctypes.c_int(key), ctypes.c_int(value))) for key, value in settings])
+    done = sum(bool(mallopt(ctypes.c_int(key), ctypes.c_int(value))) for key, value in settings) == len(settings)
     log.debug("glibc %s freed memory", "keeps" if done else "does not keep")
     return done

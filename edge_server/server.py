@@ -94,7 +94,7 @@ class EdgeServer:
             metrics = PrometheusMetrics()
             self.metrics_port = metrics.serve(self.config.metrics_port)
             self._metrics = metrics
-        self._backend = backend = self._make_backend()
+        self._backend = backend = await self._make_backend()
         for model in models:
             await backend.load(model.bundle)
             log.info("%s: bundle %s ready", model.name, model.sha256[:12])
@@ -112,7 +112,13 @@ class EdgeServer:
         self._ingress = Ingress(services)
         await self._listen()
 
-    def _make_backend(self) -> Backend:
+    async def _make_backend(self) -> Backend:
+        if self.config.backend == "ray":
+            from edge_server.backends.ray_serve import RayBackend
+
+            backend = RayBackend(self.config.batch, self.config.tail, self.config.ray, time.monotonic_ns)
+            await backend.start()
+            return backend
         from edge_server.backends.embedded import EmbeddedBackend
 
         return EmbeddedBackend(self.config.batch, self.config.tail, time.monotonic_ns)

@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 from edge_server.backends import Load, TailAnswer, TailWork
 from edge_server.batcher import BatchQueue, Waiting
 from edge_server.config import BatchConfig, TailConfig
+from edge_server.recent import Recent
 from protos.errors import DrainingError, HeadtailError, ModelError, UnknownModelError
 from protos.messages import Answer, PayloadKind
 from splitters.bundle import Bundle
@@ -28,9 +28,7 @@ from splitters.tails import Tail, load_tail
 
 log = logging.getLogger(__name__)
 
-_RECENT = 256  # frames whose times make the p95 that sessions are told
 _JOIN_S = 5.0
-_SUMMARY_NS = 100_000_000
 _SWITCH_S = 0.0005  # Python's own 5 ms let a busy event loop hold up the tail's thread for a good part of a batch
 
 Outcome = TailAnswer | HeadtailError
@@ -61,9 +59,7 @@ class EmbeddedBackend:
         self._queue: BatchQueue[_Job] = BatchQueue(batch)
         self._wake = threading.Condition()
         self._tails: dict[str, Tail] = {}
-        self._recent: deque[tuple[int, int]] = deque(maxlen=_RECENT)
-        self._load_now = Load(waiting=0, queue_ns=0, tail_ns=0)
-        self._summed_ns = 0
+        self._recent = Recent()
         self._closing = False
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="tail-loader")
         self._loop = asyncio.get_running_loop()
@@ -113,7 +109,12 @@ class EmbeddedBackend:
 
     def load_now(self) -> Load:
         """See `Backend.load_now`."""
-        return self._load_now
+        return self._recent.load
+
+    @property
+    def alive(self) -> bool:
+        """Whether the tail's thread runs."""
+        return self._thread.is_alive()
 
     async def close(self) -> None:
         """See `Backend.close`."""
@@ -188,12 +189,9 @@ class EmbeddedBackend:
         return [outcome for w in waiting for outcome in self._answer([w])]
 
     def _remember(self, waiting: list[Waiting[_Job]], start_ns: int, tail_ns: int, backlog: int) -> None:
-        self._recent.extend((start_ns - w.queued_ns, tail_ns) for w in waiting)
-        if start_ns - self._summed_ns < _SUMMARY_NS and self._load_now.tail_ns:
-            return
-        self._summed_ns = start_ns
-        queue, tail = np.percentile(np.array(self._recent), 95, axis=0).tolist()
-        self._load_now = Load(waiting=backlog, queue_ns=int(queue), tail_ns=int(tail))
+        for w in waiting:
+            self._recent.add(start_ns - w.queued_ns, tail_ns)
+        self._recent.sum_up(backlog, start_ns)
 
     def _deliver(self, outcomes: list[tuple[_Job, Outcome]]) -> None:
         if outcomes and not self._loop.is_closed():
