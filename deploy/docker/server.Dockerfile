@@ -15,8 +15,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/headtail/bin/pip install --disable-pip-version-check --no-deps ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} \
     -c constraints.txt torch
 COPY . .
+# EXTRAS=ray for --backend ray.
+ARG EXTRAS=server
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/headtail/bin/pip install --disable-pip-version-check -c constraints.txt '.[server]'
+    /opt/headtail/bin/pip install --disable-pip-version-check -c constraints.txt ".[${EXTRAS}]"
 ARG MODELS="efficientnet-lite0 detector"
 # Readable by any user, writable by root alone.
 RUN for model in ${MODELS}; do HEADTAIL_CACHE=/opt/bundles /opt/headtail/bin/splitters export "${model}" || exit 1; done \
