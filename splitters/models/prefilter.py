@@ -1,7 +1,8 @@
 """The prefilter: a small network on the stem's feature map that says whether a frame holds anything of interest.
 
-After the neural filter of Matsubara & Levorato (2020, arXiv 2007.15818), with two differences: it is taught where things are, not
-only that they are, and it scores every class by itself, so one network serves any set of classes of interest.
+After the neural filter of Matsubara & Levorato (2020, arXiv 2007.15818), with three differences: its first layers are
+pretrained, it is taught where things are, not only that they are, and it scores every class by itself, so one network serves any
+set of classes of interest.
 
 Shape legend: N batch, K classes of interest; the stem's map is (N, 32, H / 2, W / 2) for an input of H x W px (multiples of 32),
 the heat map (N, K, H / 16, W / 16).
@@ -9,67 +10,64 @@ the heat map (N, K, H / 16, W / 16).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
 from protos.errors import ConfigError, ModelError
 from splitters.models.coco_classes import NAME_OF
-from splitters.models.fpn import separable_unit
+from splitters.models.detector import fold_batch_norm
+from splitters.models.efficientnet_lite import EfficientNetLite0
+from splitters.models.fpn import conv_unit, separable_unit
 
 STEM_CHANNELS = 32
 PEAKS = 2
+LAST_BLOCK = 5
+FEATURE_CHANNELS = 40 + 80
 WEIGHTS = Path(__file__).parent.parent / "weights" / "detector" / "prefilter.safetensors"
 # The classes the committed weights were trained for, as COCO category ids.
 CATEGORY_IDS = (1, 2, 3, 4, 6, 8, 17, 18)  # person, bicycle, car, motorcycle, bus, truck, cat, dog
 
 
-class _Residual(nn.Module):
-    """A separable convolution added to its input."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.unit = separable_unit(channels, channels, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Keeps the shape."""
-        y: Tensor = x + self.unit(x)
-        return y
-
-
 class Prefilter(nn.Module):
-    """Stem map to a heat map per class, and from its peaks one logit per class.
+    """Stem map, halved, through pretrained blocks to a heat map per class, and from its peaks one logit per class.
+
+    EfficientNet-Lite0's first six blocks see the map at half its resolution, a quarter of the cost; they stay as ImageNet left
+    them, so a few thousand photos suffice to train what follows.
 
     Args:
         categories: K, the number of classes.
-        channels: of the middle layers.
+        channels: of the layers after the blocks.
+        network: whose blocks are copied; a fresh one when None.
     """
 
-    def __init__(self, categories: int = len(CATEGORY_IDS), channels: int = 64) -> None:
+    def __init__(self, categories: int = len(CATEGORY_IDS), channels: int = 64, network: EfficientNetLite0 | None = None) -> None:
         super().__init__()
-        wide = channels + channels // 2
+        blocks = copy.deepcopy((network or EfficientNetLite0()).blocks[: LAST_BLOCK + 1])
+        fold_batch_norm(blocks)
+        self.blocks = blocks.requires_grad_(requires_grad=False)
         self.body = nn.Sequential(
-            separable_unit(STEM_CHANNELS, channels // 2, 5, stride=2),
-            separable_unit(channels // 2, channels, 5, stride=2),
-            _Residual(channels),
-            _Residual(channels),
-            separable_unit(channels, wide, 5, stride=2),
-            _Residual(wide),
-            _Residual(wide),
-            _Residual(wide),
+            conv_unit(FEATURE_CHANNELS, channels), separable_unit(channels, channels, 5), separable_unit(channels, channels, 5)
         )
-        self.heat = nn.Conv2d(wide, categories, 1)
-        self.scene = nn.Linear(wide, categories)
+        self.heat = nn.Conv2d(channels, categories, 1)
+        self.scene = nn.Linear(channels, categories)
         nn.init.constant_(cast("nn.Parameter", self.heat.bias), -3.0)  # a cell starts at 5 %
         nn.init.zeros_(self.scene.weight)
         nn.init.zeros_(self.scene.bias)
 
-    def maps(self, stem: Tensor) -> tuple[Tensor, Tensor]:
-        """The heat map's logits, and the image's logit of every class (N, K)."""
-        x = self.body(stem)
+    def features(self, stem: Tensor) -> Tensor:
+        """The frozen part: the stem's map to (N, 120, H / 16, W / 16)."""
+        fine = self.blocks[:-1](F.avg_pool2d(stem, 2))
+        return torch.cat([fine, F.interpolate(self.blocks[-1](fine), scale_factor=2.0, mode="nearest")], dim=1)
+
+    def judge(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The trained part: the heat map's logits, and the image's logit of every class (N, K)."""
+        x = self.body(features)
         heat: Tensor = self.heat(x)
         # The mean of the highest few: one hot cell alone is often noise.
         peaks = heat.flatten(2).topk(PEAKS, dim=2).values.mean(dim=2)
@@ -77,7 +75,7 @@ class Prefilter(nn.Module):
 
     def forward(self, stem: Tensor) -> Tensor:
         """Logit of every class (N, K)."""
-        return self.maps(stem)[1]
+        return self.judge(self.features(stem))[1]
 
 
 class InterestScore(nn.Module):

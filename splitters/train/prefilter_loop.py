@@ -60,7 +60,7 @@ class PrefilterRecipe:
     category_ids: tuple[int, ...] = CATEGORY_IDS
     minutes: float = 12.0
     batch: int = 16
-    rate: float = 2e-3
+    rate: float = 4e-3
     side_min_px: float = 16.0
     composed: float = 0.3125
     held_out: float = 0.15
@@ -100,9 +100,18 @@ def heat_targets(boxes: Sequence[Floats], category_ids: Sequence[int], size_px: 
     return torch.from_numpy(heat), torch.from_numpy(image)
 
 
-def prefilter_loss(model: Prefilter, stem: Tensor, heat: Tensor, image: Tensor) -> Tensor:
+class _Frozen(nn.Module):
+    def __init__(self, stem: nn.Module, model: Prefilter) -> None:
+        super().__init__()
+        self.stem, self.model = stem, model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.features(self.stem(x))
+
+
+def prefilter_loss(model: Prefilter, features: Tensor, heat: Tensor, image: Tensor) -> Tensor:
     """Focal loss on the heat map, cross-entropy on the images' logits where there is an opinion."""
-    cells, logits = model.maps(stem)
+    cells, logits = model.judge(features)
     focus = (cells.detach().sigmoid() - heat).square()
     dense = (F.binary_cross_entropy_with_logits(cells, heat, reduction="none") * focus).sum() / heat.sum().clamp(min=8)
     known = ~image.isnan()
@@ -123,25 +132,28 @@ def train(recipe: PrefilterRecipe, data: Path, out: Path, *, cache: Path) -> Non
     """Leaves ``prefilter.safetensors`` (fp16, averaged) and ``prefilter.json`` in ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    stem = freeze_to_onnx(load_efficientnet_lite0().stem, out / "stem.onnx", 1)
+    network = load_efficientnet_lite0()
+    model = Prefilter(len(recipe.category_ids), network=network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    frozen = freeze_to_onnx(_Frozen(network.stem, model), out / "features.onnx", 1)
+    trained = [p for p in model.parameters() if p.requires_grad]
     examples = build_examples(data, cache, longest_px=INPUT_SIZE_PX)
     kept: list[Example] = [e for i, e in enumerate(examples) if not held_out(i, recipe.held_out)]
     sampler = Sampler(kept, SOURCE_WEIGHTS, np.random.default_rng(recipe.seed), empty=1.5)
     composer = Composer(kept, [INDEX_OF[c] for c in recipe.category_ids], np.random.default_rng(recipe.seed + 1))
-    model = Prefilter(len(recipe.category_ids)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train()
     average = {k: v.clone() for k, v in model.state_dict().items()}
-    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(trained, lr=recipe.rate, weight_decay=0.01)
     start, step, total = time.monotonic(), 0, 0.0
     while (progress := (time.monotonic() - start) / (60 * recipe.minutes)) < 1:
         pictures, boxes = _draw(sampler, composer, recipe)
-        features = torch.from_numpy(stem.run(None, {"x": normalise(pictures)})[0]).contiguous(memory_format=torch.channels_last)
+        features = torch.from_numpy(frozen.run(None, {"x": normalise(pictures)})[0]).contiguous(memory_format=torch.channels_last)
         targets = heat_targets(boxes, recipe.category_ids, INPUT_SIZE_PX, recipe.side_min_px)
         loss = prefilter_loss(model, features, *targets)
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate * min(1.0, (step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        nn.utils.clip_grad_norm_(trained, 5.0)
         optimiser.step()
         step, total = step + 1, total + float(loss.detach())
         decay = min(0.998, (1 + step) / (10 + step))
