@@ -5,7 +5,7 @@ machine does hits both alike. The round trip holds everything a device would see
 checks, decoding, the queue, the tail and the answer. The direct call is ``Tail.run`` on latents decoded beforehand; as a
 second yardstick the payload is decoded as well.
 
-    python -m tests.bench.overhead [--model efficientnet-lite0] [--frames 200]
+    python -m tests.bench.overhead [--model efficientnet-lite0] [--frames 200] [--backend embedded]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.fakes.server_running import child
 WARM = 20
 
 
-async def measure(model: str, frames: int, tmp: Path) -> dict[str, object]:
+async def measure(model: str, frames: int, backend: str, tmp: Path) -> dict[str, object]:
     bundle = open_bundle(locate(model))
     device, tail = Device(bundle), load_tail(bundle)
     height, width = bundle.manifest.preprocess.size_px
@@ -39,7 +39,7 @@ async def measure(model: str, frames: int, tmp: Path) -> dict[str, object]:
     payloads = [device.layers(shot, 0) for shot in shots]
     latents = [[x[None] for x in device.codec.dequantise(device.codec.decode([m.payload for m in layers]))] for layers in payloads]
     direct_ms, decoded_ms, round_ms, server_ms = [], [], [], []
-    with child(tmp, bundle.path) as server:
+    with child(tmp, bundle.path, arguments=("--backend", backend)) as server:
         async with session(server.address, bundle.sha256) as stream:
             for i in range(frames + WARM):
                 at = i % len(shots)
@@ -67,7 +67,7 @@ async def measure(model: str, frames: int, tmp: Path) -> dict[str, object]:
                     server_ms.append(result.timings.total_ns / 1e6)
     direct, decoded, through, inside = (float(np.median(v)) for v in (direct_ms, decoded_ms, round_ms, server_ms))
     return {
-        "bench": "overhead", "model": bundle.manifest.name, "frames": frames,
+        "bench": "overhead", "backend": backend, "model": bundle.manifest.name, "frames": frames,
         "payload_bytes_p50": int(np.median([sum(len(m.payload) for m in layers) for layers in payloads])),
         "direct_ms_p50": round(direct, 3), "decode_and_tail_ms_p50": round(decoded, 3), "server_ms_p50": round(inside, 3),
         "round_trip_ms_p50": round(through, 3), "round_trip_ms_p95": round(float(np.percentile(round_ms, 95)), 3),
@@ -79,11 +79,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="efficientnet-lite0", help="a default bundle's name or a bundle's directory")
     parser.add_argument("--frames", type=int, default=200)
+    parser.add_argument("--backend", default="embedded", choices=("embedded", "ray"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()  # as the server does: the call it is compared with gets the same allocator
     with tempfile.TemporaryDirectory() as tmp:
-        figures = asyncio.run(measure(args.model, args.frames, Path(tmp)))
+        figures = asyncio.run(measure(args.model, args.frames, args.backend, Path(tmp)))
     print(f"direct call of the tail      {figures['direct_ms_p50']:8.2f} ms")
     print(f"decoding and the tail        {figures['decode_and_tail_ms_p50']:8.2f} ms")
     print(f"inside the server            {figures['server_ms_p50']:8.2f} ms")
