@@ -16,7 +16,7 @@ import numpy as np
 
 from protos.errors import ConfigError
 from splitters.bundle import Bundle
-from splitters.codec import codec_from_bundle
+from splitters.codec import LatentCodec, codec_from_spec
 from splitters.evaluation.bdrate import BdRate, Curve, compare
 from splitters.evaluation.image_codecs import Setting, ladder
 from splitters.evaluation.measure import Device, Measured, Photos, encode_ms, load_photos, quantiles, run_image_codec, run_points, run_whole
@@ -92,6 +92,11 @@ class Report:
         }  # fmt: skip
 
 
+def open_codec(bundle: Bundle) -> LatentCodec:
+    """The bundle's latent codec."""
+    return codec_from_spec(json.loads(bundle.read_part(bundle.manifest.codec)), bundle.read_part)
+
+
 def make_judge(config: EvaluateConfig, bundle: Bundle) -> Judge | None:
     """The judge that ``config.labels`` asks for, None for agreement with the whole model."""
     files = list_images(config.images)
@@ -146,7 +151,7 @@ def _limited(judge: Judge | None, config: EvaluateConfig, bundle: Bundle, tail: 
 
 
 def _measure_points(bundle: Bundle, tail: Tail, photos: Photos, judge: Judge, tick: Tick) -> tuple[list[OperatingPoint], Curve]:
-    measured = run_points(bundle, codec_from_bundle(bundle), tail, photos, bundle.points, tick=tick)
+    measured = run_points(bundle, open_codec(bundle), tail, photos, bundle.points, tick=tick)
     times = Device(bundle).time_ms(photos.pictures[0], list(dict.fromkeys(p.graphs for p in bundle.points)))
     scorers = [judge.scorer(measured[p.id].answers) for p in bundle.points]
     points = [

@@ -53,7 +53,13 @@ def _detector(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module
     return build_detector_tail(spec, state)
 
 
-_BUILDERS = {"efficientnet-lite0": _efficientnet_lite0, "detector": _detector}
+def _learned(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    from splitters.models.learned_export import build_learned_tail
+
+    return build_learned_tail(spec, state)
+
+
+_BUILDERS = {"efficientnet-lite0": _efficientnet_lite0, "efficientnet-lite0-learned": _learned, "detector": _detector}
 
 
 def build_tail(name: str, spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protos.errors import ConfigError
+from splitters.models.learned_any import AnyCutConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +19,8 @@ class Stage:
         lr_tail: that of the student's tail, 0 keeps it frozen.
         tail_stages: how many leading tail stages ``lr_tail`` applies to.
         tiers: share of each encoder tier among a batch's samples, cheapest first; they sum to 1.
-        train_quantiser: gains and prior are learned.
+        latent_only: nothing but the cheap tiers' latents is learned, from the dearest tier's: several times faster,
+            a start for the stages that answer through decoder and tail.
     """
 
     steps: int
@@ -28,6 +30,7 @@ class Stage:
     tail_stages: int = 1
     tiers: tuple[float, ...] = (1.0,)
     warmup_steps: int = 50
+    latent_only: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1 or abs(sum(self.tiers) - 1) > 1e-6:
@@ -56,7 +59,10 @@ class TrainConfig:
     """One training.
 
     Attributes:
-        model: name of a builder in ``splitters.train.recipes``.
+        model: ``efficientnet-lite0``, or a source as `splitters cut` takes it (``timm:NAME`` …) with ``cut``.
+        cut: where a model other than the default is cut and how its bottleneck is built.
+        weights: of the source, as `splitters cut --weights` takes it.
+        rungs: settings of the bitrate knob in the bundle: gain tiers, fractions lying between two of them.
         data: sub-folders of the data directory to learn from; empty for all of it.
         target_bytes: estimated payload of each gain tier in the dearest encoder tier, finest first: the trade-off
             between loss and bits of every tier is steered towards it.
@@ -71,6 +77,9 @@ class TrainConfig:
     model: str
     stages: tuple[Stage, ...]
     target_bytes: tuple[float, ...]
+    cut: AnyCutConfig | None = None
+    weights: str = "random"
+    rungs: tuple[float, ...] = ()
     data: tuple[str, ...] = ()
     size_px: int = 224
     mean: tuple[float, float, float] = (127 / 255, 127 / 255, 127 / 255)

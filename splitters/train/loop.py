@@ -65,8 +65,10 @@ class Trainer:
     ) -> None:
         self.config, self.base, self.student, self.photos, self.out, self.device, self.clock_s = config, base, student, photos, out, device, clock_s
         self.crops = Crops(size_px=config.size_px, area=config.area, mean=config.mean, std=config.std)
-        base.modules().to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        student.to(device, memory_format=torch.channels_last)
+        for module in (base.modules(), student):
+            module.to(device)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        base.modules().eval().requires_grad_(False)
         self.groups = parameter_groups(student)
         self.optimiser = torch.optim.Adam([{"params": params, "lr": 0.0} for params in self.groups.values()], betas=(0.9, 0.99))
         self.ema = {name: value.detach().clone() for name, value in student.state_dict().items()}
@@ -124,30 +126,50 @@ class Trainer:
                 row[config.groups[group] : ([*config.groups, c])[group + 1]] = 0
         return torch.from_numpy(rng.permutation(gain)).to(self.device), torch.from_numpy(kept).to(self.device)
 
+    def _dearest(self, stem_map: Tensor, stage: Stage) -> Tensor:
+        ensemble = self.student.ensemble
+        dearest = len(ensemble.tiers) - 1
+        own = ensemble.encoders[ensemble.tiers[dearest].runs[0][0]]
+        if stage.lr_own == 0 and isinstance(own, OwnEncoder):
+            with torch.no_grad(), self._amp():
+                cut = own.body(stem_map)
+            projected: Tensor = own.project(cut.float())
+            return projected
+        best: Tensor = ensemble(stem_map, dearest)
+        return best
+
+    def _mismatch(self, mine: Tensor, best: Tensor) -> Tensor:
+        """Squared error of cheap latents against the dearest, each channel as fine as the middle gain tier sees it, (n,)."""
+        gains = self.student.quantiser.log_gain.detach()
+        gain = gains[len(gains) // 2].exp()[:, None, None]
+        return relative_error(mine * gain, best.detach() * gain)
+
     def _latents(self, images: Tensor, stage: Stage, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Latents (n, C, h, w) of every sample in its own tier, and the cheap ones' mean mismatch."""
         ensemble = self.student.ensemble
         with torch.no_grad():
             stem_map = self.student.stem(images)
-        dearest = len(ensemble.tiers) - 1
-        counts = shares(stage.tiers, len(images), rng)
-        if stage.lr_own == 0 and isinstance(own := ensemble.encoders[ensemble.tiers[dearest].runs[0][0]], OwnEncoder):
-            with torch.no_grad(), self._amp():
-                cut = own.body(stem_map)
-            best = own.project(cut.float())
-        else:
-            best = ensemble(stem_map, dearest)
+        best = self._dearest(stem_map, stage)
         parts, errors, at = [], [], 0
-        for tier, count in enumerate(counts):
-            if count and tier < dearest:
+        for tier, count in enumerate(shares(stage.tiers, len(images), rng)):
+            if count and tier < len(ensemble.tiers) - 1:
                 mine = ensemble(stem_map[at : at + count], tier)
-                errors.append(relative_error(mine, best[at : at + count].detach()))
+                errors.append(self._mismatch(mine, best[at : at + count]))
                 parts.append(mine)
             elif count:
                 parts.append(best[at : at + count])
             at += count
-        mismatch = torch.cat(errors).sum() / len(images) if errors else best.new_zeros(())
+        mismatch = torch.cat(errors).mean() if errors else best.new_zeros(())
         return torch.cat(parts), mismatch
+
+    def _distil_latents(self, images: Tensor, stage: Stage) -> Tensor:
+        """Mean mismatch of every cheap tier on every sample."""
+        ensemble = self.student.ensemble
+        with torch.no_grad():
+            stem_map = self.student.stem(images)
+            best = self._dearest(stem_map, stage)
+        cheap = range(len(ensemble.tiers) - 1)
+        return torch.stack([self._mismatch(ensemble(stem_map, tier), best).mean() for tier in cheap]).mean()
 
     def train_step(self) -> StepReport:
         """One optimiser step."""
@@ -157,21 +179,31 @@ class Trainer:
         rng = np.random.default_rng([config.seed, self.step])
         torch.manual_seed(config.seed * 1_000_003 + self.step)
         self.student.train()
-        images = self.photos.batch(rng.integers(0, len(self.photos), config.batch), self.crops, rng).to(self.device, memory_format=torch.channels_last)
+        images = self.photos.batch(rng.integers(0, len(self.photos), config.batch), self.crops, rng).to(self.device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        if stage.latent_only:
+            loss = self._distil_latents(images, stage)
+            self._update(loss)
+            return self._told(float(loss), 0.0, float(loss))
         teacher = self._teach(images)
         latent, mismatch = self._latents(images, stage, rng)
         gain, kept = self._draw(len(images), rng)
         restored, bits = self.student.quantiser(latent, gain, kept)
         wrong = distortion(self.student.answer(restored), teacher, config.loss, logits=self.base.task == "classification")
         loss = (wrong + self.steering.weight(gain.cpu()).to(self.device) * bits).mean() + config.loss.latent * mismatch
+        self._update(loss)
+        self._steer(stage, gain, kept, bits)
+        return self._told(float(loss), float(wrong.mean()), float(mismatch))
+
+    def _update(self, loss: Tensor) -> None:
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_([p for g in self.groups.values() for p in g if p.grad is not None], config.clip_norm)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_([p for g in self.groups.values() for p in g if p.grad is not None], self.config.clip_norm)
         self.optimiser.step()
         self._average()
-        return self._report(stage, gain, kept, bits, float(loss), float(wrong.mean()), float(mismatch))
 
-    def _report(self, stage: Stage, gain: Tensor, kept: Tensor, bits: Tensor, loss: float, wrong: float, mismatch: float) -> StepReport:
+    def _steer(self, stage: Stage, gain: Tensor, kept: Tensor, bits: Tensor) -> None:
+        """Compares the dearest tier's untruncated samples with the targets."""
         whole = kept.min(1).values > 0
         counts = shares(stage.tiers, len(gain), None)
         dearest = torch.zeros(len(gain), dtype=torch.bool, device=gain.device)
@@ -179,10 +211,14 @@ class Trainer:
         told = (whole & dearest).cpu()
         if bool(told.any()):
             g, b = gain.cpu()[told], bits.detach().cpu()[told]
-            self.steering.observe(g, b)
-            for t in g.unique().tolist():
+            self.steering.observe(g, b, self.student.quantiser)
+            for t in set(g.tolist()):
                 self.running_bytes[t] += 0.05 * (float(b[g == t].mean()) / 8 - self.running_bytes[t])
-        return StepReport(step=self.step + 1, steps=self.config.steps, loss=loss, distortion=wrong, latent=mismatch, tier_bytes=tuple(self.running_bytes))
+
+    def _told(self, loss: float, wrong: float, mismatch: float) -> StepReport:
+        return StepReport(
+            step=self.step + 1, steps=self.config.steps, loss=loss, distortion=wrong, latent=mismatch, tier_bytes=tuple(self.running_bytes)
+        )
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from splitters.models.bottleneck import GainQuantiser
 from splitters.train.config import LossWeights
 
 
@@ -48,23 +49,30 @@ def distortion(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Lo
 class BitrateSteering:
     """Trade-off lambda of each gain tier (per bit), steered so that the tier's estimated size meets its target.
 
+    The gains are moved along with it, in small steps: waiting for the gradient alone would drive the coarse tiers'
+    lambda so high that their bits drown every other tier's loss.
+
     Args:
         target_bits: wanted bits of a sample, per tier.
         start: first lambda of every tier, loss per kilobit.
-        pace: how fast log lambda follows the relative error.
+        pace: how fast log lambda follows the log error.
+        gain_pace: how fast log gains do.
     """
 
-    def __init__(self, target_bits: Sequence[float], start: Sequence[float], pace: float = 0.03) -> None:
+    def __init__(self, target_bits: Sequence[float], start: Sequence[float], pace: float = 0.01, gain_pace: float = 0.03) -> None:
         self.target = torch.tensor(list(target_bits))
         self.log_lambda = torch.log(torch.tensor(list(start)))
         self.pace = pace
+        self.gain_pace = gain_pace
 
     def weight(self, tier: Tensor) -> Tensor:
         """Loss per bit of each sample, (N,)."""
         return self.log_lambda.exp()[tier] / 1000.0
 
-    def observe(self, tier: Tensor, bits: Tensor) -> None:
-        """Moves lambda up where ``tier`` (N,) spent more ``bits`` (N,) than its target, else down."""
-        for t in tier.unique():
+    def observe(self, tier: Tensor, bits: Tensor, quantiser: GainQuantiser) -> None:
+        """Moves lambda up and gains down where ``tier`` (N,) spent more ``bits`` (N,) than its target, else the reverse."""
+        for t in set(tier.tolist()):
             error = torch.log(bits[tier == t].mean().clamp_min(1.0) / self.target[t])
-            self.log_lambda[t] = (self.log_lambda[t] + self.pace * error.clamp(-1, 1)).clamp(-7.0, 4.0)
+            error = error.clamp(-1, 1)
+            self.log_lambda[t] = (self.log_lambda[t] + self.pace * error).clamp(-7.0, -1.2)
+            quantiser.shift(t, -self.gain_pace * float(error))

@@ -1,0 +1,72 @@
+"""``splitters evaluate BUNDLE``: accuracy against real payload bytes, beside image codecs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from splitters.bundle import cache_dir
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declares the verb."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="accuracy against real payload bytes, beside image codecs",
+        description="Measures every operating point of a bundle on a folder of photos, through real payloads, beside the same model fed with "
+        "compressed images at every quality and size, and rewrites the bundle's operating-point table with its Pareto frontier.",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or a default model's name")
+    parser.add_argument("--images", type=Path, required=True, help="folder of photos")
+    parser.add_argument("--labels", type=Path, help="JSON {file name: class index}, or a COCO instances.json; absent: agreement with the whole model")
+    parser.add_argument("--against", default="jpeg,webp,avif", help="image codecs to compare with, comma-separated, or none (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="at most so many photos, evenly spread")
+    parser.add_argument("--plot", type=Path, help="write the picture to this PNG")
+    parser.add_argument("--report", type=Path, help="write everything measured to this JSON file")
+    parser.add_argument("--no-write", action="store_true", help="leave the bundle's operating points as they are")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints the table, rewrites the bundle's points."""
+    from splitters.bundle import open_bundle, rewrite_points
+    from splitters.evaluate import EvaluateConfig, Report, dump, evaluate
+    from splitters.evaluation.bdrate import BdRate
+    from splitters.export import ensure_exported
+
+    path = Path(args.bundle)
+    bundle = open_bundle(path if path.is_dir() else ensure_exported(args.bundle))
+    against = () if args.against == "none" else tuple(args.against.split(","))
+    config = EvaluateConfig(images=args.images, labels=args.labels, against=against, limit=args.limit, cache=cache_dir() / "evaluations")
+    report: Report = evaluate(bundle, config, tick=lambda what: print(f"  {what}", flush=True))
+    print(f"{report.model}: {report.photos} photos, whole model {report.metric} {report.whole:.4f}")
+    print(" id  graphs          codec  bytes p50    p95  head ms   accuracy   minus whole model [95 %]   frontier")
+    for p in sorted(report.points, key=lambda p: (p.graphs, p.payload_bytes.p50)):
+        gap = report.gaps.get(p.id)
+        told = f"{gap[0]:+.4f} [{gap[1]:+.4f}, {gap[2]:+.4f}]" if gap else ""
+        print(
+            f"{p.id:3d}  {'+'.join(p.graphs) or 'stem':14s}  {p.codec_point:5s}  {p.payload_bytes.p50:9.0f} {p.payload_bytes.p95:6.0f}"
+            f"  {p.head_ms.p50:7.2f}   {p.accuracy:.4f}   {told}   {'*' if p.pareto else ''}"
+        )
+    for tier, row in report.bd_rates.items():
+        for codec, rate in row.items():
+            if isinstance(rate, BdRate):
+                span = f"over {rate.accuracy_from:.3f} … {rate.accuracy_to:.3f}"
+                print(f"bytes at equal accuracy, {tier} against {codec}: {rate.percent:+.1f} % [{rate.low:+.1f}, {rate.high:+.1f}] {span}")
+            else:
+                print(f"bytes at equal accuracy, {tier} against {codec}: not comparable ({rate})")
+    for codec, ms in report.encode_ms.items():
+        print(f"{codec} encode: {ms:.2f} ms")
+    if args.plot is not None:
+        from splitters.evaluation.plot import plot
+
+        plot(report, args.plot)
+    if args.report is not None:
+        dump(report, args.report)
+    if not args.no_write:
+        rewrite_points(bundle, report.points)
+    if args.json:
+        print(json.dumps(report.to_json()))
+    return 0
