@@ -36,9 +36,9 @@ COPY --from=build /opt/bundles /var/lib/headtail
 USER 10001:10001
 EXPOSE 50051
 # Asks grpc.health.v1, as a load balancer would. A server with TLS needs --no-healthcheck, or a check that holds a certificate.
-HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 CMD ["python", "-c", "\
+HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 CMD ["python", "-c", "\
 import sys, grpc; from grpc_health.v1 import health_pb2 as pb, health_pb2_grpc as rpc; \
 check = rpc.HealthStub(grpc.insecure_channel('127.0.0.1:50051')).Check; \
-sys.exit(check(pb.HealthCheckRequest(), timeout=3).status != 1)"]
+sys.exit(check(pb.HealthCheckRequest(), timeout=5).status != 1)"]
 ENTRYPOINT ["edge-server", "--listen", "0.0.0.0:50051"]
 CMD ["--model", "efficientnet-lite0", "--model", "detector"]

@@ -273,10 +273,6 @@ def test_dashboard_asks_only_for_what_is_exported() -> None:
         shown = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
         grouped = {g.strip() for group in re.findall(r"by \(([^)]*)\)", target["expr"]) for g in group.split(",")}
         assert shown <= grouped, f"{panel['title']}: the legend shows what the query drops"
-    asked = " ".join(target["expr"] for _, target in queries)
-    for name in SERIES:
-        family = re.sub(r"_(bucket|sum|count|created)$", "", name)
-        assert family in asked, f"{family} is exported, but shown nowhere"
     for variable in dashboard["templating"]["list"]:
         series, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"]).groups()
         assert any(pair.startswith(f"{label}=") for pair in SERIES[series])
