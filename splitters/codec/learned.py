@@ -164,16 +164,15 @@ class LearnedCodec(LatentCodec):
         values = symbols.tensors[0]
         if int(values.max()) > MAX_SYMBOL or int(values.min()) < -MAX_SYMBOL or values[self._held(point, symbols.layers) :].any():
             raise ConfigError(f"symbols of {symbols.point_id} lie in -{MAX_SYMBOL}..{MAX_SYMBOL}, those not held are zero")
+        ends = point.ends[: symbols.layers]
         plan = Plan(tier=point.tier, channels=point.channels)
         named = None
         if reference is not None and reference_frame is not None and self._tables.inter is not None:
             predicted = self._plan(point, reference)
-            held = min(predicted.reference_channels, self._held(point, symbols.layers))
-            difference = values[:held].astype(np.int32) - cast("SymbolArray", predicted.reference)[:held]
-            if np.abs(difference).sum() < np.abs(values[:held].astype(np.int32)).sum():
+            if self._helps(values, plan, predicted, ends):
                 plan = predicted
                 named = Reference(frame_id=reference_frame, layers=reference.layers, crc32=reference.crc32())
-        bodies = encode_layers(values, point.ends[: symbols.layers], self._geometry, self._tables, plan, self._coders)
+        bodies = self._bodies(values, plan, ends)
         header = Header(
             kind=self.kind,
             point_index=self.point_ids.index(symbols.point_id),
@@ -181,6 +180,20 @@ class LearnedCodec(LatentCodec):
             reference=named,
         )
         return seal(header, bodies)
+
+    def _bodies(self, values: SymbolArray, plan: Plan, ends: Sequence[int]) -> list[bytes]:
+        return encode_layers(values, ends, self._geometry, self._tables, plan, self._coders)
+
+    def _helps(self, values: SymbolArray, alone: Plan, predicted: Plan, ends: Sequence[int]) -> bool:
+        """Whether prediction saves bytes: clear from the sums as a rule, else from coding the base layer both ways."""
+        held = min(predicted.reference_channels, self._tables.layers[ends[-1] - 1])
+        now = values[:held].astype(np.int32)
+        change = int(np.abs(now - cast("SymbolArray", predicted.reference)[:held]).sum())
+        whole = int(np.abs(now).sum())
+        if change >= whole or 3 * change < whole:
+            return change < whole
+        sizes = [len(self._bodies(values, plan, ends[:1])[0]) for plan in (alone, predicted)]
+        return sizes[1] < sizes[0]
 
     def decode(self, layers: Sequence[bytes], references: References | None = None, *, strict: bool = False) -> Symbols:
         """See `LatentCodec.decode`."""

@@ -38,9 +38,9 @@ def frames(codec: LearnedCodec, rng: np.random.Generator) -> list[tuple[Symbols,
     out: list[tuple[Symbols, int | None]] = []
     for point in POINTS:
         out.append((codec.quantise([moving], point), None))
-        moving = moving + 0.1 * latents(rng, 1)[0]
+        moving = moving + 0.03 * latents(rng, 1)[0]
         out.append((codec.quantise([moving], point), len(out) - 1))
-    out.append((codec.quantise([moving], "fine"), 0))  # predicted across tiers
+    out.append((codec.quantise([moving], "coarse"), 3))  # predicted across tiers
     wild = rng.integers(-2047, 2048, size=SHAPE).astype(np.int16) * (rng.random(SHAPE) < 0.01)
     out.append((Symbols(point_id="fine", tensors=(wild.astype(np.int16),), layers=3, layer_count=3), None))
     zero = np.zeros(SHAPE, np.int16)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from splitters.codec import LearnedCodec, PlainCodec, Symbols
+from splitters.codec import LearnedCodec, PlainCodec, Symbols, is_predicted
 
 FOLDER = Path(__file__).parent.parent / "golden" / "codec"
 INDEX = json.loads((FOLDER / "index.json").read_text(encoding="utf-8"))
@@ -50,6 +50,7 @@ def test_symbols_and_payloads_match_the_golden_files(coder: str) -> None:
     codec = learned(coder)
     frames = golden_frames(codec)
     held = {number: symbols for number, (symbols, _, _) in enumerate(frames)}
+    assert [is_predicted(payloads[0]) for _, _, payloads in frames] == [source is not None for _, source, _ in frames]
     for symbols, source, payloads in frames:
         assert codec.encode(symbols, held.get(source) if source is not None else None, source) == payloads
         assert codec.decode(payloads, held, strict=True).equals(symbols)
