@@ -50,7 +50,7 @@ class Prefilter(nn.Module):
         super().__init__()
         blocks = copy.deepcopy((network or EfficientNetLite0()).blocks[: LAST_BLOCK + 1])
         fold_batch_norm(blocks)
-        self.blocks = blocks.requires_grad_(requires_grad=False)
+        self.blocks = cast("nn.Sequential", blocks.requires_grad_(requires_grad=False))
         self.body = nn.Sequential(
             conv_unit(FEATURE_CHANNELS, channels), separable_unit(channels, channels, 5), separable_unit(channels, channels, 5)
         )
