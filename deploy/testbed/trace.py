@@ -36,7 +36,7 @@ class Trace:
         self.name = name
         self.period_ns = period_ns
         self._times = [t for t, _ in rows]
-        self._rates = [r * 1e-9 for _, r in rows]  # bits per ns
+        self._rates = [r * 1e-9 if r >= 1 else 0.0 for _, r in rows]  # bits per ns; less than a bit a second is nothing
         self._cum = [0.0]
         for i, rate in enumerate(self._rates):
             end = self._times[i + 1] if i + 1 < len(rows) else period_ns

@@ -24,6 +24,8 @@ from splitters.operating_point import OperatingPoint, Quantiles
 
 # A frame worth less than this is not sent: it would only stand in the next one's way.
 _WORTHLESS = 0.02
+# What has less hope than this of an answer in time is sent once in a while only, to learn whether that is still so.
+_HOPELESS, _HOPE_INTERVAL_NS = 0.05, 1_000_000_000
 _NOTHING = Quantiles(p50=0.0, p95=0.0)
 
 
@@ -70,6 +72,7 @@ class Controller:
         self._by_name = {o.name: o for o in [*remote, *([self._local] if self._local else [])]}
         self._learnt = 0
         self._last = ""
+        self._hoped_ns = -_HOPE_INTERVAL_NS
 
     # ------------------------------------------------------------------ events
 
@@ -110,13 +113,15 @@ class Controller:
         """
         tokens = self.budget.tokens_bytes(now_ns)
         scores, reason = self._scores(now_ns, deadline_ns, tokens)
-        best = self._choose(scores) or self._probe(scores, now_ns)
+        best = self._choose(scores, now_ns) or self._probe(scores, now_ns)
         explain = None
         if self.config.explain:
             explain = self._explain(frame_id, now_ns, deadline_ns, tokens, scores, best.option.name if best else f"skip {reason}")
         if best is None:
             return Skip(reason=reason, explain=explain)
         self._last = best.option.name
+        if best.p < _HOPELESS:
+            self._hoped_ns = now_ns
         limit = None if tokens == inf else int(tokens)
         match best.option.decision:
             case Split(point_id=point_id):
@@ -185,12 +190,13 @@ class Controller:
                 enough = max(enough, score.value - self.config.switch_margin)
         return scores, "window" if closed else "worthless"
 
-    def _choose(self, scores: list[Score]) -> Score | None:
+    def _choose(self, scores: list[Score], now_ns: int) -> Score | None:
         target, best, last = self.config.target_on_time, None, None
         best_key = (False, _WORTHLESS)
         for score in scores:
             key = (score.p_all >= target, score.value)
-            if score.value > _WORTHLESS and not score.refused:
+            hopeless = score.p < _HOPELESS and now_ns - self._hoped_ns < _HOPE_INTERVAL_NS
+            if score.value > _WORTHLESS and not score.refused and not hopeless:
                 if key > best_key:
                     best, best_key = score, key
                 if score.option.name == self._last:

@@ -1,0 +1,174 @@
+"""The simulator: repeatable to the byte, every frame accounted for, and what the control promises on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deploy.testbed.cli import main
+from deploy.testbed.oracle import oracle
+from deploy.testbed.policies import POLICIES
+from deploy.testbed.report import jain, summarise
+from deploy.testbed.scenario import Direction, Scenario, load_scenario, parse_scenario
+from deploy.testbed.simulate import Run, simulate
+from deploy.testbed.study import pairwise_conditions
+from deploy.testbed.workload import Workload, load_workload
+from protos.errors import ConfigError
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+SCENARIOS = Path(__file__).parents[2] / "deploy" / "testbed" / "scenarios"
+S = 1_000_000_000
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    """Invented numbers: these tests are about the machinery."""
+    return load_workload(FIXTURES / "placeholder_detector.json")
+
+
+def record(run: Run) -> list[tuple[object, ...]]:
+    return [(f.captured_ns, f.choice, f.payload_bytes, f.outcome, f.reason, f.answered_ns) for c in run.cameras for f in c.frames]
+
+
+LOSSY = Scenario(
+    duration_s=12, fps=10, deadline_ms=300, device_slowdown=5, seed=4,
+    uplink=Direction(trace="synthetic:lte:2", loss_percent=3, jitter_ms=2), downlink=Direction(mbps=20, loss_percent=3),
+)  # fmt: skip
+
+
+def test_the_same_scenario_gives_the_same_run_to_the_byte(workload: Workload) -> None:
+    first, second = simulate(LOSSY, workload), simulate(LOSSY, workload)
+    assert record(first) == record(second)
+    assert record(simulate(replace(LOSSY, seed=5), workload)) != record(first)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_captured_frame_has_one_outcome(workload: Workload, policy: str) -> None:
+    run = simulate(LOSSY, workload, policy)
+    summary = run.summary()
+    assert summary.captured == 120
+    assert sum(summary.outcomes.values()) == summary.captured
+    for frame in run.cameras[0].frames:
+        assert frame.outcome in ("result", "local", "expired", "dropped")
+        if frame.outcome in ("result", "local"):
+            assert frame.captured_ns < frame.answered_ns <= frame.deadline_ns
+
+
+def test_an_outage_is_bridged_and_left_again(workload: Workload) -> None:
+    """Local within a deadline, split again within 2 s, nothing unaccounted for."""
+    scenario = Scenario(
+        duration_s=28, fps=10, deadline_ms=200, device_slowdown=5,
+        uplink=Direction(mbps=4, outages_s=((8, 18),)), downlink=Direction(mbps=20, outages_s=((8, 18),)),
+    )  # fmt: skip
+    frames = simulate(scenario, workload).cameras[0].frames
+    assert len(frames) == 280
+    assert all(f.outcome for f in frames)
+    first_local = min(f.answered_ns for f in frames if f.outcome == "local" and f.captured_ns >= 7.8 * S)
+    assert first_local <= 8 * S + 0.2 * S + 0.1 * S, "one deadline, from the first frame captured in the outage"
+    dark = [f for f in frames if 8.3 * S <= f.captured_ns < 18 * S]
+    assert sum(f.outcome == "local" for f in dark) >= 0.97 * len(dark)
+    back = [f for f in frames if f.captured_ns >= 20 * S]
+    assert sum(f.outcome == "result" for f in back) >= 0.95 * len(back)
+
+
+def test_after_a_collapse_no_more_than_a_credit_window_is_queued(workload: Workload) -> None:
+    """Bytes handed to the transport and not yet delivered, at every moment after the link has fallen to a fiftieth."""
+    trace_scenario = Scenario(duration_s=20, fps=10, deadline_ms=400, device_slowdown=3, uplink=Direction(mbps=10, outages_s=((10, 13),)))
+    run = simulate(trace_scenario, workload)
+    camera = run.cameras[0]
+    sent = [(f.sent_ns, f.payload_bytes) for f in camera.frames if f.sent_ns and f.sent_ns < 10 * S]
+    largest = max(b for _, b in sent)
+    in_outage = [f.payload_bytes for f in camera.frames if f.sent_ns and 9.9 * S <= f.sent_ns < 13 * S]
+    assert len(in_outage) <= 3, "max(2, ceil(fps x round trip) + 1) frames"
+    assert sum(in_outage) <= 3 * largest
+
+
+def test_twenty_cameras_share_a_link_fairly_and_gain_by_it(workload: Workload) -> None:
+    workload = replace(workload, server=replace(workload.server, marginal=0.05))  # the link, not the server, is shared
+    scenario = replace(load_scenario(SCENARIOS / "cameras20.toml"), duration_s=15)
+    scores = [summarise(c.frames).score for c in simulate(scenario, workload).cameras]
+    assert jain(scores) >= 0.95
+    alone = Scenario(
+        duration_s=15, fps=10, deadline_ms=200, device_slowdown=3,
+        uplink=Direction(mbps=0.5, delay_ms=10), downlink=Direction(mbps=50, delay_ms=10),
+    )  # fmt: skip
+    assert sum(scores) >= 20 * simulate(alone, workload).summary().score
+
+
+def test_a_greedy_camera_starves_nobody(workload: Workload) -> None:
+    scenario = replace(load_scenario(SCENARIOS / "greedy.toml"), duration_s=15)
+    modest = [summarise(c.frames) for c in simulate(scenario, workload).cameras][1:]
+    peaceful = simulate(replace(scenario, greedy=0), workload).summary()
+    assert min(s.score for s in modest) >= 0.85 * peaceful.score
+    assert min(s.on_time for s in modest) >= 0.9
+
+
+def test_without_loss_the_oracle_bounds_every_policy(workload: Workload) -> None:
+    scenario = replace(LOSSY, uplink=Direction(trace="synthetic:lte:2"), downlink=Direction(mbps=20))
+    bound = oracle(scenario, workload)
+    for policy in POLICIES:
+        assert simulate(scenario, workload, policy).summary().score <= bound.score + 0.002, policy
+    assert simulate(scenario, workload).summary().score >= 0.9 * bound.score
+
+
+def test_ours_beats_the_published_policies_on_a_lossy_link(workload: Workload) -> None:
+    scores = {p: simulate(LOSSY, workload, p).summary().score for p in POLICIES}
+    assert scores["ours"] >= max(s for p, s in scores.items() if p != "ours") - 0.002
+
+
+def test_pairwise_conditions_cover_every_pair() -> None:
+    conditions = pairwise_conditions()
+    assert len(conditions) == 16
+    assert len(set(conditions)) == 16
+    for a, b in ((100, 10), (400, 0)):
+        assert any(c.deadline_ms == a and c.loss_percent == b for c in conditions)
+
+
+def test_the_command_runs_a_scenario(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    picture, log = tmp_path / "run.png", tmp_path / "explain.jsonl"
+    code = main(
+        ["run", "tunnel", "--bundle", str(FIXTURES / "placeholder_classifier.json"), "--duration-s", "6", "--json"]
+        + ["--plot", str(picture), "--explain", str(log)]
+    )
+    assert code == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["captured"] == 60
+    assert sum(last["outcomes"].values()) == 60
+    assert picture.stat().st_size > 10_000
+    assert {"candidates", "choice", "delivery_bps"} <= json.loads(log.read_text().splitlines()[-1]).keys()
+
+
+def test_compare_prints_the_shared_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.log").write_text("0 2\n1 1\n2 3\n")
+    code = main(
+        ["compare", "--traces", str(tmp_path), "--deadline-ms", "200", "--duration-s", "5", "--jobs", "1", "--json"]
+        + ["--bundle", str(FIXTURES / "placeholder_detector.json")]
+    )
+    assert code == 0
+    policies = json.loads(capsys.readouterr().out.splitlines()[-1])["policies"]
+    assert {"ours", "oracle", "local"} <= policies.keys()
+    for row in policies.values():
+        assert 0 <= row["on_time"] <= 1
+        assert 0 <= row["accuracy"] <= 1
+        assert row["bytes_mean"] >= 0
+
+
+def test_every_scenario_that_comes_along_is_readable() -> None:
+    for path in SCENARIOS.glob("*.toml"):
+        assert load_scenario(path).name == path.stem
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="frames_per_second"):
+        parse_scenario({"frames_per_second": 3})
+    with pytest.raises(ConfigError, match="mbit"):
+        parse_scenario({"uplink": {"mbit": 3}})
+
+
+def test_a_wrong_scenario_name_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "nowhere"]) == 2
+    assert "no scenario 'nowhere'" in capsys.readouterr().err
