@@ -9,7 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_server.config import DEFAULT_LISTEN, BatchConfig, Limits, RayConfig, SecurityConfig, ServerConfig, TailConfig
+from edge_server.config import (
+    DEFAULT_LISTEN,
+    DEFAULT_MODEL,
+    BatchConfig,
+    Limits,
+    RayConfig,
+    SecurityConfig,
+    ServerConfig,
+    TailConfig,
+)
 from edge_server.memory import keep_freed_memory
 from protos.errors import ConfigError, HeadtailError
 
@@ -37,8 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help="address; port 0 picks a free one (default %(default)s)"
     )
     p.add_argument(
-        "--model", action="append", required=True, metavar="NAME|DIR",
-        help="a default bundle's name (exported on first use) or a directory; repeat for several, the first is the default",
+        "--model", action="append", metavar="NAME|DIR",
+        help=f"a default bundle's name (exported on first use) or a directory; repeat for several; without: {DEFAULT_MODEL}",
     )  # fmt: skip
     p.add_argument("--backend", default="embedded", help="where tails run: embedded (in this process) or ray (Ray Serve)")
     p.add_argument(
@@ -102,8 +111,8 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
     """
     payload_bytes = int(args.max_payload_mib * (1 << 20))
     return ServerConfig(
-        listen=args.listen, models=tuple(args.model), backend=args.backend, grace_s=args.grace_s, port_file=args.port_file,
-        parent_pid=args.parent_pid, metrics_port=args.metrics_port, reuse_port=args.reuse_port,
+        listen=args.listen, models=tuple(args.model or [DEFAULT_MODEL]), backend=args.backend, grace_s=args.grace_s,
+        port_file=args.port_file, parent_pid=args.parent_pid, metrics_port=args.metrics_port, reuse_port=args.reuse_port,
         limits=Limits(
             max_payload_bytes=payload_bytes, max_frame_bytes=max(8 << 20, payload_bytes), max_sessions=args.max_sessions,
             max_in_flight=args.max_in_flight,

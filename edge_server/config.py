@@ -9,6 +9,7 @@ from protos.errors import ConfigError
 from protos.messages import MAX_PAYLOAD_BYTES
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
+DEFAULT_MODEL = "efficientnet-lite0"
 
 
 def split_address(text: str) -> tuple[str, int]:
