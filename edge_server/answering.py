@@ -13,9 +13,9 @@ from edge_server.config import Limits
 from edge_server.decode import Decoded, decode_frame
 from edge_server.metrics import Metrics
 from edge_server.models import Model
-from edge_server.references import References
 from protos.errors import HeadtailError, InternalError, OverloadedError
 from protos.messages import Result, ServerTimings
+from splitters.codec import ReferenceStore
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Answerer:
         """Payloads that wait for their answers."""
         return self._pending_bytes
 
-    async def answer(self, model: Model, frame: Frame, references: References) -> Result:
+    async def answer(self, model: Model, frame: Frame, references: ReferenceStore) -> Result:
         """The frame's result, an error included.
 
         Args:
@@ -68,7 +68,7 @@ class Answerer:
         self._metrics.on_result(model.name, result, size)
         return result
 
-    async def _answer(self, model: Model, frame: Frame, references: References) -> Result:
+    async def _answer(self, model: Model, frame: Frame, references: ReferenceStore) -> Result:
         if frame.error is not None:
             raise frame.error
         if self._pending_bytes > self._limits.max_pending_bytes:
@@ -78,7 +78,7 @@ class Answerer:
             raise OverloadedError("the frame's deadline had passed before it was decoded")
         loop = asyncio.get_running_loop()
         decoded = await loop.run_in_executor(self._pool, self._decode, model, frame, references)
-        if decoded.symbols is not None:
+        if decoded.symbols is not None and model.codec.supports_reference:
             references.add(frame.frame_id, decoded.symbols)
         decode_ns = self._clock() - start_ns
         done = await self._backend.run(
@@ -96,7 +96,7 @@ class Answerer:
             ),
         )  # fmt: skip
 
-    def _decode(self, model: Model, frame: Frame, references: References) -> Decoded:
+    def _decode(self, model: Model, frame: Frame, references: ReferenceStore) -> Decoded:
         return decode_frame(model, frame, references, max_pixels=self._limits.max_pixels)
 
     def close(self) -> None:

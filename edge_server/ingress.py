@@ -12,13 +12,13 @@ import grpc.aio
 from edge_server.assembly import Frame, deadline_of, frame_of
 from edge_server.auth import client_of
 from edge_server.fetch import chunks
-from edge_server.references import References
 from edge_server.session import Services, Session
 from edge_server.status import translated
 from edge_server.wire import checked
 from protos.errors import DrainingError, HeadtailError, LimitError, ProtocolError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import MAX_LAYERS, PROTOCOL_VERSION, FrameLayer
+from splitters.codec import ReferenceStore
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Ingress:
         refusal = client_of(context).admit_frame(frame.payload_bytes, now_ns)
         if refusal is not None:
             raise refusal
-        result = await self._s.answerer.answer(model, frame, References())
+        result = await self._s.answerer.answer(model, frame, ReferenceStore())
         return pb.InferResponse(result=result.to_proto())
 
     def _frame(self, request: pb.InferRequest, now_ns: int) -> Frame:

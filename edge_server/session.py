@@ -24,11 +24,11 @@ from edge_server.bandwidth import BandwidthManager
 from edge_server.config import Limits
 from edge_server.metrics import Metrics
 from edge_server.models import Model, ModelStore
-from edge_server.references import References
 from edge_server.wire import checked
 from protos.errors import DrainingError, HeadtailError, InternalError, LimitError, ProtocolError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, FrameLayer, Result
+from splitters.codec import ReferenceStore
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Session:
         self._group = ""
         self._max_in_flight = _DEFAULT_IN_FLIGHT
         self._assembler = self._new_assembler()
-        self._references = References()
+        self._references = ReferenceStore()
         self._tasks: set[asyncio.Task[None]] = set()
         self._out: deque[pb.ServerMessage] = deque()
         self._wake = asyncio.Event()
@@ -151,7 +151,7 @@ class Session:
         self.model = model = self._s.store.get(hello.model)
         self._client_sha256 = hello.bundle_sha256
         self._max_in_flight = min(hello.max_in_flight or _DEFAULT_IN_FLIGHT, self._s.limits.max_in_flight)
-        self._references = References()
+        self._references = ReferenceStore()
         points = [(p.payload_bytes.p50, p.accuracy) for p in model.bundle.points if p.payload_bytes.p50 > 0 and p.accuracy > 0]
         fps = hello.fps if 0 < hello.fps < 10_000 else 0.0
         self._s.bandwidth.close(self.id)
@@ -249,7 +249,7 @@ class Session:
             return self._quota.admit_frame(frame.payload_bytes, now_ns)
         return None
 
-    async def _answer(self, model: Model, frame: Frame, references: References) -> None:
+    async def _answer(self, model: Model, frame: Frame, references: ReferenceStore) -> None:
         self._send_result(await self._s.answerer.answer(model, frame, references))
 
     def _greeted(self) -> Model:

@@ -7,9 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_server.decode import decode_image, image_size
-from edge_server.references import References
 from protos.errors import HeadtailError, LimitError, PayloadError
-from splitters.codec import Symbols
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
 
@@ -72,31 +70,3 @@ def test_mutated_pictures_end_in_a_picture_or_a_mapped_error(kind: str, edits: l
     except HeadtailError:
         return
     assert picture.shape == (24, 40, 3)
-
-
-def symbols(n: int = 8) -> Symbols:
-    return Symbols(point_id="0", tensors=(np.zeros(n, np.int16),), layers=1, layer_count=1)
-
-
-def test_references_are_bounded_in_number_and_bytes() -> None:
-    held = References(capacity=3, max_bytes=1000)
-    for i in range(5):
-        held.add(i, symbols())
-    assert sorted(held) == [2, 3, 4]
-    held.add(5, symbols(300))  # 600 bytes
-    held.add(6, symbols(300))
-    assert sorted(held) == [6]
-    held.add(7, symbols(2000))
-    assert sorted(held) == [6]
-
-
-def test_a_reference_in_use_outlives_newer_ones() -> None:
-    held = References(capacity=3)
-    for i in range(3):
-        held.add(i, symbols())
-    assert held[0].point_id == "0"
-    held.add(3, symbols())
-    assert 0 in held
-    assert 1 not in held
-    with pytest.raises(KeyError):
-        held[1]
