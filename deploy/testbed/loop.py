@@ -6,6 +6,8 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any
 
+from deploy.testbed.trace import NEVER_NS
+
 
 class Loop:
     """A discrete-event loop. Deterministic: events of one moment run in the order they were scheduled."""
@@ -21,6 +23,10 @@ class Loop:
         """Schedules ``action(argument)``; the past means now."""
         self._count += 1
         heappush(self._heap, (when_ns if when_ns > self.now_ns else self.now_ns, self._count, action, argument))
+
+    def next_ns(self) -> int:
+        """When the next thing is due; ``NEVER_NS`` when nothing is."""
+        return self._heap[0][0] if self._heap else NEVER_NS
 
     def run(self, until_ns: int) -> None:
         """Runs everything up to and including ``until_ns``."""
