@@ -25,15 +25,17 @@ from edge_client.embedded import EmbeddedServer
 from edge_client.engine import Engine
 from edge_client.files import FilePipeline
 from edge_client.frames import Ledger
+from edge_client.interest import InterestGate, read_promise
 from edge_client.live import LivePipeline
-from edge_client.pipeline import Parts, Pipeline, PipelineConfig
+from edge_client.parts import Parts, PipelineConfig
+from edge_client.pipeline import Pipeline
 from edge_client.rpc import Endpoint
 from edge_client.session import Session
 from edge_client.sinks import InOrder, JsonLines, Sink, Window, open_json_lines, open_video
 from edge_client.sources import DEFAULT_FPS, Source, parse_source
 from edge_client.status import Status
 from edge_client.summary import JpegSampler, Summary
-from protos.errors import HeadtailError
+from protos.errors import ConfigError, HeadtailError
 from splitters.bundle import Bundle
 
 log = logging.getLogger(__name__)
@@ -132,10 +134,12 @@ class Client:
         parts = Parts(
             frames=capture, worker=DeviceWorker(executor), clock=self._clock, emit=sinks.take, sample=sampler.offer,
             fetch=functools.partial(self._fetch, endpoint, model), controller=self._controller,
+            interest=functools.partial(self._interest, wanted=_wanted(config.prefilter, source, live)),
         )  # fmt: skip
         settings = PipelineConfig(
             model=model, deadline_ms=config.effective_deadline_ms(live=live), max_in_flight=config.max_in_flight,
             wait_for_server_s=config.effective_wait_s(live=live), point_id=self._checked_point(engine), group=config.group,
+            change_gate=_wanted(config.change_gate, source, live), temporal=not source.pictures,
             keep_images=config.display or config.save_video is not None, client_version=_version(),
         )  # fmt: skip
         pipeline = self._pipeline = (LivePipeline if live else FilePipeline)(settings, parts, engine)
@@ -200,6 +204,19 @@ class Client:
     def _controller(self, engine: Engine, fps: float) -> Controller:
         return make_controller(engine, self._times, fps=fps, explain=self._config.explain)
 
+    def _interest(self, engine: Engine, *, wanted: bool) -> InterestGate | None:
+        config = self._config
+        if not wanted:
+            return None
+        names = [name.strip() for name in config.interest.split(",") if name.strip()]
+        promise = read_promise(engine.bundle, interest=names, recall=config.recall)
+        if promise is None:
+            if config.prefilter == "on":
+                raise ConfigError(f"bundle {engine.model!r} has no prefilter; leave --prefilter out")
+            return None
+        log.info("prefilter for %s: threshold %.3f, recall >= %.3f", ", ".join(promise.interest), promise.threshold, promise.recall)
+        return InterestGate(promise)
+
     # ------------------------------------------------------------------ what people see
 
     def _labels(self) -> Mapping[int, str]:
@@ -245,9 +262,19 @@ class Client:
             "late_results": pipeline.late_results if pipeline else 0,
             "reconnects": self._session.reconnects if self._session else 0,
             "bundle_switches": pipeline.bundle_switches if pipeline else 0,
+            "prefilter": self._prefilter_facts(),
             "unreadable_files": self._capture.unreadable if self._capture else 0,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         }
+
+    def _prefilter_facts(self) -> dict[str, Any] | None:
+        gate = self._pipeline.interest if self._pipeline else None
+        if gate is None:
+            return None
+        return {
+            "interest": list(gate.promise.interest), "recall_promised": gate.promise.recall, "threshold": gate.threshold,
+            "stopped": gate.stopped, "live_recall": gate.live_recall, "loosened": gate.loosened,
+        }  # fmt: skip
 
     def _fact_lines(self) -> str:
         facts = self._facts()
@@ -258,6 +285,11 @@ class Client:
         model = f"\nmodel    {facts['model']} ({str(facts['bundle_sha256'])[:12]})" if facts["model"] else ""
         also = f"\nalso     {', '.join(more)}" if more else ""
         return f"{model}{also}\nmemory   {facts['peak_memory_bytes'] / 2**20:.0f} MiB at its peak"
+
+
+def _wanted(setting: str, source: Source, live: bool) -> bool:
+    """What ``auto`` means: gates are for cameras; of a file every frame is wanted."""
+    return live and (setting == "on" or (setting == "auto" and source.camera))
 
 
 def _version() -> str:

@@ -72,8 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--change-gate",
         choices=("on", "off", "auto"),
-        help="reuse the last result where nothing moved (default on live, off for files)",
+        help="reuse the last result where nothing moved (default on for cameras, off for files)",
     )
+    add("--prefilter", choices=("on", "off", "auto"), help="stop frames without anything of interest (default as --change-gate)")
+    add("--interest", metavar="CLASSES", help="what the prefilter looks for, comma separated, e.g. person,car")
+    add("--recall", type=float, metavar="R", help="the prefilter's promised recall, e.g. 0.98 (default: the bundle's)")
     add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
     add("--group", metavar="NAME", help="cameras of the same group share a link; the server divides it fairly")
     add("--tls", action="store_true", help="encrypt with the system's certificate authorities")
@@ -114,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TypeError as error:
         print(f"edge-client: a setting has the wrong type: {error}", file=sys.stderr)
         return 2
+    logging.getLogger("edge_client.explain").setLevel("INFO" if config.explain else "WARNING")
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     return _run(config)
 

@@ -33,7 +33,10 @@ class ClientConfig:
         wait_for_server_s: None: 0 live, 30 for files.
         operating_point: always this one; None: chosen frame by frame.
         threads: of the head.
-        change_gate: ``on``, ``off`` or ``auto`` (on live, off for files).
+        change_gate: ``on``, ``off`` or ``auto`` (on for cameras, off for files).
+        prefilter: the same; where the bundle has one.
+        interest: comma-separated class names the prefilter looks for; empty: those the bundle was exported for.
+        recall: the prefilter's; None: the bundle's.
         group: cameras with the same name share a link; the server divides it among them.
         tls_ca, tls_cert, tls_key, tls: see ``rpc.Endpoint``.
     """
@@ -54,6 +57,9 @@ class ClientConfig:
     operating_point: int | None = None
     threads: int = 1
     change_gate: str = "auto"
+    prefilter: str = "auto"
+    interest: str = ""
+    recall: float | None = None
     group: str = ""
     tls: bool = False
     tls_ca: str | None = None
@@ -70,8 +76,11 @@ class ClientConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and low <= value <= high):
                 raise ConfigError(f"--{name.replace('_', '-')} must be {low}..{high}, got {value}")
-        if self.change_gate not in ("on", "off", "auto"):
-            raise ConfigError(f"--change-gate must be on, off or auto, got {self.change_gate!r}")
+        for name in ("change_gate", "prefilter"):
+            if getattr(self, name) not in ("on", "off", "auto"):
+                raise ConfigError(f"--{name.replace('_', '-')} must be on, off or auto, got {getattr(self, name)!r}")
+        if self.recall is not None and not 0 < self.recall < 1:
+            raise ConfigError(f"--recall must lie between 0 and 1, got {self.recall}")
         if self.server != EMBEDDED:
             self.endpoint(self.server)
 

@@ -6,15 +6,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import cv2
+
 from edge_client.frames import NS_PER_MS, Clock
 from edge_client.head import Floats, Head, open_graph
-from protos.errors import BundleError, ConfigError
+from protos.errors import BundleError, ConfigError, ModelError
 from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.codec import LatentCodec, Symbols, codec_from_spec
 from splitters.operating_point import OperatingPoint
 from splitters.postprocess import build_postprocess
 from splitters.preprocess import Frame, input_image, normalise
+
+Reference = tuple[Symbols | None, int | None]
+NO_REFERENCE: Reference = (None, None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,19 +109,35 @@ class Engine:
         maps = self.head.stem(normalised)
         return Features(maps=maps, image=image, preprocess_ns=ready_ns - start_ns, stem_ns=self._clock() - ready_ns)
 
-    def encode(self, features: Features, point: OperatingPoint) -> Encoded:
-        """Runs the encoders of ``point`` and codes the latent."""
+    def encode(self, features: Features, point: OperatingPoint, reference: Reference = NO_REFERENCE) -> Encoded:
+        """Runs the encoders of ``point`` and codes the latent, predicted from what the server is known to hold."""
         start_ns = self._clock()
         latents = self.head.latents(features.maps, point)
         head_ns = self._clock()
         symbols = self.codec.quantise(latents, point.codec_point)
-        payloads = tuple(self.codec.encode(symbols))
+        payloads = tuple(self.codec.encode(symbols, *reference))
         stages = {
             "preprocess": features.preprocess_ns / NS_PER_MS,
             "head": (features.stem_ns + head_ns - start_ns) / NS_PER_MS,
             "codec": (self._clock() - head_ns) / NS_PER_MS,
         }
         return Encoded(payloads=payloads, symbols=symbols, stages_ms=stages)
+
+    def compress(self, features: Features, image_format: str, quality: int) -> Encoded:
+        """The model's own input as a JPEG or WebP, for a server that runs the whole model."""
+        start_ns = self._clock()
+        flag = {"jpeg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY}[image_format]
+        ok, data = cv2.imencode(f".{image_format}", features.image, [flag, quality])
+        if not ok:
+            raise ModelError(f"OpenCV could not write a {image_format} of {features.image.shape}")
+        stages = {"preprocess": features.preprocess_ns / NS_PER_MS, "codec": (self._clock() - start_ns) / NS_PER_MS}
+        return Encoded(payloads=(data.tobytes(),), symbols=None, stages_ms=stages)
+
+    def picture(self, frame: Frame) -> Features:
+        """A frame made ready for ``compress``: no head runs."""
+        start_ns = self._clock()
+        image = self.input_image(frame)
+        return Features(maps=[], image=image, preprocess_ns=self._clock() - start_ns, stem_ns=0)
 
 
 def _open_codec(bundle: Bundle) -> LatentCodec:

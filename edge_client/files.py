@@ -12,7 +12,8 @@ from collections import deque
 from edge_client.engine import Engine
 from edge_client.flights import Flight
 from edge_client.frames import NS_PER_S, Outcome
-from edge_client.pipeline import Parts, Pipeline, PipelineConfig, offline
+from edge_client.parts import Parts, PipelineConfig
+from edge_client.pipeline import Pipeline, offline
 from protos.errors import DrainingError, HeadtailError, OverloadedError, UnreachableError, VersionMismatchError, from_code
 from splitters.operating_point import OperatingPoint, best_point
 
@@ -79,7 +80,7 @@ class FilePipeline(Pipeline):
         flight.engine = self.engine
         shot = await self._encode(flight, self._point(), keep_local=False)
         if self.connected and flight.engine is self.engine:
-            self._send(flight, shot.encoded.payloads)
+            self._send(flight, shot.encoded, shot.encoded.payloads)
         else:
             self._again.appendleft(flight)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from edge_client.control import Decision
-from edge_client.engine import Engine
+from edge_client.engine import Engine, Features
 from edge_client.frames import CapturedFrame
 from splitters.preprocess import Frame
 
@@ -24,6 +24,7 @@ class Flight:
         local_image: the local model's input, kept instead of the frame.
         urgent: the server will not answer (stream broken, refused): step in at once.
         answering: the local model is at it.
+        features: the stem's, where the prefilter has run it already.
         tries: how often it was sent.
         refusal, refusal_text: the code and the sentence with which the server refused it; empty: it did not.
     """
@@ -40,6 +41,7 @@ class Flight:
     urgent: bool = False
     answering: bool = False
     tries: int = 0
+    features: Features | None = None
     refusal: str = ""
     refusal_text: str = ""
 

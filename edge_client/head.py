@@ -76,9 +76,9 @@ class Head:
         """The stem's feature maps, shared by encoders and prefilter. ``image``: (1, 3, h, w), normalised."""
         return self._stem([image])
 
-    def prefilter_score(self, features: list[Floats]) -> float | None:
-        """The prefilter's score of interest on the stem's first feature map; None where the bundle has none."""
-        return float(np.ravel(self._prefilter(features[:1])[0])[-1]) if self._prefilter else None
+    def prefilter_scores(self, features: list[Floats]) -> list[float]:
+        """The prefilter's scores on the stem's first feature map, one a class; empty where the bundle has none."""
+        return [float(v) for v in np.ravel(self._prefilter(features[:1])[0])] if self._prefilter else []
 
     def latents(self, features: list[Floats], point: OperatingPoint) -> tuple[Floats, ...]:
         """The latents of one operating point, batch axis taken off."""

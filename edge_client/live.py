@@ -1,16 +1,27 @@
 """Cameras: the newest frame, a deadline, and never a wait for the network.
 
-Frame by frame: change gate → controller → head → send; what the server does not answer in time the local model does.
+Frame by frame: change gate → prefilter → controller → head → send; what the server does not answer in time the local
+model does.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import logging
+from dataclasses import asdict, replace
 
-from edge_client.control import Local, Offload, Skip, Split
+from edge_client.change import ChangeGate
+from edge_client.control import Decision, Local, Offload, Skip, Split
+from edge_client.engine import Encoded, Engine, Features
 from edge_client.flights import Flight
-from edge_client.frames import NS_PER_S, CapturedFrame, Outcome
+from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Outcome
+from edge_client.interest import InterestGate
+from edge_client.parts import Parts, PipelineConfig, Shot
 from edge_client.pipeline import Pipeline, offline
+from protos.messages import Answer, Detection, Result
+
+log = logging.getLogger(__name__)
+explain_log = logging.getLogger("edge_client.explain")
 
 _FAR_NS = 10 * NS_PER_S
 
@@ -18,7 +29,12 @@ _FAR_NS = 10 * NS_PER_S
 class LivePipeline(Pipeline):
     """The camera's pipeline."""
 
-    _current: Flight | None = None
+    def __init__(self, config: PipelineConfig, parts: Parts, engine: Engine) -> None:
+        super().__init__(config, parts, engine)
+        self._current: Flight | None = None
+        self._gate = ChangeGate() if config.change_gate else None
+        self._passed_index = 0
+        self._last: tuple[int, Answer] | None = None
 
     async def _main(self) -> None:
         # A server that is there gets a moment to say so: else the first frames would all be answered locally.
@@ -58,24 +74,72 @@ class LivePipeline(Pipeline):
                 self._stopping = False
             await self._wait_changed(0.1)
 
+    # ------------------------------------------------------------------ one frame
+
     async def _frame(self, flight: Flight) -> None:
-        now_ns = self._clock()
-        deadline_ns = flight.deadline_ns if flight.deadline_ns is not None else now_ns + _FAR_NS
-        decision = self.controller.decide(flight.frame.index, now_ns, deadline_ns)
-        if self.config.point_id is not None and isinstance(decision, Split | Offload):
-            decision = Split(point_id=self.config.point_id, limit_bytes=decision.limit_bytes)
-        if not self.connected and isinstance(decision, Split | Offload):
-            decision = Local()
-        flight.decision = decision
+        if self._is_unchanged(flight) or (self.interest is not None and await self._is_filtered(flight, self.interest)):
+            return
+        flight.decision = decision = self._decide(flight)
+        if decision.explain is not None:
+            explain_log.info("%s", json.dumps(asdict(decision.explain)))
         match decision:
-            case Local():
-                await self._answer_locally(flight)
-            case Split():
-                await self._split(flight, decision)
+            case Split(point_id=point_id, limit_bytes=limit_bytes):
+                point = flight.engine.bundle.point(point_id)
+                self._depart(flight, await self._encode(flight, point, keep_local=True), limit_bytes)
+            case Offload() as offload:
+                self._depart(flight, await self._offload(flight, offload), offload.limit_bytes)
             case Skip(reason=reason):
                 await self._skip(flight, reason)
-            case Offload():
+                return
+            case Local():
                 await self._answer_locally(flight)
+                return
+        if flight.encoded_ns and not flight.tries:  # it could not leave
+            await self._answer_locally(flight)
+
+    def _decide(self, flight: Flight) -> Decision:
+        now_ns = self._clock()
+        deadline_ns = flight.deadline_ns if flight.deadline_ns is not None else now_ns + _FAR_NS
+        if self.config.point_id is not None and self.connected and deadline_ns > now_ns:
+            if self.controller.window.allows():
+                return Split(point_id=self.config.point_id)
+            return Local()
+        decision = self.controller.decide(flight.frame.index, now_ns, deadline_ns)
+        return Local() if not self.connected and isinstance(decision, Split | Offload) else decision
+
+    def _is_unchanged(self, flight: Flight) -> bool:
+        frame = flight.frame
+        if self._gate is None or frame.image is None:
+            return False
+        if self._gate.changed(frame.image, self._clock()):
+            self._passed_index = frame.index
+            return False
+        if self._last is None or self._last[0] < self._passed_index:
+            return False  # the frame it equals has no answer yet
+        self._settle(flight, Outcome.UNCHANGED, answer=self._last[1], detail=f"as frame {self._last[0]}")
+        return True
+
+    async def _is_filtered(self, flight: Flight, gate: InterestGate) -> bool:
+        engine, image = flight.engine, flight.frame.image
+        assert image is not None  # noqa: S101 - just captured
+
+        def work() -> tuple[Features, list[float], int]:
+            features = engine.features(image)
+            start_ns = self._clock()
+            return features, engine.head.prefilter_scores(features.maps), self._clock() - start_ns
+
+        features, scores, elapsed_ns = await self._worker.run(work, due_ns=flight.deadline_ns or self._clock() + _FAR_NS)
+        flight.features = features
+        flight.stages_ms |= {
+            "preprocess": features.preprocess_ns / NS_PER_MS,
+            "head": features.stem_ns / NS_PER_MS,
+            "prefilter": elapsed_ns / NS_PER_MS,
+        }
+        score = gate.score(scores)
+        if gate.stops(flight.frame.index, score):
+            self._settle(flight, Outcome.FILTERED, detail=f"interest {score:.2f}")
+            return True
+        return False
 
     async def _skip(self, flight: Flight, reason: str) -> None:
         if reason == "late":
@@ -85,18 +149,25 @@ class LivePipeline(Pipeline):
         else:
             self._settle(flight, Outcome.DROPPED, "skipped", detail=reason)
 
-    async def _split(self, flight: Flight, decision: Split) -> None:
-        point = flight.engine.bundle.point(decision.point_id)
-        shot = await self._encode(flight, point, keep_local=True)
+    async def _offload(self, flight: Flight, choice: Offload) -> Shot:
+        if flight.features is None and flight.frame.image is not None:
+            flight.features = flight.engine.picture(flight.frame.image)
+
+        def make(engine: Engine, features: Features) -> Encoded:
+            return engine.compress(features, choice.format, choice.quality)
+
+        return await self._run_head(flight, make, keep_local=True)
+
+    def _depart(self, flight: Flight, shot: Shot, limit_bytes: int | None) -> None:
+        """Sends what fits the grant, base layer first; nothing where the link went down meanwhile."""
         payloads = shot.encoded.payloads
-        if decision.limit_bytes is not None:
+        if limit_bytes is not None:
             total, fitting = 0, 0
             for payload in payloads:
                 total += len(payload)
-                fitting += total <= decision.limit_bytes
+                fitting += total <= limit_bytes
             payloads = payloads[:fitting]
         if not payloads or not self.connected or flight.engine is not self.engine:
-            await self._answer_locally(flight)
             return
         deadline_ns = flight.deadline_ns if flight.deadline_ns is not None else flight.encoded_ns + _FAR_NS
         index, controller = flight.frame.index, self.controller
@@ -104,7 +175,9 @@ class LivePipeline(Pipeline):
         def gate(layer: int, n_bytes: int) -> bool:
             return controller.may_send(index, n_bytes, self._clock(), deadline_ns, layer=layer)
 
-        self._send(flight, payloads, gate=gate)
+        self._send(flight, shot.encoded, payloads, gate=gate)
+
+    # ------------------------------------------------------------------ what happens to frames in flight
 
     def _let_go(self, flight: Flight) -> CapturedFrame:
         return replace(flight.frame, image=None) if flight.local_image is not None else flight.frame
@@ -118,3 +191,17 @@ class LivePipeline(Pipeline):
             else:
                 self._orphans.append(flight)
         self._notify()
+
+    def _on_answer(self, flight: Flight, result: Result) -> None:
+        if self.interest is not None and self.interest.learn(flight.frame.index, result.answer):
+            log.warning(
+                "the prefilter misses more than it promised here: its threshold is now %.3f (promised at %.3f)",
+                self.interest.threshold,
+                self.interest.promise.threshold,
+            )
+
+    def _on_settled(self, flight: Flight, outcome: Outcome, answer: Answer | None) -> None:
+        if outcome is Outcome.FILTERED:
+            answer = Detection(boxes=())
+        if answer is not None and outcome is not Outcome.UNCHANGED and (self._last is None or flight.frame.index > self._last[0]):
+            self._last = (flight.frame.index, answer)

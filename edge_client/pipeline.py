@@ -8,128 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
 from edge_client.capture import Delivery
-from edge_client.control import Controller, Local
-from edge_client.device import DeviceWorker
-from edge_client.engine import Encoded, Engine
+from edge_client.control import Local
+from edge_client.engine import NO_REFERENCE, Encoded, Engine, Features
 from edge_client.flights import Flight, latest_start
-from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Clock, FrameReport, Ledger, Outcome
+from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, FrameReport, Ledger, Outcome
+from edge_client.parts import Link, Parts, PipelineConfig, Shot
 from edge_client.session import Gate, Welcome
 from edge_client.timings import Timings
-from protos.errors import HeadtailError, OverloadedError, UnreachableError, VersionMismatchError
+from protos.errors import HeadtailError, OverloadedError, PayloadError, UnreachableError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.messages import PROTOCOL_VERSION, Answer, FrameLayer, Grant, Result
+from protos.messages import PROTOCOL_VERSION, Answer, FrameLayer, Grant, PayloadKind, Result
+from splitters.codec import Predictor, is_predicted
 from splitters.operating_point import OperatingPoint
-from splitters.preprocess import Frame
 
 log = logging.getLogger(__name__)
 
+Make = Callable[[Engine, Features], Encoded]
+
 LATE_GRACE_NS = 100 * NS_PER_MS
 _SCHEDULING_NS = 5 * NS_PER_MS
+_HISTORY = 16  # frames back that a latent may be predicted from; every server remembers so many
 _FORGET_NS = 3 * NS_PER_S
 _UNANSWERED_NS = 60 * NS_PER_S
-
-
-class Frames(Protocol):
-    """Where frames come from; ``edge_client.capture.Capture`` in earnest."""
-
-    live: bool
-    fps: float
-    note: str
-
-    async def start(self) -> None:
-        """Opens the source."""
-
-    async def next(self) -> Delivery | None:
-        """The next frame, None at the end."""
-        ...
-
-    def close(self) -> tuple[CapturedFrame, ...]:
-        """Ends it; frames never taken."""
-        ...
-
-
-class Link(Protocol):
-    """The stream; ``edge_client.session.Session`` in earnest."""
-
-    up: bool
-    welcomed: asyncio.Event
-    failed: asyncio.Event
-    error: HeadtailError | None
-
-    async def run(self) -> None:
-        """Connects and reconnects until closed."""
-
-    def send(self, layers: list[FrameLayer], *, deadline_ns: int | None, gate: Gate | None = None) -> int:
-        """Queues a frame; the id its answer will carry."""
-        ...
-
-    def restart(self) -> None:
-        """Hello again."""
-
-    def close(self) -> None:
-        """Goodbye."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PipelineConfig:
-    """What a pipeline is asked to do.
-
-    Attributes:
-        model: the name asked for at the server; empty: its default.
-        deadline_ms: from capture to answer; 0: none.
-        max_in_flight: frames unanswered at a time; 0: what controller and server allow.
-        wait_for_server_s: how long frames wait for a server before the local model answers them (files), or the start
-            does (cameras).
-        point_id: always this operating point; None: the controller chooses (cameras), or the most accurate (files).
-        keep_images: reports carry the frame, for sinks that draw on it.
-        client_version: for the server's log.
-        group: cameras that share a bottleneck link.
-    """
-
-    model: str = ""
-    deadline_ms: float = 0.0
-    max_in_flight: int = 0
-    wait_for_server_s: float = 0.0
-    point_id: int | None = None
-    keep_images: bool = False
-    client_version: str = ""
-    group: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parts:
-    """What a pipeline works with.
-
-    Attributes:
-        emit: is given every frame's report, in the order the frames were settled.
-        fetch: fetches the bundle of a hash and makes an engine of it, in the background.
-        sample: is shown some frames beside the model's input, for the comparison with JPEG.
-        controller: makes the controller of an engine, its link unknown as yet.
-    """
-
-    frames: Frames
-    worker: DeviceWorker
-    clock: Clock
-    emit: Callable[[FrameReport], None]
-    fetch: Callable[[str], Awaitable[Engine]]
-    controller: Callable[[Engine, float], Controller]
-    sample: Callable[[Frame, Frame], None] = lambda _frame, _image: None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shot:
-    """What the worker made of a frame."""
-
-    encoded: Encoded
-    input_image: Frame
-    local_image: Frame | None
 
 
 class Pipeline:
@@ -149,6 +55,8 @@ class Pipeline:
         self._worker = parts.worker
         self.controller = parts.controller(engine, 0.0)
         self.timings = Timings()
+        self.predictor = self._new_predictor()
+        self.interest = parts.interest(engine)
         self._flights: dict[int, Flight] = {}
         self._orphans: list[Flight] = []
         self._server_sha256 = ""
@@ -233,6 +141,10 @@ class Pipeline:
             await self._wait_changed(max(0.05, min(left_s, 0.25)))
         return True
 
+    def _new_predictor(self) -> Predictor | None:
+        codec = self.engine.codec
+        return Predictor(codec, max_frames=_HISTORY) if self.config.temporal and codec.supports_reference else None
+
     # ------------------------------------------------------------------ frames and their outcomes
 
     def _capture(self, frame: CapturedFrame) -> None:
@@ -271,27 +183,37 @@ class Pipeline:
                 detail=detail,
             )
         )
+        self._on_settled(flight, outcome, answer)
         self._notify()
         return True
 
+    def _on_settled(self, flight: Flight, outcome: Outcome, answer: Answer | None) -> None:
+        """A hook for what learns from outcomes."""
+
     # ------------------------------------------------------------------ head and sending
 
-    def _shoot(self, flight: Flight, point: OperatingPoint, *, keep_local: bool) -> Shot:
+    def _shoot(self, flight: Flight, make: Make, *, keep_local: bool) -> Shot:
         """Runs on the worker: everything the device does before the network."""
         engine, image = flight.engine, flight.frame.image
         assert image is not None  # noqa: S101 - flights keep it until they are encoded
-        features = engine.features(image)
-        encoded = engine.encode(features, point)
+        features = flight.features or engine.features(image)
+        flight.features = None
+        encoded = make(engine, features)
         local_image = engine.local.prepare(image) if keep_local and engine.local else None
         return Shot(encoded=encoded, input_image=features.image, local_image=local_image)
 
     async def _encode(self, flight: Flight, point: OperatingPoint, *, keep_local: bool) -> Shot:
+        """Head and codec at an operating point."""
+        reference = self.predictor.choose() if self.predictor is not None else NO_REFERENCE
+        flight.point_id = point.id
+        return await self._run_head(flight, lambda e, f: e.encode(f, point, reference), keep_local=keep_local)
+
+    async def _run_head(self, flight: Flight, make: Make, *, keep_local: bool) -> Shot:
         start_ns = self._clock()
         due_ns = flight.deadline_ns if flight.deadline_ns is not None else start_ns + 3600 * NS_PER_S
-        shot = await self._worker.run(partial(self._shoot, flight, point, keep_local=keep_local), due_ns=due_ns)
+        shot = await self._worker.run(partial(self._shoot, flight, make, keep_local=keep_local), due_ns=due_ns)
         flight.encoded_ns = self._clock()
         flight.stages_ms |= shot.encoded.stages_ms
-        flight.point_id = point.id
         flight.local_image = shot.local_image
         self.timings.head.add(flight.encoded_ns - start_ns)
         if flight.decision is not None:
@@ -300,11 +222,12 @@ class Pipeline:
             self._parts.sample(flight.frame.image, shot.input_image)
         return shot
 
-    def _send(self, flight: Flight, payloads: tuple[bytes, ...], *, gate: Gate | None = None) -> None:
+    def _send(self, flight: Flight, encoded: Encoded, payloads: tuple[bytes, ...], *, gate: Gate | None = None) -> None:
         frame = flight.frame
+        kind = PayloadKind.LATENT if encoded.symbols is not None else PayloadKind.IMAGE
         layers = [
             FrameLayer(
-                frame_id=0, layer=i, layer_count=len(payloads), operating_point=flight.point_id or 0, payload=payload,
+                frame_id=0, layer=i, layer_count=len(payloads), kind=kind, operating_point=flight.point_id or 0, payload=payload,
                 captured_unix_ns=frame.captured_unix_ns, source_width_px=frame.width_px, source_height_px=frame.height_px,
             )
             for i, payload in enumerate(payloads)
@@ -313,7 +236,10 @@ class Pipeline:
             flight.frame = self._let_go(flight)
         flight.tries += 1
         flight.payload_bytes = 0
-        self._flights[self.link.send(layers, deadline_ns=flight.deadline_ns, gate=gate)] = flight
+        wire_id = self.link.send(layers, deadline_ns=flight.deadline_ns, gate=gate)
+        self._flights[wire_id] = flight
+        if self.predictor is not None and encoded.symbols is not None:
+            self.predictor.sent(wire_id, encoded.symbols, key=not is_predicted(payloads[0]))
         self._notify()
 
     def _let_go(self, flight: Flight) -> CapturedFrame:
@@ -418,6 +344,8 @@ class Pipeline:
         log.info("bundle %s takes over from %s", self._next_engine.sha256[:12], self.engine.sha256[:12])
         self.engine, self._next_engine = self._next_engine, None
         self.controller = self._parts.controller(self.engine, self._frames.fps)
+        self.interest = self._parts.interest(self.engine)
+        self.predictor = self._new_predictor()
         self.bundle_switches += 1
         self.note = ""
         if self.link.up:
@@ -455,6 +383,8 @@ class Pipeline:
     def on_up(self, welcome: Welcome) -> None:
         """See ``SessionEvents``."""
         self._draining = False
+        if self.predictor is not None:
+            self.predictor.reset()
         self._server_sha256 = welcome.bundle_sha256
         limits = [n for n in (welcome.max_in_flight, self.config.max_in_flight) if n > 0]
         self._welcome_limit = min(limits, default=0)
@@ -482,6 +412,8 @@ class Pipeline:
     def on_result(self, result: Result, now_ns: int) -> None:
         """See ``SessionEvents``."""
         flight = self._flights.pop(result.frame_id, None)
+        if self.predictor is not None:
+            self._learn_reference(self.predictor, result)
         estimator = self.controller.estimator
         if isinstance(result.error, OverloadedError):
             estimator.on_refused(result.frame_id, now_ns)
@@ -511,6 +443,13 @@ class Pipeline:
             return
         self._on_answer(flight, result)
         self._settle(flight, Outcome.RESULT, answer=result.answer)
+
+    @staticmethod
+    def _learn_reference(predictor: Predictor, result: Result) -> None:
+        if isinstance(result.error, PayloadError):
+            predictor.reset()  # the server lacks what we referred to: key frames until it says otherwise
+        elif result.error is None and result.layers_decoded:
+            predictor.acknowledged(result.frame_id, result.layers_decoded, result.symbols_crc32)
 
     def _on_answer(self, flight: Flight, result: Result) -> None:
         """A hook for what learns from the server's answers."""

@@ -14,7 +14,7 @@ import numpy as np
 from edge_client.frames import NS_PER_S, Clock, FrameReport, Ledger, Outcome
 from splitters.preprocess import Frame
 
-STAGES = ("capture", "preprocess", "head", "codec", "send", "network", "decode", "queue", "tail", "local", "total")
+STAGES = ("capture", "preprocess", "head", "prefilter", "codec", "send", "network", "decode", "queue", "tail", "local", "total")
 _KEEP = 50_000
 _SAMPLES = 400
 

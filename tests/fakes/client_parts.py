@@ -116,7 +116,9 @@ class FakeEngine:
     def features(self, image: Any) -> Features:
         return Features(maps=[], image=image, stem_ns=0, preprocess_ns=0)
 
-    def encode(self, features: Features, point: OperatingPoint, **_: Any) -> Encoded:
+    codec = SimpleNamespace(supports_reference=False)
+
+    def encode(self, features: Features, point: OperatingPoint, reference: Any = None) -> Encoded:
         self._device.cost_s += self._head_ms / 1000
         size = int(point.payload_bytes.p50)
         return Encoded(payloads=(bytes(size),), symbols=None, stages_ms={"head": self._head_ms, "codec": 0.0, "preprocess": 0.0})

@@ -15,7 +15,8 @@ from edge_client.device import DeviceWorker
 from edge_client.files import FilePipeline
 from edge_client.frames import FrameReport, Ledger, Outcome
 from edge_client.live import LivePipeline
-from edge_client.pipeline import LATE_GRACE_NS, Parts, Pipeline, PipelineConfig
+from edge_client.parts import Parts, PipelineConfig
+from edge_client.pipeline import LATE_GRACE_NS, Pipeline
 from protos.errors import InternalError, UnknownModelError, UnreachableError
 from tests.fakes.client_loop import VirtualLoop, run_virtual
 from tests.fakes.client_parts import FakeDevice, FakeEngine, FakeFrames, FakeLink, Fault, fake_controller

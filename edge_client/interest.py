@@ -1,0 +1,161 @@
+"""The prefilter's decision: stop a frame that holds nothing of interest, keep the promised recall, and watch it.
+
+The bundle says what a threshold promises (a calibrated recall, one-sided 95 % bound). One in a hundred of the stopped
+frames is sent anyway: what the server finds there is a miss. Where misses show that the bound does not hold on this
+scene, the threshold loosens. After Matsubara & Levorato (2020, arXiv 2007.15818), whose filter promises nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+
+from protos.errors import BundleError, ConfigError
+from protos.messages import Answer, Detection
+from splitters.bundle import Bundle
+
+log = logging.getLogger(__name__)
+
+SURE = 0.5
+_CONFIDENCE = 0.95
+_LOOSEN = 0.6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Promise:
+    """What ``device/prefilter.json`` says of the classes and the recall in force.
+
+    Attributes:
+        interest: names of the classes.
+        class_ids: of the same, as the tail reports them.
+        columns: of the same, in the prefilter's output.
+        threshold: frames with a lower score are stopped.
+        recall: the lower bound promised; 0: none for these classes.
+    """
+
+    interest: tuple[str, ...]
+    class_ids: frozenset[int]
+    columns: tuple[int, ...]
+    threshold: float
+    recall: float
+
+
+def read_promise(bundle: Bundle, *, interest: Sequence[str] = (), recall: float | None = None) -> Promise | None:
+    """The promise for these classes and this recall; None where the bundle has no prefilter.
+
+    Args:
+        bundle: whose manifest names a prefilter; its promise lies beside it.
+        interest: class names; empty: those the bundle was exported for.
+        recall: asked for; None: the bundle's own.
+
+    Raises:
+        ConfigError: a class the prefilter does not know, or a recall it has no threshold for.
+        BundleError: the promise is unreadable.
+    """
+    graph = bundle.manifest.head.prefilter
+    if graph is None:
+        return None
+    try:
+        spec = json.loads(bundle.read_part(graph.removesuffix(".onnx") + ".json"))
+        ids = [int(i) for i in spec["category_ids"]]
+        names = {bundle.manifest.labels.get(i, str(i)): (column, i) for column, i in enumerate(ids)}
+        own = tuple(str(n) for n in spec["interest"])
+        chosen = _for_recall(spec, recall)
+        threshold, bound = float(chosen["threshold"]), float(chosen["recall_promised"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"the prefilter's promise in bundle {bundle.manifest.name!r} cannot be read: {error}") from error
+    wanted = tuple(interest) or own
+    for name in wanted:
+        if name not in names:
+            raise ConfigError(f"the prefilter of {bundle.manifest.name!r} knows {', '.join(names)}; {name!r} is not among them")
+    if set(wanted) != set(own):
+        log.warning("the prefilter was calibrated for %s; for %s its threshold promises nothing", ", ".join(own), ", ".join(wanted))
+        bound = 0.0
+    return Promise(
+        interest=wanted, class_ids=frozenset(names[n][1] for n in wanted), columns=tuple(names[n][0] for n in wanted),
+        threshold=threshold, recall=bound,
+    )  # fmt: skip
+
+
+def _for_recall(spec: dict[str, object], recall: float | None) -> dict[str, float]:
+    rows = [r for r in (spec, *spec.get("recalls", ())) if isinstance(r, dict)]  # type: ignore[misc]
+    if recall is None:
+        return rows[0]
+    fitting = sorted((r for r in rows if r["recall_asked"] >= recall), key=lambda r: r["recall_asked"])
+    if not fitting:
+        known = ", ".join(f"{r['recall_asked']:g}" for r in rows)
+        raise ConfigError(f"--recall {recall:g} is more than this bundle was calibrated for; it has {known}")
+    return fitting[0]
+
+
+class InterestGate:
+    """Stops frames, and watches what it missed. Pure.
+
+    Args:
+        promise: from the bundle.
+        probe_every: one in so many of the stopped frames is sent anyway; 0: none.
+    """
+
+    def __init__(self, promise: Promise, *, probe_every: int = 100) -> None:
+        self.promise = promise
+        self.threshold = promise.threshold
+        self.stopped = 0
+        self.loosened = 0
+        self._probe_every = probe_every
+        self._probes: set[int] = set()
+        self._probed = self._missed = self._passed_hits = 0
+
+    def score(self, scores: Sequence[float]) -> float:
+        """The score of interest among the prefilter's outputs: the highest of the chosen columns."""
+        return max(scores[c] for c in self.promise.columns)
+
+    def stops(self, index: int, score: float) -> bool:
+        """Whether frame ``index`` ends here."""
+        if score >= self.threshold:
+            return False
+        self.stopped += 1
+        if self._probe_every and self.stopped % self._probe_every == 0:
+            self._probes.add(index)
+            return False
+        return True
+
+    def learn(self, index: int, answer: Answer | None) -> bool:
+        """Takes the server's answer to a frame that passed; True when the threshold had to loosen."""
+        boxes = answer.boxes if isinstance(answer, Detection) else ()
+        hit = any(b.class_id in self.promise.class_ids and b.score >= SURE for b in boxes)
+        if index not in self._probes:
+            self._passed_hits += hit
+            return False
+        self._probes.discard(index)
+        self._probed += 1
+        self._missed += hit
+        if not hit or not self._broken():
+            return False
+        self.threshold *= _LOOSEN
+        self.loosened += 1
+        self._probed = self._missed = self._passed_hits = 0
+        return True
+
+    @property
+    def live_recall(self) -> float | None:
+        """Share of the frames of interest that passed, estimated from the probes; None before the first."""
+        if not self._probed:
+            return None
+        missed = self._missed * self._probe_every
+        return self._passed_hits / (self._passed_hits + missed) if self._passed_hits + missed else None
+
+    def _broken(self) -> bool:
+        """Whether so many misses among the probes are unlikely under the promise.
+
+        Of the stopped frames, at most (1 - recall) / recall x the hits that passed may hold something; each probe finds
+        such a frame with that share. One-sided test at 5 %.
+        """
+        if self.promise.recall <= 0:
+            return False
+        allowed = (1 - self.promise.recall) / self.promise.recall * self._passed_hits
+        share = min(1.0, allowed / max(1, self._probed * self._probe_every))
+        fewer = sum(comb(self._probed, k) * share**k * (1 - share) ** (self._probed - k) for k in range(self._missed))
+        return 1 - fewer < 1 - _CONFIDENCE

@@ -1,0 +1,121 @@
+"""What a pipeline is made of: its settings, and the contracts of what it works with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from edge_client.capture import Delivery
+from edge_client.control import Controller
+from edge_client.device import DeviceWorker
+from edge_client.engine import Encoded, Engine
+from edge_client.frames import CapturedFrame, Clock, FrameReport
+from edge_client.interest import InterestGate
+from edge_client.session import Gate
+from protos.errors import HeadtailError
+from protos.messages import FrameLayer
+from splitters.preprocess import Frame
+
+
+class Frames(Protocol):
+    """Where frames come from; ``edge_client.capture.Capture`` in earnest."""
+
+    live: bool
+    fps: float
+    note: str
+
+    async def start(self) -> None:
+        """Opens the source."""
+
+    async def next(self) -> Delivery | None:
+        """The next frame, None at the end."""
+        ...
+
+    def close(self) -> tuple[CapturedFrame, ...]:
+        """Ends it; frames never taken."""
+        ...
+
+
+class Link(Protocol):
+    """The stream; ``edge_client.session.Session`` in earnest."""
+
+    up: bool
+    welcomed: asyncio.Event
+    failed: asyncio.Event
+    error: HeadtailError | None
+
+    async def run(self) -> None:
+        """Connects and reconnects until closed."""
+
+    def send(self, layers: list[FrameLayer], *, deadline_ns: int | None, gate: Gate | None = None) -> int:
+        """Queues a frame; the id its answer will carry."""
+        ...
+
+    def restart(self) -> None:
+        """Hello again."""
+
+    def close(self) -> None:
+        """Goodbye."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineConfig:
+    """What a pipeline is asked to do.
+
+    Attributes:
+        model: the name asked for at the server; empty: its default.
+        deadline_ms: from capture to answer; 0: none.
+        max_in_flight: frames unanswered at a time; 0: what controller and server allow.
+        wait_for_server_s: how long frames wait for a server before the local model answers them (files), or the start
+            does (cameras).
+        point_id: always this operating point; None: the controller chooses (cameras), or the most accurate (files).
+        keep_images: reports carry the frame, for sinks that draw on it.
+        client_version: for the server's log.
+        group: cameras that share a bottleneck link.
+        change_gate: reuse the last answer where nothing moved.
+        temporal: predict latents from frames the server has acknowledged; for sources that are video.
+    """
+
+    model: str = ""
+    deadline_ms: float = 0.0
+    max_in_flight: int = 0
+    wait_for_server_s: float = 0.0
+    point_id: int | None = None
+    keep_images: bool = False
+    client_version: str = ""
+    group: str = ""
+    change_gate: bool = False
+    temporal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What a pipeline works with.
+
+    Attributes:
+        emit: is given every frame's report, in the order the frames were settled.
+        fetch: fetches the bundle of a hash and makes an engine of it, in the background.
+        sample: is shown some frames beside the model's input, for the comparison with JPEG.
+        controller: makes the controller of an engine, its link unknown as yet.
+        interest: makes the prefilter's gate of an engine; None: every frame goes on.
+    """
+
+    frames: Frames
+    worker: DeviceWorker
+    clock: Clock
+    emit: Callable[[FrameReport], None]
+    fetch: Callable[[str], Awaitable[Engine]]
+    controller: Callable[[Engine, float], Controller]
+    interest: Callable[[Engine], InterestGate | None] = lambda _engine: None
+    sample: Callable[[Frame, Frame], None] = lambda _frame, _image: None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shot:
+    """What the worker made of a frame."""
+
+    encoded: Encoded
+    input_image: Frame
+    local_image: Frame | None
