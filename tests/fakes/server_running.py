@@ -15,7 +15,7 @@ from typing import Any
 from edge_server.config import ServerConfig, TailConfig
 from edge_server.server import EdgeServer
 
-START_S = 60.0
+START_S = 120.0
 
 
 @asynccontextmanager
