@@ -13,7 +13,7 @@ from edge_client.engine import Engine
 from edge_client.flights import Flight
 from edge_client.frames import NS_PER_S, Outcome
 from edge_client.parts import Parts, PipelineConfig
-from edge_client.pipeline import Pipeline, offline
+from edge_client.pipeline import Pipeline
 from protos.errors import DrainingError, HeadtailError, OverloadedError, UnreachableError, VersionMismatchError, from_code
 from splitters.operating_point import OperatingPoint, best_point
 
@@ -69,7 +69,7 @@ class FilePipeline(Pipeline):
                 self._settle(flight, Outcome.DROPPED, "stopped")
                 return
             if flight.engine.local is None:
-                raise offline(self.link.error)
+                raise self.link.error or UnreachableError("no server answered")
             await self._answer_locally(flight)
             return
         if not self.ledger.is_open(flight.frame.index):  # its deadline passed while it waited

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from edge_client.control import Decision
 from edge_client.engine import Engine, Features
-from edge_client.frames import CapturedFrame
+from edge_client.frames import NS_PER_MS, CapturedFrame, FrameReport, Outcome
+from protos.messages import Answer
 from splitters.preprocess import Frame
 
 
@@ -44,6 +45,21 @@ class Flight:
     features: Features | None = None
     refusal: str = ""
     refusal_text: str = ""
+
+    def report(self, outcome: Outcome, reason: str, answer: Answer | None, detail: str, *, now_ns: int) -> FrameReport:
+        """What sinks and summary are told."""
+        return FrameReport(
+            frame=self.frame,
+            model=self.engine.model,
+            bundle_sha256=self.engine.sha256,
+            outcome=outcome,
+            reason=reason,
+            operating_point=self.point_id,
+            payload_bytes=self.payload_bytes,
+            stages_ms={**self.stages_ms, "total": (now_ns - self.frame.captured_ns) / NS_PER_MS},
+            answer=answer,
+            detail=detail,
+        )
 
 
 def latest_start(flights: Iterable[Flight], *, local_ns: int, margin_ns: int, now_ns: int) -> tuple[int, Flight] | None:

@@ -17,7 +17,8 @@ from edge_client.flights import Flight
 from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Outcome
 from edge_client.interest import InterestGate
 from edge_client.parts import Parts, PipelineConfig, Shot
-from edge_client.pipeline import Pipeline, offline
+from edge_client.pipeline import Pipeline
+from protos.errors import UnreachableError
 from protos.messages import Answer, Detection, Result
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class LivePipeline(Pipeline):
         # A server that is there gets a moment to say so: else the first frames would all be answered locally.
         there = await self._wait_for_server(self.config.wait_for_server_s)
         if not there and self.engine.local is None and not self._stopping:
-            raise offline(self.link.error)
+            raise self.link.error or UnreachableError("no server answered")
         if not self._stopping:
             await self._frames.start()
         self.controller = self._parts.controller(self.engine, self._frames.fps)

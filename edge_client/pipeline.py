@@ -17,11 +17,11 @@ from edge_client.capture import Delivery
 from edge_client.control import Local
 from edge_client.engine import NO_REFERENCE, Encoded, Engine, Features
 from edge_client.flights import Flight, latest_start
-from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, FrameReport, Ledger, Outcome
+from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Ledger, Outcome
 from edge_client.parts import Link, Parts, PipelineConfig, Shot
 from edge_client.session import Gate, Welcome
 from edge_client.timings import Timings
-from protos.errors import HeadtailError, OverloadedError, PayloadError, UnreachableError, VersionMismatchError
+from protos.errors import HeadtailError, OverloadedError, PayloadError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, Answer, FrameLayer, Grant, PayloadKind, Result
 from splitters.codec import Predictor, is_predicted
@@ -168,21 +168,8 @@ class Pipeline:
         frame = flight.frame
         if not self.ledger.settle(frame.index, outcome, reason):
             return False
-        total_ms = (self._clock() - frame.captured_ns) / NS_PER_MS
-        self._parts.emit(
-            FrameReport(
-                frame=frame if self.config.keep_images else replace(frame, image=None),
-                model=flight.engine.model,
-                bundle_sha256=flight.engine.sha256,
-                outcome=outcome,
-                reason=reason,
-                operating_point=flight.point_id,
-                payload_bytes=flight.payload_bytes,
-                stages_ms={**flight.stages_ms, "total": total_ms},
-                answer=answer,
-                detail=detail,
-            )
-        )
+        report = flight.report(outcome, reason, answer, detail, now_ns=self._clock())
+        self._parts.emit(report if self.config.keep_images else replace(report, frame=replace(frame, image=None)))
         self._on_settled(flight, outcome, answer)
         self._notify()
         return True
@@ -344,7 +331,11 @@ class Pipeline:
         log.info("bundle %s takes over from %s", self._next_engine.sha256[:12], self.engine.sha256[:12])
         self.engine, self._next_engine = self._next_engine, None
         self.controller = self._parts.controller(self.engine, self._frames.fps)
-        self.interest = self._parts.interest(self.engine)
+        try:
+            self.interest = self._parts.interest(self.engine)
+        except HeadtailError as error:  # the new bundle knows other classes: better every frame than none
+            log.warning("the prefilter is off: %s", error.message)
+            self.interest = None
         self.predictor = self._new_predictor()
         self.bundle_switches += 1
         self.note = ""
@@ -502,8 +493,3 @@ class Pipeline:
     def ping_due(self, now_ns: int) -> bool:
         """See ``SessionEvents``."""
         return self.controller.estimator.ping_due(now_ns)
-
-
-def offline(error: HeadtailError | None) -> HeadtailError:
-    """What to tell a person when no server came in time and there is no other way."""
-    return error if error is not None else UnreachableError("no server answered")
