@@ -1,0 +1,188 @@
+"""The client's cache and what it accepts from a server."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edge_client.bundles import BundleStore, _offsets, _Receiver, choose_model
+from edge_client.choices import believable, make_controller, measure
+from edge_client.engine import Engine
+from protos.errors import BundleError, HeadtailError, ProtocolError, UnknownModelError
+from protos.headtail.v1 import headtail_pb2 as pb
+from protos.messages import Classification
+from splitters.bundle import MANIFEST, Bundle
+from tests.fakes.bundles import write_tiny_bundle
+from tests.fakes.client_loop import VirtualLoop
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+def chunks(bundle: Bundle, size: int = 700) -> list[pb.BundleChunk]:
+    out = [pb.BundleChunk(manifest_json=(bundle.path / MANIFEST).read_bytes())]
+    for part in bundle.manifest.device_parts():
+        data = bundle.read_part(part.path)
+        pieces = [pb.PartChunk(path=part.path, offset=at, data=data[at : at + size]) for at in range(0, len(data), size)]
+        out += [pb.BundleChunk(part=piece) for piece in pieces]
+    return out
+
+
+def receive(directory: Path, bundle: Bundle, messages: list[pb.BundleChunk]) -> None:
+    directory.mkdir(exist_ok=True)
+    receiver = _Receiver(directory, bundle.sha256, _offsets(directory))
+    for message in messages:
+        receiver.take(message)
+    receiver.finish()
+
+
+def test_a_bundle_arrives_chunk_by_chunk_and_is_adopted(tmp_path: Path, bundle: Bundle) -> None:
+    store = BundleStore(tmp_path)
+    with store.partial(bundle.sha256) as directory:
+        receive(directory, bundle, chunks(bundle))
+        adopted = store.adopt(directory, bundle.sha256)
+    assert adopted.sha256 == bundle.sha256
+    assert not list((adopted.path).glob("server/*"))
+    again = store.open(bundle.sha256)
+    assert again is not None
+    assert store.open("f" * 64) is None
+
+
+def test_an_interrupted_fetch_is_resumed_where_it_stopped(tmp_path: Path, bundle: Bundle) -> None:
+    all_chunks = chunks(bundle)
+    with pytest.raises(BundleError, match="truncated"):
+        receive(tmp_path / "p", bundle, all_chunks[: len(all_chunks) // 2])
+    held = _offsets(tmp_path / "p")
+    assert held
+    rest = [c for c in all_chunks if c.WhichOneof("content") == "manifest_json" or c.part.offset >= held.get(c.part.path, 0)]
+    assert len(rest) < len(all_chunks)
+    receive(tmp_path / "p", bundle, rest)
+
+
+def test_a_part_altered_on_the_way_is_refused_and_fetched_whole_next_time(tmp_path: Path, bundle: Bundle) -> None:
+    bad = chunks(bundle)
+    last = bad[-1].part
+    last.data = bytes(len(last.data))
+    with pytest.raises(BundleError, match="altered"):
+        receive(tmp_path / "p", bundle, bad)
+    assert last.path not in _offsets(tmp_path / "p")
+
+
+def test_what_a_hostile_server_may_not_do(tmp_path: Path, bundle: Bundle) -> None:
+    good = chunks(bundle)
+    manifest = good[0]
+    cases: list[list[pb.BundleChunk]] = [
+        good[1:],  # no manifest
+        [pb.BundleChunk(manifest_json=manifest.manifest_json + b" ")],  # another manifest than promised
+        [manifest, manifest],
+        [manifest, pb.BundleChunk(part=pb.PartChunk(path="../evil", data=b"x"))],
+        [manifest, pb.BundleChunk(part=pb.PartChunk(path="server/tail.onnx", data=b"x"))],
+        [manifest, pb.BundleChunk(part=pb.PartChunk(path="device/stem.onnx", offset=5, data=b"x"))],
+        [manifest, pb.BundleChunk(part=pb.PartChunk(path="operating_points.json", data=bytes(100_000)))],
+        [manifest],
+    ]
+    for number, messages in enumerate(cases):
+        with pytest.raises((BundleError, ProtocolError)):
+            receive(tmp_path / f"case-{number}", bundle, messages)
+    assert not (tmp_path / "evil").exists()
+    assert not list(tmp_path.glob("**/tail.onnx"))
+
+
+def test_an_altered_cached_bundle_is_removed(tmp_path: Path, bundle: Bundle) -> None:
+    store = BundleStore(tmp_path)
+    shutil.copytree(bundle.path, store.path(bundle.sha256))
+    (store.path(bundle.sha256) / "device" / "stem.onnx").write_bytes(b"")
+    assert store.open(bundle.sha256) is None
+    assert not store.path(bundle.sha256).exists()
+
+
+def test_what_is_remembered_of_servers(tmp_path: Path) -> None:
+    store = BundleStore(tmp_path)
+    assert store.remembered("host:1", "") is None
+    store.remember("host:1", "", "a" * 64)
+    store.remember("host:1", "other", "b" * 64)
+    assert BundleStore(tmp_path).remembered("host:1", "") == "a" * 64
+    assert store.remembered("host:1", "other") == "b" * 64
+    (tmp_path / "servers.json").write_text('{"host:1 ": "../../etc", "x": 3')
+    assert store.remembered("host:1", "") is None
+    (tmp_path / "servers.json").write_text('{"host:1 ": "../../etc"}')
+    assert store.remembered("host:1", "") is None
+
+
+def test_two_clients_of_a_device_do_not_write_into_each_other(tmp_path: Path) -> None:
+    store = BundleStore(tmp_path)
+    with store.partial("a" * 64) as one, store.partial("a" * 64) as two:
+        assert one != two
+    assert one.exists()
+    assert not two.exists()
+
+
+def test_choosing_a_model() -> None:
+    models = [pb.ModelInfo(name="a"), pb.ModelInfo(name="b")]
+    assert choose_model(models, "", "h").name == "a"
+    assert choose_model(models, "b", "h").name == "b"
+    with pytest.raises(UnknownModelError, match="a, b"):
+        choose_model(models, "c", "h")
+
+
+# ---------------------------------------------------------------- the engine
+
+
+def test_an_engine_encodes_and_answers(bundle: Bundle) -> None:
+    import numpy as np
+
+    loop = VirtualLoop()
+    engine = Engine(bundle, clock=loop.clock)
+    frame = np.random.default_rng(1).integers(0, 256, (50, 70, 3), np.uint8)
+    features = engine.features(frame)
+    encoded = engine.encode(features, bundle.points[0])
+    assert engine.codec.decode(list(encoded.payloads)).complete
+    assert encoded.payload_bytes == sum(map(len, encoded.payloads))
+    jpeg = engine.compress(engine.picture(frame), "jpeg", 75)
+    assert jpeg.symbols is None
+    assert jpeg.payloads[0][:2] == b"\xff\xd8"
+    assert engine.local is not None
+    answer, _ = engine.local.answer(engine.local.prepare(frame), (70, 50))
+    assert isinstance(answer, Classification)
+    assert len(answer.top) == 5
+    loop.close()
+
+
+def test_a_head_that_is_no_model_is_a_bundle_error(tmp_path: Path, bundle: Bundle) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(bundle.path, broken)
+    (broken / "device" / "stem.onnx").write_bytes(b"no model")
+    import dataclasses
+
+    with pytest.raises(HeadtailError, match="stem"):
+        Engine(dataclasses.replace(bundle, path=broken), clock=lambda: 0)
+
+
+def test_device_times_are_measured_once_and_kept(tmp_path: Path, bundle: Bundle) -> None:
+    ticks = iter(range(0, 10**12, 1_000_000))
+    engine = Engine(bundle, clock=lambda: next(ticks))
+    times = measure(engine, clock=lambda: next(ticks), cache=tmp_path)
+    assert set(times.head_ms) == {p.id for p in bundle.points}
+    assert times.local_ms is not None
+    assert measure(engine, clock=lambda: 1 // 0, cache=tmp_path) == times
+    controller = make_controller(engine, times, fps=30)
+    assert controller.config.fps == 30
+
+
+def test_unmeasured_points_get_believable_stand_ins(bundle: Bundle) -> None:
+    import dataclasses
+
+    from splitters.operating_point import UNMEASURED
+
+    engine = Engine(bundle, clock=lambda: 0)
+    bare = tuple(dataclasses.replace(p, accuracy=0.0, payload_bytes=UNMEASURED) for p in bundle.points)
+    table = believable(bare, engine)
+    by_bits = sorted(table, key=lambda p: p.bits)
+    assert [p.accuracy for p in by_bits] == sorted(p.accuracy for p in table)
+    assert [p.payload_bytes.p50 for p in by_bits] == sorted(p.payload_bytes.p50 for p in table)
+    assert all(p.accuracy > 0 and p.payload_bytes.p50 > 0 for p in table)
+    assert believable(bundle.points, engine) == list(bundle.points)
