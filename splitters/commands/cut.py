@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from splitters.sources import Source
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-YOLOX_PREPROCESS = {
+YOLOX_PREPROCESS: dict[str, Any] = {
     "resize": "letterbox", "anchor": "top_left", "pad": 114, "interpolation": "bilinear",
     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
 }  # fmt: skip
@@ -120,7 +120,8 @@ def _serving(source: Source, args: argparse.Namespace) -> Serving:
             spec = Preprocess(size_px=spec.size_px, **YOLOX_PREPROCESS)
     if args.preprocess:
         try:
-            spec = Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in _read_json(args.preprocess).items()})
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in _read_json(args.preprocess).items()}
+            spec = Preprocess(**fields)
         except TypeError as error:
             raise ConfigError(f"{args.preprocess}: {error}") from error
     return Serving(
@@ -151,7 +152,8 @@ def read_photos(folder: Path | None, at_most: int) -> list[Frame]:
             from skimage import data
         except ModuleNotFoundError as error:
             raise SourceError("photographs are needed to choose the codec's scales: give --photos DIR") from error
-        return [picture[..., ::-1].copy() for picture in (data.astronaut(), data.chelsea(), data.coffee(), data.rocket())]
+        shipped: tuple[Callable[[], Frame], ...] = (data.astronaut, data.chelsea, data.coffee, data.rocket)
+        return [picture()[..., ::-1].copy() for picture in shipped]
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
     if not files:
         raise SourceError(f"{folder} holds no photographs ({', '.join(PHOTO_SUFFIXES)})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,7 @@ def sample_picture(path: Path | None, source: Source) -> tuple[Frame, Preprocess
             from skimage import data
         except ModuleNotFoundError as error:
             raise SourceError("a photograph is needed to measure compressed bytes: give --image FILE") from error
-        picture, where = np.ascontiguousarray(data.astronaut()[..., ::-1]), "scikit-image's astronaut (NASA, public domain)"
+        astronaut: Callable[[], Frame] = data.astronaut
+        picture, where = np.ascontiguousarray(astronaut()[..., ::-1]), "scikit-image's astronaut (NASA, public domain)"
     _, jpeg = cv2.imencode(".jpg", input_image(picture, spec), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     return picture, spec, where, int(jpeg.size)

@@ -39,10 +39,14 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from splitters.cutting.trace import flat_inputs
+    from splitters.detector_bundle import backbone_source
+    from splitters.models.detectors import is_detector
     from splitters.preprocess import preprocess
     from splitters.profiling import profile
 
     source = load_model(args)
+    if is_detector(source.model):
+        source = backbone_source(source)
     picture, spec, where, jpeg_bytes = sample_picture(args.image, source)
     image = flat_inputs(torch.from_numpy(preprocess(picture, spec)))
     table = profile(source.model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s)

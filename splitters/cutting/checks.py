@@ -16,7 +16,8 @@ from protos.errors import CutError, HeadtailError
 def inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside; every module's own mode is put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in modes:  # not model.eval(), which the modules of exported programs refuse
+        module.training = False
     try:
         with torch.no_grad():
             yield

@@ -79,6 +79,8 @@ def inline_regions(module: fx.GraphModule) -> None:
             raise ValueError("the model switches autocast on inside; trace it without")
         body_node, *arguments = node.args[_REGIONS[name] :]
         body = module.get_submodule(str(body_node.target))
+        if not isinstance(body, fx.GraphModule):
+            raise TypeError(f"the region {body_node.target} is no graph")
         env: dict[fx.Node, Any] = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), arguments, strict=True))
         result: Any = None
         with module.graph.inserting_before(node):

@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 from protos.errors import ConfigError, MissingDependencyError, ModelError
 from splitters.cutting.checks import first_line
 
-
 OPSET = 16  # the newest of which onnx2torch knows most operators; later files are converted down
 
 

@@ -211,11 +211,13 @@ def _data_nodes(trace: Trace) -> set[fx.Node]:
 
 
 def _module(root: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
-    graph.eliminate_dead_code()
-    for node in reversed(list(graph.nodes)):
+    """The graph as a module that holds only what it uses; dead nodes are found with the modules at hand."""
+    whole = fx.GraphModule(root, graph)
+    whole.graph.eliminate_dead_code()
+    for node in reversed(list(whole.graph.nodes)):
         if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
-    graph.lint()
-    module = fx.GraphModule(root, graph, class_name=name)
+            whole.graph.erase_node(node)
+    whole.graph.lint()
+    module = fx.GraphModule(whole, whole.graph, class_name=name)
     module.eval()
     return module

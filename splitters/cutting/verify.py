@@ -95,8 +95,8 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _scale(tensor: Tensor) -> float:
     """The unit of relative differences: the standard deviation, or the size where all elements are equal."""
-    spread = float(tensor.double().std(correction=0)) if tensor.numel() else 0.0
-    return spread or float(tensor.double().abs().amax() if tensor.numel() else 0.0) or 1.0
+    spread = float(tensor.detach().double().std(correction=0)) if tensor.numel() else 0.0
+    return spread or float(tensor.detach().double().abs().amax() if tensor.numel() else 0.0) or 1.0
 
 
 def _difference(wanted: list[Tensor], got: list[Tensor], at: str) -> tuple[float, float, float]:

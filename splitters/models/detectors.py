@@ -224,7 +224,9 @@ class DetectorSplit:
             got = self(photos)
         before = _compare(wanted_before, got_before)
         if not before <= tolerance:
-            raise CutError(f"the detector cut at {self.backbone.at!r} is wrong: before suppression a tensor differs by {before:.3g}")
+            raise CutError(
+                f"the detector cut at {self.backbone.at!r} is wrong: before suppression a tensor differs by {before:.3g}"
+            )
         count, iou, score = 0, 1.0, 0.0
         for w, g in zip(wanted, got, strict=True):
             if len(w["boxes"]) != len(g["boxes"]):
@@ -233,9 +235,7 @@ class DetectorSplit:
             count, iou, score = count + len(w["boxes"]), min(iou, closest), max(score, distance)
         if iou < 0.999 or score > 1e-3:
             raise CutError(f"the cut detector's objects differ: overlap {iou:.4f}, scores {score:.2g}")
-        return DetectorVerification(
-            boxes=count, worst_before_nms=before, worst_iou=iou, worst_score=score, backbone=backbone
-        )
+        return DetectorVerification(boxes=count, worst_before_nms=before, worst_iou=iou, worst_score=score, backbone=backbone)
 
 
 def match(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> tuple[float, float]:
@@ -335,7 +335,8 @@ def build_tail(name: str, spec: Mapping[str, Any], state: Mapping[str, Tensor]) 
         detector.load_state_dict(dict(state), strict=True)
         set_score_min(detector, float(spec["score_min"]))
         height, width = (int(s) for s in spec["input_size"])
-        preprocess = Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in spec["preprocess"].items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["preprocess"].items()}
+        preprocess = Preprocess(**fields)
         split = Cutter(detector.backbone, torch.zeros(1, 3, height, width)).split(str(spec["at"]).removeprefix(PREFIX))
     except (RuntimeError, KeyError, TypeError, ValueError, CutError) as error:
         raise BundleError(f"the tail does not fit torchvision:{name}: {str(error).splitlines()[0]}") from error
