@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the bench; exit 1 if any detector fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photo", type=Path)
+    parser.add_argument("--cuts", type=int, default=3, help="at most so many a detector (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=list(ZOO), choices=list(ZOO), metavar="NAME")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, failed = [], {}
     for name in arguments.only:
         options, cuts = ZOO[name]
-        for at in cuts:
+        for at in cuts[: arguments.cuts]:
             start = time.perf_counter()
             try:
                 row = check(name, at, photo, options)
