@@ -28,12 +28,12 @@ imports: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 proto: $(VENV)/.dev   ## regenerate the stubs after a change of the schema
-	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/headtail/v1/headtail.proto
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/headtail/v1/*.proto
 
 proto-check: $(VENV)/.dev
 	rm -rf build/proto && mkdir -p build/proto
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=build/proto --pyi_out=build/proto --grpc_python_out=build/proto \
-	  protos/headtail/v1/headtail.proto
+	  protos/headtail/v1/*.proto
 	for f in build/proto/protos/headtail/v1/*; do diff -u protos/headtail/v1/$$(basename $$f) $$f; done
 
 $(VENV)/bin/python:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
@@ -35,14 +36,14 @@ class Ingress:
     def __init__(self, services: Services) -> None:
         self.sessions: set[Session] = set()
         self.calls = 0  # unary calls under way
-        self._s = services
+        self.services = services
         self._fetches = asyncio.Semaphore(services.limits.max_fetches)
         self._retiring: set[asyncio.Task[None]] = set()
-        self._draining = False
+        self.draining = False
 
     def drain(self, grace_ns: int) -> None:
         """No new work; the sessions are told."""
-        self._draining = True
+        self.draining = True
         for session in self.sessions:
             session.drain(grace_ns)
 
@@ -50,6 +51,21 @@ class Ingress:
         """Sessions end once they have sent what they owe."""
         for session in self.sessions:
             session.finish()
+
+    @asynccontextmanager
+    async def call(self) -> AsyncIterator[None]:
+        """Around a unary call that needs the tail: the shutdown waits for it.
+
+        Raises:
+            DrainingError: the shutdown has begun.
+        """
+        if self.draining:
+            raise DrainingError("the server is shutting down")
+        self.calls += 1
+        try:
+            yield
+        finally:
+            self.calls -= 1
 
     # ------------------------------------------------------------ the calls
 
@@ -59,26 +75,22 @@ class Ingress:
             checked(request)
         models = [
             pb.ModelInfo(name=m.name, task=m.bundle.manifest.task, bundle_sha256=m.sha256, device_bytes=m.device_bytes)
-            for m in self._s.store.all()
+            for m in self.services.store.all()
         ]
-        return pb.ListModelsResponse(models=models, protocol_version=PROTOCOL_VERSION, server_version=self._s.version)
+        return pb.ListModelsResponse(models=models, protocol_version=PROTOCOL_VERSION, server_version=self.services.version)
 
     async def FetchBundle(self, request: pb.FetchBundleRequest, context: Context) -> AsyncIterator[pb.BundleChunk]:  # noqa: N802
         """A bundle's device part. Frames of other sessions go between two chunks."""
         async with translated(context), self._fetches:
-            model = self._s.store.get(checked(request).model)
+            model = self.services.store.get(checked(request).model)
             for chunk in chunks(model, request.bundle_sha256, request.have):
                 yield chunk
                 await asyncio.sleep(0)
 
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:  # noqa: N802
         """One frame, one answer."""
-        self.calls += 1
-        try:
-            async with translated(context):
-                return await self._infer(checked(request), context)
-        finally:
-            self.calls -= 1
+        async with translated(context), self.call():
+            return await self._infer(checked(request), context)
         raise AssertionError  # translated() has ended the call
 
     async def Session(self, request_iterator: Any, context: Context) -> None:  # noqa: N802
@@ -86,31 +98,29 @@ class Ingress:
         del request_iterator  # read() on the context waits without a generator in between
         async with translated(context):
             client = client_of(context)
-            if self._draining:
+            if self.draining:
                 raise DrainingError("the server is shutting down")
-            if len(self.sessions) >= self._s.limits.max_sessions:
+            if len(self.sessions) >= self.services.limits.max_sessions:
                 raise LimitError(f"{len(self.sessions)} sessions are open, the most this server allows", retryable=True)
             with client.session():
-                session = Session(self._s, context, client)
+                session = Session(self.services, context, client)
                 self.sessions.add(session)
                 try:
                     await session.run()
                 except HeadtailError as error:
-                    self._s.metrics.on_refused(error.code)
+                    self.services.metrics.on_refused(error.code)
                     log.info("session %s ended: %s", session.id, error.message)
                     raise
                 finally:
                     self.sessions.discard(session)
 
     async def _infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:
-        now_ns = self._s.clock()
-        if self._draining:
-            raise DrainingError("the server is shutting down")
+        now_ns = self.services.clock()
         if request.protocol_version != PROTOCOL_VERSION:
             raise VersionMismatchError(
                 f"the client speaks protocol version {request.protocol_version}, this server {PROTOCOL_VERSION}"
             )
-        model = self._s.store.get(request.model)
+        model = self.services.store.get(request.model)
         frame = self._frame(request, now_ns)
         if request.bundle_sha256 != model.sha256:
             raise VersionMismatchError(
@@ -119,13 +129,13 @@ class Ingress:
         refusal = client_of(context).admit_frame(frame.payload_bytes, now_ns)
         if refusal is not None:
             raise refusal
-        result = await self._s.answerer.answer(model, frame, ReferenceStore())
+        result = await self.services.answerer.answer(model, frame, ReferenceStore())
         return pb.InferResponse(result=result.to_proto())
 
     def _frame(self, request: pb.InferRequest, now_ns: int) -> Frame:
         if not 1 <= len(request.layers) <= MAX_LAYERS:
             raise ProtocolError(f"a frame has 1..{MAX_LAYERS} layers, got {len(request.layers)}")
-        limits = self._s.limits
+        limits = self.services.limits
         layers = [FrameLayer.from_proto(layer, max_payload_bytes=limits.max_payload_bytes) for layer in request.layers]
         first = layers[0]
         for index, layer in enumerate(layers):
@@ -142,13 +152,13 @@ class Ingress:
     async def reload(self) -> None:
         """Reads the bundles from disk again and puts changed ones into use; sessions are told."""
         loop = asyncio.get_running_loop()
-        for model in await loop.run_in_executor(None, self._s.store.changed):
+        for model in await loop.run_in_executor(None, self.services.store.changed):
             try:
-                await self._s.backend.load(model.bundle)
+                await self.services.backend.load(model.bundle)
             except HeadtailError as error:
                 log.error("%s: kept as it was: %s", model.name, error.message)
                 continue
-            old = self._s.store.replace(model)
+            old = self.services.store.replace(model)
             log.info("%s: bundle %s replaces %s", model.name, model.sha256[:12], old.sha256[:12])
             for session in self.sessions:
                 session.tell_replaced(model)
@@ -160,8 +170,8 @@ class Ingress:
         async def wait() -> None:
             while any(s.model is not None and s.model.sha256 == sha256 for s in self.sessions):
                 await asyncio.sleep(1.0)
-            if all(m.sha256 != sha256 for m in self._s.store.all()):
-                await self._s.backend.unload(sha256)
+            if all(m.sha256 != sha256 for m in self.services.store.all()):
+                await self.services.backend.unload(sha256)
 
         task = asyncio.create_task(wait())
         self._retiring.add(task)

@@ -26,6 +26,7 @@ from edge_server.config import SecurityConfig, ServerConfig, split_address
 from edge_server.ingress import Ingress
 from edge_server.metrics import Metrics, NoMetrics, PrometheusMetrics
 from edge_server.models import ModelStore
+from edge_server.open_inference import OpenInference
 from edge_server.session import Services
 from protos.errors import ConfigError
 
@@ -135,9 +136,17 @@ class EdgeServer:
             options=channel_options(self.config),
             maximum_concurrent_rpcs=self.config.limits.max_sessions + 256,
         )
-        server.add_generic_rpc_handlers((wire.handler(self._ingress),))
+        standard = OpenInference(self._ingress)
+        server.add_generic_rpc_handlers(
+            (
+                wire.handler(wire.SERVICE, wire.HEADTAIL, self._ingress),
+                wire.handler(wire.OPEN_INFERENCE_SERVICE, wire.OPEN_INFERENCE, standard),
+            )
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((wire.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection(
+            (wire.SERVICE, wire.OPEN_INFERENCE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
         self.address = _bind(server, self.config)
         await server.start()
         self._server = server

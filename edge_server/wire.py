@@ -5,7 +5,7 @@ gRPC would otherwise end such a call with a bare UNKNOWN, or leave a stream's re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import grpc
@@ -13,8 +13,10 @@ from google.protobuf.message import DecodeError, Message
 
 from protos.errors import ProtocolError
 from protos.headtail.v1 import headtail_pb2 as pb
+from protos.headtail.v1 import open_inference_pb2 as oip
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Headtail"].full_name
+OPEN_INFERENCE_SERVICE: Final = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 
 class Malformed:
@@ -49,18 +51,26 @@ def checked(request: Any) -> Any:
     return request
 
 
-def handler(servicer: Any) -> grpc.GenericRpcHandler[Any, Any]:
-    """All calls of the service, for ``add_generic_rpc_handlers``."""
-    methods = {
-        "ListModels": (grpc.unary_unary_rpc_method_handler, pb.ListModelsRequest),
-        "FetchBundle": (grpc.unary_stream_rpc_method_handler, pb.FetchBundleRequest),
-        "Infer": (grpc.unary_unary_rpc_method_handler, pb.InferRequest),
-        "Session": (grpc.stream_stream_rpc_method_handler, pb.ClientMessage),
-    }
+Call = tuple[Callable[..., Any], type[Message]]
+
+HEADTAIL: Final[Mapping[str, Call]] = {
+    "ListModels": (grpc.unary_unary_rpc_method_handler, pb.ListModelsRequest),
+    "FetchBundle": (grpc.unary_stream_rpc_method_handler, pb.FetchBundleRequest),
+    "Infer": (grpc.unary_unary_rpc_method_handler, pb.InferRequest),
+    "Session": (grpc.stream_stream_rpc_method_handler, pb.ClientMessage),
+}
+OPEN_INFERENCE: Final[Mapping[str, Call]] = {
+    name: (grpc.unary_unary_rpc_method_handler, getattr(oip, f"{name}Request"))
+    for name in ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
+}
+
+
+def handler(service: str, calls: Mapping[str, Call], servicer: Any) -> grpc.GenericRpcHandler[Any, Any]:
+    """All calls of a service, for ``add_generic_rpc_handlers``."""
     return grpc.method_handlers_generic_handler(
-        SERVICE,
+        service,
         {
             name: make(getattr(servicer, name), request_deserializer=_reader(kind), response_serializer=_writer)
-            for name, (make, kind) in methods.items()
+            for name, (make, kind) in calls.items()
         },
     )
