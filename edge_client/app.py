@@ -133,7 +133,7 @@ class Client:
         executor = ThreadExecutor()
         parts = Parts(
             frames=capture, worker=DeviceWorker(executor), clock=self._clock, emit=sinks.take, sample=sampler.offer,
-            fetch=functools.partial(self._fetch, endpoint, model), controller=self._controller,
+            fetch=functools.partial(self._fetch, endpoint, model), controller=self._controller, times=lambda: self._times,
             interest=functools.partial(self._interest, wanted=_wanted(config.prefilter, source, live)),
         )  # fmt: skip
         settings = PipelineConfig(

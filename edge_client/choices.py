@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.control import ControlConfig, Controller, LocalOption
+from edge_client.control import ControlConfig, Controller, Decision, Local, LocalOption, Split
 from edge_client.engine import Engine
 from edge_client.frames import NS_PER_MS, NS_PER_S, Clock
 from protos.errors import BundleError
@@ -38,6 +38,11 @@ class DeviceTimes:
 
     head_ms: Mapping[int, Quantiles] = field(default_factory=dict)
     local_ms: Quantiles | None = None
+
+    def choices(self) -> dict[Decision, Quantiles]:
+        """The same by the controller's choices."""
+        local: dict[Decision, Quantiles] = {Local(): self.local_ms} if self.local_ms else {}
+        return {**{Split(point_id=i): ms for i, ms in self.head_ms.items()}, **local}
 
 
 def measure(engine: Engine, *, clock: Clock = time.monotonic_ns, cache: Path | None = None) -> DeviceTimes:

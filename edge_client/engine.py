@@ -10,10 +10,10 @@ import cv2
 
 from edge_client.frames import NS_PER_MS, Clock
 from edge_client.head import Floats, Head, open_graph
-from protos.errors import BundleError, ConfigError, ModelError
-from protos.messages import Answer
+from protos.errors import BundleError, ConfigError, ModelError, PayloadError
+from protos.messages import Answer, Result
 from splitters.bundle import Bundle
-from splitters.codec import LatentCodec, Symbols, codec_from_spec
+from splitters.codec import LatentCodec, Predictor, Symbols, codec_from_spec
 from splitters.operating_point import OperatingPoint
 from splitters.postprocess import build_postprocess
 from splitters.preprocess import Frame, input_image, normalise
@@ -138,6 +138,14 @@ class Engine:
         start_ns = self._clock()
         image = self.input_image(frame)
         return Features(maps=[], image=image, preprocess_ns=self._clock() - start_ns, stem_ns=0)
+
+
+def learn_reference(predictor: Predictor, result: Result) -> None:
+    """What a result says of the symbols the server holds for temporal prediction."""
+    if isinstance(result.error, PayloadError):
+        predictor.reset()  # the server lacks what we referred to: key frames until it says otherwise
+    elif result.error is None and result.layers_decoded:
+        predictor.acknowledged(result.frame_id, result.layers_decoded, result.symbols_crc32)
 
 
 def _open_codec(bundle: Bundle) -> LatentCodec:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edge_client.capture import Delivery
+from edge_client.choices import DeviceTimes
 from edge_client.control import Controller
 from edge_client.device import DeviceWorker
 from edge_client.engine import Encoded, Engine
@@ -99,6 +100,7 @@ class Parts:
         fetch: fetches the bundle of a hash and makes an engine of it, in the background.
         sample: is shown some frames beside the model's input, for the comparison with JPEG.
         controller: makes the controller of an engine, its link unknown as yet.
+        times: of the device, as measured for the engine loaded last.
         interest: makes the prefilter's gate of an engine; None: every frame goes on.
     """
 
@@ -108,6 +110,7 @@ class Parts:
     emit: Callable[[FrameReport], None]
     fetch: Callable[[str], Awaitable[Engine]]
     controller: Callable[[Engine, float], Controller]
+    times: Callable[[], DeviceTimes] = DeviceTimes
     interest: Callable[[Engine], InterestGate | None] = lambda _engine: None
     sample: Callable[[Frame, Frame], None] = lambda _frame, _image: None
 

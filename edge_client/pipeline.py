@@ -14,18 +14,18 @@ from dataclasses import replace
 from functools import partial
 
 from edge_client.capture import Delivery
-from edge_client.control import Local
-from edge_client.engine import NO_REFERENCE, Encoded, Engine, Features
+from edge_client.control import Decision, Local
+from edge_client.engine import NO_REFERENCE, Encoded, Engine, Features, learn_reference
 from edge_client.flights import Flight, latest_start
 from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Ledger, Outcome
 from edge_client.parts import Link, Parts, PipelineConfig, Shot
 from edge_client.session import Gate, Welcome
-from edge_client.timings import Timings
-from protos.errors import HeadtailError, OverloadedError, PayloadError, VersionMismatchError
+from edge_client.timings import DevicePace, Timings
+from protos.errors import HeadtailError, OverloadedError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, Answer, FrameLayer, Grant, PayloadKind, Result
 from splitters.codec import Predictor, is_predicted
-from splitters.operating_point import OperatingPoint
+from splitters.operating_point import OperatingPoint, Quantiles
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class Pipeline:
         self._worker = parts.worker
         self.controller = parts.controller(engine, 0.0)
         self.timings = Timings()
+        self._pace = self._new_pace()
         self.predictor = self._new_predictor()
         self.interest = parts.interest(engine)
         self._flights: dict[int, Flight] = {}
@@ -204,10 +205,22 @@ class Pipeline:
         flight.local_image = shot.local_image
         self.timings.head.add(flight.encoded_ns - start_ns)
         if flight.decision is not None:
-            self.controller.on_device(flight.decision, flight.encoded_ns - start_ns, flight.encoded_ns)
+            self._on_device(flight.decision, flight.encoded_ns - start_ns)
         if flight.frame.image is not None:
             self._parts.sample(flight.frame.image, shot.input_image)
         return shot
+
+    def _on_device(self, decision: Decision, elapsed_ns: int) -> None:
+        """Tells the controller how long the device took, and what that means for the choices not made."""
+        self.controller.on_device(decision, elapsed_ns, self._clock())
+        factors = self._pace.add(decision.name, elapsed_ns)
+        if factors:
+            for other, ms in self._parts.times().choices().items():
+                if (factor := factors.get(other.name)) is not None:
+                    self.controller.set_device_ms(other, Quantiles(p50=ms.p50 * factor, p95=ms.p95 * factor))
+
+    def _new_pace(self) -> DevicePace:
+        return DevicePace({d.name: ms.p50 * NS_PER_MS for d, ms in self._parts.times().choices().items()})
 
     def _send(self, flight: Flight, encoded: Encoded, payloads: tuple[bytes, ...], *, gate: Gate | None = None) -> None:
         frame = flight.frame
@@ -266,7 +279,7 @@ class Pipeline:
         answer, elapsed_ms = done
         end_ns = self._clock()
         self.timings.local.add(int(elapsed_ms * NS_PER_MS))
-        self.controller.on_device(Local(), int(elapsed_ms * NS_PER_MS), end_ns)
+        self._on_device(Local(), int(elapsed_ms * NS_PER_MS))
         flight.stages_ms["local"] = elapsed_ms
         if limit_ns is not None and end_ns > limit_ns:
             self._settle(flight, Outcome.EXPIRED)
@@ -336,7 +349,7 @@ class Pipeline:
         except HeadtailError as error:  # the new bundle knows other classes: better every frame than none
             log.warning("the prefilter is off: %s", error.message)
             self.interest = None
-        self.predictor = self._new_predictor()
+        self.predictor, self._pace = self._new_predictor(), self._new_pace()
         self.bundle_switches += 1
         self.note = ""
         if self.link.up:
@@ -404,7 +417,7 @@ class Pipeline:
         """See ``SessionEvents``."""
         flight = self._flights.pop(result.frame_id, None)
         if self.predictor is not None:
-            self._learn_reference(self.predictor, result)
+            learn_reference(self.predictor, result)
         estimator = self.controller.estimator
         if isinstance(result.error, OverloadedError):
             estimator.on_refused(result.frame_id, now_ns)
@@ -434,13 +447,6 @@ class Pipeline:
             return
         self._on_answer(flight, result)
         self._settle(flight, Outcome.RESULT, answer=result.answer)
-
-    @staticmethod
-    def _learn_reference(predictor: Predictor, result: Result) -> None:
-        if isinstance(result.error, PayloadError):
-            predictor.reset()  # the server lacks what we referred to: key frames until it says otherwise
-        elif result.error is None and result.layers_decoded:
-            predictor.acknowledged(result.frame_id, result.layers_decoded, result.symbols_crc32)
 
     def _on_answer(self, flight: Flight, result: Result) -> None:
         """A hook for what learns from the server's answers."""

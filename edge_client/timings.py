@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 
 _DEFAULT_NS = 30_000_000
 
@@ -31,3 +32,33 @@ class Timings:
     def __init__(self) -> None:
         self.head = Recent()
         self.local = Recent()
+
+
+class DevicePace:
+    """How fast the device is now, against when its times were measured.
+
+    A device that was busy then, or is throttled now, is so for all it does: what one kind of work shows is applied to
+    the kinds that are not being done, and so would never be measured again.
+
+    Args:
+        measured_ns: median by the choice's name, at the start.
+    """
+
+    _EVERY = 16
+
+    def __init__(self, measured_ns: Mapping[str, float]) -> None:
+        self._measured_ns = measured_ns
+        self._recent: deque[tuple[str, int]] = deque(maxlen=self._EVERY)
+        self._seen = 0
+
+    def add(self, name: str, elapsed_ns: int) -> dict[str, float]:
+        """Takes a sample; every sixteen, returns the factor for each choice that was not among them."""
+        self._recent.append((name, elapsed_ns))
+        self._seen += 1
+        if self._seen % self._EVERY:
+            return {}
+        ratios = sorted(ns / self._measured_ns[n] for n, ns in self._recent if self._measured_ns.get(n, 0) > 0)
+        if len(ratios) < self._EVERY // 2:
+            return {}
+        done = {n for n, _ in self._recent}
+        return {n: ratios[len(ratios) // 2] for n in self._measured_ns if n not in done}

@@ -18,7 +18,7 @@ from edge_client.frames import CapturedFrame, FrameReport, Ledger, Outcome
 from edge_client.sinks import InOrder, JsonLines, to_json
 from edge_client.status import Status
 from edge_client.summary import JpegSampler, Summary
-from edge_client.timings import Recent
+from edge_client.timings import DevicePace, Recent
 from protos.errors import ConfigError
 from protos.messages import Box, Classification, ClassScore, Detection
 
@@ -161,6 +161,15 @@ def test_recent_quantiles_forget() -> None:
         recent.add(value)
     assert recent.quantile(0.0) == 3
     assert recent.quantile(0.95) == 100
+
+
+def test_a_device_that_was_busy_when_measured_is_believed_to_be_fast_again() -> None:
+    pace = DevicePace({"local": 100.0 * MS, "split 0": 200.0 * MS, "split 1": 300.0 * MS})
+    factors: dict[str, float] = {}
+    for _ in range(16):
+        factors = pace.add("local", 10 * MS) or factors
+    assert factors == {"split 0": pytest.approx(0.1), "split 1": pytest.approx(0.1)}
+    assert DevicePace({}).add("local", 10) == {}
 
 
 # ---------------------------------------------------------------- settings
