@@ -125,8 +125,8 @@ def read_codec(bundle: Bundle) -> LearnedCodec:
 
 
 def spread(bundle: Bundle) -> list[int]:
-    """Three operating points of the dearest encoders: most, middle and fewest bytes."""
-    graphs = max((p.graphs for p in bundle.points), key=len)
+    """Three operating points of the most accurate encoders: first, middle and last on the bitrate ladder."""
+    graphs = max(bundle.points, key=lambda p: (p.accuracy, len(p.graphs))).graphs
     same = [i for i, p in enumerate(bundle.points) if p.graphs == graphs]
     return [same[0], same[len(same) // 2], same[-1]]
 
