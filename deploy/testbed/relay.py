@@ -1,0 +1,150 @@
+"""Relay mode: two network namespaces joined by a pair of TUN devices, whose packets this process delays, paces and drops.
+
+The kernel's own TCP runs over it, so this is what the TCP model is checked against. Needs root, ``ip`` and
+``/dev/net/tun``; touches nothing outside of its two namespaces, and removes them at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import struct
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from deploy.testbed.link import LOST, Link, LinkConfig
+from deploy.testbed.shape import RealTime
+from protos.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+CLIENT_ADDRESS, SERVER_ADDRESS = "10.77.0.1", "10.77.0.2"
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+_MTU_BYTES = 1500
+
+
+def why_not() -> str:
+    """Why the relay cannot run here; empty: it can."""
+    if os.geteuid() != 0:
+        return "the relay needs root"
+    if not Path("/dev/net/tun").exists():
+        return "the kernel offers no /dev/net/tun"
+    try:
+        if subprocess.run(["ip", "netns", "list"], capture_output=True, check=False, timeout=10).returncode:
+            return "`ip netns` does not work here"
+    except (OSError, subprocess.TimeoutExpired):
+        return "the command `ip` (iproute2) is not installed"
+    return ""
+
+
+class Relay:
+    """An async context manager; inside it ``command`` prefixes programs so that they run at one end of the link.
+
+    Args:
+        up: from the client's end to the server's.
+        down: back.
+        seed: of loss and jitter.
+        congestion: the kernel's congestion control at both ends, e.g. ``cubic``.
+
+    Raises:
+        ConfigError: on entering, where it cannot run.
+    """
+
+    def __init__(self, up: LinkConfig, down: LinkConfig, *, seed: int = 0, congestion: str = "cubic") -> None:
+        self.up, self.down = Link(up, f"up/{seed}"), Link(down, f"down/{seed}")
+        self._congestion = congestion
+        self._tag = f"ht{os.getpid() % 100_000}"
+        self._spaces = (f"{self._tag}c", f"{self._tag}s")
+        self._fds: list[int] = []
+        self._time: RealTime | None = None
+        self._made: list[str] = []
+
+    def command(self, end: str, program: Sequence[str]) -> list[str]:
+        """``program`` run at ``end``, ``client`` or ``server``."""
+        return ["ip", "netns", "exec", self._spaces[end == "server"], *program]
+
+    async def __aenter__(self) -> Self:
+        reason = why_not()
+        if reason:
+            raise ConfigError(f"relay mode is not possible here: {reason}; use --mode shape")
+        try:
+            for space, device, own, other in (
+                (self._spaces[0], f"{self._tag}a", CLIENT_ADDRESS, SERVER_ADDRESS),
+                (self._spaces[1], f"{self._tag}b", SERVER_ADDRESS, CLIENT_ADDRESS),
+            ):
+                self._add(space, device, own, other)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self._remove()
+            raise ConfigError(f"relay mode is not possible here: {error}") from error
+        self._time = RealTime()
+        loop = asyncio.get_running_loop()
+        client, server = self._fds
+        loop.add_reader(client, self._forward, client, server, self.up)
+        loop.add_reader(server, self._forward, server, client, self.down)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        loop = asyncio.get_running_loop()
+        for fd in self._fds:
+            loop.remove_reader(fd)
+        if self._time is not None:
+            self._time.stop()
+        self._remove()
+
+    def _add(self, space: str, device: str, own: str, other: str) -> None:
+        _ip("netns", "add", space)
+        self._made.append(space)
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        self._fds.append(fd)
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", device.encode(), _IFF_TUN | _IFF_NO_PI))
+        _ip("link", "set", device, "netns", space)
+        _ip("-n", space, "addr", "add", own, "peer", other, "dev", device)
+        _ip("-n", space, "link", "set", device, "mtu", str(_MTU_BYTES), "txqueuelen", "1000", "up")
+        _ip("-n", space, "link", "set", "lo", "up")
+        setting = f"net.ipv4.tcp_congestion_control={self._congestion}"
+        done = subprocess.run(["ip", "netns", "exec", space, "sysctl", "-qw", setting], capture_output=True, check=False, timeout=10)
+        if done.returncode:
+            log.warning("the kernel keeps its own congestion control: %s", done.stderr.decode(errors="replace").strip())
+
+    def _remove(self) -> None:
+        for fd in self._fds:
+            with suppress(OSError):
+                os.close(fd)
+        for space in self._made:
+            with suppress(OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+                _ip("netns", "del", space)
+        self._fds, self._made = [], []
+
+    def _forward(self, source: int, target: int, link: Link) -> None:
+        real = self._time
+        if real is None:
+            return
+        real.catch_up()
+        for _ in range(64):
+            try:
+                packet = os.read(source, 65_536)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError as error:
+                log.debug("the device is gone: %s", error)
+                break
+            arrival_ns = link.send(len(packet), real.loop.now_ns)
+            if arrival_ns != LOST:
+                real.loop.at(arrival_ns, _deliver, (target, packet))
+        real.catch_up()
+
+
+def _deliver(row: tuple[int, bytes]) -> None:
+    target, packet = row
+    with suppress(OSError):  # a device that is full or gone drops, as a wire would
+        os.write(target, packet)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=10)
