@@ -19,7 +19,17 @@ from splitters.bundle import Bundle
 from splitters.codec import LatentCodec, codec_from_spec
 from splitters.evaluation.bdrate import BdRate, Curve, compare
 from splitters.evaluation.image_codecs import Setting, ladder
-from splitters.evaluation.measure import Device, Measured, Photos, encode_ms, load_photos, quantiles, run_image_codec, run_points, run_whole
+from splitters.evaluation.measure import (
+    Device,
+    Measured,
+    Photos,
+    encode_ms,
+    load_photos,
+    quantiles,
+    run_image_codec,
+    run_points,
+    run_whole,
+)
 from splitters.evaluation.tasks import AveragePrecision, Judge, TopOne, list_images, read_labels
 from splitters.operating_point import OperatingPoint, mark_pareto
 from splitters.tails import Tail, load_tail
@@ -86,10 +96,19 @@ class Report:
             "model": self.model, "photos": self.photos, "accuracy_metric": self.metric, "whole_model": self.whole,
             "points": [{**p.to_json(), "gap": self.gaps.get(p.id)} for p in self.points],
             "bd_rate_percent": {codec: r.percent if isinstance(r, BdRate) else None for codec, r in every.items()},
-            "bd_rates": {t: {c: asdict(r) if isinstance(r, BdRate) else r for c, r in row.items()} for t, row in self.bd_rates.items()},
-            "baselines": {c.name: [[label, *map(float, row)] for label, row in zip(c.labels, c.points(), strict=True)] for c in self.curves[1:]},
+            "bd_rates": {t: {c: _plain(r) for c, r in row.items()} for t, row in self.bd_rates.items()},
+            "baselines": {c.name: _table(c) for c in self.curves[1:]},
             "encode_ms": self.encode_ms,
         }  # fmt: skip
+
+
+def _plain(rate: BdRate | str) -> dict[str, float] | str:
+    return asdict(rate) if isinstance(rate, BdRate) else rate
+
+
+def _table(curve: Curve) -> list[list[str | float]]:
+    """Setting, mean bytes and accuracy of every point."""
+    return [[label, *map(float, row)] for label, row in zip(curve.labels, curve.points(), strict=True)]
 
 
 def open_codec(bundle: Bundle) -> LatentCodec:
@@ -147,7 +166,9 @@ def _limited(judge: Judge | None, config: EvaluateConfig, bundle: Bundle, tail: 
         elif config.labels is not None:
             judge = AveragePrecision(config.labels, files)
     photos = load_photos(files, bundle)
-    return (judge or TopOne.agreeing_with(run_whole(tail, photos), files)), photos
+    if judge is None:
+        judge = TopOne.agreeing_with(run_whole(tail, photos), files)
+    return judge, photos
 
 
 def _measure_points(bundle: Bundle, tail: Tail, photos: Photos, judge: Judge, tick: Tick) -> tuple[list[OperatingPoint], Curve]:
@@ -155,11 +176,19 @@ def _measure_points(bundle: Bundle, tail: Tail, photos: Photos, judge: Judge, ti
     times = Device(bundle).time_ms(photos.pictures[0], list(dict.fromkeys(p.graphs for p in bundle.points)))
     scorers = [judge.scorer(measured[p.id].answers) for p in bundle.points]
     points = [
-        replace(p, payload_bytes=quantiles(measured[p.id].sizes), accuracy=s(None), accuracy_metric=judge.metric, head_ms=times[p.graphs])
+        replace(
+            p,
+            payload_bytes=quantiles(measured[p.id].sizes),
+            accuracy=s(None),
+            accuracy_metric=judge.metric,
+            head_ms=times[p.graphs],
+        )
         for p, s in zip(bundle.points, scorers, strict=True)
     ]
     sizes = np.stack([measured[p.id].sizes for p in points])
-    curve = Curve(name=bundle.manifest.name, labels=tuple(str(p.id) for p in points), sizes=sizes, accuracy=lambda i, drawn: scorers[i](drawn))
+    curve = Curve(
+        name=bundle.manifest.name, labels=tuple(str(p.id) for p in points), sizes=sizes, accuracy=lambda i, drawn: scorers[i](drawn)
+    )
     return mark_pareto(points), curve
 
 
@@ -173,7 +202,9 @@ def _tier_curves(points: Sequence[OperatingPoint], curve: Curve) -> dict[str, Cu
         def accuracy(p: int, photos: Any, rows: list[int] = rows) -> float:
             return curve.accuracy(rows[p], photos)
 
-        tiers["+".join(graphs)] = Curve(name=curve.name, labels=tuple(curve.labels[i] for i in rows), sizes=curve.sizes[rows], accuracy=accuracy)
+        tiers["+".join(graphs)] = Curve(
+            name=curve.name, labels=tuple(curve.labels[i] for i in rows), sizes=curve.sizes[rows], accuracy=accuracy
+        )
     return tiers
 
 
@@ -184,7 +215,9 @@ def _try_compare(anchor: Curve, test: Curve, draws: int) -> BdRate | str:
         return error.message
 
 
-def _gaps(curve: Curve, points: Sequence[OperatingPoint], whole: Any, photos: int, draws: int) -> dict[int, tuple[float, float, float]]:
+def _gaps(
+    curve: Curve, points: Sequence[OperatingPoint], whole: Any, photos: int, draws: int
+) -> dict[int, tuple[float, float, float]]:
     rng = np.random.default_rng(0)
     drawn = [rng.integers(0, photos, photos) for _ in range(draws)]
     base = np.array([whole(d) for d in drawn])
@@ -199,14 +232,14 @@ def _image_curve(tail: Tail, photos: Photos, judge: Judge, codec: str, config: E
     settings = ladder(codec, min(photos.pictures.shape[1:3]), config.qualities)
     sizes, scorers = [], []
     for setting in settings:
-        measured = _cached(tail, photos, judge, setting, config.cache)
+        measured = _cached(tail, photos, setting, config.cache)
         sizes.append(measured.sizes)
         scorers.append(judge.scorer(measured.answers))
         tick(str(setting))
     return Curve(name=codec, labels=tuple(map(str, settings)), sizes=np.stack(sizes), accuracy=lambda i, drawn: scorers[i](drawn))
 
 
-def _cached(tail: Tail, photos: Photos, judge: Judge, setting: Setting, cache: Path | None) -> Measured:
+def _cached(tail: Tail, photos: Photos, setting: Setting, cache: Path | None) -> Measured:
     if cache is None:
         return run_image_codec(tail, photos, setting)
     from splitters.evaluation.cache import load, photos_key, store

@@ -39,8 +39,27 @@ def _detector(out: Path) -> Bundle:
     return export_plain(out)
 
 
+def _efficientnet_lite0(out: Path) -> Bundle:
+    from splitters.models.learned_export import WEIGHTS_FILE, export_learned
+
+    folder = WEIGHTS / "efficientnet-lite0"
+    return export_learned(out, folder) if (folder / WEIGHTS_FILE).is_file() else _efficientnet_lite0_plain(out)
+
+
+def _run(run: Path, out: Path) -> Bundle:
+    """The bundle of a directory that `splitters train` wrote."""
+    recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+    if recipe["config"]["cut"] is None:
+        from splitters.models.learned_export import export_learned
+
+        return export_learned(out, run)
+    from splitters.models.learned_export_any import export_run
+
+    return export_run(run, out)
+
+
 EXPORTERS: Mapping[str, Callable[[Path], Bundle]] = {
-    "efficientnet-lite0": _efficientnet_lite0_plain,
+    "efficientnet-lite0": _efficientnet_lite0,
     PLAIN: _efficientnet_lite0_plain,
     "detector": _detector,
 }
@@ -75,6 +94,8 @@ def export(what: str, out: Path) -> Bundle:
     Raises:
         UnknownModelError: no default has that name.
     """
+    if (Path(what) / "recipe.json").is_file():
+        return _run(Path(what), out)
     if what not in EXPORTERS:
         raise UnknownModelError(f"{what!r} is no default model; there are {', '.join(EXPORTERS)}, or give a bundle's directory")
     log.info("exporting %s to %s", what, out)

@@ -14,13 +14,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "evaluate",
         help="accuracy against real payload bytes, beside image codecs",
-        description="Measures every operating point of a bundle on a folder of photos, through real payloads, beside the same model fed with "
-        "compressed images at every quality and size, and rewrites the bundle's operating-point table with its Pareto frontier.",
+        description="Measures every operating point of a bundle on a folder of photos, through real payloads, beside the same "
+        "model fed with compressed images at every quality and size, and rewrites the bundle's operating-point table with "
+        "its Pareto frontier.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or a default model's name")
     parser.add_argument("--images", type=Path, required=True, help="folder of photos")
-    parser.add_argument("--labels", type=Path, help="JSON {file name: class index}, or a COCO instances.json; absent: agreement with the whole model")
-    parser.add_argument("--against", default="jpeg,webp,avif", help="image codecs to compare with, comma-separated, or none (default: %(default)s)")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        help="JSON {file name: class index}, or a COCO instances.json; absent: agreement with the whole model",
+    )
+    parser.add_argument(
+        "--against", default="jpeg,webp,avif", help="image codecs to compare with, comma-separated, or none (default: %(default)s)"
+    )
     parser.add_argument("--limit", type=int, help="at most so many photos, evenly spread")
     parser.add_argument("--plot", type=Path, help="write the picture to this PNG")
     parser.add_argument("--report", type=Path, help="write everything measured to this JSON file")
@@ -39,22 +46,26 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.bundle)
     bundle = open_bundle(path if path.is_dir() else ensure_exported(args.bundle))
     against = () if args.against == "none" else tuple(args.against.split(","))
-    config = EvaluateConfig(images=args.images, labels=args.labels, against=against, limit=args.limit, cache=cache_dir() / "evaluations")
+    config = EvaluateConfig(
+        images=args.images, labels=args.labels, against=against, limit=args.limit, cache=cache_dir() / "evaluations"
+    )
     report: Report = evaluate(bundle, config, tick=lambda what: print(f"  {what}", flush=True))
     print(f"{report.model}: {report.photos} photos, whole model {report.metric} {report.whole:.4f}")
     print(" id  graphs          codec  bytes p50    p95  head ms   accuracy   minus whole model [95 %]   frontier")
+    row = "{:3d}  {:14s}  {:5s}  {:9.0f} {:6.0f}  {:7.2f}   {:.4f}   {}   {}"
     for p in sorted(report.points, key=lambda p: (p.graphs, p.payload_bytes.p50)):
         gap = report.gaps.get(p.id)
         told = f"{gap[0]:+.4f} [{gap[1]:+.4f}, {gap[2]:+.4f}]" if gap else ""
-        print(
-            f"{p.id:3d}  {'+'.join(p.graphs) or 'stem':14s}  {p.codec_point:5s}  {p.payload_bytes.p50:9.0f} {p.payload_bytes.p95:6.0f}"
-            f"  {p.head_ms.p50:7.2f}   {p.accuracy:.4f}   {told}   {'*' if p.pareto else ''}"
-        )
-    for tier, row in report.bd_rates.items():
-        for codec, rate in row.items():
+        size, graphs = p.payload_bytes, "+".join(p.graphs) or "stem"
+        print(row.format(p.id, graphs, p.codec_point, size.p50, size.p95, p.head_ms.p50, p.accuracy, told, "*" if p.pareto else ""))
+    for tier, rates in report.bd_rates.items():
+        for codec, rate in rates.items():
             if isinstance(rate, BdRate):
                 span = f"over {rate.accuracy_from:.3f} … {rate.accuracy_to:.3f}"
-                print(f"bytes at equal accuracy, {tier} against {codec}: {rate.percent:+.1f} % [{rate.low:+.1f}, {rate.high:+.1f}] {span}")
+                print(
+                    f"bytes at equal accuracy, {tier} against {codec}: "
+                    f"{rate.percent:+.1f} % [{rate.low:+.1f}, {rate.high:+.1f}] {span}"
+                )
             else:
                 print(f"bytes at equal accuracy, {tier} against {codec}: not comparable ({rate})")
     for codec, ms in report.encode_ms.items():

@@ -20,18 +20,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "train",
         help="train a slimmable bottleneck for a cut",
-        description="Distils an encoder, a decoder and frozen probability tables for a model's cut from a folder of photographs; no labels needed. "
+        description="Distils an encoder, a decoder and frozen probability tables for a model's cut from a folder of photographs; "
+        "no labels needed. "
         "Ctrl-C saves and stops; the same command goes on from there. `splitters export OUT` turns the run into a bundle.",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="efficientnet-lite0, efficientnet-lite0-single, or any (with --model and --at)")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="efficientnet-lite0, efficientnet-lite0-single, or any (with --model and --at)"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of photographs, searched recursively")
     parser.add_argument("--out", type=Path, required=True, help="run directory: checkpoints, then weights and tables")
     parser.add_argument("--model", help="recipe any: timm:NAME, torchvision:NAME, onnx:PATH or py:MODULE:FACTORY")
     parser.add_argument("--weights", default="hub", metavar="random|hub|FILE", help="of --model (default: %(default)s)")
     parser.add_argument("--at", help="recipe any: the cut, crossed by one feature map (`splitters profile` lists them)")
     parser.add_argument("--stem-at", default="", help="recipe any: an earlier cut whose map cheaper encoders start from")
-    parser.add_argument("--match", nargs="+", default=[], metavar="NAME", help="recipe any: later cuts where the student is matched to the teacher")
-    parser.add_argument("--task", choices=("classification", "detection"), default="classification", help="recipe any (default: %(default)s)")
+    parser.add_argument(
+        "--match", nargs="+", default=[], metavar="NAME", help="recipe any: later cuts where the student is matched to the teacher"
+    )
+    parser.add_argument(
+        "--task", choices=("classification", "detection"), default="classification", help="recipe any (default: %(default)s)"
+    )
     parser.add_argument("--size", type=int, default=224, help="recipe any: side of the training crops, px (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="scale the recipe's stages to so many steps in total")
     parser.add_argument("--batch", type=int, help="photos a step")
@@ -59,7 +66,9 @@ def _config(args: argparse.Namespace) -> TrainConfig:
     else:
         config = recipe(args.recipe)
         if args.steps:
-            config = replace(config, stages=tuple(replace(s, steps=max(1, s.steps * args.steps // config.steps)) for s in config.stages))
+            config = replace(
+                config, stages=tuple(replace(s, steps=max(1, s.steps * args.steps // config.steps)) for s in config.stages)
+            )
     config = replace(config, seed=args.seed)
     if args.batch:
         config = replace(config, batch=args.batch)
@@ -80,18 +89,32 @@ def run(args: argparse.Namespace) -> int:
     stopped: list[int] = []
     last: list[StepReport] = []
     previous = [signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[told]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[told]}"),
+    )
     try:
         with Progress(*columns) as bar:
             task = bar.add_task(args.recipe, total=config.steps, told="")
 
             def on_step(report: StepReport) -> None:
                 last[:] = [report]
-                told = f"loss {report.loss:.3f}  distortion {report.distortion:.3f}  latent {report.latent:.3f}  bytes {report.tier_bytes[0]:.0f} … {report.tier_bytes[-1]:.0f}"
+                told = f"loss {report.loss:.3f}  distortion {report.distortion:.3f}  latent {report.latent:.3f}"
+                told += f"  bytes {report.tier_bytes[0]:.0f} … {report.tier_bytes[-1]:.0f}"
                 bar.update(task, completed=report.step, told=told)
 
             run_training(
-                config, args.data, args.out, device=args.device, on_step=on_step, stop=lambda: bool(stopped), cache=args.cache, fit=args.fit
+                config,
+                args.data,
+                args.out,
+                device=args.device,
+                on_step=on_step,
+                stop=lambda: bool(stopped),
+                cache=args.cache,
+                fit=args.fit,
             )
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), previous, strict=True):

@@ -98,7 +98,7 @@ def compare(anchor: Curve, test: Curve, *, draws: int = 1000, seed: int = 0) -> 
     rng = np.random.default_rng(seed)
     figures = []
     for _ in range(draws):
-        drawn = rng.integers(0, photos, photos)
+        drawn: Photos = rng.integers(0, photos, size=(photos,))
         try:
             figures.append(bd_rate(anchor.points(drawn), test.points(drawn))[0])
         except ConfigError:
@@ -117,4 +117,6 @@ def concat(curves: Sequence[Curve], name: str) -> Curve:
         curve, index = owners[p]
         return curve.accuracy(index, photos)
 
-    return Curve(name=name, labels=tuple(c.labels[p] for c, p in owners), sizes=np.concatenate([c.sizes for c in curves]), accuracy=accuracy)
+    return Curve(
+        name=name, labels=tuple(c.labels[p] for c, p in owners), sizes=np.concatenate([c.sizes for c in curves]), accuracy=accuracy
+    )

@@ -27,9 +27,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "avif": {"format": "AVIF", "speed": 6, "subsampling": "4:2:0", "max_threads": 1},
 }
 QUALITIES: Mapping[str, tuple[int, ...]] = {
-    "jpeg": (4, 8, 14, 24, 40, 65, 85),
-    "webp": (1, 6, 15, 30, 50, 75, 90),
-    "avif": (8, 16, 24, 34, 46, 60, 75),
+    "jpeg": (6, 14, 28, 50, 80),
+    "webp": (2, 12, 30, 60, 88),
+    "avif": (10, 20, 32, 48, 70),
 }
 
 

@@ -137,10 +137,7 @@ def run_points(
     device = Device(bundle)
     measured: dict[int, Measured] = {}
     for graphs in dict.fromkeys(p.graphs for p in points):
-        latents = [
-            [t[0] for t in device.latents(device.stem_map(p), graphs)]
-            for p in photos.pictures
-        ]
+        latents = [[t[0] for t in device.latents(device.stem_map(p), graphs)] for p in photos.pictures]
         for point in (p for p in points if p.graphs == graphs):
             measured[point.id] = _run_point(codec, tail, photos, latents, point)
             tick(f"operating point {point.id}")

@@ -19,16 +19,25 @@ def plot(report: Report, path: Path) -> None:
         report: from ``evaluate``.
         path: the file.
     """
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
+    mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(1.6, 1), layout="constrained")
     ours, *others = report.curves
     for curve in others:
         points = front(curve.points())
-        left.plot(points[:, 0], points[:, 1], "-", marker="s", ms=3, lw=1, color=_COLOURS.get(curve.name), label=f"{curve.name.upper()}, best of quality × size")
+        left.plot(
+            points[:, 0],
+            points[:, 1],
+            "-",
+            marker="s",
+            ms=3,
+            lw=1,
+            color=_COLOURS.get(curve.name),
+            label=f"{curve.name.upper()}, best of quality and size",
+        )
     kinds = dict.fromkeys(p.graphs for p in report.points)
     shades = plt.get_cmap("plasma")(np.linspace(0.8, 0.1, len(kinds)))
     measured = ours.points()
@@ -46,7 +55,9 @@ def plot(report: Report, path: Path) -> None:
     for name, ms in report.encode_ms.items():
         right.axvline(ms, ls=":", color=_COLOURS.get(name))
         right.annotate(f"{name} encode", (ms, right.get_ylim()[0]), rotation=90, fontsize=8, va="bottom", ha="right")
-    left.set(xscale="log", xlabel="payload, bytes a photo (log)", ylabel=report.metric, title=f"{report.model}: {report.photos} photos")
+    left.set(
+        xscale="log", xlabel="payload, bytes a photo (log)", ylabel=report.metric, title=f"{report.model}: {report.photos} photos"
+    )
     right.set(xlabel="head time, ms, one thread", ylabel=f"best {report.metric}", title="Compute knob", xscale="log")
     left.grid(alpha=0.3)
     right.grid(alpha=0.3)

@@ -13,6 +13,7 @@ import numpy as np
 from protos.errors import ConfigError, SourceError
 from protos.messages import Answer, Classification, Detection
 from splitters.evaluation.bdrate import Photos
+from splitters.models.narrow import narrow
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 Scorer = Callable[[Photos | None], float]
@@ -21,8 +22,15 @@ Scorer = Callable[[Photos | None], float]
 class Judge(Protocol):
     """Turns one setting's answers, one per photo, into its accuracy."""
 
-    metric: str
-    files: tuple[Path, ...]
+    @property
+    def metric(self) -> str:
+        """``top1``, ``agreement`` or ``AP``."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The photos."""
+        ...
 
     def scorer(self, answers: Sequence[Answer]) -> Scorer:
         """Accuracy 0..1 over given photos (indices with repeats; None: all)."""
@@ -30,7 +38,7 @@ class Judge(Protocol):
 
 
 def _top1(answer: Answer) -> int:
-    assert isinstance(answer, Classification)
+    answer = narrow(answer, Classification)
     return answer.top[0].class_id
 
 
@@ -87,8 +95,7 @@ class AveragePrecision:
 
         found = {}
         for image_id, answer in zip(self.ids, answers, strict=True):
-            assert isinstance(answer, Detection)
-            rows = [(*b.box_px, b.score, b.class_id) for b in answer.boxes]
+            rows = [(*b.box_px, b.score, b.class_id) for b in narrow(answer, Detection).boxes]
             table = np.array(rows, np.float32).reshape(-1, 6)
             found[image_id] = Detections(table[:, :4], table[:, 4], table[:, 5].astype(np.int64))
         scores = score(self.truth, found)

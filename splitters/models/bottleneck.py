@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
+
+from splitters.models.narrow import narrow
 
 _MIN_PROBABILITY = 2.0**-16
 
@@ -99,7 +101,7 @@ class ConvNextBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, h, w) to the same."""
-        y: Tensor = self.down(F.gelu(self.up(self.norm(self.spatial(x)))))
+        y: Tensor = self.down(functional.gelu(self.up(self.norm(self.spatial(x)))))
         return x + y
 
 
@@ -146,10 +148,10 @@ def principal_start(project: nn.Conv2d, linear: nn.Conv2d, cut: Tensor) -> Tenso
     values, vectors = torch.linalg.eigh(torch.cov((rows - mean).T))
     c = min(project.out_channels, cut.shape[1])
     basis = vectors.flip(1)[:, :c].T.float()
-    assert project.bias is not None and linear.bias is not None
     project.weight[:c, :, 0, 0] = basis
-    project.bias[:c] = -(basis @ mean.float())
+    narrow(project.bias, nn.Parameter)[:c] = -(basis @ mean.float())
     linear.weight.zero_()
     linear.weight[:, :c, 0, 0] = basis.T
-    linear.bias.copy_(mean.float())
-    return values.flip(0)[:c].clamp_min(0).sqrt().float()
+    narrow(linear.bias, nn.Parameter).copy_(mean.float())
+    spread: Tensor = values.flip(0)[:c].clamp_min(0).sqrt().float()
+    return spread

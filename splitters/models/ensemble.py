@@ -60,7 +60,9 @@ class _Residual(nn.Module):
         return x + y
 
 
-def _separable(c_in: int, c_out: int, kernel: int, stride: int, widths: tuple[float, ...], *, slim_in: bool = True) -> list[nn.Module]:
+def _separable(
+    c_in: int, c_out: int, kernel: int, stride: int, widths: tuple[float, ...], *, slim_in: bool = True
+) -> list[nn.Module]:
     depthwise = SlimmableConv2d(c_in, c_in, kernel, stride, depthwise=True, slim_in=slim_in, slim_out=slim_in)
     first: nn.Module = SlimmableBatchNorm2d(c_in, widths) if slim_in else nn.BatchNorm2d(c_in, momentum=0.02)
     pointwise = SlimmableConv2d(c_in, c_out, 1, slim_in=slim_in)

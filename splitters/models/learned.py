@@ -81,7 +81,9 @@ class LearnedSplit(nn.Module):
         stages: the student's tail.
     """
 
-    def __init__(self, stem: nn.Module, ensemble: EncoderEnsemble, quantiser: GainQuantiser, decoder: Decoder, stages: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, stem: nn.Module, ensemble: EncoderEnsemble, quantiser: GainQuantiser, decoder: Decoder, stages: Sequence[nn.Module]
+    ) -> None:
         super().__init__()
         self.stem = stem
         self.ensemble = ensemble

@@ -142,7 +142,9 @@ def build_any(model: nn.Module, example: Tensor, config: AnyCutConfig, sample: T
     encoders: list[nn.Module] = [own]
     tiers = [Tier(name="own", runs=((0, 1.0),))]
     if strides is not None:
-        small = SmallEncoderConfig(channels=config.small[: len(strides)], strides=strides, kernels=(5,) * len(strides), widths=(0.5, 1.0))
+        small = SmallEncoderConfig(
+            channels=config.small[: len(strides)], strides=strides, kernels=(5,) * len(strides), widths=(0.5, 1.0)
+        )
         encoders = [SmallEncoder(small, c_stem, config.channels), own]
         tiers = [Tier(name="s", runs=((0, 0.5),)), Tier(name="m", runs=((0, 1.0),)), Tier(name="own", runs=((1, 1.0),))]
     decoder = Decoder(config.channels, c_cut, config.width, depth=2)
@@ -154,7 +156,9 @@ def build_any(model: nn.Module, example: Tensor, config: AnyCutConfig, sample: T
     return base, LearnedSplit(copy.deepcopy(stem), EncoderEnsemble(encoders, tiers), quantiser, decoder, copy.deepcopy(stages))
 
 
-def _front(cutter: Cutter, split: Split, config: AnyCutConfig, height: int) -> tuple[nn.Module, nn.Module, tuple[int, ...] | None, int]:
+def _front(
+    cutter: Cutter, split: Split, config: AnyCutConfig, height: int
+) -> tuple[nn.Module, nn.Module, tuple[int, ...] | None, int]:
     """Stem, body, strides of a cheap encoder between them (None: none) and the stem's channels."""
     if not config.stem_at:
         return _Single(split.head), nn.Identity(), None, 0
@@ -162,7 +166,9 @@ def _front(cutter: Cutter, split: Split, config: AnyCutConfig, height: int) -> t
     c_stem, h_stem, _ = _one_map(early)
     ratio = h_stem // height
     if height * ratio != h_stem or ratio & (ratio - 1) or 2 ** len(config.small) < ratio:
-        raise ConfigError(f"the stem's map is {h_stem} high and the cut's {height}: their ratio must be 1, 2, 4 … {2 ** len(config.small)}")
+        raise ConfigError(
+            f"the stem's map is {h_stem} high and the cut's {height}: their ratio must be 1, 2, 4 … {2 ** len(config.small)}"
+        )
     halvings = ratio.bit_length() - 1
     strides = (2,) * halvings + (1,) * (1 if halvings == 0 else 0)
     return _Single(early.head), _Single(between(split.head, early.latent_names)), strides, c_stem

@@ -15,6 +15,7 @@ from splitters.models.bottleneck import Decoder, GainQuantiser, principal_start
 from splitters.models.efficientnet_lite import EfficientNetLite0, load_efficientnet_lite0
 from splitters.models.ensemble import EncoderEnsemble, OwnEncoder, SmallEncoder, SmallEncoderConfig, Tier
 from splitters.models.learned import LearnedSplit, StagedModel
+from splitters.models.narrow import narrow
 from splitters.models.pruning import prune_blocks
 
 CUT_BLOCK = 5
@@ -46,11 +47,15 @@ def fuse_norms(module: nn.Module) -> nn.Module:
 def staged(model: EfficientNetLite0) -> StagedModel:
     """The base model in pieces, matched after blocks 10 and 15 and at the logits; norms fused."""
     base = fuse_norms(model)
-    assert isinstance(base, EfficientNetLite0)
+    base = narrow(base, EfficientNetLite0)
     return StagedModel(
         stem=base.stem,
         body=base.blocks[: CUT_BLOCK + 1],
-        stages=(base.blocks[CUT_BLOCK + 1 : 11], base.blocks[11:16], nn.Sequential(base.features, base.pool, nn.Flatten(1), base.classifier)),
+        stages=(
+            base.blocks[CUT_BLOCK + 1 : 11],
+            base.blocks[11:16],
+            nn.Sequential(base.features, base.pool, nn.Flatten(1), base.classifier),
+        ),
     )
 
 
@@ -84,13 +89,13 @@ def build_learned_efficientnet(sample: Tensor) -> tuple[StagedModel, LearnedSpli
     with torch.no_grad():
         stem_map = model.stem(sample)
         # Block 0 has no expansion: pruning leaves it alone.
-        pruned = fuse_norms(prune_blocks(model.blocks[: CUT_BLOCK + 1], PRUNED, stem_map))
+        pruned = fuse_norms(prune_blocks(narrow(model.blocks[: CUT_BLOCK + 1], nn.Sequential), PRUNED, stem_map))
         cut = pruned(stem_map)
-    assert isinstance(pruned, nn.Sequential)
+    pruned = narrow(pruned, nn.Sequential)
     student = skeleton(pruned, base)
     own = student.ensemble.encoders[2]
-    assert isinstance(own, OwnEncoder)
+    own = narrow(own, OwnEncoder)
     spread = principal_start(own.project, student.decoder.linear, cut)
     with torch.no_grad():
-        student.quantiser.prior_log_scale += torch.log(spread.clamp_min(0.05))
+        student.quantiser.prior_log_scale.add_(torch.log(spread.clamp_min(0.05)))
     return base, student

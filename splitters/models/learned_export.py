@@ -25,6 +25,7 @@ from splitters.models.efficientnet_lite import DEFAULT_SIZE_PX, EfficientNetLite
 from splitters.models.ensemble import EncoderEnsemble, OwnEncoder, Tier
 from splitters.models.learned import LearnedSplit
 from splitters.models.learned_efficientnet import C_LATENT, PRUNED, fuse_norms, skeleton, staged
+from splitters.models.narrow import narrow
 from splitters.models.slimmable import at_width, frozen_copy
 from splitters.onnx_export import export_onnx
 from splitters.operating_point import OperatingPoint, load_points
@@ -37,10 +38,10 @@ _TUNED = ("ensemble.", "quantiser.", "decoder.", "stages.0.")
 
 def _hollow(block: MBConv, keep: int) -> None:
     """Gives a block ``keep`` expansion channels; its weights are to be loaded afterwards."""
-    assert isinstance(block.expand, nn.Sequential)
-    for layer in (block.expand, block.depthwise, block.project):
+    for layer in (narrow(block.expand, nn.Sequential), block.depthwise, block.project):
         conv, norm = layer[0], layer[1]
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        conv = narrow(conv, nn.Conv2d)
+        norm = narrow(norm, nn.BatchNorm2d)
         if layer is block.project:
             conv.in_channels, conv.weight.data = keep, conv.weight.data[:, :keep].clone()
             continue
@@ -59,13 +60,11 @@ def blank_student(tiers: int) -> LearnedSplit:
         tiers: how many gain tiers.
     """
     model = load_efficientnet_lite0()
-    blocks = copy.deepcopy(model.blocks[:6])
+    blocks = narrow(copy.deepcopy(model.blocks[:6]), nn.Sequential)
     for index, keep in PRUNED.items():
-        block = blocks[index]
-        assert isinstance(block, MBConv)
-        _hollow(block, keep)
+        _hollow(narrow(blocks[index], MBConv), keep)
     fused = fuse_norms(blocks)
-    assert isinstance(fused, nn.Sequential)
+    fused = narrow(fused, nn.Sequential)
     return skeleton(fused, staged(model), steps=(1.0,) * tiers)
 
 
@@ -73,7 +72,10 @@ def tuned_state(student: LearnedSplit, *, everything: bool = False) -> dict[str,
     """What must be shipped beside the published weights (or ``everything``), half precision; whole numbers as they are."""
     state = student.state_dict()
     kept = {k: v for k, v in state.items() if (everything or k.startswith(_TUNED)) and not k.endswith("num_batches_tracked")}
-    return {k: (v.clone() if k.startswith("quantiser.") or not v.is_floating_point() else v.half()).contiguous() for k, v in kept.items()}
+    return {
+        k: (v.clone() if k.startswith("quantiser.") or not v.is_floating_point() else v.half()).contiguous()
+        for k, v in kept.items()
+    }
 
 
 def load_student(folder: Path) -> LearnedSplit:
@@ -130,7 +132,7 @@ def tier_graphs(tier: Tier) -> tuple[str, ...]:
 
 def operating_points(ensemble: EncoderEnsemble, rungs: Sequence[Rung]) -> list[OperatingPoint]:
     """One point for each tier and rung, not measured yet; the dearest and finest first."""
-    points = []
+    points: list[OperatingPoint] = []
     for tier in reversed(ensemble.tiers):
         for number, rung in enumerate(rungs):
             bits = max(0.5, 5.0 - 0.5 * rung.gain)
@@ -152,12 +154,12 @@ def exportable(encoder: nn.Module, width: float) -> nn.Module:
     last = twin.body[-1] if isinstance(twin.body, nn.Sequential) else None
     if not isinstance(last, MBConv) or last.residual:
         return twin
-    inner, outer = last.project[0], twin.project
-    assert isinstance(inner, nn.Conv2d) and inner.bias is not None and outer.bias is not None
+    inner, outer = narrow(last.project[0], nn.Conv2d), twin.project
+    inner_bias, outer_bias = narrow(inner.bias, nn.Parameter), narrow(outer.bias, nn.Parameter)
     merged = nn.Conv2d(inner.in_channels, outer.out_channels, 1)
     weight = outer.weight[:, :, 0, 0]
     merged.weight.data = (weight @ inner.weight[:, :, 0, 0])[:, :, None, None].detach().contiguous()
-    merged.bias.data = (weight @ inner.bias + outer.bias).detach()  # type: ignore[union-attr]
+    narrow(merged.bias, nn.Parameter).data = (weight @ inner_bias + outer_bias).detach()
     last.project = nn.Sequential(merged)
     twin.project = nn.Identity()  # type: ignore[assignment]
     return twin
@@ -212,7 +214,7 @@ def build_learned_tail(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
     """``headtail:efficientnet-lite0-learned``, from a bundle's tensors."""
     network = EfficientNetLite0()
     network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
-    student = skeleton(nn.Sequential(*copy.deepcopy(network.blocks[:6])), staged(network), steps=(1.0,) * int(spec["tiers"]))
+    student = skeleton(narrow(copy.deepcopy(network.blocks[:6]), nn.Sequential), staged(network), steps=(1.0,) * int(spec["tiers"]))
     tail = LearnedTail(student, network.eval())
     tail.load_state_dict(dict(state))
     return tail
@@ -242,14 +244,21 @@ def export_learned(out: Path, weights: Path) -> Bundle:
         write_local(writer, network)
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         writer.add(TABLES_PART, (weights / TABLES_FILE).read_bytes(), "device")
-        learned = {f"decoder.{k}": v for k, v in student.decoder.state_dict().items()} | {f"stages.{k}": v for k, v in student.stages.state_dict().items()}
+        learned = {f"decoder.{k}": v for k, v in student.decoder.state_dict().items()} | {
+            f"stages.{k}": v for k, v in student.stages.state_dict().items()
+        }
         save_file({k: v.contiguous().clone() for k, v in learned.items()}, writer.file("server/learned.safetensors", "server"))
-        save_file({f"network.{k}": v.contiguous().clone() for k, v in network.state_dict().items()}, writer.file("server/network.safetensors", "server"))
+        save_file(
+            {f"network.{k}": v.contiguous().clone() for k, v in network.state_dict().items()},
+            writer.file("server/network.safetensors", "server"),
+        )
         return writer.finish(
-            points=points, name="efficientnet-lite0", latent_shape=((C_LATENT, DEFAULT_SIZE_PX // 16, DEFAULT_SIZE_PX // 16),), head=head,
+            points=points, name="efficientnet-lite0", head=head,
+            latent_shape=((C_LATENT, DEFAULT_SIZE_PX // 16, DEFAULT_SIZE_PX // 16),),
             tail={
                 "kind": "torch", "factory": "headtail:efficientnet-lite0-learned", "tiers": len(student.quantiser.log_gain),
-                "weights": ["server/learned.safetensors", "server/network.safetensors"], "base_weights": ["server/network.safetensors"],
+                "weights": ["server/learned.safetensors", "server/network.safetensors"],
+                "base_weights": ["server/network.safetensors"],
             },
             **common_fields(), provenance=recipe,
         )  # fmt: skip

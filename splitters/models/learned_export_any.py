@@ -18,7 +18,18 @@ from splitters.codec import learned_spec
 from splitters.manifest import Head, Preprocess
 from splitters.models.learned import LearnedSplit
 from splitters.models.learned_any import AnyCutConfig, TappedTail, build_any
-from splitters.models.learned_export import RECIPE_FILE, TABLES_FILE, TABLES_PART, WEIGHTS_FILE, Rung, exportable, gains_at, graph_name, operating_points
+from splitters.models.learned_export import (
+    RECIPE_FILE,
+    TABLES_FILE,
+    TABLES_PART,
+    WEIGHTS_FILE,
+    Rung,
+    exportable,
+    gains_at,
+    graph_name,
+    operating_points,
+)
+from splitters.models.narrow import narrow
 from splitters.onnx_export import export_onnx
 from splitters.sources import Source, load_source
 
@@ -38,7 +49,7 @@ class _ServerPart(nn.Module):
     def __init__(self, student: LearnedSplit) -> None:
         super().__init__()
         (stage,) = student.stages
-        assert isinstance(stage, TappedTail)
+        stage = narrow(stage, TappedTail)
         self.decoder, self.tail = student.decoder, _untapped(stage)
 
     def forward(self, latent: Tensor) -> Any:
@@ -56,16 +67,19 @@ def load_run(run: Path) -> tuple[Source, LearnedSplit, dict[str, Any]]:
     try:
         recipe = json.loads((run / RECIPE_FILE).read_text(encoding="utf-8"))
         config = recipe["config"]
-        cut = AnyCutConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["cut"].items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["cut"].items()}
+        cut = AnyCutConfig(**fields)
         size = (config["size_px"], config["size_px"])
         source = load_source(config["model"], weights=config["weights"], size_px=size)
         state = load_file(run / WEIGHTS_FILE)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{run} holds no finished training: {error}; run splitters train to its end") from error
-    assert isinstance(source.model, nn.Module)
+    model = narrow(source.model, nn.Module)
     example = torch.zeros(2, 3, *size)
-    _, student = build_any(source.model, example, cut, torch.randn(4, 3, *size))
-    missing, unknown = student.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)
+    _, student = build_any(model, example, cut, torch.randn(4, 3, *size))
+    missing, unknown = student.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False
+    )
     lost = [k for k in missing if not k.endswith("num_batches_tracked")]
     if lost or unknown:
         raise BundleError(f"{run / WEIGHTS_FILE} does not fit its recipe: missing {lost[:3]}, unknown {list(unknown)[:3]}")
@@ -104,15 +118,21 @@ def export_run(run: Path, out: Path) -> Bundle:
         server = _ServerPart(student).eval()
         outputs = [f"output_{i}" for i, _ in enumerate(server(latent))]
         export_onnx(server, [latent], writer.file("server/tail.onnx", "server"), inputs=["latent_0"], outputs=outputs)
-        export_onnx(source.model, [image], writer.file("server/whole.onnx", "server"), inputs=["image"], outputs=outputs)  # type: ignore[arg-type]
+        whole = narrow(source.model, nn.Module)
+        export_onnx(whole, [image], writer.file("server/whole.onnx", "server"), inputs=["image"], outputs=outputs)
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         writer.add(TABLES_PART, (run / TABLES_FILE).read_bytes(), "device")
         spec = source.preprocess or Preprocess(
-            resize="shortest", size_px=(size, size), resize_px=round(size * 8 / 7), mean=tuple(config["mean"]), std=tuple(config["std"])
+            resize="shortest",
+            size_px=(size, size),
+            resize_px=round(size * 8 / 7),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
         )
         return writer.finish(
-            points=operating_points(student.ensemble, rungs), name=source.name, task="classification", latent_shape=(shape,), preprocess=spec,
-            labels=source.labels, head=Head(stem="device/stem.onnx", graphs=graphs), codec="device/codec.json", postprocess={"kind": "softmax"},
+            points=operating_points(student.ensemble, rungs), name=source.name, task="classification",
+            latent_shape=(shape,), preprocess=spec, labels=source.labels, codec="device/codec.json",
+            head=Head(stem="device/stem.onnx", graphs=graphs), postprocess={"kind": "softmax"},
             tail={"kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx", "base_weights": ["server/whole.onnx"]},
             licence="that of the model's weights; the training photographs' terms apply to the bottleneck", provenance=recipe,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from protos.errors import ConfigError
 from splitters.models.efficientnet_lite import MBConv
+from splitters.models.narrow import narrow
 
 _SAMPLES = 40_000
 
@@ -81,13 +82,14 @@ def prune_block(block: MBConv, keep: int, x: Tensor, target: Tensor) -> MBConv:
     mean, wanted_mean = rows.mean(1, keepdim=True), wanted.mean(1, keepdim=True)
     kept, weights = eliminate(rows - mean, wanted - wanted_mean, keep)
     pruned = copy.deepcopy(block)
-    assert isinstance(pruned.expand, nn.Sequential)
-    for layer, depthwise in ((pruned.expand, False), (pruned.depthwise, True)):
+    for layer, depthwise in ((narrow(pruned.expand, nn.Sequential), False), (pruned.depthwise, True)):
         conv, norm = layer[0], layer[1]
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        conv = narrow(conv, nn.Conv2d)
+        norm = narrow(norm, nn.BatchNorm2d)
         _keep(conv, norm, kept, depthwise=depthwise)
     conv, norm = pruned.project[0], pruned.project[1]
-    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    conv = narrow(conv, nn.Conv2d)
+    norm = narrow(norm, nn.BatchNorm2d)
     conv.in_channels = keep
     conv.weight.data = weights.float()[:, :, None, None].contiguous()
     norm.running_mean = torch.zeros(norm.num_features)
@@ -108,8 +110,8 @@ def prune_blocks(blocks: nn.Sequential, keep: Mapping[int, int], x: Tensor) -> n
     """
     pruned = copy.deepcopy(blocks).eval()
     full, slim = x, x
-    for i, block in enumerate(blocks):
-        assert isinstance(block, MBConv)
+    for i, layer in enumerate(blocks):
+        block = narrow(layer, MBConv)
         full_out = block(full)
         if i in keep:
             target = full_out - slim if block.residual else full_out

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from protos.errors import ConfigError
+from splitters.models.narrow import narrow
 
 
 def slim_channels(channels: int, width: float) -> int:
@@ -31,7 +32,16 @@ class SlimmableConv2d(nn.Conv2d):
     """
 
     def __init__(
-        self, c_in: int, c_out: int, kernel: int, stride: int = 1, *, depthwise: bool = False, bias: bool = False, slim_in: bool = True, slim_out: bool = True
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int,
+        stride: int = 1,
+        *,
+        depthwise: bool = False,
+        bias: bool = False,
+        slim_in: bool = True,
+        slim_out: bool = True,
     ) -> None:
         if depthwise and (c_in != c_out or slim_in != slim_out):
             raise ConfigError("a depthwise convolution keeps its channels: give equal c_in and c_out, and slim both or neither")
@@ -48,7 +58,7 @@ class SlimmableConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C_in', H, W) to (N, C_out', H / stride, W / stride), primes being the channels in use."""
         weight, bias, groups = self.sliced()
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+        return functional.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
 
 class SlimmableBatchNorm2d(nn.Module):
@@ -68,8 +78,7 @@ class SlimmableBatchNorm2d(nn.Module):
     def at_width(self) -> nn.BatchNorm2d:
         """The plain batch norm of the present width."""
         norm = self.norms[self.widths.index(self.width)]
-        assert isinstance(norm, nn.BatchNorm2d)
-        return norm
+        return narrow(norm, nn.BatchNorm2d)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises (N, C', H, W)."""
@@ -138,7 +147,13 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     if isinstance(module, SlimmableConv2d):
         weight, bias, groups = module.sliced()
         conv = nn.Conv2d(
-            weight.shape[1] * groups, weight.shape[0], module.kernel_size[0], module.stride[0], padding=module.padding[0], groups=groups, bias=bias is not None
+            weight.shape[1] * groups,
+            weight.shape[0],
+            module.kernel_size[0],
+            module.stride[0],
+            padding=module.padding[0],
+            groups=groups,
+            bias=bias is not None,
         )
         conv.weight.data = weight.detach().clone()
         if bias is not None and conv.bias is not None:
@@ -158,5 +173,5 @@ def _copy_children(module: nn.Module) -> nn.Module:
     if not any(isinstance(layer, SlimmableConv2d | SlimmableBatchNorm2d) for layer in module.modules()):
         return copy.deepcopy(module)
     twin = copy.copy(module)
-    twin._modules = {name: None if child is None else frozen_copy(child) for name, child in module._modules.items()}
+    twin.__dict__["_modules"] = {name: frozen_copy(child) for name, child in module.named_children()}
     return twin

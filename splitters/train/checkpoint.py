@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +28,7 @@ def save_checkpoint(trainer: Trainer) -> None:
     trainer.out.mkdir(parents=True, exist_ok=True)
     partial = trainer.out / f"{NAME}.partial"
     save_file({k: v.detach().cpu().clone() for k, v in tensors.items()}, partial, metadata=about)
-    os.replace(partial, trainer.out / NAME)
+    partial.replace(trainer.out / NAME)
 
 
 def load_checkpoint(trainer: Trainer) -> int:

@@ -56,7 +56,8 @@ def jittered(batch: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def finish(
-    student: LearnedSplit, photos: PhotoCache, crops: Crops, out: Path, *, rungs: Sequence[Rung], layers: Sequence[int], recipe: Mapping[str, Any],
+    student: LearnedSplit, photos: PhotoCache, crops: Crops, out: Path, *,
+    rungs: Sequence[Rung], layers: Sequence[int], recipe: Mapping[str, Any],
     count: int = 240, seed: int = 0, whole_state: bool = False, progress: Callable[[str], None] = log.info,
 ) -> None:  # fmt: skip
     """Writes weights, tables and recipe into ``out``.
@@ -88,5 +89,10 @@ def finish(
     tables = fit_tables(before, layers, pairs_by_tier=list(zip(now, before, strict=True)), progress=progress)
     save_file(state, out / WEIGHTS_FILE)
     (out / TABLES_FILE).write_bytes(tables)
-    about = {**recipe, "rungs": [{"gain": r.gain, "channels": r.channels} for r in rungs], "layers": list(layers), "fitted_on": len(chosen)}
+    about = {
+        **recipe,
+        "rungs": [{"gain": r.gain, "channels": r.channels} for r in rungs],
+        "layers": list(layers),
+        "fitted_on": len(chosen),
+    }
     (out / RECIPE_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

@@ -61,9 +61,25 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, base: StagedModel, student: LearnedSplit, photos: PhotoCache, *, out: Path, device: torch.device, clock_s: Callable[[], float]
+        self,
+        config: TrainConfig,
+        base: StagedModel,
+        student: LearnedSplit,
+        photos: PhotoCache,
+        *,
+        out: Path,
+        device: torch.device,
+        clock_s: Callable[[], float],
     ) -> None:
-        self.config, self.base, self.student, self.photos, self.out, self.device, self.clock_s = config, base, student, photos, out, device, clock_s
+        self.config, self.base, self.student, self.photos, self.out, self.device, self.clock_s = (
+            config,
+            base,
+            student,
+            photos,
+            out,
+            device,
+            clock_s,
+        )
         self.crops = Crops(size_px=config.size_px, area=config.area, mean=config.mean, std=config.std)
         for module in (base.modules(), student):
             module.to(device)
@@ -110,7 +126,7 @@ class Trainer:
             return [t.float() for t in [cut, *run_stages(self.base.stages, cut)]]
 
     def _amp(self) -> torch.autocast:
-        fast = self.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        fast = self.device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
 
     def _draw(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -184,7 +200,7 @@ class Trainer:
         if stage.latent_only:
             loss = self._distil_latents(images, stage)
             self._update(loss)
-            return self._told(float(loss), 0.0, float(loss))
+            return self._told(float(loss.detach()), 0.0, float(loss.detach()))
         teacher = self._teach(images)
         latent, mismatch = self._latents(images, stage, rng)
         gain, kept = self._draw(len(images), rng)
@@ -193,7 +209,7 @@ class Trainer:
         loss = (wrong + self.steering.weight(gain.cpu()).to(self.device) * bits).mean() + config.loss.latent * mismatch
         self._update(loss)
         self._steer(stage, gain, kept, bits)
-        return self._told(float(loss), float(wrong.mean()), float(mismatch))
+        return self._told(float(loss.detach()), float(wrong.detach().mean()), float(mismatch.detach()))
 
     def _update(self, loss: Tensor) -> None:
         self.optimiser.zero_grad(set_to_none=True)
@@ -217,7 +233,12 @@ class Trainer:
 
     def _told(self, loss: float, wrong: float, mismatch: float) -> StepReport:
         return StepReport(
-            step=self.step + 1, steps=self.config.steps, loss=loss, distortion=wrong, latent=mismatch, tier_bytes=tuple(self.running_bytes)
+            step=self.step + 1,
+            steps=self.config.steps,
+            loss=loss,
+            distortion=wrong,
+            latent=mismatch,
+            tier_bytes=tuple(self.running_bytes),
         )
 
     @torch.no_grad()
@@ -236,15 +257,21 @@ def shares(fractions: tuple[float, ...], n: int, rng: np.random.Generator | None
     rest = n - sum(counts)
     if rest:
         left = np.array([f * n - c for f, c in zip(fractions, counts, strict=True)])
-        order = np.argsort(-left, kind="stable") if rng is None else rng.choice(len(counts), rest, replace=False, p=left / left.sum())
+        order = (
+            np.argsort(-left, kind="stable") if rng is None else rng.choice(len(counts), rest, replace=False, p=left / left.sum())
+        )
         for i in order[:rest]:
             counts[int(i)] += 1
     return counts
 
 
 def parameter_groups(student: LearnedSplit) -> dict[str, list[nn.Parameter]]:
-    """Trainable parameters by role: ``new``, ``quantiser``, ``own`` (the base's own blocks), ``tail0``, ``tail1`` …"""
-    groups: dict[str, list[nn.Parameter]] = {"new": list(student.decoder.parameters()), "quantiser": list(student.quantiser.parameters()), "own": []}
+    """Trainable parameters by role: ``new``, ``quantiser``, ``own`` (the base's own blocks), ``tail0``, ``tail1`` …."""
+    groups: dict[str, list[nn.Parameter]] = {
+        "new": list(student.decoder.parameters()),
+        "quantiser": list(student.quantiser.parameters()),
+        "own": [],
+    }
     for encoder in student.ensemble.encoders:
         if isinstance(encoder, OwnEncoder):
             groups["own"] += list(encoder.body.parameters())

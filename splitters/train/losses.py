@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from splitters.models.bottleneck import GainQuantiser
 from splitters.train.config import LossWeights
@@ -24,7 +24,9 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Kullback-Leibler divergence of the student's class probabilities from the teacher's, (N,), nats."""
-    return F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), log_target=True, reduction="none").sum(1)
+    return functional.kl_div(
+        functional.log_softmax(student, 1), functional.log_softmax(teacher, 1), log_target=True, reduction="none"
+    ).sum(1)
 
 
 def distortion(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: LossWeights, *, logits: bool) -> Tensor:

@@ -138,8 +138,10 @@ def _crop(photo: NDArray[np.uint8], crops: Crops, rng: np.random.Generator) -> N
     if rng.random() < 0.5:
         part = part[:, ::-1]
     shrinks = down * across > crops.size_px**2
-    resized: NDArray[np.uint8] = cv2.resize(np.ascontiguousarray(part), (crops.size_px, crops.size_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return resized
+    resized = cv2.resize(
+        np.ascontiguousarray(part), (crops.size_px, crops.size_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    )
+    return resized.astype(np.uint8, copy=False)
 
 
 def centred(path: Path, size_px: int) -> NDArray[np.uint8]:

@@ -19,7 +19,8 @@ def efficientnet_lite0() -> TrainConfig:
     that size.
     """
     return TrainConfig(
-        model="efficientnet-lite0", size_px=192, target_bytes=tuple(0.735 * b for b in (3800, 2500, 1600, 1000, 620, 380)), rungs=HALVES,
+        model="efficientnet-lite0", size_px=192, rungs=HALVES,
+        target_bytes=tuple(0.735 * b for b in (3800, 2500, 1600, 1000, 620, 380)),
         data=("imagenette160/train", "photos", "coco/train/images"),
         stages=(
             Stage(steps=500, lr=1e-3, tiers=(0, 0, 0, 1)),

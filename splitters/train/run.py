@@ -102,13 +102,14 @@ def run_training(
     student.load_state_dict(trainer.ema)
     student.to("cpu").eval()
     recipe = {
-        "command": shlex.join(command), "config": asdict(config), "photos": len(train), "held_out": len(dev), "seed": config.seed, "steps": trainer.step,
-        "torch": torch.__version__,
+        "command": shlex.join(command), "config": asdict(config), "photos": len(train), "held_out": len(dev),
+        "seed": config.seed, "steps": trainer.step, "torch": torch.__version__,
     }  # fmt: skip
     full = 224 if config.cut is None else config.size_px  # the default model is trained smaller than it runs
     channels = student.quantiser.log_gain.shape[1]
     finish(
-        student, photos, replace(whole, size_px=full, area=0.6), out, rungs=[Rung(gain=g, channels=channels) for g in config.rungs or (0.0,)],
+        student, photos, replace(whole, size_px=full, area=0.6), out,
+        rungs=[Rung(gain=g, channels=channels) for g in config.rungs or (0.0,)],
         layers=[*config.groups[1:], channels], recipe=recipe, count=fit, seed=config.seed, whole_state=config.cut is not None,
     )  # fmt: skip
     return student
