@@ -49,14 +49,16 @@ class DetectionScores:
     category_ids: tuple[int, ...]
     matches: tuple[tuple[_Matches | None, ...], ...]
 
-    def table(self, photos: NDArray[np.int64] | None = None) -> Array:
+    def table(self, photos: NDArray[np.int64] | None = None, rows: Sequence[int] | None = None) -> Array:
         """AP of every class at every overlap (C, T), NaN where the photos hold no object of the class.
 
         Args:
             photos: indices into ``image_ids``, repeats allowed; all when None.
+            rows: which of the classes; all when None.
         """
+        wanted = self.matches if rows is None else [self.matches[r] for r in rows]
         chosen = range(len(self.image_ids)) if photos is None else photos.tolist()
-        return np.stack([_precision([m for i in chosen if (m := row[i]) is not None]) for row in self.matches])
+        return np.stack([_precision([m for i in chosen if (m := row[i]) is not None]) for row in wanted])
 
     def ap(self, category_ids: Sequence[int] | None = None) -> float:
         """AP over IoU .50:.95, mean over classes (all that occur, or the given)."""
@@ -72,7 +74,7 @@ class DetectionScores:
         rows = self._rows(category_ids)
         figures = []
         for _ in range(draws):
-            table = self.table(rng.integers(0, len(self.image_ids), len(self.image_ids)))[rows]
+            table = self.table(rng.integers(0, len(self.image_ids), len(self.image_ids)), rows)
             found = table[~np.isnan(table[:, 0])]
             figures.append((found.mean(), found[:, 0].mean()) if len(found) else (np.nan, np.nan))
         return np.asarray(figures)
