@@ -202,13 +202,17 @@ def open_session(path: Path) -> ort.InferenceSession:
 def _onnx_difference(split: Split, head: ort.InferenceSession, tail: ort.InferenceSession, image: Tensor) -> float:
     """Largest difference of the ONNX halves to the model over the largest output, at a batch of one and of three."""
     worst = 0.0
+    alone = flat(split.model(image))
     for batch in (1, 3):
         images = image.repeat(batch, 1, 1, 1)
-        wanted = flat(split.model(images))
+        # Frames that a server batches must not see one another: every row is what the image gives alone.
+        wanted = tuple(w.repeat(batch, *(1 for _ in w.shape[1:])) for w in (alone if isinstance(alone, tuple) else (alone,)))
         latents = head.run(None, {"image": images.numpy()})
         got = tail.run(None, {i.name: latent for i, latent in zip(tail.get_inputs(), latents, strict=True)})
-        for w, g in zip(wanted if isinstance(wanted, tuple) else (wanted,), got, strict=True):
+        for w, g in zip(wanted, got, strict=True):
             reference = w.numpy()
+            if reference.shape != g.shape:
+                raise CutError(f"an output has shape {g.shape} for a batch of {batch}, expected {reference.shape}")
             worst = max(worst, float(np.abs(reference - g).max()) / (float(np.abs(reference).max()) or 1.0))
     if worst > ONNX_TOLERANCE:
         raise CutError(f"the ONNX halves differ from the model by {worst:.2g} of the largest output (allowed: {ONNX_TOLERANCE})")

@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from protos.errors import CutError
-from splitters.cutting.trace import TensorInfo, Trace
+from splitters.cutting.trace import TensorInfo, Trace, data_nodes, holds_tensors
 
 _SHOWN = 12
 
@@ -44,7 +44,7 @@ class Partitioner:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self._data = _data_nodes(trace)
+        self._data = data_nodes(trace.module.graph, lambda n: trace.values[n][0])
         self._output = next(n for n in trace.module.graph.nodes if n.op == "output")
         place = {node: i for i, node in enumerate(trace.order)}
         self._last_use = {
@@ -143,7 +143,7 @@ class Partitioner:
         def value(node: fx.Node) -> Any:
             """The node in the tail's graph: a latent, a size, or computed again here since it needs no image."""
             if node not in env:
-                if not _holds_tensors(self.trace.values[node][0]):
+                if not holds_tensors(self.trace.values[node][0]):
                     env[node] = size(node)
                 else:
                     for needed in node.all_input_nodes:
@@ -189,25 +189,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[::step][:_SHOWN]) or "no cut at all"
 
 
-def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, TensorInfo) for leaf in pytree.tree_leaves(value))
-
-
 def _describe(value: Any) -> str:
     return f"a tensor of shape {value.shape}" if isinstance(value, TensorInfo) else f"a {type(value).__name__}"
-
-
-def _data_nodes(trace: Trace) -> set[fx.Node]:
-    """Nodes with tensors that depend on an input's values; sizes and what follows from sizes alone do not."""
-    found: set[fx.Node] = set()
-    for node in trace.module.graph.nodes:
-        if node.op == "placeholder" or (
-            node.op not in {"get_attr", "output"}
-            and _holds_tensors(trace.values[node][0])
-            and any(n in found for n in node.all_input_nodes)
-        ):
-            found.add(node)
-    return found
 
 
 def _module(root: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:

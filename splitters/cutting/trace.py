@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -204,6 +204,7 @@ def _finish(
         recorder = _Recorder(module)
         recorder.run(*rebatch(given, batch), enable_io_processing=False)
         seen.append(recorder.seen)
+    _check_batches_apart(module.graph, seen)
     order = tuple(n for n in module.graph.nodes if n.op not in {"placeholder", "get_attr", "output"})
     ends: dict[str, int] = {}
     for position, node in enumerate(order, start=1):
@@ -214,6 +215,35 @@ def _finish(
         module=module, order=order, out_spec=out_spec, method=method, notes=notes, dynamic_batch=len(batches) > 1,
         batches=batches, values={n: tuple(s[n] for s in seen) for n in module.graph.nodes}, ends=ends,
     )  # fmt: skip
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether a recorded value is, or holds, a tensor."""
+    return any(isinstance(leaf, TensorInfo) for leaf in pytree.tree_leaves(value))
+
+
+def data_nodes(graph: fx.Graph, value: Callable[[fx.Node], Any]) -> set[fx.Node]:
+    """Nodes with tensors that depend on an input's values; sizes and what follows from sizes alone do not."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        computed = node.op not in {"placeholder", "get_attr", "output"} and holds_tensors(value(node))
+        if node.op == "placeholder" or (computed and any(n in found for n in node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _check_batches_apart(graph: fx.Graph, seen: Sequence[Mapping[fx.Node, Any]]) -> None:
+    """Refuses a graph that runs at any batch size but folds the images of a batch into one result.
+
+    Raises:
+        CutError: an output that depends on the images has the same shape at two batch sizes.
+    """
+    output = next(n for n in graph.nodes if n.op == "output")
+    found = data_nodes(graph, seen[0].__getitem__)
+    for node in output.all_input_nodes:
+        shapes = {leaf.shape for values in seen for leaf in pytree.tree_leaves(values[node]) if isinstance(leaf, TensorInfo)}
+        if len(seen) > 1 and node in found and len(shapes) == 1:
+            raise CutError(f"the output {node.name} has shape {shapes.pop()} at any batch size: the images of a batch are mixed")
 
 
 def _gather_items(graph: fx.Graph) -> None:

@@ -136,7 +136,7 @@ def test_what_needs_no_image_does_not_cross() -> None:
 
 
 def test_a_tensor_without_the_batch_first_is_no_cut_and_the_neighbours_are_named() -> None:
-    with pytest.raises(CutError, match="first axis is not the batch.*nearest cuts are first"):
+    with pytest.raises(CutError, match=r"first axis is not the batch.*nearest cuts are first"):
         split(Tokens(), "window", IMAGE)
 
 
