@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isfinite
 
 
@@ -32,7 +33,7 @@ def concave_hull(points: Sequence[tuple[float, float]]) -> tuple[Segment, ...]:
         while len(hull) >= 2 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], (b, a)):
             hull.pop()
         hull.append((b, a))
-    return tuple(Segment(slope=_slope(p, q), width_bps=q[0] - p[0]) for p, q in zip(hull, hull[1:], strict=False))
+    return tuple(Segment(slope=_slope(p, q), width_bps=q[0] - p[0]) for p, q in pairwise(hull))
 
 
 def share(capacity_bps: float, utilities: Mapping[str, Sequence[Segment]], *, floor: float = 0.5) -> dict[str, float]:

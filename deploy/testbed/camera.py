@@ -24,8 +24,23 @@ class Frame:
     """One captured frame and what became of it."""
 
     __slots__ = (
-        "accuracy", "answered_ns", "arrived_bytes", "captured_ns", "choice", "deadline_ns", "frame_id", "outcome", "payload_bytes",
-        "read_ns", "reason", "remaining_ns", "sent_ns", "value", "whole", "camera", "refused",
+        "accuracy",
+        "answered_ns",
+        "arrived_bytes",
+        "camera",
+        "captured_ns",
+        "choice",
+        "deadline_ns",
+        "frame_id",
+        "outcome",
+        "payload_bytes",
+        "read_ns",
+        "reason",
+        "refused",
+        "remaining_ns",
+        "sent_ns",
+        "value",
+        "whole",
     )  # fmt: skip
 
     def __init__(self, camera: Camera, frame_id: int, captured_ns: int, deadline_ns: int) -> None:
@@ -59,7 +74,9 @@ class CameraConfig:
 class Camera:
     """One device. Its inference thread does one thing at a time; a due fallback goes first, then the newest frame."""
 
-    def __init__(self, loop: Loop, config: CameraConfig, workload: Workload, policy: Policy, up: Pipe, down: Pipe, server: Server) -> None:
+    def __init__(
+        self, loop: Loop, config: CameraConfig, workload: Workload, policy: Policy, up: Pipe, down: Pipe, server: Server
+    ) -> None:
         """``workload`` has the device's own times, slowdown included."""
         self.loop, self.config, self.policy = loop, config, policy
         self.up, self.down, self.server = up, down, server
@@ -69,7 +86,7 @@ class Camera:
         self.busy = False
         self._waiting: Frame | None = None
         self._fallbacks: deque[Frame] = deque()
-        self._rng = random.Random(f"device/{config.seed}")
+        self._rng = random.Random(f"device/{config.seed}")  # noqa: S311
         self._costs: dict[str, tuple[Quantiles, float, Quantiles]] = {}
         for p in workload.points:
             self._costs[f"split {p.id}"] = (p.head_ms, p.accuracy, p.payload_bytes)
@@ -120,7 +137,9 @@ class Camera:
         self.busy = False
         self.policy.on_device(decision, elapsed, now)
         if isinstance(decision, Local):
-            self._answer(frame, "local", frame.value if not frame.choice.startswith(("split", "jpeg", "webp")) else self._costs["local"][1])
+            self._answer(
+                frame, "local", frame.value if not frame.choice.startswith(("split", "jpeg", "webp")) else self._costs["local"][1]
+            )
         elif self.policy.may_send(frame.frame_id, frame.payload_bytes, now, frame.deadline_ns):
             frame.whole = isinstance(decision, Offload)
             frame.sent_ns, frame.remaining_ns = now, max(0, frame.deadline_ns - now)

@@ -67,13 +67,19 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--mode", default="simulate", choices=("simulate", "shape", "relay"), help="default %(default)s")
     run.add_argument("--frames", metavar="SOURCE", help="shape and relay: the video, picture or folder the camera shows")
     run.add_argument("--duration-s", type=float, help="instead of the scenario's")
-    run.add_argument("--explain", type=Path, metavar="FILE", help="write every decision's inputs, candidates and choice as JSON lines")
+    run.add_argument(
+        "--explain", type=Path, metavar="FILE", help="write every decision's inputs, candidates and choice as JSON lines"
+    )
     _workload_arguments(run)
     _output_arguments(run)
     run.set_defaults(run=_run)
 
     compare = verbs.add_parser("compare", help="all policies over a folder of traces")
-    compare.add_argument("--traces", type=Path, help="folder with traces (.log, .txt, .csv, Mahimahi), searched to the bottom; default: synthetic ones")
+    compare.add_argument(
+        "--traces",
+        type=Path,
+        help="folder with traces (.log, .txt, .csv, Mahimahi), searched to the bottom; default: synthetic ones",
+    )
     compare.add_argument("--deadline-ms", type=float, default=200.0)
     compare.add_argument("--fps", type=float, default=10.0)
     compare.add_argument("--loss-percent", type=float, default=0.0)
@@ -180,7 +186,9 @@ def _run_real(args: argparse.Namespace, scenario: Scenario) -> int:
 
 def _show(args: argparse.Namespace, name: str, workload: Workload, policy: str, s: Summary, extra: dict[str, object]) -> None:
     print(f"{name}: {policy} on {workload.name}, {s.captured} frames")
-    print(f"  on time {s.on_time:.1%}   accuracy {s.accuracy:.4f}   accuracy x on-time {s.score:.4f}   {s.bytes_mean:.0f} bytes/frame")
+    print(
+        f"  on time {s.on_time:.1%}   accuracy {s.accuracy:.4f}   accuracy x on-time {s.score:.4f}   {s.bytes_mean:.0f} bytes/frame"
+    )
     if s.latency_ms_p95:
         print(f"  latency p50 {s.latency_ms_p50:.0f} ms, p95 {s.latency_ms_p95:.0f} ms")
     print("  " + ", ".join(f"{k} {v}" for k, v in s.outcomes.items()))
@@ -203,7 +211,11 @@ def _compare(args: argparse.Namespace) -> int:
     policies = [p for p in policies if p not in lacking]
     traces = _traces(args)
     condition = Condition(
-        deadline_ms=args.deadline_ms, fps=args.fps, loss_percent=args.loss_percent, rtt_ms=args.rtt_ms, slowdown=args.device_slowdown
+        deadline_ms=args.deadline_ms,
+        fps=args.fps,
+        loss_percent=args.loss_percent,
+        rtt_ms=args.rtt_ms,
+        slowdown=args.device_slowdown,
     )
     jobs = [
         Job(family="", trace=t, condition=condition, policy=p, workload=workload, duration_s=args.duration_s, seed=args.seed)
@@ -218,7 +230,9 @@ def _compare(args: argparse.Namespace) -> int:
     print(f"{'policy':<18}{'on time':>9}{'accuracy':>10}{'acc x on':>10}{'bytes':>9}{'p95 ms':>8}")
     for p, s in sorted(pooled.items(), key=lambda item: -item[1].score):
         print(f"{p:<18}{s.on_time:>9.1%}{s.accuracy:>10.4f}{s.score:>10.4f}{s.bytes_mean:>9.0f}{s.latency_ms_p95:>8.0f}")
-    table = {p: {"on_time": s.on_time, "accuracy": s.accuracy, "bytes_mean": s.bytes_mean, "score": s.score} for p, s in pooled.items()}
+    table = {
+        p: {"on_time": s.on_time, "accuracy": s.accuracy, "bytes_mean": s.bytes_mean, "score": s.score} for p, s in pooled.items()
+    }
     if args.plot:
         metric = workload.points[0].accuracy_metric
         plot_policies(table, title=f"{len(traces)} traces, {args.deadline_ms:g} ms", metric=metric, out=args.plot)

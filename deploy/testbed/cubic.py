@@ -26,7 +26,11 @@ class Cubic:
     def on_rtt(self, rtt_ns: float, min_rtt_ns: float) -> None:
         """HyStart: slow start ends when a round's delay has grown noticeably."""
         self._round_samples += 1
-        if 16 <= self.cwnd < self.ssthresh and self._round_samples >= 8 and rtt_ns >= min_rtt_ns + min(max(min_rtt_ns / 8, 4e6), 16e6):
+        if (
+            16 <= self.cwnd < self.ssthresh
+            and self._round_samples >= 8
+            and rtt_ns >= min_rtt_ns + min(max(min_rtt_ns / 8, 4e6), 16e6)
+        ):
             self.ssthresh = self.cwnd
 
     def on_acked(self, packets: int, at_ns: int, srtt_ns: float, max_pipe: int) -> None:

@@ -72,7 +72,7 @@ class Link:
         self._delay = config.delay_ns
         self._jitter = config.jitter_ns
         self._queue_bits = 8.0 * (config.queue_bytes or max(30_000, config.trace.mean_bps() / 8 * 0.2))
-        self._rng = random.Random(f"link/{seed}")
+        self._rng = random.Random(f"link/{seed}")  # noqa: S311
         m = config.loss
         self._loss = m.loss
         self._loss_in_bad = m.loss_in_bad

@@ -65,7 +65,7 @@ class _Problem:
         self.choices = [
             _Choice(
                 device_ns=ms * 1e6,
-                bits=8 * (size + OVERHEAD_BYTES + HEADER_BYTES * _packets(size)) ,
+                bits=8 * (size + OVERHEAD_BYTES + HEADER_BYTES * _packets(size)),
                 payload_bytes=size,
                 packets=_packets(size),
                 accuracy=accuracy,

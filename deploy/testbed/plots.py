@@ -92,7 +92,7 @@ def _bitrates(ax: Any, dots: Sequence[Dot], capacity: Sequence[tuple[float, floa
         if d.payload_bytes and d.sent_s < duration_s:
             sent[int(d.sent_s / _BIN_S)] += d.payload_bytes * 8e-6 / _BIN_S
     ax.step([i * _BIN_S for i in range(n + 1)], sent, where="post", color=COLOURS["result"], lw=1.0, label="payload sent")
-    top = max(max(sent), sorted(rates)[int(0.9 * (len(rates) - 1))]) * 1.25
+    top = 1.25 * max(*sent, sorted(rates)[int(0.9 * (len(rates) - 1))])
     ax.set_ylim(0, max(top, 0.1))
     ax.set_ylabel("Mbit/s")
     ax.legend(loc="upper right", ncols=2, borderaxespad=0.1)
@@ -120,7 +120,9 @@ def _latencies(ax: Any, dots: Sequence[Dot], deadline_ms: float) -> None:
     missed = [d for d in dots if d.outcome == "expired"]
     ax.scatter([d.at_s for d in missed], [deadline_ms * 1.15] * len(missed), s=9, marker="x", color=COLOURS["expired"], lw=0.8)
     ax.axhline(deadline_ms, color="black", lw=0.8, ls="--")
-    ax.annotate("deadline", (1.0, deadline_ms), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points", va="center")
+    ax.annotate(
+        "deadline", (1.0, deadline_ms), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points", va="center"
+    )
     ax.set_ylim(0, top)
     ax.set_ylabel("latency (ms)")
 
@@ -156,7 +158,9 @@ def plot_policies(table: Mapping[str, Mapping[str, float]], *, title: str, metri
             ax.plot(xs, [level / 10 * top / x for x in xs], color="#e5e5e5", lw=0.5, zorder=0)
         for (name, t), colour in zip(table.items(), POLICY_COLOURS, strict=False):
             marker = "*" if name == "oracle" else ("o" if name == "ours" else "s")
-            ax.scatter(t["on_time"], t["accuracy"], s=60 if marker == "*" else 26, marker=marker, color=colour, label=name, zorder=3)
+            ax.scatter(
+                t["on_time"], t["accuracy"], s=60 if marker == "*" else 26, marker=marker, color=colour, label=name, zorder=3
+            )
         ax.set_xlim(0, 1.02)
         ax.set_ylim(low, top)
         ax.set_xlabel("answered before the deadline (share of captured frames)")
@@ -169,10 +173,10 @@ def plot_policies(table: Mapping[str, Mapping[str, float]], *, title: str, metri
 
 def _pyplot() -> Any:
     try:
-        import matplotlib
+        import matplotlib as mpl
     except ImportError as error:
         raise MissingDependencyError("pictures need matplotlib; run: pip install matplotlib") from error
-    matplotlib.use("Agg")
+    mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     return plt

@@ -49,7 +49,7 @@ class Baseline(Controller):
         """The policy proper, asked when the window is open."""
         raise NotImplementedError
 
-    def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision:
+    def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision:  # noqa: ARG002
         """The choice, or a skip where the window is closed."""
         if not self.estimator.connected:
             return Skip(reason="offline")
@@ -66,7 +66,7 @@ class Baseline(Controller):
 class LocalOnly(Baseline):
     """Nothing is ever sent."""
 
-    def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision:
+    def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision:  # noqa: ARG002
         """Local."""
         return Local() if self.workload.local else Skip(reason="nolocal")
 
@@ -74,7 +74,7 @@ class LocalOnly(Baseline):
 class FixedSplit(Baseline):
     """The most accurate operating point, always."""
 
-    def choose(self, now_ns: int, deadline_ns: int) -> Decision:
+    def choose(self, now_ns: int, deadline_ns: int) -> Decision:  # noqa: ARG002
         """That point."""
         best = max(self.workload.points, key=lambda p: (p.accuracy, -p.payload_bytes.p50))
         return Split(point_id=best.id)
@@ -83,7 +83,7 @@ class FixedSplit(Baseline):
 class FixedOffload(Baseline):
     """One JPEG quality, the middle one of the table, always."""
 
-    def choose(self, now_ns: int, deadline_ns: int) -> Decision:
+    def choose(self, now_ns: int, deadline_ns: int) -> Decision:  # noqa: ARG002
         """That quality."""
         o = self.workload.offloads[len(self.workload.offloads) // 2]
         return Offload(format=o.format, quality=o.quality, size_px=o.size_px)

@@ -108,7 +108,9 @@ class Relay:
         _ip("-n", space, "link", "set", device, "mtu", str(_MTU_BYTES), "txqueuelen", "1000", "up")
         _ip("-n", space, "link", "set", "lo", "up")
         setting = f"net.ipv4.tcp_congestion_control={self._congestion}"
-        done = subprocess.run(["ip", "netns", "exec", space, "sysctl", "-qw", setting], capture_output=True, check=False, timeout=10)
+        done = subprocess.run(
+            ["ip", "netns", "exec", space, "sysctl", "-qw", setting], capture_output=True, check=False, timeout=10
+        )
         if done.returncode:
             log.warning("the kernel keeps its own congestion control: %s", done.stderr.decode(errors="replace").strip())
 

@@ -25,7 +25,7 @@ class Server:
     def __init__(self, loop: Loop, times: ServerTimes, *, seed: str, bandwidth: BandwidthManager | None = None) -> None:
         self._loop = loop
         self._times = times
-        self._rng = random.Random(f"server/{seed}")
+        self._rng = random.Random(f"server/{seed}")  # noqa: S311
         self._queue: list[tuple[int, Frame, int]] = []  # deadline, frame, arrived
         self._busy = False
         self._bandwidth = bandwidth
@@ -68,7 +68,7 @@ class Server:
     def _shed(self, now_ns: int) -> None:
         """Work that cannot make it is refused before it costs anything."""
         cost = int(self._times.tail_ms.p50 * 1e6 * self._times.marginal)
-        rows = {i: row for i, row in enumerate(self._queue)}
+        rows = dict(enumerate(self._queue))
         _, refused = shed([Work(key=i, deadline_ns=row[0], cost_ns=cost) for i, row in rows.items()], now_ns)
         for work in refused:
             _, frame, arrived_ns = rows.pop(work.key)  # type: ignore[call-overload]
@@ -90,7 +90,11 @@ class Server:
 def _granted(told: tuple[Camera, Grant]) -> None:
     camera, grant = told
     camera.policy.on_grant(
-        camera.loop.now_ns, bitrate_bps=grant.bitrate_bps, max_in_flight=grant.max_in_flight, queue_ns=grant.queue_ns, tail_ns=grant.tail_ns
+        camera.loop.now_ns,
+        bitrate_bps=grant.bitrate_bps,
+        max_in_flight=grant.max_in_flight,
+        queue_ns=grant.queue_ns,
+        tail_ns=grant.tail_ns,
     )
 
 

@@ -31,7 +31,9 @@ class Condition:
     slowdown: float = 10.0
 
     def __str__(self) -> str:
-        return f"{self.deadline_ms:g} ms, {self.fps:g} fps, {self.loss_percent:g} % loss, RTT {self.rtt_ms:g} ms, x{self.slowdown:g}"
+        return (
+            f"{self.deadline_ms:g} ms, {self.fps:g} fps, {self.loss_percent:g} % loss, RTT {self.rtt_ms:g} ms, x{self.slowdown:g}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +152,12 @@ def sample_traces(folder: Path | None, per_family: int, seed: int = 0) -> dict[s
             by_vehicle[path.name.split("_")[1]].append(str(path.resolve()))
         for paths in by_vehicle.values():
             rng.shuffle(paths)
-        turns = [paths[i] for i in range(max(map(len, by_vehicle.values()), default=0)) for _, paths in sorted(by_vehicle.items()) if i < len(paths)]
+        turns = [
+            paths[i]
+            for i in range(max(map(len, by_vehicle.values()), default=0))
+            for _, paths in sorted(by_vehicle.items())
+            if i < len(paths)
+        ]
         families["3g"] = turns[:per_family] if per_family else turns
         oboe = sorted(str(p.resolve()) for p in (folder / "traces_oboe").glob("*.txt"))
         rng.shuffle(oboe)

@@ -42,11 +42,11 @@ def synthesise(kind: str, seed: int = 0, *, duration_s: float = 60.0) -> Trace:
     name = f"{kind}-{seed}"
     duration_ns = int(duration_s * 1e9)
     if kind in _MARKOV:
-        return _markov(_MARKOV[kind], random.Random(f"{kind}/{seed}"), duration_ns, name)
+        return _markov(_MARKOV[kind], random.Random(f"{kind}/{seed}"), duration_ns, name)  # noqa: S311
     shapes: dict[str, Callable[[random.Random, int, str], Trace]] = {"step": _step, "ramp": _ramp, "tunnel": _tunnel}
     if kind not in shapes:
         raise ConfigError(f"no synthetic trace {kind!r}; there are {', '.join(KINDS)}")
-    return shapes[kind](random.Random(f"{kind}/{seed}"), duration_ns, name)
+    return shapes[kind](random.Random(f"{kind}/{seed}"), duration_ns, name)  # noqa: S311
 
 
 KINDS = (*_MARKOV, "step", "ramp", "tunnel")

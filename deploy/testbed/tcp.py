@@ -74,7 +74,7 @@ class TcpFlow:
         self._forward = forward
         self._reverse_delay = reverse_delay_ns
         self._ack_loss = ack_loss
-        self._rng = random.Random(f"ack/{seed}")
+        self._rng = random.Random(f"ack/{seed}")  # noqa: S311
         self._cubic = Cubic()
         self._pending: deque[_Packet] = deque()
         self._resend: deque[_Packet] = deque()
@@ -121,7 +121,7 @@ class TcpFlow:
         self._work_off(now_ns)
         if self._lost:
             if self._rack_ns <= now_ns:
-                self._rack(now_ns)
+                self._rack()
             elif self._timer_ns <= now_ns and not self._acks:
                 self._on_timer(now_ns)
         self._transmit(now_ns)
@@ -233,12 +233,12 @@ class TcpFlow:
             self._rack_xid = packet.xid
             recovering = any(p.seq < self._recovery_seq for p in older)
             if self._sacked >= _DUP_THRESHOLD or recovering:
-                self._rack(at_ns)
+                self._rack()
             elif self._rack_ns == NEVER_NS:
                 self._rack_ns = at_ns + int(self._min_rtt / 4)
         return len(covered)
 
-    def _rack(self, at_ns: int) -> None:
+    def _rack(self) -> None:
         """What was sent before something that arrived, and has not arrived itself, is lost."""
         self._rack_ns = NEVER_NS
         self._sacked = 0

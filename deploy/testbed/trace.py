@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from protos.errors import ConfigError
@@ -31,7 +32,7 @@ class Trace:
         rows = list(steps)
         if not rows or rows[0][0] != 0 or period_ns <= rows[-1][0]:
             raise ConfigError(f"trace {name!r} must have steps that start at 0 and end before its period")
-        if any(b[0] <= a[0] for a, b in zip(rows, rows[1:], strict=False)) or any(not 0 <= r < 1e15 for _, r in rows):
+        if any(b[0] <= a[0] for a, b in pairwise(rows)) or any(not 0 <= r < 1e15 for _, r in rows):
             raise ConfigError(f"trace {name!r}: times must increase and bitrates be finite and not negative")
         self.name = name
         self.period_ns = period_ns
@@ -58,7 +59,7 @@ class Trace:
         return turns * self._per_period + self._cum[i] + self._rates[i] * (rest - self._times[i])
 
     def finish_ns(self, start_ns: float, bits: float) -> float:
-        """When the last of ``bits`` is through, if the first leaves at ``start_ns`` or as soon after as there is capacity."""
+        """When the last of ``bits`` is through, if the first leaves at ``start_ns`` or once there is capacity."""
         if bits <= 0:
             return start_ns
         turns, rest = divmod(start_ns, self.period_ns)
@@ -126,7 +127,9 @@ def load_trace(path: Path) -> Trace:
         ConfigError: unreadable, empty, or not one of these.
     """
     try:
-        lines = [line.replace(",", " ").split() for line in path.read_text().splitlines() if line.strip() and line.strip()[0] != "#"]
+        lines = [
+            line.replace(",", " ").split() for line in path.read_text().splitlines() if line.strip() and line.strip()[0] != "#"
+        ]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"trace {path} cannot be read: {error}") from error
     if lines and not _is_number(lines[0][0]):
@@ -168,6 +171,6 @@ def _mahimahi(opportunities_ms: Sequence[float], name: str) -> Trace:
 def _columns(rows: Sequence[Sequence[float]], name: str) -> Trace:
     start = rows[0][0]
     steps = [(int((s - start) * 1e9), mbps * 1e6) for s, mbps in rows]
-    gaps = sorted(b[0] - a[0] for a, b in zip(steps, steps[1:], strict=False))
+    gaps = sorted(b[0] - a[0] for a, b in pairwise(steps))
     last = gaps[len(gaps) // 2] if gaps else 1_000_000_000
     return Trace(steps, steps[-1][0] + last, name=name)

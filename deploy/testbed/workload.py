@@ -85,7 +85,7 @@ def load_workload(path: Path) -> Workload:
 
 def parse_workload(data: Mapping[str, Any]) -> Workload:
     """From plain JSON types; keys that start with an underscore are remarks."""
-    server = {k: Quantiles(**v) if isinstance(v, dict) else v for k, v in data.get("server", {}).items()}
+    server: dict[str, Any] = {k: Quantiles(**v) if isinstance(v, dict) else v for k, v in data.get("server", {}).items()}
     local = data.get("local")
     return Workload(
         name=data["name"],

@@ -66,7 +66,7 @@ class Controller:
         ]
         self._local = Option(Local(), local.accuracy, _NOTHING, local.ms) if local else None
         if not remote and self._local is None:
-            raise ConfigError("the controller has nothing to choose from: give it operating points, offload options or a local model")
+            raise ConfigError("the controller has nothing to choose from: give it operating points, offloads or a local model")
         self._all = remote
         self._remote = useful(remote)
         self._by_name = {o.name: o for o in [*remote, *([self._local] if self._local else [])]}
@@ -113,7 +113,7 @@ class Controller:
         """
         tokens = self.budget.tokens_bytes(now_ns)
         scores, reason = self._scores(now_ns, deadline_ns, tokens)
-        best = self._choose(scores, now_ns) or self._probe(scores, now_ns)
+        best = self._choose(scores, now_ns) or self._probe(scores)
         explain = None
         if self.config.explain:
             explain = self._explain(frame_id, now_ns, deadline_ns, tokens, scores, best.option.name if best else f"skip {reason}")
@@ -133,7 +133,7 @@ class Controller:
             case _:
                 return Local(explain=explain)
 
-    def may_send(self, frame_id: int, n_bytes: int, now_ns: int, deadline_ns: int, *, layer: int = 0) -> bool:
+    def may_send(self, frame_id: int, n_bytes: int, now_ns: int, deadline_ns: int, *, layer: int = 0) -> bool:  # noqa: ARG002
         """Whether this layer may enter the network now.
 
         The base goes if the credit window and the grant allow it; a refining layer only while it would still arrive
@@ -207,7 +207,7 @@ class Controller:
                 return last
         return best
 
-    def _probe(self, scores: list[Score], now_ns: int) -> Score | None:
+    def _probe(self, scores: list[Score]) -> Score | None:
         """A frame that nothing can be done with is a free probe: without it, a bad estimate would never be corrected."""
         e = self.estimator
         if not e.connected or e.in_flight or not self._remote:

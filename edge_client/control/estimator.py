@@ -5,11 +5,11 @@ delivered, on the clock of its acknowledgement with the server's time taken off,
 
     d_k = max(s_k + p, d_{k-1}) + 8 b_k / R.
 
-So every acknowledgement gives a service time, free of the wait behind earlier frames; R is a low median of the newest
-few (a mean would take a repaired packet for a slow link), p the least round trip of recent frames and pings. What this simple model gets wrong is kept as
-it is: small residuals (jitter, a busy server) in units of the frame's own uncertainty, large ones (a lost packet and
-its repair) as times, with their frequency per packet sent. P(on time) is read off those two empirical distributions:
-the tail is the measured tail, and no quantile is ever a mean.
+So every acknowledgement gives a service time, free of the wait behind earlier frames. R is a low median of the newest
+few (a mean would take a repaired packet for a slow link), p the least round trip of recent frames and pings. What this
+simple model gets wrong is kept as it is: small residuals (jitter, a busy server) in units of the frame's own
+uncertainty, large ones (a lost packet and its repair) as times, with their frequency per packet sent. P(on time) is
+read off those two empirical distributions: the tail is the measured tail, and no quantile is ever a mean.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Estimator:
             self._packets.add(1, now_ns)
             self._repairs.add(_REFUSED_NS, now_ns)
 
-    def on_lost(self, frame_id: int, now_ns: int) -> None:
+    def on_lost(self, frame_id: int, now_ns: int) -> None:  # noqa: ARG002
         """No answer will come for this frame (it failed, or it was given up); it no longer fills the window."""
         self._pop(frame_id)
 
@@ -182,8 +182,9 @@ class Estimator:
             self._learn_rtt(max(0, rtt_ns), now_ns)
 
     def ping_due(self, now_ns: int) -> bool:
-        """Whether a ping should leave now (the caller then sends it and calls this again only after the answer or the
-        interval); pings keep the round trip known while nothing is sent, and cost no frame anything.
+        """Whether a ping should leave now; saying so counts as sending it.
+
+        Pings keep the round trip known while nothing is sent, and cost no frame anything.
         """
         interval = self.config.ping_interval_ns
         quiet_ns = now_ns - max(self._last_ping_ns, self._last_heard_ns if not self._flight else 0)

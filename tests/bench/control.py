@@ -28,7 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = os.environ.get("HEADTAIL_DATA")
     parser.add_argument("--bundle", type=Path, required=True, help="bundle directory, or a workload's JSON file")
-    parser.add_argument("--traces", type=Path, default=Path(data) / "traces" if data else None, help="default: $HEADTAIL_DATA/traces")
+    parser.add_argument(
+        "--traces", type=Path, default=Path(data) / "traces" if data else None, help="default: $HEADTAIL_DATA/traces"
+    )
     parser.add_argument("--per-family", type=int, default=12)
     parser.add_argument("--duration-s", type=float, default=60.0)
     parser.add_argument("--policies", default=",".join(ALL_POLICIES))

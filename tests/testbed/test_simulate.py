@@ -76,7 +76,9 @@ def test_an_outage_is_bridged_and_left_again(workload: Workload) -> None:
 
 def test_after_a_collapse_no_more_than_a_credit_window_is_queued(workload: Workload) -> None:
     """Bytes handed to the transport and not yet delivered, at every moment after the link has fallen to a fiftieth."""
-    trace_scenario = Scenario(duration_s=20, fps=10, deadline_ms=400, device_slowdown=3, uplink=Direction(mbps=10, outages_s=((10, 13),)))
+    trace_scenario = Scenario(
+        duration_s=20, fps=10, deadline_ms=400, device_slowdown=3, uplink=Direction(mbps=10, outages_s=((10, 13),))
+    )
     run = simulate(trace_scenario, workload)
     camera = run.cameras[0]
     sent = [(f.sent_ns, f.payload_bytes) for f in camera.frames if f.sent_ns and f.sent_ns < 10 * S]
@@ -131,8 +133,19 @@ def test_the_command_runs_a_scenario(tmp_path: Path, capsys: pytest.CaptureFixtu
     pytest.importorskip("matplotlib")
     picture, log = tmp_path / "run.png", tmp_path / "explain.jsonl"
     code = main(
-        ["run", "tunnel", "--bundle", str(FIXTURES / "placeholder_classifier.json"), "--duration-s", "6", "--json"]
-        + ["--plot", str(picture), "--explain", str(log)]
+        [
+            "run",
+            "tunnel",
+            "--bundle",
+            str(FIXTURES / "placeholder_classifier.json"),
+            "--duration-s",
+            "6",
+            "--json",
+            "--plot",
+            str(picture),
+            "--explain",
+            str(log),
+        ]
     )
     assert code == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -145,8 +158,20 @@ def test_the_command_runs_a_scenario(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_compare_prints_the_shared_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.log").write_text("0 2\n1 1\n2 3\n")
     code = main(
-        ["compare", "--traces", str(tmp_path), "--deadline-ms", "200", "--duration-s", "5", "--jobs", "1", "--json"]
-        + ["--bundle", str(FIXTURES / "placeholder_detector.json")]
+        [
+            "compare",
+            "--traces",
+            str(tmp_path),
+            "--deadline-ms",
+            "200",
+            "--duration-s",
+            "5",
+            "--jobs",
+            "1",
+            "--json",
+            "--bundle",
+            str(FIXTURES / "placeholder_detector.json"),
+        ]
     )
     assert code == 0
     policies = json.loads(capsys.readouterr().out.splitlines()[-1])["policies"]

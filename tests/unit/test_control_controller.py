@@ -126,7 +126,10 @@ def test_the_fallback_is_wanted_when_the_answer_is_overdue_and_not_when_it_is_im
 
 
 def test_hysteresis_keeps_the_last_choice_among_equals() -> None:
-    twins = [OperatingPoint(id=i, channels=8 + i, bits=4, payload_bytes=q(1000 + i), accuracy=0.6 + 0.001 * i, head_ms=q(5)) for i in (0, 1)]
+    twins = [
+        OperatingPoint(id=i, channels=8 + i, bits=4, payload_bytes=q(1000 + i), accuracy=0.6 + 0.001 * i, head_ms=q(5))
+        for i in (0, 1)
+    ]
     c = Controller(ControlConfig(switch_margin=0.01), twins)
     c.estimator.on_connect(0)
     chosen = {c.decide(i, i * 100 * MS, i * 100 * MS + 400 * MS) for i in range(20)}
@@ -186,7 +189,9 @@ def test_a_decision_is_quick() -> None:
 
 
 STEPS = st.lists(
-    st.tuples(st.integers(0, 5 * 10**8), st.integers(1, 6000), st.one_of(st.none(), st.integers(1, 5_000_000))), min_size=1, max_size=60
+    st.tuples(st.integers(0, 5 * 10**8), st.integers(1, 6000), st.one_of(st.none(), st.integers(1, 5_000_000))),
+    min_size=1,
+    max_size=60,
 )
 
 
@@ -217,12 +222,19 @@ def test_no_window_ever_carries_more_than_the_grant(steps: list[tuple[int, int, 
                 rate / 8 * max(0.0, min(end, until) - max(begin, at)) / 1e9
                 for (at, rate), until in zip(grants, edges[1:], strict=True)
             )
-            burst = max(rate for (at, rate), until in zip(grants, edges[1:], strict=True) if until >= begin and at <= end) / 8 * burst_ns / 1e9
+            burst = (
+                max(rate for (at, rate), until in zip(grants, edges[1:], strict=True) if until >= begin and at <= end)
+                / 8
+                * burst_ns
+                / 1e9
+            )
             assert total <= allowed + burst + 1
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(-(10**9), 10**9), st.booleans(), st.integers(0, 10**9)), max_size=40), st.integers(16_000, 10**7))
+@given(
+    st.lists(st.tuples(st.integers(-(10**9), 10**9), st.booleans(), st.integers(0, 10**9)), max_size=40), st.integers(16_000, 10**7)
+)
 def test_a_granted_controller_keeps_its_budget_whatever_it_hears(steps: list[tuple[int, bool, int]], bps: int) -> None:
     c = controller()
     c.on_grant(0, bitrate_bps=bps)

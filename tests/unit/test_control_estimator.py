@@ -13,7 +13,9 @@ from edge_client.control import ControlConfig, Estimator
 MS = 1_000_000
 
 
-def drive(estimator: Estimator, *, bps: float, rtt_ms: float, n: int, n_bytes: int = 4000, start_ns: int = 0, noise_ms: float = 0.0) -> int:
+def drive(
+    estimator: Estimator, *, bps: float, rtt_ms: float, n: int, n_bytes: int = 4000, start_ns: int = 0, noise_ms: float = 0.0
+) -> int:
     """Frames every 100 ms over a link of known capacity; returns the time after the last."""
     rng = random.Random(1)
     now = start_ns

@@ -61,7 +61,9 @@ utilities = st.lists(st.lists(st.tuples(st.floats(1e3, 1e7), st.floats(0.01, 1))
 
 @settings(max_examples=150, deadline=None)
 @given(utilities, st.floats(0, 1e8), st.floats(0, 1))
-def test_shares_are_never_negative_nor_more_than_there_is(curves: list[list[tuple[float, float]]], capacity: float, floor: float) -> None:
+def test_shares_are_never_negative_nor_more_than_there_is(
+    curves: list[list[tuple[float, float]]], capacity: float, floor: float
+) -> None:
     shares = share(capacity, {str(i): concave_hull(c) for i, c in enumerate(curves)}, floor=floor)
     assert all(isfinite(x) and x >= 0 for x in shares.values())
     assert sum(shares.values()) <= capacity * (1 + 1e-9) + 1e-6

@@ -175,8 +175,14 @@ def test_a_lost_tail_is_repaired_by_a_probe_and_holds_back_what_follows() -> Non
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 300 * MS), st.integers(1, 40_000)), min_size=1, max_size=25), st.sampled_from([0.0, 0.05, 0.3]), st.integers(0, 9))
-def test_every_message_arrives_once_in_order_and_not_before_it_could(messages: list[tuple[int, int]], loss: float, seed: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 300 * MS), st.integers(1, 40_000)), min_size=1, max_size=25),
+    st.sampled_from([0.0, 0.05, 0.3]),
+    st.integers(0, 9),
+)
+def test_every_message_arrives_once_in_order_and_not_before_it_could(
+    messages: list[tuple[int, int]], loss: float, seed: int
+) -> None:
     link = Link(LinkConfig(trace=constant(3e6), delay_ns=30 * MS, loss=LossModel(loss=loss)), seed)
     flow = TcpFlow(link, reverse_delay_ns=30 * MS, ack_loss=loss, seed=seed)
     arrived: list[tuple[int, int]] = []
