@@ -12,6 +12,7 @@ import grpc.aio
 
 from edge_server.assembly import Frame, deadline_of, frame_of
 from edge_server.auth import client_of
+from edge_server.config import Limits
 from edge_server.fetch import chunks
 from edge_server.session import Services, Session
 from edge_server.status import translated
@@ -121,7 +122,7 @@ class Ingress:
                 f"the client speaks protocol version {request.protocol_version}, this server {PROTOCOL_VERSION}"
             )
         model = self.services.store.get(request.model)
-        frame = self._frame(request, now_ns)
+        frame = read_frame(request, self.services.limits, now_ns)
         if request.bundle_sha256 != model.sha256:
             raise VersionMismatchError(
                 f"the frame was made with bundle {request.bundle_sha256[:12] or '(none)'}, the server's tail is {model.sha256[:12]}"
@@ -131,23 +132,6 @@ class Ingress:
             raise refusal
         result = await self.services.answerer.answer(model, frame, ReferenceStore())
         return pb.InferResponse(result=result.to_proto())
-
-    def _frame(self, request: pb.InferRequest, now_ns: int) -> Frame:
-        if not 1 <= len(request.layers) <= MAX_LAYERS:
-            raise ProtocolError(f"a frame has 1..{MAX_LAYERS} layers, got {len(request.layers)}")
-        limits = self.services.limits
-        layers = [FrameLayer.from_proto(layer, max_payload_bytes=limits.max_payload_bytes) for layer in request.layers]
-        first = layers[0]
-        for index, layer in enumerate(layers):
-            if layer.layer != index or (layer.frame_id, layer.layer_count, layer.kind) != (
-                first.frame_id,
-                first.layer_count,
-                first.kind,
-            ):
-                raise ProtocolError("the layers of one frame must be gapless and of one kind, base first")
-        if sum(len(layer.payload) for layer in layers) > limits.max_frame_bytes:
-            raise LimitError(f"the frame has more than {limits.max_frame_bytes} bytes")
-        return frame_of(layers, now_ns, now_ns, deadline_of(first, now_ns))
 
     async def reload(self) -> None:
         """Reads the bundles from disk again and puts changed ones into use; sessions are told."""
@@ -176,3 +160,24 @@ class Ingress:
         task = asyncio.create_task(wait())
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
+
+
+def read_frame(request: pb.InferRequest, limits: Limits, now_ns: int) -> Frame:
+    """The frame of a unary request.
+
+    Raises:
+        ProtocolError: its layers are no gapless prefix of one frame.
+        LimitError: it is too large.
+        PayloadError: a layer's checksum is wrong.
+    """
+    if not 1 <= len(request.layers) <= MAX_LAYERS:
+        raise ProtocolError(f"a frame has 1..{MAX_LAYERS} layers, got {len(request.layers)}")
+    layers = [FrameLayer.from_proto(layer, max_payload_bytes=limits.max_payload_bytes) for layer in request.layers]
+    first = layers[0]
+    for index, layer in enumerate(layers):
+        same = (layer.frame_id, layer.layer_count, layer.kind) == (first.frame_id, first.layer_count, first.kind)
+        if layer.layer != index or not same:
+            raise ProtocolError("the layers of one frame must be gapless and of one kind, base first")
+    if sum(len(layer.payload) for layer in layers) > limits.max_frame_bytes:
+        raise LimitError(f"the frame has more than {limits.max_frame_bytes} bytes")
+    return frame_of(layers, now_ns, now_ns, deadline_of(first, now_ns))

@@ -1,0 +1,122 @@
+"""Ray's own way: applications for ``serve run`` and ``serve deploy deploy/ray/serve.yaml``, without our door.
+
+``tails`` starts a bundle's tail under the name our own door looks for, so an `edge-server --backend ray` that joins the
+cluster later shares it. ``unary`` puts the unary call `Infer` behind Serve's gRPC proxy, for those who want only Ray: no
+sessions, no grants, no temporal prediction, and whatever TLS and authentication the site puts in front.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from edge_server.assembly import Frame
+from edge_server.backends import TailWork
+from edge_server.backends.ray_serve import Reply, deployment
+from edge_server.config import BatchConfig, Limits, RayConfig, TailConfig
+from edge_server.decode import decode_frame
+from edge_server.ingress import read_frame
+from edge_server.models import locate, open_model
+from protos.errors import ConfigError, HeadtailError, OverloadedError, VersionMismatchError, from_code
+from protos.headtail.v1 import headtail_pb2 as pb
+from protos.messages import PROTOCOL_VERSION, Result, ServerTimings
+from splitters.bundle import open_bundle
+
+_DEFAULTS = {"model": "efficientnet-lite0", "replicas": "1", "threads": "1", "max_batch": "16", "cpus": "1", "gpus": "0"}
+
+
+def _settings(given: dict[str, str]) -> dict[str, str]:
+    unknown = sorted(set(given) - set(_DEFAULTS))
+    if unknown:
+        raise ConfigError(f"unknown settings {', '.join(unknown)}; there are {', '.join(_DEFAULTS)}")
+    return {**_DEFAULTS, **{k: str(v) for k, v in given.items()}}
+
+
+def tails(args: dict[str, str]) -> serve.Application:
+    """A bundle's tail. Settings: model, replicas (N or MIN:MAX), threads, max_batch, cpus, gpus.
+
+    Raises:
+        ConfigError: an unknown setting.
+    """
+    s = _settings(args)
+    fewest, _, most = s["replicas"].partition(":")
+    ray_config = RayConfig(
+        replicas=(int(fewest), int(most or fewest)), cpus_per_replica=float(s["cpus"]), gpus_per_replica=float(s["gpus"])
+    )
+    batch, tail = BatchConfig(max_batch=int(s["max_batch"])), TailConfig(threads=int(s["threads"]))
+    return deployment(open_bundle(locate(s["model"])), batch, tail, ray_config)
+
+
+class UnaryDoor:
+    """`Infer` and `ListModels` behind Serve's gRPC proxy.
+
+    Args:
+        path: the bundle's directory.
+        tail: its tail.
+    """
+
+    def __init__(self, path: str, tail: DeploymentHandle[Any]) -> None:
+        self._model = open_model(Path(path))
+        self._tail = tail
+        self._limits = Limits()
+
+    async def ListModels(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:  # noqa: N802 - gRPC's name
+        """The one model held."""
+        del request
+        m = self._model
+        info = pb.ModelInfo(name=m.name, task=m.bundle.manifest.task, bundle_sha256=m.sha256, device_bytes=m.device_bytes)
+        return pb.ListModelsResponse(models=[info], protocol_version=PROTOCOL_VERSION)
+
+    async def Infer(self, request: pb.InferRequest) -> pb.InferResponse:  # noqa: N802
+        """One frame, one answer; errors come in the result."""
+        begun_ns = time.monotonic_ns()
+        frame_id = request.layers[0].frame_id if request.layers else 0
+        try:
+            result = await self._answer(request, begun_ns)
+        except HeadtailError as error:
+            result = Result(frame_id=frame_id, error=error)
+        return pb.InferResponse(result=result.to_proto())
+
+    async def _answer(self, request: pb.InferRequest, begun_ns: int) -> Result:
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise VersionMismatchError(
+                f"the client speaks protocol version {request.protocol_version}, this server {PROTOCOL_VERSION}"
+            )
+        if request.bundle_sha256 != self._model.sha256:
+            raise VersionMismatchError(f"the frame was made with another bundle; the server's tail is {self._model.sha256[:12]}")
+        frame: Frame = read_frame(request, self._limits, begun_ns)
+        decoded = decode_frame(self._model, frame, {}, max_pixels=self._limits.max_pixels)
+        decoded_ns = time.monotonic_ns()
+        work = TailWork(bundle_sha256=self._model.sha256, kind=frame.kind, arrays=decoded.arrays, size_px=frame.size_px)
+        remaining_ns = None if frame.deadline_ns is None else frame.deadline_ns - decoded_ns
+        if remaining_ns is not None and remaining_ns <= 0:
+            raise OverloadedError("the frame's deadline had passed before it was decoded")
+        reply: Reply = await self._tail.infer.remote(work, remaining_ns)
+        answer, error = reply
+        if answer is None:
+            code, text, retryable = error or ("internal", "the tail gave no answer", False)
+            raise from_code(code, text, retryable=retryable)
+        now_ns = time.monotonic_ns()
+        return Result(
+            frame_id=frame.frame_id, answer=answer.answer, layers_decoded=decoded.layers, symbols_crc32=decoded.symbols_crc32,
+            echo_sent_ns=frame.echo_sent_ns,
+            timings=ServerTimings(
+                decode_ns=decoded_ns - begun_ns, queue_ns=max(0, now_ns - decoded_ns - answer.tail_ns), tail_ns=answer.tail_ns,
+                total_ns=now_ns - begun_ns, batch_size=answer.batch_size,
+            ),
+        )  # fmt: skip
+
+
+def unary(args: dict[str, str]) -> serve.Application:
+    """A bundle's tail behind Serve's own gRPC proxy; the settings of `tails`.
+
+    Raises:
+        ConfigError: an unknown setting.
+    """
+    path = locate(_settings(args)["model"])
+    door = serve.deployment(name="door", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.5})(UnaryDoor)
+    return door.bind(str(path.resolve()), tails(args))
