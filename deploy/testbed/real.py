@@ -38,8 +38,8 @@ def run_real(scenario: Scenario, *, mode: str, model: str, source: str | None, p
     """
     if scenario.cameras != 1:
         raise ConfigError(f"{mode} mode runs one camera; {scenario.name} has {scenario.cameras} (use --mode simulate)")
-    lines = asyncio.run(_run(scenario, mode, model, source or f"synthetic:fps={scenario.fps:g},size=640x480"))
-    dots, summary = _summary(lines)
+    lines, link_start_ns = asyncio.run(_run(scenario, mode, model, source or f"synthetic:fps={scenario.fps:g},size=640x480"))
+    dots, summary = _summary(lines, link_start_ns)
     if plot is not None:
         capacity = scenario.uplink.capacity(scenario.duration_s, scenario.folder).steps(int(scenario.duration_s * 1e9))
         choices = sorted({d.choice for d in dots if d.choice}, key=lambda name: (name == "local", name))
@@ -55,7 +55,7 @@ def run_real(scenario: Scenario, *, mode: str, model: str, source: str | None, p
     return {"scenario": scenario.name, "mode": mode, "model": model, **summary}
 
 
-async def _run(scenario: Scenario, mode: str, model: str, source: str) -> list[dict[str, Any]]:
+async def _run(scenario: Scenario, mode: str, model: str, source: str) -> tuple[list[dict[str, Any]], int]:
     up = scenario.uplink.link(scenario.duration_s, scenario.folder)
     down = scenario.downlink.link(scenario.duration_s, scenario.folder)
     python = [sys.executable, "-m"]
@@ -72,6 +72,7 @@ async def _run(scenario: Scenario, mode: str, model: str, source: str) -> list[d
             relay = await stack.enter_async_context(Relay(up, down, seed=scenario.seed))
             server += ["--listen", f"{SERVER_ADDRESS}:{_PORT}"]
             await _start(stack, relay.command("server", server), port_file)
+            link_time = relay.time
             client = relay.command("client", [*client, "--server", f"{SERVER_ADDRESS}:{_PORT}"])
         else:
             await _start(stack, [*server, "--listen", "127.0.0.1:0"], port_file)
@@ -80,11 +81,12 @@ async def _run(scenario: Scenario, mode: str, model: str, source: str) -> list[d
             host, port = port_file.read_text().strip().rsplit(":", 1)
             client += ["--server", f"127.0.0.1:{await shaper.start(host, int(port))}"]
             stack.push_async_callback(shaper.close)
+            link_time = shaper.time
         process = await asyncio.create_subprocess_exec(*client, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE)
         _, errors = await asyncio.wait_for(process.communicate(), scenario.duration_s + _START_S)
         if process.returncode:
             raise ModelError(f"edge-client ended with {process.returncode}: {errors.decode(errors='replace').strip()[-500:]}")
-        return [json.loads(line) for line in results.read_text().splitlines()]
+        return [json.loads(line) for line in results.read_text().splitlines()], link_time.start_unix_ns
 
 
 async def _warm(client: Sequence[str], address: str, folder: Path) -> None:
@@ -122,13 +124,12 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-def _summary(lines: Sequence[dict[str, Any]]) -> tuple[list[Dot], dict[str, Any]]:
+def _summary(lines: Sequence[dict[str, Any]], link_start_ns: int) -> tuple[list[Dot], dict[str, Any]]:
     if not lines:
         raise ModelError("the client wrote no results")
-    first_ns = min(line["captured_ns"] for line in lines)
     dots = []
     for line in sorted(lines, key=lambda line: int(line["captured_ns"])):
-        at_s = (line["captured_ns"] - first_ns) / 1e9
+        at_s = (line["captured_unix_ns"] - link_start_ns) / 1e9
         point, stages = line["operating_point"], line["latency_ms"]
         answered = line["outcome"] in ("result", "local")
         before_send = sum(float(stages.get(name, 0.0)) for name in ("capture", "stem", "head", "encode", "send"))

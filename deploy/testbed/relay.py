@@ -62,8 +62,15 @@ class Relay:
         self._tag = f"ht{os.getpid() % 100_000}"
         self._spaces = (f"{self._tag}c", f"{self._tag}s")
         self._fds: list[int] = []
-        self._time: RealTime | None = None
+        self._running: RealTime | None = None
         self._made: list[str] = []
+
+    @property
+    def time(self) -> RealTime:
+        """The link's clock, which began when the context was entered."""
+        if self._running is None:
+            raise ConfigError("the relay has not been entered")
+        return self._running
 
     def command(self, end: str, program: Sequence[str]) -> list[str]:
         """``program`` run at ``end``, ``client`` or ``server``."""
@@ -82,7 +89,7 @@ class Relay:
         except (OSError, subprocess.CalledProcessError) as error:
             self._remove()
             raise ConfigError(f"relay mode is not possible here: {error}") from error
-        self._time = RealTime()
+        self._running = RealTime()
         loop = asyncio.get_running_loop()
         client, server = self._fds
         loop.add_reader(client, self._forward, client, server, self.up)
@@ -93,8 +100,8 @@ class Relay:
         loop = asyncio.get_running_loop()
         for fd in self._fds:
             loop.remove_reader(fd)
-        if self._time is not None:
-            self._time.stop()
+        if self._running is not None:
+            self._running.stop()
         self._remove()
 
     def _add(self, space: str, device: str, own: str, other: str) -> None:
@@ -124,7 +131,7 @@ class Relay:
         self._fds, self._made = [], []
 
     def _forward(self, source: int, target: int, link: Link) -> None:
-        real = self._time
+        real = self._running
         if real is None:
             return
         real.catch_up()

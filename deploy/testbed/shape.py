@@ -33,6 +33,7 @@ class RealTime:
         self.loop = Loop()
         self._clock = clock
         self._start_ns = clock()
+        self.start_unix_ns = time.time_ns()  # for people: to lay other processes' logs beside this
         self._timer: asyncio.TimerHandle | None = None
 
     def catch_up(self) -> None:
