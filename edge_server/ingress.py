@@ -80,12 +80,16 @@ class Ingress:
         ]
         return pb.ListModelsResponse(models=models, protocol_version=PROTOCOL_VERSION, server_version=self.services.version)
 
-    async def FetchBundle(self, request: pb.FetchBundleRequest, context: Context) -> AsyncIterator[pb.BundleChunk]:  # noqa: N802
-        """A bundle's device part. Frames of other sessions go between two chunks."""
+    async def FetchBundle(self, request: pb.FetchBundleRequest, context: Context) -> None:  # noqa: N802
+        """A bundle's device part. Frames of other sessions go between two chunks; who does not read is let go."""
         async with translated(context), self._fetches:
             model = self.services.store.get(checked(request).model)
             for chunk in chunks(model, request.bundle_sha256, request.have):
-                yield chunk
+                try:
+                    async with asyncio.timeout(self.services.limits.write_s):
+                        await context.write(chunk)
+                except TimeoutError:
+                    raise LimitError(f"the client has read nothing for {self.services.limits.write_s:g} s") from None
                 await asyncio.sleep(0)
 
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:  # noqa: N802

@@ -13,11 +13,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from edge_server.config import Limits
 from edge_server.server import EdgeServer
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
 from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION, Result
-from splitters.bundle import Bundle
+from splitters.bundle import Bundle, BundleWriter
 from splitters.manifest import parse_manifest
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, hello, opened, picture, session
@@ -291,3 +292,36 @@ async def test_bytes_that_are_no_message_are_a_mapped_error_in_every_call(server
             )
         call = channel.unary_stream("/headtail.v1.Headtail/FetchBundle")(b"\xff\xff\xff")
         assert await failure(call.read()) == (grpc.StatusCode.INVALID_ARGUMENT, "protocol")
+
+
+def bigger_bundle(root: Path, filler: bytes) -> Path:
+    """A tiny bundle with a large device part."""
+    small = write_tiny_bundle(root / "small")
+    m = small.manifest
+    kept = ("name", "task", "preprocess", "labels", "latent_shape", "head", "codec", "local", "tail", "postprocess", "licence")
+    with BundleWriter(root / "bigger") as writer:
+        for part in m.parts:
+            if part.path != "operating_points.json":
+                writer.add(part.path, small.read_part(part.path), part.side)
+        writer.add("device/filler.bin", filler, "device")
+        return writer.finish(points=small.points, **{name: getattr(m, name) for name in kept}).path
+
+
+async def test_a_client_that_does_not_read_its_bundle_is_let_go(tmp_path: Path) -> None:
+    filler = os.urandom(8 << 20)
+    alone = [("grpc.use_local_subchannel_pool", 1)]
+    async with (
+        running(bigger_bundle(tmp_path, filler), limits=Limits(write_s=0.4, max_fetches=1)) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+        grpc.aio.insecure_channel(server.address, options=alone) as other,
+    ):
+        stalled = pb_grpc.HeadtailStub(channel).FetchBundle(pb.FetchBundleRequest())
+        await stalled.read()
+        _, files, _ = await asyncio.wait_for(fetch(pb_grpc.HeadtailStub(other)), 20)  # waits until the first one is let go
+        assert files["device/filler.bin"] == filler
+
+        async def rest() -> None:
+            while await stalled.read() is not grpc.aio.EOF:
+                pass
+
+        assert await failure(rest()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "limit")
