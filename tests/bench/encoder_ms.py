@@ -58,9 +58,8 @@ def main() -> None:
     ms = {name: float(np.median(values)) * 1e3 for name, values in taken.items()}
     least = {name: float(np.min(values)) * 1e3 for name, values in taken.items()}
     for name, value in ms.items():
-        print(
-            f"{name:16s} {value:7.3f} ms  {100 * value / ms['whole']:5.1f} %   least {least[name]:.3f} ms {100 * least[name] / least['whole']:.1f} %"
-        )
+        shares = 100 * value / ms["whole"], 100 * least[name] / least["whole"]
+        print(f"{name:16s} {value:7.3f} ms  {shares[0]:5.1f} %   least {least[name]:.3f} ms {shares[1]:.1f} %")
     ratios = {name: value / ms["whole"] for name, value in ms.items()}
     print(json.dumps({"median_ms": ms, "least_ms": least, "of_whole": ratios, "switch_ms_p50": float(np.median(switch)) * 1e3}))
 
