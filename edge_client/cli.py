@@ -118,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"edge-client: a setting has the wrong type: {error}", file=sys.stderr)
         return 2
     logging.getLogger("edge_client.explain").setLevel("INFO" if config.explain else "WARNING")
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # In a terminal a log line replaces the status line, which is then written anew below it.
+    clear = "\r\x1b[2K" if sys.stderr.isatty() else ""
+    logging.basicConfig(level=level.upper(), format=clear + "%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     return _run(config)
 
 
