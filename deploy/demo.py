@@ -38,7 +38,8 @@ def stream(model: str, folder: Path, out: Path) -> dict[str, Any]:
     """Runs ``edge-client`` with a server of its own on ``folder`` and returns its summary."""
     command = [
         sys.executable, "-m", "edge_client.cli", "--camera", str(folder), "--loop", "--frames", str(LOOPS * len(PHOTOS)),
-        "--server", "embedded", "--model", model, "--output", str(out / f"{model}.jsonl"), "--save-video", str(out / model), "--json",
+        "--server", "embedded", "--model", model, "--output", str(out / f"{model}.jsonl"),
+        "--save-video", str(out / model), "--json",
     ]  # fmt: skip
     print(f"\n$ edge-client {' '.join(command[3:])}\n", flush=True)
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

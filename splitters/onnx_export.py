@@ -44,7 +44,7 @@ def export_onnx(
                 module, pair, dynamo=True, opset_version=OPSET, input_names=list(inputs), output_names=list(outputs),
                 dynamic_shapes=tuple({0: batch} for _ in pair), optimize=True, verbose=False,
             )  # fmt: skip
-    except Exception as error:  # noqa: BLE001 - the exporter raises many kinds; all mean the same to the caller
+    except Exception as error:  # the exporter raises many kinds; all mean the same to the caller
         raise ModelError(f"{type(module).__name__} cannot be exported to ONNX: {str(error).splitlines()[0]}") from error
     if program is None:
         raise ModelError(f"{type(module).__name__} cannot be exported to ONNX: the exporter returned nothing")

@@ -38,5 +38,6 @@ def _print_table(bundle: Bundle) -> None:
     for p in bundle.points:
         print(
             f"  {p.id:5} {p.encoders:9} {p.width:5.2f} {p.channels:8} {p.bits:5.1f}"
-            f" {p.payload_bytes.p50:11.0f} {p.payload_bytes.p95:8.0f}  {p.accuracy:.4f} {p.accuracy_metric:11} {p.head_ms.p50:7.2f}  {'yes' if p.pareto else ''}"
+            f" {p.payload_bytes.p50:11.0f} {p.payload_bytes.p95:8.0f}  {p.accuracy:.4f} {p.accuracy_metric:11}"
+            f" {p.head_ms.p50:7.2f}  {'yes' if p.pareto else ''}"
         )

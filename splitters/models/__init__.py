@@ -1,0 +1,1 @@
+"""The networks: base models, slimmable layers, bottlenecks, detector, prefilter."""

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from protos.errors import MissingDependencyError
 
 # (expansion, kernel, stride, output channels, repeats) of each stage.
-STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1))
+STAGES = (
+    (1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1),
+)  # fmt: skip
 INPUT_MEAN, INPUT_STD = 127.0 / 255.0, 128.0 / 255.0
 DEFAULT_SIZE_PX = 224
 

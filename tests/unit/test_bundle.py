@@ -67,9 +67,13 @@ def test_the_device_side_needs_no_server_parts(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_bundle_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), BundleWriter(tmp_path / "b") as writer:
-        writer.add("device/stem.onnx", b"stem", "device")
-        raise RuntimeError
+    def interrupted() -> None:
+        with BundleWriter(tmp_path / "b") as writer:
+            writer.add("device/stem.onnx", b"stem", "device")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -94,8 +98,9 @@ def _edited(tmp_path: Path, **changes: Any) -> str:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format_version": 2}, {"task": "poetry"}, {"surprise": 1}, {"parts": []}, {"parts": "x"}, {"head": {}}, {"labels": {"x": "y"}},
-        {"preprocess": {"resize": "stretch", "size_px": [1, 2]}}, {"preprocess": {"resize": "melt", "size_px": [32, 32]}}, {"codec": "server/tail.onnx"},
+        {"format_version": 2}, {"task": "poetry"}, {"surprise": 1}, {"parts": []}, {"parts": "x"}, {"head": {}},
+        {"labels": {"x": "y"}}, {"preprocess": {"resize": "stretch", "size_px": [1, 2]}},
+        {"preprocess": {"resize": "melt", "size_px": [32, 32]}}, {"codec": "server/tail.onnx"},
     ],
 )  # fmt: skip
 def test_a_wrong_manifest_is_one_clear_error(tmp_path: Path, changes: dict[str, Any]) -> None:

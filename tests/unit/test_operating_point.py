@@ -40,9 +40,12 @@ def test_best_point_prefers_accuracy_then_bits() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[]", "[1]", '[{"id": 1}]', '[{"id": -1, "channels": 1, "bits": 1}]', '[{"id": 1, "channels": 1, "bits": 1, "colour": 2}]',
-     '[{"id": 1, "channels": 1, "bits": 1}, {"id": 1, "channels": 1, "bits": 1}]', '[{"id": 1, "channels": 1, "bits": 1, "accuracy": 70}]',
-     '[{"id": 1, "channels": 1, "bits": 1, "head_ms": {"p50": NaN, "p95": 1}}]'],
+    [
+        "", "{}", "[]", "[1]", '[{"id": 1}]', '[{"id": -1, "channels": 1, "bits": 1}]',
+        '[{"id": 1, "channels": 1, "bits": 1, "colour": 2}]', '[{"id": 1, "channels": 1, "bits": 1, "accuracy": 70}]',
+        '[{"id": 1, "channels": 1, "bits": 1}, {"id": 1, "channels": 1, "bits": 1}]',
+        '[{"id": 1, "channels": 1, "bits": 1, "head_ms": {"p50": NaN, "p95": 1}}]',
+    ],
 )  # fmt: skip
 def test_a_wrong_table_is_one_clear_error(text: str) -> None:
     with pytest.raises(BundleError):

@@ -14,7 +14,8 @@ from splitters.manifest import Preprocess
 from splitters.preprocess import geometry, input_image, normalise, preprocess
 
 KINDS: list[dict[str, Any]] = [
-    {"resize": "stretch"}, {"resize": "shortest", "resize_px": 64}, {"resize": "letterbox"}, {"resize": "letterbox", "anchor": "centre"},
+    {"resize": "stretch"}, {"resize": "shortest", "resize_px": 64}, {"resize": "letterbox"},
+    {"resize": "letterbox", "anchor": "centre"},
 ]  # fmt: skip
 
 
