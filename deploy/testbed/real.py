@@ -132,7 +132,7 @@ def _summary(lines: Sequence[dict[str, Any]], link_start_ns: int) -> tuple[list[
         at_s = (line["captured_unix_ns"] - link_start_ns) / 1e9
         point, stages = line["operating_point"], line["latency_ms"]
         answered = line["outcome"] in ("result", "local")
-        before_send = sum(float(stages.get(name, 0.0)) for name in ("capture", "stem", "head", "encode", "send"))
+        before_send = sum(float(stages.get(name, 0.0)) for name in ("capture", "preprocess", "head", "codec", "send"))
         dots.append(
             Dot(
                 at_s=at_s,
