@@ -178,6 +178,8 @@ class ServerConfig:
         models: bundle names or directories, the default first.
         backend: ``embedded`` or ``ray``.
         grace_s: how long work in flight may take at shutdown.
+        linger_s: how long sessions stay open after they were told of the shutdown, so that frames already on their way get
+            a plain refusal.
         port_file: where the bound address is written, for whoever started the server.
         parent_pid: the server ends when this process does.
         metrics_port: Prometheus; None: off.
@@ -188,6 +190,7 @@ class ServerConfig:
     models: tuple[str, ...]
     backend: str = "embedded"
     grace_s: float = 10.0
+    linger_s: float = 0.3
     port_file: Path | None = None
     parent_pid: int | None = None
     metrics_port: int | None = None
@@ -204,8 +207,8 @@ class ServerConfig:
             raise ConfigError("give at least one --model")
         if self.backend not in ("embedded", "ray"):
             raise ConfigError(f"backend {self.backend!r} is unknown; there are embedded and ray")
-        if not 0 <= self.grace_s <= 3600:
-            raise ConfigError("the grace must be 0..3600 s")
+        if not 0 <= self.grace_s <= 3600 or self.linger_s < 0:
+            raise ConfigError("the grace must be 0..3600 s and the linger not negative")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
             raise ConfigError("the metrics port must be 0..65535")
 

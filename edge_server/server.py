@@ -32,7 +32,6 @@ from protos.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_LINGER_S = 0.3  # after Draining, frames already on their way still get a plain refusal
 _POLL_S = 0.5
 _TOKEN_POLL_S = 1.0
 
@@ -190,7 +189,7 @@ class EdgeServer:
         if ingress is not None:
             ingress.drain(int(grace_s * 1e9))
             if ingress.sessions:
-                await asyncio.sleep(min(_LINGER_S, grace_s))
+                await asyncio.sleep(min(self.config.linger_s, grace_s))
             ingress.finish()
             while (ingress.sessions or ingress.calls) and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)

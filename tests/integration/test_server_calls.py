@@ -239,7 +239,7 @@ async def test_random_messages_in_a_session_end_it_or_are_answered(server: EdgeS
 
 async def test_draining_answers_what_is_in_flight_tells_the_sessions_and_takes_nothing_new(bundle: Bundle, device: Device) -> None:
     async with (
-        running(bundle.path, grace_s=5.0) as server,
+        running(bundle.path, grace_s=5.0, linger_s=3.0) as server,
         session(server.address, bundle.sha256) as stream,
         opened(server.address) as late,
     ):
@@ -311,7 +311,7 @@ async def test_a_client_that_does_not_read_its_bundle_is_let_go(tmp_path: Path) 
     filler = os.urandom(8 << 20)
     alone = [("grpc.use_local_subchannel_pool", 1)]
     async with (
-        running(bigger_bundle(tmp_path, filler), limits=Limits(write_s=0.4, max_fetches=1)) as server,
+        running(bigger_bundle(tmp_path, filler), limits=Limits(write_s=1.5, max_fetches=1)) as server,
         grpc.aio.insecure_channel(server.address) as channel,
         grpc.aio.insecure_channel(server.address, options=alone) as other,
     ):
