@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from protos.errors import BundleError, ConfigError, SourceError, UnknownModelError
-from splitters.bundle import Bundle, exported_path, open_bundle
+from splitters.bundle import Bundle, exported_path, open_bundle, sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -103,15 +104,30 @@ def export(what: str, out: Path) -> Bundle:
 
 
 def ensure_exported(name: str) -> Path:
-    """Where the default bundle ``name`` lies; exported now if it is absent or unreadable.
+    """Where the default bundle ``name`` lies; exported now if it is absent, unreadable, or made by other code or weights.
 
     Raises:
         UnknownModelError: no default has that name.
     """
     path = exported_path(name)
+    stamp = path.with_name(f"{path.name}.source")
+    source = _source_sha256()
     try:
         open_bundle(path)
+        if stamp.is_file() and stamp.read_text(encoding="utf-8") == source:
+            return path
+        log.info("%s was exported by other code or weights; exporting it anew", path)
     except BundleError as error:
         log.info("%s", error.message)
-        export(name, path)
+    export(name, path)
+    stamp.write_text(source, encoding="utf-8")
     return path
+
+
+def _source_sha256() -> str:
+    """Changes with whatever a default bundle is made of: weights, models, codec, exporter."""
+    digest = hashlib.sha256()
+    files = [Path(__file__), *(f for folder in ("weights", "models", "codec") for f in (Path(__file__).parent / folder).rglob("*"))]
+    for file in sorted(f for f in files if f.is_file() and "__pycache__" not in f.parts):
+        digest.update(sha256_file(file).encode())
+    return digest.hexdigest()
