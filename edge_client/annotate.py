@@ -43,7 +43,8 @@ def annotate(image: Frame, report: FrameReport, labels: Mapping[int, str]) -> Fr
 def _draw_box(picture: Frame, corners: tuple[int, ...], text: str, colour: tuple[int, int, int], size: float) -> None:
     x1, y1, x2, y2 = corners
     cv2.rectangle(picture, (x1, y1), (x2, y2), colour, max(2, round(3 * size)))
-    _label(picture, text, (x1, max(0, y1 - round(30 * size))), 0.8 * size, _BLACK, colour)
+    # Never under the status line.
+    _label(picture, text, (x1, max(round(50 * size), y1 - round(30 * size))), 0.8 * size, _BLACK, colour)
 
 
 def _status(report: FrameReport) -> str:
