@@ -41,6 +41,7 @@ from splitters.bundle import Bundle
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_GLANCE_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +77,7 @@ class Client:
         self._capture: Capture | None = None
         self._engine: Engine | None = None
         self._times = DeviceTimes()
+        self._fresh = False
         self._task: asyncio.Task[None] | None = None
         self._ending = Ending()
 
@@ -125,7 +127,7 @@ class Client:
         )
         live = capture.live
         model = "" if server is not None else config.model
-        bundle = await self._first_bundle(endpoint, model, wait_s=config.effective_wait_s(live=live))
+        bundle = await self._first_bundle(endpoint, model, live=live, wait_s=config.effective_wait_s(live=live))
         engine = await self._load(bundle)
         if live:
             sampler.every_s = 1.0
@@ -160,15 +162,25 @@ class Client:
             engine.bundle.point(self._config.operating_point)
         return self._config.operating_point
 
-    async def _first_bundle(self, endpoint: Endpoint, model: str, *, wait_s: float) -> Bundle:
-        """The bundle to start with: the one remembered, else the server's.
+    async def _first_bundle(self, endpoint: Endpoint, model: str, *, live: bool, wait_s: float) -> Bundle:
+        """The bundle to start with: the server's where that is the one remembered or must be fetched, else the remembered.
+
+        A camera does not wait for a download when it has a bundle: the new one comes in the background.
 
         Raises:
             HeadtailError: no server, and nothing remembered; or the server refuses.
         """
         known = self._store.remembered(self._memory_key(endpoint), model)
         if known is not None and (bundle := self._store.open(known)) is not None:
-            return bundle
+            try:
+                info = choose_model(await list_models(endpoint, timeout_s=_GLANCE_S), model, endpoint.address)
+            except HeadtailError as error:
+                if not error.retryable:
+                    raise
+                info = None
+            self._fresh = info is not None and info.bundle_sha256 == known
+            if info is None or self._fresh or live:
+                return bundle
         until_s = time.monotonic() + wait_s
         while True:
             try:
@@ -180,6 +192,7 @@ class Client:
                 await asyncio.sleep(_RETRY_S)
                 continue
             self._store.remember(self._memory_key(endpoint), model, bundle.sha256)
+            self._fresh = True
             return bundle
 
     def _memory_key(self, endpoint: Endpoint) -> str:
@@ -211,7 +224,7 @@ class Client:
         names = [name.strip() for name in config.interest.split(",") if name.strip()]
         promise = read_promise(engine.bundle, interest=names, recall=config.recall)
         if promise is None:
-            if config.prefilter == "on":
+            if config.prefilter == "on" and self._fresh:
                 raise ConfigError(f"bundle {engine.model!r} has no prefilter; leave --prefilter out")
             return None
         log.info("prefilter for %s: threshold %.3f, recall >= %.3f", ", ".join(promise.interest), promise.threshold, promise.recall)

@@ -402,7 +402,7 @@ class Pipeline:
 
     def on_down(self, error: HeadtailError) -> None:
         """See ``SessionEvents``."""
-        if not self._finished:
+        if self._server_sha256 == self.engine.sha256 and not self._finished:  # else it ends because we wanted it to
             log.warning("the session is down: %s", error.message)
         self.controller.estimator.on_disconnect(self._clock())
         self._server_sha256 = ""
