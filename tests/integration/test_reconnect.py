@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.fakes.bundles import write_tiny_bundle
-from tests.fakes.client_process import client, run_client, standby, write_clip, write_photos
-from tests.fakes.server_running import child
+from tests.fakes.client_process import client, standby, write_clip
 
 DEADLINE_MS = 500.0
 
