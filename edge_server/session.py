@@ -157,7 +157,7 @@ class Session:
         self._s.bandwidth.close(self.id)
         self._group = hello.group[:64]
         self._s.bandwidth.open(self.id, self._group, fps=fps, points=points)
-        log.info("session %s: %s, client %s", self.id, model.name, hello.client_version[:32] or "unknown")
+        log.info("session %s: %s, client %r", self.id, model.name, hello.client_version[:32])
         return pb.ServerMessage(
             welcome=pb.Welcome(
                 protocol_version=PROTOCOL_VERSION, session_id=self.id, model=model.name, bundle_sha256=model.sha256,
