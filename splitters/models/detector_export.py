@@ -151,7 +151,7 @@ def common_fields() -> dict[str, Any]:
         "codec": "device/codec.json",
         "local": LocalModel(path="device/local.onnx", preprocess=local_preprocess()),
         "postprocess": {
-            "kind": "dense_boxes", "class_ids": CATEGORY_IDS.tolist(), "score_min": SCORE_MIN, "iou": 0.6, "keep": 100,
+            "kind": "dense_boxes", "class_ids": CATEGORY_IDS.tolist(), "score_min": SCORE_MIN, "iou": 0.5, "keep": 100,
         },
         "licence": LICENCE,
     }  # fmt: skip
