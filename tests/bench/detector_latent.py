@@ -70,8 +70,11 @@ def main() -> None:
             scores = scores_of(truth, ids, found.answers)
             low, high = interval(scores.bootstrap(args.draws)[:, 0] - base)
             rows.append(
-                {"what": name, "bytes_mean": round(float(found.sizes.mean())), "ap": round(scores.ap(), 4),
-                 "ap50": round(scores.ap50(), 4), "ap_minus_uncut": round(scores.ap() - whole.ap(), 4), "ap_minus_uncut_95": [round(low, 4), round(high, 4)]}
+                {
+                    "what": name, "bytes_mean": round(float(found.sizes.mean())), "ap": round(scores.ap(), 4),
+                    "ap50": round(scores.ap50(), 4), "ap_minus_uncut": round(scores.ap() - whole.ap(), 4),
+                    "ap_minus_uncut_95": [round(low, 4), round(high, 4)],
+                }
             )  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
     print(json.dumps({"bench": "detector_latent", "photos": len(ids), "rows": rows}))
