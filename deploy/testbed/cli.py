@@ -29,7 +29,7 @@ examples:
   edge-testbed run tunnel --plot tunnel.png --json
   edge-testbed run my.toml --policy reference --bundle detector
   edge-testbed run lossy --mode shape --bundle detector          # real client and server, loopback only
-  sudo edge-testbed relay lossy                                  # two network namespaces, real TCP
+  sudo edge-testbed run lossy --mode relay --bundle detector     # two network namespaces, real TCP
   edge-testbed compare --traces $HEADTAIL_DATA/traces --deadline-ms 200 --json
 
 exit codes: 0 done; 2 a wrong argument or scenario; 4 the bundle is unreadable; 1 our own fault.
