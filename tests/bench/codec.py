@@ -112,7 +112,7 @@ class Device:
         self.head = Head(bundle, clock=time.monotonic_ns, threads=threads)
 
     def latents(self, picture: NDArray[np.uint8], number: int) -> Latents:
-        """Of operating point `number`; pictures are RGB."""
+        """Of operating point `number`; pictures are BGR."""
         features = self.head.stem(preprocess(picture, self.bundle.manifest.preprocess))
         return self.head.latents(features, self.bundle.points[number])
 
@@ -140,11 +140,11 @@ def video(bundle: Bundle, codec: LearnedCodec, path: Path, count: int) -> dict[s
         ok, frame = capture.read()
         if not ok:
             break
-        pictures.append(rgb(frame))
+        pictures.append(picture(frame))
     report: dict[str, Any] = {}
     for number in spread(bundle):
         point = bundle.points[number].codec_point
-        frames = [codec.quantise(device.latents(picture, number), point) for picture in pictures]
+        frames = [codec.quantise(device.latents(shown, number), point) for shown in pictures]
         row: dict[str, Any] = {"alone_bytes": mean_bytes([codec.encode(s) for s in frames])}
         for lag in LAGS:
             sizes, spent = [], []
@@ -166,11 +166,11 @@ def video(bundle: Bundle, codec: LearnedCodec, path: Path, count: int) -> dict[s
     return report
 
 
-def rgb(frame: Any) -> NDArray[np.uint8]:
-    """From OpenCV's BGR."""
+def picture(frame: Any) -> NDArray[np.uint8]:
+    """A frame as OpenCV read it, BGR as `preprocess` wants it."""
     if frame is None:
         raise SystemExit("a photo cannot be read")
-    return np.ascontiguousarray(frame[:, :, ::-1], dtype=np.uint8)
+    return np.ascontiguousarray(frame, dtype=np.uint8)
 
 
 def mean_bytes(payloads: list[list[bytes]]) -> float:
@@ -184,8 +184,8 @@ def threads_differ(bundle: Bundle, codec: LearnedCodec, photos: list[Path]) -> d
     point = bundle.points[number].codec_point
     total = different = largest = 0
     for path in photos:
-        picture = rgb(cv2.imread(str(path)))
-        one, two = (codec.quantise(d.latents(picture, number), point).tensors[0].astype(np.int32) for d in devices)
+        shown = picture(cv2.imread(str(path)))
+        one, two = (codec.quantise(d.latents(shown, number), point).tensors[0].astype(np.int32) for d in devices)
         total += one.size
         different += int((one != two).sum())
         largest = max(largest, int(np.abs(one - two).max()))
