@@ -31,15 +31,21 @@ class Device:
 
         self.bundle = bundle
         self.codec: LatentCodec = codec_from_spec(json.loads(bundle.read_part(bundle.manifest.codec)), bundle.read_part)
-        self._stem = ort.InferenceSession(bundle.read_part(bundle.manifest.head.stem), providers=["CPUExecutionProvider"])
+        head = bundle.manifest.head
+        parts = {"": head.stem, **head.graphs}
+        self._graphs = {n: ort.InferenceSession(bundle.read_part(p), providers=["CPUExecutionProvider"]) for n, p in parts.items()}
 
-    def latents(self, picture: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        """The stem's outputs, without the batch axis."""
-        return [out[0] for out in self._stem.run(None, {"image": preprocess(picture, self.bundle.manifest.preprocess)})]
+    def latents(self, picture: NDArray[np.uint8], point: int = 0) -> list[NDArray[np.float32]]:
+        """The stem's outputs, or the sum of the point's encoders on them, without the batch axis."""
+        maps = self._graphs[""].run(None, {"image": preprocess(picture, self.bundle.manifest.preprocess)})
+        encoders = [self._graphs[name] for name in self.bundle.point(point).graphs]
+        if not encoders:
+            return [out[0] for out in maps]
+        return [sum(e.run(None, dict(zip([i.name for i in e.get_inputs()], maps, strict=True)))[0] for e in encoders)[0]]
 
     def payloads(self, picture: NDArray[np.uint8], point: int = 0) -> list[bytes]:
         """What travels for a picture."""
-        return self.codec.encode(self.codec.quantise(self.latents(picture), str(point)))
+        return self.codec.encode(self.codec.quantise(self.latents(picture, point), self.bundle.point(point).codec_point))
 
     def layers(self, picture: NDArray[np.uint8], frame_id: int, *, point: int = 0, deadline_ns: int = 0) -> list[pb.FrameLayer]:
         """The same as messages."""

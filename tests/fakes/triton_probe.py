@@ -1,6 +1,6 @@
 """Runs in a virtual environment of its own, with tritonclient and without this project: one picture, one JSON line.
 
-    python tests/fakes/triton_probe.py ADDRESS MODEL PIXELS.npy LATENT.npy
+python tests/fakes/triton_probe.py ADDRESS MODEL PIXELS.npy LATENT.npy
 """
 
 import json

@@ -54,7 +54,7 @@ async def test_a_round_trip_takes_what_the_link_says() -> None:
         pytest.skip(error.message)
     times = sorted(float(line) for line in out.splitlines())
     assert len(times) == 10
-    assert 60 + 2 * 1052 * 8 / 2e3 <= times[5] + 0.5, "two propagations and two transmissions"
+    assert times[5] + 0.5 >= 60 + 2 * 1052 * 8 / 2e3, "two propagations and two transmissions"
     assert times[0] < 120
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
     assert "ht" not in left, "the namespaces are gone again"
