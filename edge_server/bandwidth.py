@@ -1,7 +1,7 @@
 """Grants: the bitrate each session may send.
 
 A session alone on its link is only held back while it fills a queue; its own controller does the rest. Sessions that
-share a bottleneck (a group named by the clients, or found because their queueing delays rise and fall together) are
+share a bottleneck (a group named by the clients) are
 given what maximises their summed accuracy above a fairness floor. Pure: time comes in as an argument.
 """
 
