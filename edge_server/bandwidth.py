@@ -1,8 +1,8 @@
 """Grants: the bitrate each session may send.
 
 A session alone on its link is only held back while it fills a queue; its own controller does the rest. Sessions that
-share a bottleneck (a group named by the clients) are
-given what maximises their summed accuracy above a fairness floor. Pure: time comes in as an argument.
+share a bottleneck (a group named by the clients) are given what maximises their summed accuracy above a fairness floor.
+Pure: time comes in as an argument.
 """
 
 from __future__ import annotations
