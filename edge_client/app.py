@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -277,7 +278,7 @@ class Client:
             "bundle_switches": pipeline.bundle_switches if pipeline else 0,
             "prefilter": self._prefilter_facts(),
             "unreadable_files": self._capture.unreadable if self._capture else 0,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "peak_memory_bytes": peak_memory_bytes(),
         }
 
     def _prefilter_facts(self) -> dict[str, Any] | None:
@@ -310,3 +311,12 @@ def _version() -> str:
         return version("headtail")
     except PackageNotFoundError:
         return "0"
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process held. Not ``ru_maxrss`` where that can be avoided: it begins with the parent's."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
