@@ -38,7 +38,9 @@ class JpegSampler:
         self._seen += 1
         kept = len(self.sizes.get("input_75", ()))
         due = self._last_ns is None or now_ns - self._last_ns >= self.every_s * NS_PER_S
-        if not due or self._waiting >= 2 or (kept >= _SAMPLES and self._random.random() > _SAMPLES / self._seen):
+        # A camera must not wait for it nor hold frames; files, which are not timed, may queue a few.
+        full = self._waiting >= (2 if self.every_s else 16)
+        if not due or full or (kept >= _SAMPLES and self._random.random() > _SAMPLES / self._seen):
             return
         self._last_ns = now_ns
         self._waiting += 1
