@@ -1,6 +1,8 @@
 """Accuracy against real payload bytes: every operating point of a bundle, beside image codecs feeding the same model.
 
 ``evaluate`` measures, ``Report`` holds what was found, and `splitters.bundle.rewrite_points` stores the table.
+
+Shape legend: P points, M photos, D resampled sets of photos.
 """
 
 from __future__ import annotations
@@ -8,16 +10,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from protos.errors import ConfigError
+from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.codec import LatentCodec, codec_from_spec
-from splitters.evaluation.bdrate import BdRate, Curve, compare
+from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
 from splitters.evaluation.image_codecs import Setting, ladder
 from splitters.evaluation.measure import (
     Device,
@@ -30,12 +32,17 @@ from splitters.evaluation.measure import (
     run_points,
     run_whole,
 )
-from splitters.evaluation.tasks import AveragePrecision, Judge, TopOne, list_images, read_labels
+from splitters.evaluation.report import Gap, Jpeg95, Report, dump
+from splitters.evaluation.tasks import AveragePrecision, Judge, Score, TopOne, list_images, read_labels
 from splitters.operating_point import OperatingPoint, mark_pareto
 from splitters.tails import Tail, load_tail
 
+__all__ = ["EvaluateConfig", "Report", "dump", "evaluate"]
+
 log = logging.getLogger(__name__)
 Tick = Callable[[str], None]
+
+JPEG95_SHARE = 0.28
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +58,7 @@ class EvaluateConfig:
         limit: at most so many photos, evenly spread.
         draws: of the bootstrap.
         cache: folder in which the image codecs' results are kept between calls.
+        score_min: a detector's boxes from this score on count. AP needs the weak ones too; a bundle's own threshold is for viewers.
     """
 
     images: Path
@@ -60,70 +68,38 @@ class EvaluateConfig:
     limit: int | None = None
     draws: int = 1000
     cache: Path | None = None
+    score_min: float = 0.01
+
+    def __post_init__(self) -> None:
+        if (self.limit is not None and self.limit < 2) or self.draws < 10 or not 0 <= self.score_min < 1:
+            raise ConfigError("evaluation needs at least 2 photos, at least 10 draws and 0 <= score_min < 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """What was measured.
+class _Bench:
+    """The model, the photos and the judge that every setting shares."""
 
-    Attributes:
-        model: the bundle's name.
-        photos: how many.
-        metric: ``top1``, ``agreement`` or ``AP``.
-        whole: the whole model's accuracy on the uncompressed photos.
-        points: operating points with bytes, accuracy, head ms and Pareto marks.
-        gaps: accuracy of each point minus the whole model's, (value, low, high), paired bootstrap.
-        curves: measured curves, the bundle's first.
-        bd_rates: against each image codec, of the whole frontier and of each encoder tier.
-        encode_ms: of each image codec at its middle quality and full size.
-        whole_ms: the whole model's time here, one ONNX Runtime thread; None where the bundle cannot say.
-    """
+    bundle: Bundle
+    tail: Tail
+    photos: Photos
+    judge: Judge
+    counts: Counts
+    config: EvaluateConfig
+    tick: Tick
 
-    model: str
-    photos: int
-    metric: str
-    whole: float
-    points: tuple[OperatingPoint, ...]
-    gaps: dict[int, tuple[float, float, float]]
-    curves: tuple[Curve, ...]
-    bd_rates: dict[str, dict[str, BdRate | str]]
-    encode_ms: dict[str, float]
+    def score(self, answers: Sequence[Answer]) -> Score:
+        return self.judge.score(answers, self.counts)
 
-    def to_json(self) -> dict[str, Any]:
-        """As `splitters evaluate --json` prints it."""
-        every = self.bd_rates.get("all tiers", {})
-        return {
-            "model": self.model, "photos": self.photos, "accuracy_metric": self.metric, "whole_model": self.whole,
-            "points": [{**p.to_json(), "gap": self.gaps.get(p.id)} for p in self.points],
-            "bd_rate_percent": {codec: r.percent if isinstance(r, BdRate) else None for codec, r in every.items()},
-            "bd_rates": {t: {c: _plain(r) for c, r in row.items()} for t, row in self.bd_rates.items()},
-            "baselines": {c.name: _table(c) for c in self.curves[1:]},
-            "encode_ms": self.encode_ms,
-        }  # fmt: skip
-
-
-def _plain(rate: BdRate | str) -> dict[str, float] | str:
-    return asdict(rate) if isinstance(rate, BdRate) else rate
-
-
-def _table(curve: Curve) -> list[list[str | float]]:
-    """Setting, mean bytes and accuracy of every point."""
-    return [[label, *map(float, row)] for label, row in zip(curve.labels, curve.points(), strict=True)]
+    def curve(self, name: str, labels: Sequence[str], sizes: Sequence[object], scores: Sequence[Score]) -> Curve:
+        return Curve(
+            name=name, labels=tuple(labels), sizes=np.stack([np.asarray(s, np.float64) for s in sizes]), counts=self.counts,
+            accuracy=np.array([s.value for s in scores]), drawn=np.stack([s.drawn for s in scores]),
+        )  # fmt: skip
 
 
 def open_codec(bundle: Bundle) -> LatentCodec:
     """The bundle's latent codec."""
     return codec_from_spec(json.loads(bundle.read_part(bundle.manifest.codec)), bundle.read_part)
-
-
-def make_judge(config: EvaluateConfig, bundle: Bundle) -> Judge | None:
-    """The judge that ``config.labels`` asks for, None for agreement with the whole model."""
-    files = list_images(config.images)
-    if config.labels is None:
-        return None
-    if bundle.manifest.task == "detection":
-        return AveragePrecision(config.labels, files)
-    return read_labels(config.labels, files, config.images)
 
 
 def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info) -> Report:
@@ -135,123 +111,137 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info) -
         tick: told what has been finished.
 
     Raises:
-        ConfigError: image codecs were asked for and the bundle has no whole model, or there are neither labels nor one.
+        ConfigError: image codecs were asked for and the bundle has no whole model, or there are no labels where they are needed.
         SourceError: no photos.
     """
-    tail = load_tail(bundle)
-    judge = make_judge(config, bundle)
-    if not tail.takes_images and (config.against or judge is None):
-        raise ConfigError("this bundle holds no whole model: give --labels and --against none")
-    judge, photos = _limited(judge, config, bundle, tail)
-    whole = judge.scorer(run_whole(tail, photos)) if tail.takes_images else None
-    points, curve = _measure_points(bundle, tail, photos, judge, tick)
-    curves = [_image_curve(tail, photos, judge, codec, config, tick) for codec in config.against]
-    tiers = _tier_curves(points, curve)
-    rates = {name: {c.name: _try_compare(c, mine, config.draws) for c in curves} for name, mine in tiers.items()}
-    middle = [ladder(codec, min(photos.pictures.shape[1:3]))[-4] for codec in config.against]
+    bench = _open(bundle, config, tick)
+    tail, photos = bench.tail, bench.photos
+    whole = bench.score(run_whole(tail, photos)) if tail.takes_images else None
+    points, curve, also = _measure_points(bench)
+    curves = [_image_curve(bench, codec) for codec in config.against]
+    rates = {name: {c.name: _try_compare(c, mine) for c in curves} for name, mine in _tier_curves(points, curve).items()}
+    detector = bundle.manifest.task == "detection"
+    middle = [ladder(codec, photos.input_px, detector=detector)[-3] for codec in config.against]
     return Report(
-        model=bundle.manifest.name, photos=len(photos), metric=judge.metric, whole=whole(None) if whole else float("nan"),
-        points=tuple(points), gaps=_gaps(curve, points, whole, len(photos), config.draws) if whole else {},
+        model=bundle.manifest.name, photos=len(photos), metric=bench.judge.metric, whole=whole.value if whole else float("nan"),
+        points=tuple(points), gaps={p.id: _gap(curve, i, whole) for i, p in enumerate(points)} if whole else {},
         curves=(curve, *curves), bd_rates=rates, encode_ms={s.codec: encode_ms(photos, s) for s in middle},
+        jpeg95=_jpeg95(bench, curve, points, whole) if whole and detector and config.against else None,
+        also={-1: whole.also if whole else {}, **also},
     )  # fmt: skip
 
 
-def _limited(judge: Judge | None, config: EvaluateConfig, bundle: Bundle, tail: Tail) -> tuple[Judge, Photos]:
-    files = judge.files if judge is not None else tuple(list_images(config.images))
+def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick) -> _Bench:
+    bundle = _loose(bundle, config.score_min)
+    tail = load_tail(bundle)
+    if not tail.takes_images and (config.against or config.labels is None):
+        raise ConfigError("this bundle holds no whole model: give --labels and --against none")
+    files, judge = list_images(config.images), _judge(config, bundle)
+    files = list(judge.files) if judge is not None else files
     if config.limit is not None and config.limit < len(files):
         keep = [i * len(files) // config.limit for i in range(config.limit)]
-        files = tuple(files[i] for i in keep)
-        if isinstance(judge, TopOne):
-            judge = replace(judge, files=files, wanted=tuple(judge.wanted[i] for i in keep))
-        elif config.labels is not None:
-            judge = AveragePrecision(config.labels, files)
+        files = [files[i] for i in keep]
+        judge = judge.only(keep) if judge is not None else None
     photos = load_photos(files, bundle)
     if judge is None:
         judge = TopOne.agreeing_with(run_whole(tail, photos), files)
-    return judge, photos
+    counts = resample(len(photos), config.draws)
+    return _Bench(bundle=bundle, tail=tail, photos=photos, judge=judge, counts=counts, config=config, tick=tick)
 
 
-def _measure_points(bundle: Bundle, tail: Tail, photos: Photos, judge: Judge, tick: Tick) -> tuple[list[OperatingPoint], Curve]:
-    measured = run_points(bundle, open_codec(bundle), tail, photos, bundle.points, tick=tick)
+def _judge(config: EvaluateConfig, bundle: Bundle) -> Judge | None:
+    files = list_images(config.images)
+    if bundle.manifest.task == "detection":
+        if config.labels is None:
+            raise ConfigError("a detector is judged by its boxes: give --labels a COCO instances.json")
+        return AveragePrecision(config.labels, files)
+    return read_labels(config.labels, files, config.images) if config.labels is not None else None
+
+
+def _loose(bundle: Bundle, score_min: float) -> Bundle:
+    """The bundle with another score threshold; its files stay as they are."""
+    manifest = bundle.manifest
+    if manifest.task != "detection":
+        return bundle
+    tail = {**manifest.tail, **({"score_min": score_min} if "score_min" in manifest.tail else {})}
+    return replace(bundle, manifest=replace(manifest, postprocess={**manifest.postprocess, "score_min": score_min}, tail=tail))
+
+
+def _measure_points(bench: _Bench) -> tuple[list[OperatingPoint], Curve, dict[int, dict[str, float]]]:
+    bundle, photos = bench.bundle, bench.photos
+    measured = run_points(bundle, open_codec(bundle), bench.tail, photos, bundle.points, tick=bench.tick)
     times = Device(bundle).time_ms(photos.pictures[0], list(dict.fromkeys(p.graphs for p in bundle.points)))
-    scorers = [judge.scorer(measured[p.id].answers) for p in bundle.points]
+    scores = {p.id: bench.score(measured[p.id].answers) for p in bundle.points}
     points = [
         replace(
-            p,
-            payload_bytes=quantiles(measured[p.id].sizes),
-            accuracy=s(None),
-            accuracy_metric=judge.metric,
+            p, payload_bytes=quantiles(measured[p.id].sizes), accuracy=scores[p.id].value, accuracy_metric=bench.judge.metric,
             head_ms=times[p.graphs],
         )
-        for p, s in zip(bundle.points, scorers, strict=True)
-    ]
-    sizes = np.stack([measured[p.id].sizes for p in points])
-    curve = Curve(
-        name=bundle.manifest.name, labels=tuple(str(p.id) for p in points), sizes=sizes, accuracy=lambda i, drawn: scorers[i](drawn)
-    )
-    return mark_pareto(points), curve
+        for p in bundle.points
+    ]  # fmt: skip
+    sizes = [measured[p.id].sizes for p in points]
+    curve = bench.curve(bundle.manifest.name, [str(p.id) for p in points], sizes, [scores[p.id] for p in points])
+    return mark_pareto(points), curve, {i: dict(s.also) for i, s in scores.items()}
 
 
 def _tier_curves(points: Sequence[OperatingPoint], curve: Curve) -> dict[str, Curve]:
     """The whole curve, and one for each set of encoder graphs where there are several."""
-    tiers = {"all tiers": curve}
     kinds = dict.fromkeys(p.graphs for p in points)
-    for graphs in kinds if len(kinds) > 1 else ():
-        rows = [i for i, p in enumerate(points) if p.graphs == graphs]
-
-        def accuracy(p: int, photos: Any, rows: list[int] = rows) -> float:
-            return curve.accuracy(rows[p], photos)
-
-        tiers["+".join(graphs)] = Curve(
-            name=curve.name, labels=tuple(curve.labels[i] for i in rows), sizes=curve.sizes[rows], accuracy=accuracy
-        )
-    return tiers
+    tiers = {"+".join(g): curve.only([i for i, p in enumerate(points) if p.graphs == g]) for g in kinds}
+    return {"all tiers": curve, **(tiers if len(kinds) > 1 else {})}
 
 
-def _try_compare(anchor: Curve, test: Curve, draws: int) -> BdRate | str:
+def _try_compare(anchor: Curve, test: Curve) -> BdRate | str:
     try:
-        return compare(anchor, test, draws=draws)
+        return compare(anchor, test)
     except ConfigError as error:
         return error.message
 
 
-def _gaps(
-    curve: Curve, points: Sequence[OperatingPoint], whole: Any, photos: int, draws: int
-) -> dict[int, tuple[float, float, float]]:
-    rng = np.random.default_rng(0)
-    drawn = [rng.integers(0, photos, photos) for _ in range(draws)]
-    base = np.array([whole(d) for d in drawn])
-    gaps = {}
-    for i, point in enumerate(points):
-        low, high = np.percentile(np.array([curve.accuracy(i, d) for d in drawn]) - base, [2.5, 97.5])
-        gaps[point.id] = (point.accuracy - whole(None), float(low), float(high))
-    return gaps
+def _gap(curve: Curve, row: int, other: Score) -> Gap:
+    return (float(curve.accuracy[row] - other.value), *interval(curve.drawn[row] - other.drawn))
 
 
-def _image_curve(tail: Tail, photos: Photos, judge: Judge, codec: str, config: EvaluateConfig, tick: Tick) -> Curve:
-    settings = ladder(codec, min(photos.pictures.shape[1:3]), config.qualities)
-    sizes, scorers = [], []
+def _image_curve(bench: _Bench, codec: str) -> Curve:
+    config, detector = bench.config, bench.bundle.manifest.task == "detection"
+    settings = ladder(codec, bench.photos.input_px, config.qualities, detector=detector)
+    sizes, scores = [], []
     for setting in settings:
-        measured = _cached(tail, photos, setting, config.cache)
+        measured = _cached(bench, setting)
         sizes.append(measured.sizes)
-        scorers.append(judge.scorer(measured.answers))
-        tick(str(setting))
-    return Curve(name=codec, labels=tuple(map(str, settings)), sizes=np.stack(sizes), accuracy=lambda i, drawn: scorers[i](drawn))
+        scores.append(bench.score(measured.answers))
+        bench.tick(str(setting))
+    return bench.curve(codec, [str(s) for s in settings], sizes, scores)
 
 
-def _cached(tail: Tail, photos: Photos, setting: Setting, cache: Path | None) -> Measured:
+def _jpeg95(bench: _Bench, curve: Curve, points: Sequence[OperatingPoint], whole: Score) -> Jpeg95:
+    measured = _cached(bench, Setting(codec="jpeg", quality=95, size_px=bench.photos.input_px))
+    jpeg, size = bench.score(measured.answers), float(measured.sizes.mean())
+    means = curve.sizes.mean(axis=1)
+    within = [i for i in range(len(points)) if means[i] <= JPEG95_SHARE * size]
+    found = Jpeg95(jpeg_bytes=size, jpeg_accuracy=jpeg.value, share=JPEG95_SHARE)
+    if not within:
+        return found
+    best = max(within, key=lambda i: (curve.accuracy[i], -means[i]))
+    return replace(
+        found, point=points[best].id, point_bytes=float(means[best]), lost=_minus(_gap(curve, best, whole)),
+        lost_to_jpeg=_minus(_gap(curve, best, jpeg)),
+    )  # fmt: skip
+
+
+def _minus(gap: Gap) -> Gap:
+    return -gap[0], -gap[2], -gap[1]
+
+
+def _cached(bench: _Bench, setting: Setting) -> Measured:
+    cache = bench.config.cache
     if cache is None:
-        return run_image_codec(tail, photos, setting)
+        return run_image_codec(bench.tail, bench.photos, setting)
     from splitters.evaluation.cache import load, photos_key, store
 
-    key = photos_key(tail.bundle, photos, setting)
+    key = photos_key(bench.bundle, bench.photos, setting)
     found = load(cache, key)
     if found is None:
-        found = run_image_codec(tail, photos, setting)
+        found = run_image_codec(bench.tail, bench.photos, setting)
         store(cache, key, found)
     return found
-
-
-def dump(report: Report, path: Path) -> None:
-    """Writes the report as JSON."""
-    path.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")

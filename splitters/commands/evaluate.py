@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from splitters.bundle import cache_dir
+
+if TYPE_CHECKING:
+    from splitters.evaluation.report import Report
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,6 +33,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--against", default="jpeg,webp,avif", help="image codecs to compare with, comma-separated, or none (default: %(default)s)"
     )
     parser.add_argument("--limit", type=int, help="at most so many photos, evenly spread")
+    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws over photos (default: %(default)s)")
+    parser.add_argument(
+        "--score-min",
+        type=float,
+        default=0.01,
+        help="detectors: count boxes from this score on; AP needs the weak ones too (default: %(default)s)",
+    )
     parser.add_argument("--plot", type=Path, help="write the picture to this PNG")
     parser.add_argument("--report", type=Path, help="write everything measured to this JSON file")
     parser.add_argument("--no-write", action="store_true", help="leave the bundle's operating points as they are")
@@ -39,17 +50,35 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, rewrites the bundle's points."""
     from splitters.bundle import open_bundle, rewrite_points
-    from splitters.evaluate import EvaluateConfig, Report, dump, evaluate
-    from splitters.evaluation.bdrate import BdRate
+    from splitters.evaluate import EvaluateConfig, dump, evaluate
     from splitters.export import ensure_exported
 
     path = Path(args.bundle)
     bundle = open_bundle(path if path.is_dir() else ensure_exported(args.bundle))
     against = () if args.against == "none" else tuple(args.against.split(","))
     config = EvaluateConfig(
-        images=args.images, labels=args.labels, against=against, limit=args.limit, cache=cache_dir() / "evaluations"
-    )
-    report: Report = evaluate(bundle, config, tick=lambda what: print(f"  {what}", flush=True))
+        images=args.images, labels=args.labels, against=against, limit=args.limit, cache=cache_dir() / "evaluations",
+        draws=args.draws, score_min=args.score_min,
+    )  # fmt: skip
+    report = evaluate(bundle, config, tick=lambda what: print(f"  {what}", flush=True))
+    _tell(report)
+    if args.plot is not None:
+        from splitters.evaluation.plot import plot
+
+        plot(report, args.plot)
+    if args.report is not None:
+        dump(report, args.report)
+    if not args.no_write:
+        rewrite_points(bundle, report.points)
+    if args.json:
+        print(json.dumps(report.to_json()))
+    return 0
+
+
+def _tell(report: Report) -> None:
+    """The table for people."""
+    from splitters.evaluation.bdrate import BdRate
+
     print(f"{report.model}: {report.photos} photos, whole model {report.metric} {report.whole:.4f}")
     print(" id  graphs          codec  bytes p50    p95  head ms   accuracy   minus whole model [95 %]   frontier")
     row = "{:3d}  {:14s}  {:5s}  {:9.0f} {:6.0f}  {:7.2f}   {:.4f}   {}   {}"
@@ -68,16 +97,13 @@ def run(args: argparse.Namespace) -> int:
                 )
             else:
                 print(f"bytes at equal accuracy, {tier} against {codec}: not comparable ({rate})")
+    if (bar := report.jpeg95) is not None and bar.point is not None and bar.lost is not None:
+        value, low, high = (100 * v for v in bar.lost)
+        print(
+            f"JPEG 95 of the same inputs: {bar.jpeg_bytes:.0f} bytes; point {bar.point} takes {bar.point_bytes:.0f} "
+            f"({bar.point_bytes / bar.jpeg_bytes:.1%}) and loses {value:+.2f} AP points [{low:+.2f}, {high:+.2f}]"
+        )
+    elif bar is not None:
+        print(f"JPEG 95 of the same inputs: {bar.jpeg_bytes:.0f} bytes; no operating point takes {bar.share:.0%} of that or less")
     for codec, ms in report.encode_ms.items():
         print(f"{codec} encode: {ms:.2f} ms")
-    if args.plot is not None:
-        from splitters.evaluation.plot import plot
-
-        plot(report, args.plot)
-    if args.report is not None:
-        dump(report, args.report)
-    if not args.no_write:
-        rewrite_points(bundle, report.points)
-    if args.json:
-        print(json.dumps(report.to_json()))
-    return 0

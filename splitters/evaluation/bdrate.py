@@ -2,12 +2,12 @@
 
 Bjøntegaard 2001 (VCEG-M33), with accuracy in the place of PSNR and monotone cubic interpolation (PCHIP) of log-bytes.
 
-Shape legend: P points of a curve, M photos.
+Shape legend: P points of a curve, M photos, D resampled sets of photos. A resampled set is a row of ``counts`` (D, M): how often
+each photo was drawn. Whatever is measured on the same ``counts`` is paired.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,20 @@ from numpy.typing import NDArray
 from protos.errors import ConfigError
 
 Array = NDArray[np.float64]
-Photos = NDArray[np.int64]
+Counts = NDArray[np.int32]
+
+
+def resample(photos: int, draws: int, seed: int = 0) -> Counts:
+    """Draws ``draws`` sets of as many photos with repeats, as counts (D, M)."""
+    rng = np.random.default_rng(seed)
+    drawn = [np.bincount(rng.integers(0, photos, photos), minlength=photos) for _ in range(draws)]
+    return np.array(drawn, np.int32).reshape(draws, photos)
+
+
+def interval(drawn: Array, level: float = 0.95) -> tuple[float, float]:
+    """The central bootstrap interval of one figure's draws (D,); NaN draws are left out."""
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,18 +40,33 @@ class Curve:
         name: what the plot and the table call it.
         labels: one for each of the P settings.
         sizes: payload bytes of every photo at every setting, (P, M).
-        accuracy: accuracy of setting p over the given photos (indices with repeats; None: all).
+        accuracy: of every setting over all photos, (P,).
+        drawn: the same over every resampled set, (P, D).
+        counts: the resampled sets, (D, M).
     """
 
     name: str
     labels: tuple[str, ...]
     sizes: Array
-    accuracy: Callable[[int, Photos | None], float]
+    accuracy: Array
+    drawn: Array
+    counts: Counts
 
-    def points(self, photos: Photos | None = None) -> Array:
+    def points(self) -> Array:
         """(P, 2): mean bytes and accuracy of every setting."""
-        sizes = self.sizes if photos is None else self.sizes[:, photos]
-        return np.array([(row.mean(), self.accuracy(p, photos)) for p, row in enumerate(sizes)])
+        return np.stack([self.sizes.mean(axis=1), self.accuracy], axis=1)
+
+    def drawn_points(self) -> Array:
+        """(D, P, 2): the same over every resampled set."""
+        sizes = self.counts @ self.sizes.T / self.counts.sum(axis=1, keepdims=True)
+        return np.stack([sizes, self.drawn.T], axis=2)
+
+    def only(self, rows: list[int]) -> Curve:
+        """Some of the settings."""
+        return Curve(
+            name=self.name, labels=tuple(self.labels[r] for r in rows), sizes=self.sizes[rows], accuracy=self.accuracy[rows],
+            drawn=self.drawn[rows], counts=self.counts,
+        )  # fmt: skip
 
 
 def front(points: Array) -> Array:
@@ -85,38 +113,22 @@ def bd_rate(anchor: Array, test: Array) -> tuple[float, float, float]:
     return float(np.expm1(means[1] - means[0]) * 100), float(low), float(high)
 
 
-def compare(anchor: Curve, test: Curve, *, draws: int = 1000, seed: int = 0) -> BdRate:
-    """``bd_rate`` of ``test`` against ``anchor``, with a paired bootstrap over photos.
+def compare(anchor: Curve, test: Curve) -> BdRate:
+    """``bd_rate`` of ``test`` against ``anchor``, with the paired bootstrap interval over photos.
 
     Raises:
-        ConfigError: as ``bd_rate``; or the curves were measured on different numbers of photos.
+        ConfigError: as ``bd_rate``; or the curves were measured on different photos or resampled sets.
     """
-    photos = anchor.sizes.shape[1]
-    if test.sizes.shape[1] != photos:
-        raise ConfigError("both curves must be measured on the same photos")
+    if anchor.counts.shape != test.counts.shape or (anchor.counts != test.counts).any():
+        raise ConfigError("both curves must be measured on the same photos, resampled alike")
     percent, low, high = bd_rate(anchor.points(), test.points())
-    rng = np.random.default_rng(seed)
     figures = []
-    for _ in range(draws):
-        drawn: Photos = rng.integers(0, photos, size=(photos,))
+    for theirs, ours in zip(anchor.drawn_points(), test.drawn_points(), strict=True):
         try:
-            figures.append(bd_rate(anchor.points(drawn), test.points(drawn))[0])
+            figures.append(bd_rate(theirs, ours)[0])
         except ConfigError:
             continue  # this draw's curves do not overlap
-    if len(figures) < 0.9 * draws:
+    if len(figures) < 0.9 * len(anchor.counts):
         raise ConfigError("the curves hardly overlap: too few photos, or too different")
-    bounds = np.percentile(figures, [2.5, 97.5])
-    return BdRate(percent=percent, low=float(bounds[0]), high=float(bounds[1]), accuracy_from=low, accuracy_to=high)
-
-
-def concat(curves: Sequence[Curve], name: str) -> Curve:
-    """All settings of several curves as one: the envelope is taken by ``front``."""
-    owners = [(c, p) for c in curves for p in range(len(c.labels))]
-
-    def accuracy(p: int, photos: Photos | None) -> float:
-        curve, index = owners[p]
-        return curve.accuracy(index, photos)
-
-    return Curve(
-        name=name, labels=tuple(c.labels[p] for c, p in owners), sizes=np.concatenate([c.sizes for c in curves]), accuracy=accuracy
-    )
+    bounds = interval(np.array(figures))
+    return BdRate(percent=percent, low=bounds[0], high=bounds[1], accuracy_from=low, accuracy_to=high)

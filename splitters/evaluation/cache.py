@@ -17,8 +17,10 @@ from splitters.evaluation.measure import Measured, Photos
 
 
 def photos_key(bundle: Bundle, photos: Photos, setting: Setting) -> str:
-    """A name for one result: photos, whole model, codec with its options, Pillow's version."""
+    """A name for one result: photos, whole model and its postprocess, codec with its options, Pillow's version."""
     digest = hashlib.sha256(photos.pictures.tobytes())
+    digest.update(repr((photos.sizes_px, photos.content)).encode())
+    digest.update(json.dumps(dict(bundle.manifest.postprocess), sort_keys=True).encode())
     tail = bundle.manifest.tail
     # The whole model's own weights decide, not the bottleneck's.
     for path in tail.get("base_weights", tail.get("weights", [tail.get("whole", tail.get("path"))])):

@@ -1,7 +1,7 @@
 """The baselines: the model's input as JPEG, WebP or AVIF, over qualities and input sizes.
 
-Every setting is 4:2:0. JPEG: optimised Huffman tables, progressive; WebP: method 6; AVIF: speed 6. Shape legend: pictures are
-(H, W, 3) uint8 BGR, H and W the model's input size.
+Every setting is 4:2:0. JPEG: optimised Huffman tables, progressive; WebP: method 6; AVIF: speed 6. Of a letterboxed input only the
+content is compressed; its border costs nothing. Shape legend: pictures are (H, W, 3) uint8 BGR.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from PIL import Image, features
 from protos.errors import ConfigError
 
 Picture = NDArray[np.uint8]
-SIZES_PX = (128, 160, 192, 224)
+# Shares of the model's input to which pictures are reduced.
+CLASSIFIER_SHARES = (128 / 224, 160 / 224, 192 / 224, 1.0)
+DETECTOR_SHARES = (0.5, 0.62, 0.8, 1.0)
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "jpeg": {"format": "JPEG", "optimize": True, "progressive": True, "subsampling": "4:2:0"},
@@ -31,6 +33,12 @@ QUALITIES: Mapping[str, tuple[int, ...]] = {
     "webp": (2, 12, 30, 60, 88),
     "avif": (10, 20, 32, 48, 70),
 }
+# A detector needs more of the picture: its lowest qualities are never on the envelope, and four a size suffice for the hull.
+DETECTOR_QUALITIES: Mapping[str, tuple[int, ...]] = {
+    "jpeg": (10, 25, 50, 80),
+    "webp": (5, 25, 55, 85),
+    "avif": (16, 30, 46, 66),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +48,8 @@ class Setting:
     Attributes:
         codec: ``jpeg``, ``webp`` or ``avif``.
         quality: as Pillow counts it.
-        size_px: the picture's shorter side is reduced to this before encoding and enlarged again after decoding.
+        size_px: pictures are reduced before encoding, and enlarged again after decoding, as if the model's input had a shorter
+            side of so many pixels.
     """
 
     codec: str
@@ -51,7 +60,7 @@ class Setting:
         return f"{self.codec} q{self.quality} {self.size_px} px"
 
 
-def ladder(codec: str, input_px: int, qualities: tuple[int, ...] | None = None) -> list[Setting]:
+def ladder(codec: str, input_px: int, qualities: tuple[int, ...] | None = None, *, detector: bool = False) -> list[Setting]:
     """Every setting of one codec for a model whose input's shorter side is ``input_px``.
 
     Raises:
@@ -61,15 +70,23 @@ def ladder(codec: str, input_px: int, qualities: tuple[int, ...] | None = None) 
         raise ConfigError(f"image codec {codec!r} is unknown; there are {', '.join(OPTIONS)}")
     if codec != "jpeg" and not features.check(codec):
         raise ConfigError(f"this Pillow cannot write {codec}; install Pillow 11.3 or newer from PyPI")
-    sizes = [round(input_px * s / 224) for s in SIZES_PX]
-    return [Setting(codec=codec, quality=q, size_px=s) for s in sizes for q in qualities or QUALITIES[codec]]
+    sizes = [round(input_px * share) for share in (DETECTOR_SHARES if detector else CLASSIFIER_SHARES)]
+    chosen = qualities or (DETECTOR_QUALITIES if detector else QUALITIES)[codec]
+    return [Setting(codec=codec, quality=q, size_px=s) for s in sizes for q in chosen]
 
 
-def encode(picture: Picture, setting: Setting) -> bytes:
-    """The compressed picture, reduced first where the setting says so."""
+def encode(picture: Picture, setting: Setting, input_px: int | None = None) -> bytes:
+    """The compressed picture, reduced first where the setting says so.
+
+    Args:
+        picture: the input, or a letterboxed input's content.
+        setting: the codec's.
+        input_px: the shorter side of the model's input; the picture's own when None.
+    """
     h, w = picture.shape[:2]
-    scale = setting.size_px / min(h, w)
-    small = picture if scale >= 1 else cv2.resize(picture, (round(w * scale), round(h * scale)), interpolation=cv2.INTER_AREA)
+    scale = setting.size_px / (input_px or min(h, w))
+    size = (max(1, round(w * scale)), max(1, round(h * scale)))
+    small = picture if scale >= 1 else cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(small[..., ::-1])).save(out, quality=setting.quality, **OPTIONS[setting.codec])
     return out.getvalue()

@@ -21,9 +21,10 @@ from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.codec import LatentCodec
 from splitters.evaluation.image_codecs import Picture, Setting, decode, encode
+from splitters.manifest import Preprocess
 from splitters.operating_point import OperatingPoint, Quantiles
 from splitters.postprocess import SizePx
-from splitters.preprocess import input_image, normalise
+from splitters.preprocess import geometry, input_image, normalise
 from splitters.tails import Tail
 
 log = logging.getLogger(__name__)
@@ -38,13 +39,20 @@ class Photos:
     Attributes:
         pictures: (M, H, W, 3) uint8.
         sizes_px: (width, height) of each source photo.
+        content: what of each picture is photo and not a letterbox's border, as (rows, columns).
     """
 
     pictures: NDArray[np.uint8]
     sizes_px: tuple[SizePx, ...]
+    content: tuple[tuple[slice, slice], ...]
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    @property
+    def input_px(self) -> int:
+        """The shorter side of the model's input."""
+        return int(min(self.pictures.shape[1:3]))
 
 
 def load_photos(files: Sequence[Path], bundle: Bundle) -> Photos:
@@ -53,14 +61,24 @@ def load_photos(files: Sequence[Path], bundle: Bundle) -> Photos:
     Raises:
         SourceError: one cannot be read.
     """
-    pictures, sizes = [], []
+    pictures, sizes, content = [], [], []
+    spec = bundle.manifest.preprocess
     for file in files:
         frame = cv2.imread(str(file), cv2.IMREAD_COLOR)
         if frame is None:
             raise SourceError(f"{file} is no readable image")
-        pictures.append(input_image(frame.astype(np.uint8, copy=False), bundle.manifest.preprocess))
+        pictures.append(input_image(frame.astype(np.uint8, copy=False), spec))
         sizes.append((frame.shape[1], frame.shape[0]))
-    return Photos(pictures=np.stack(pictures), sizes_px=tuple(sizes))
+        content.append(_content(spec, *sizes[-1]))
+    return Photos(pictures=np.stack(pictures), sizes_px=tuple(sizes), content=tuple(content))
+
+
+def _content(spec: Preprocess, width_px: int, height_px: int) -> tuple[slice, slice]:
+    if spec.resize != "letterbox":
+        return slice(0, spec.size_px[0]), slice(0, spec.size_px[1])
+    g = geometry(spec, width_px, height_px)
+    left, top = round(g.offset_x_px), round(g.offset_y_px)
+    return slice(top, top + round(height_px * g.scale_y)), slice(left, left + round(width_px * g.scale_x))
 
 
 class Device:
@@ -169,18 +187,22 @@ def run_whole(tail: Tail, photos: Photos, pictures: Sequence[Picture] | NDArray[
 
 
 def run_image_codec(tail: Tail, photos: Photos, setting: Setting) -> Measured:
-    """The whole model on compressed pictures."""
-    h, w = photos.pictures.shape[1:3]
-    payloads = [encode(p, setting) for p in photos.pictures]
-    answers = run_whole(tail, photos, [decode(data, h, w) for data in payloads])
-    return Measured(sizes=np.array([len(p) for p in payloads], np.float64), answers=answers)
+    """The whole model on compressed pictures; a letterbox's border is not compressed but put around what was."""
+    sizes = np.zeros(len(photos))
+    restored = photos.pictures.copy()
+    for i, (picture, area) in enumerate(zip(restored, photos.content, strict=True)):
+        content = picture[area]
+        data = encode(content, setting, photos.input_px)
+        sizes[i] = len(data)
+        content[...] = decode(data, *content.shape[:2])
+    return Measured(sizes=sizes, answers=run_whole(tail, photos, restored))
 
 
 def encode_ms(photos: Photos, setting: Setting, count: int = 20) -> float:
     """Median time to compress one picture."""
     taken = []
-    for picture in photos.pictures[:count]:
+    for picture, area in zip(photos.pictures[:count], photos.content, strict=False):
         start = time.perf_counter_ns()
-        encode(picture, setting)
+        encode(picture[area], setting, photos.input_px)
         taken.append((time.perf_counter_ns() - start) / 1e6)
     return float(np.median(taken))

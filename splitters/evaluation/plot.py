@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from splitters.evaluate import Report
-from splitters.evaluation.bdrate import Array, Photos, front
+from splitters.evaluation.bdrate import Curve, front, interval
+from splitters.evaluation.report import Report
 
 _COLOURS = {"jpeg": "#8c564b", "webp": "#7f7f7f", "avif": "#1f77b4"}
+_NAMES = {"ap": "AP (COCO, IoU .50 to .95)"}
 
 
 def plot(report: Report, path: Path) -> None:
@@ -51,12 +53,15 @@ def plot(report: Report, path: Path) -> None:
         right.annotate("+".join(graphs), (head_ms, points[:, 1].max()), textcoords="offset points", xytext=(6, -4), fontsize=8)
     if not np.isnan(report.whole):
         left.axhline(report.whole, ls="--", lw=0.8, color="black", label="whole model, no compression")
-    _band(left, measured, ours.sizes.shape[1], ours.accuracy)
+    _band(left, ours)
     for name, ms in report.encode_ms.items():
         right.axvline(ms, ls=":", color=_COLOURS.get(name))
         right.annotate(f"{name} encode", (ms, right.get_ylim()[0]), rotation=90, fontsize=8, va="bottom", ha="right")
     left.set(
-        xscale="log", xlabel="payload, bytes a photo (log)", ylabel=report.metric, title=f"{report.model}: {report.photos} photos"
+        xscale="log",
+        xlabel="payload, bytes a photo (log)",
+        ylabel=_NAMES.get(report.metric, report.metric),
+        title=f"{report.model}: {report.photos} photos",
     )
     right.set(xlabel="head time, ms, one thread", ylabel=f"best {report.metric}", title="Compute knob", xscale="log")
     left.grid(alpha=0.3)
@@ -67,12 +72,10 @@ def plot(report: Report, path: Path) -> None:
     plt.close(figure)
 
 
-def _band(axis: object, measured: Array, photos: int, accuracy: object) -> None:
+def _band(axis: Any, ours: Curve) -> None:
     """95 % bootstrap bars of the non-dominated points."""
-    rng = np.random.default_rng(0)
+    measured = ours.points()
     kept = {tuple(p) for p in front(measured)}
-    for i, point in enumerate(measured):
+    for point, drawn in zip(measured, ours.drawn, strict=True):
         if tuple(point) in kept:
-            drawn: list[Photos] = [rng.integers(0, photos, photos) for _ in range(200)]
-            low, high = np.percentile([accuracy(i, d) for d in drawn], [2.5, 97.5])  # type: ignore[operator]
-            axis.plot([point[0]] * 2, [low, high], color="black", lw=0.6, alpha=0.5)  # type: ignore[attr-defined]
+            axis.plot([point[0]] * 2, interval(drawn), color="black", lw=0.6, alpha=0.5)

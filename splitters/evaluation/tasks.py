@@ -1,10 +1,13 @@
-"""What accuracy means for a bundle's task: labels read from a file, answers to a score over any set of photos."""
+"""What accuracy means for a bundle's task: labels read from a file, answers to a score over all photos and resampled sets.
+
+Shape legend: M photos, D resampled sets of them (see `splitters.evaluation.bdrate`).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,11 +15,25 @@ import numpy as np
 
 from protos.errors import ConfigError, SourceError
 from protos.messages import Answer, Classification, Detection
-from splitters.evaluation.bdrate import Photos
+from splitters.evaluation.bdrate import Array, Counts
 from splitters.models.narrow import narrow
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-Scorer = Callable[[Photos | None], float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """One setting's accuracy.
+
+    Attributes:
+        value: 0..1, over all photos.
+        drawn: over every resampled set, (D,).
+        also: other figures worth telling, by name.
+    """
+
+    value: float
+    drawn: Array
+    also: Mapping[str, float] = field(default_factory=dict)
 
 
 class Judge(Protocol):
@@ -24,7 +41,7 @@ class Judge(Protocol):
 
     @property
     def metric(self) -> str:
-        """``top1``, ``agreement`` or ``AP``."""
+        """``top1``, ``agreement`` or ``ap``."""
         ...
 
     @property
@@ -32,8 +49,12 @@ class Judge(Protocol):
         """The photos."""
         ...
 
-    def scorer(self, answers: Sequence[Answer]) -> Scorer:
-        """Accuracy 0..1 over given photos (indices with repeats; None: all)."""
+    def only(self, keep: Sequence[int]) -> Judge:
+        """The same judge for some of the photos."""
+        ...
+
+    def score(self, answers: Sequence[Answer], counts: Counts) -> Score:
+        """Accuracy over all photos, and over those drawn (D, M)."""
         ...
 
 
@@ -56,10 +77,14 @@ class TopOne:
     files: tuple[Path, ...]
     wanted: tuple[int, ...]
 
-    def scorer(self, answers: Sequence[Answer]) -> Scorer:
+    def only(self, keep: Sequence[int]) -> TopOne:
+        """See ``Judge``."""
+        return replace(self, files=tuple(self.files[i] for i in keep), wanted=tuple(self.wanted[i] for i in keep))
+
+    def score(self, answers: Sequence[Answer], counts: Counts) -> Score:
         """See ``Judge``."""
         right = np.array([_top1(a) == w for a, w in zip(answers, self.wanted, strict=True)], np.float64)
-        return lambda photos: float(right.mean() if photos is None else right[photos].mean())
+        return Score(value=float(right.mean()), drawn=counts @ right / counts.sum(axis=1))
 
     @staticmethod
     def agreeing_with(whole: Sequence[Answer], files: Sequence[Path]) -> TopOne:
@@ -75,38 +100,41 @@ class AveragePrecision:
         files: candidate photos; those without an entry are left out.
     """
 
-    metric = "AP"
+    metric = "ap"
 
     def __init__(self, instances: Path, files: Sequence[Path]) -> None:
         from splitters.evaluation.detection import load_truth
 
-        self.truth = load_truth(instances)
-        ids = {info["file_name"]: int(i) for i, info in self.truth.imgs.items()}
-        known = [f for f in files if f.name in ids]
-        if not known:
+        self._instances = instances
+        self._truth = load_truth(instances)
+        ids = {info["file_name"]: int(i) for i, info in self._truth.imgs.items()}
+        self._ids = {f: ids[f.name] for f in files if f.name in ids}
+        if not self._ids:
             raise SourceError(f"none of the photos is named in {instances}")
-        self.files = tuple(known)
-        self.ids = [ids[f.name] for f in known]
 
-    def scorer(self, answers: Sequence[Answer]) -> Scorer:
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See ``Judge``."""
+        return tuple(self._ids)
+
+    def only(self, keep: Sequence[int]) -> AveragePrecision:
+        """See ``Judge``."""
+        return AveragePrecision(self._instances, [self.files[i] for i in keep])
+
+    def score(self, answers: Sequence[Answer], counts: Counts) -> Score:
         """See ``Judge``."""
         from splitters.evaluation.detection import score
         from splitters.models.boxes import Detections
 
         found = {}
-        for image_id, answer in zip(self.ids, answers, strict=True):
+        for image_id, answer in zip(self._ids.values(), answers, strict=True):
             rows = [(*b.box_px, b.score, b.class_id) for b in narrow(answer, Detection).boxes]
             table = np.array(rows, np.float32).reshape(-1, 6)
             found[image_id] = Detections(table[:, :4], table[:, 4], table[:, 5].astype(np.int64))
-        scores = score(self.truth, found)
-        order = {image_id: i for i, image_id in enumerate(scores.image_ids)}
-        place = np.array([order[i] for i in self.ids])
-
-        def accuracy(photos: Photos | None) -> float:
-            table = scores.table(None if photos is None else place[photos])
-            return float(np.nanmean(table))
-
-        return accuracy
+        scores = score(self._truth, found)
+        column = {image_id: i for i, image_id in enumerate(self._ids.values())}
+        drawn = scores.resampled(counts[:, [column[i] for i in scores.image_ids]])[:, 0]
+        return Score(value=scores.ap(), drawn=drawn, also={"ap50": scores.ap50()})
 
 
 def list_images(folder: Path, limit: int | None = None) -> list[Path]:

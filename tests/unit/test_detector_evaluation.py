@@ -80,6 +80,29 @@ def test_bootstrap_is_paired_and_surrounds_the_figure(tmp_path: Path) -> None:
     assert not (draws == scores.bootstrap(60, seed=2)).all()
 
 
+def test_a_photo_drawn_twice_counts_like_two_photos(tmp_path: Path) -> None:
+    truth, found = scene(tmp_path)
+    counts = np.array([[2, 0, 1, 3, 0, 1, 1, 0, 2, 1, 0, 1], [0, 0, 0, 5, 0, 0, 7, 0, 0, 0, 0, 0]], np.int32)
+    drawn = score(truth, found).resampled(counts)
+    for row, figures in zip(counts, drawn, strict=True):
+        photos = [image for image, times in enumerate(row, 1) for _ in range(times)]
+        annotations = [
+            {**a, "image_id": new, "id": 1000 * new + a["id"]}
+            for new, old in enumerate(photos, 1)
+            for a in truth.loadAnns(truth.getAnnIds(imgIds=[old]))  # type: ignore[attr-defined]
+        ]
+        images = [{"id": new, "file_name": f"{new}.jpg", "width": 100, "height": 100} for new in range(1, len(photos) + 1)]
+        text = {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": c, "name": str(c)} for c in (1, 3, 44)],
+            "info": {},
+        }
+        (tmp_path / "drawn.json").write_text(json.dumps(text))
+        copies = score(load_truth(tmp_path / "drawn.json"), {new: found[old] for new, old in enumerate(photos, 1)})
+        assert figures == pytest.approx([copies.ap(), copies.ap50()], abs=1e-9)
+
+
 def test_nothing_found_is_zero_not_an_error(tmp_path: Path) -> None:
     truth, found = scene(tmp_path)
     scores = score(truth, dict.fromkeys(found, empty_detections()))

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from protos.errors import ConfigError, SourceError
 from protos.messages import Classification, ClassScore
-from splitters.evaluation.bdrate import Curve, bd_rate, compare, front
+from splitters.evaluation.bdrate import Curve, bd_rate, compare, front, resample
 from splitters.evaluation.image_codecs import Setting, decode, encode, ladder
 from splitters.evaluation.tasks import TopOne, list_images, read_labels
 
 
-def curve(scale: float, photos: int = 200, shift: float = 0.0, seed: int = 1) -> Curve:
+def curve(scale: float, photos: int = 200, shift: float = 0.0, seed: int = 1, draws: int = 100) -> Curve:
     rng = np.random.default_rng(seed)
     accuracies = np.array([0.5, 0.6, 0.7, 0.78, 0.8]) + shift
     sizes = scale * np.outer([500, 900, 1600, 3000, 6000], rng.uniform(0.9, 1.1, photos))
     hits = np.stack([rng.permutation(photos) < a * photos for a in accuracies]).astype(float)
+    counts = resample(photos, draws)
     return Curve(
-        name="c",
-        labels=tuple("abcde"),
-        sizes=sizes,
-        accuracy=lambda p, d: float(hits[p].mean() if d is None else hits[p][d].mean()),
+        name="c", labels=tuple("abcde"), sizes=sizes, accuracy=hits.mean(axis=1), drawn=hits @ counts.T / photos, counts=counts
     )
 
 
@@ -56,7 +56,7 @@ def test_front_drops_what_costs_more_and_gives_no_more() -> None:
 
 
 def test_the_bootstrap_interval_holds_the_value_and_narrows_with_photos() -> None:
-    few, many = (compare(curve(1.0, n), curve(0.6, n, seed=2), draws=100) for n in (60, 2000))
+    few, many = (compare(curve(1.0, n), curve(0.6, n, seed=2)) for n in (60, 2000))
     for rate in (few, many):
         assert rate.low <= rate.percent <= rate.high
     assert many.high - many.low < few.high - few.low
@@ -86,6 +86,14 @@ def test_image_codecs_keep_the_picture_and_its_size(codec: str, picture: np.ndar
     assert error < 12
 
 
+def test_of_a_letterboxed_input_the_content_is_reduced_in_the_inputs_own_scale(picture: np.ndarray) -> None:
+    setting = Setting(codec="webp", quality=60, size_px=48)  # half of an input of 96 px
+    data = encode(picture, setting, input_px=96)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.size == (48, 32)
+    assert {s.size_px for s in ladder("jpeg", 416, detector=True)} == {208, 258, 333, 416}
+
+
 def test_the_ladder_covers_every_size_and_refuses_unknown_codecs() -> None:
     settings = ladder("jpeg", 224, (10, 50))
     assert {s.size_px for s in settings} == {128, 160, 192, 224}
@@ -100,9 +108,10 @@ def answer(class_id: int) -> Classification:
 
 def test_top_one_counts_the_first_class_over_drawn_photos() -> None:
     judge = TopOne(metric="top1", files=(Path("a"), Path("b"), Path("c")), wanted=(1, 2, 3))
-    score = judge.scorer([answer(1), answer(2), answer(7)])
-    assert score(None) == pytest.approx(2 / 3)
-    assert score(np.array([2, 2, 2])) == 0.0
+    score = judge.score([answer(1), answer(2), answer(7)], np.array([[0, 0, 3], [1, 2, 0]], np.int32))
+    assert score.value == pytest.approx(2 / 3)
+    assert score.drawn.tolist() == [0.0, 1.0]
+    assert judge.only([2]).wanted == (3,)
     agreeing = TopOne.agreeing_with([answer(4), answer(5)], [Path("a"), Path("b")])
     assert agreeing.wanted == (4, 5)
 
