@@ -1,17 +1,17 @@
-"""Who calls, and what they may use: bearer tokens from a file, quotas per token.
+"""Who calls: bearer tokens from a file.
 
 A token file holds ``name token`` a line; blank lines and lines that begin with ``#`` are skipped. It is read again when
-it changes. Only health answers without a token. Names appear in logs, tokens never.
+it changes, and who holds a token that is no longer in it is shown out. Only health answers without a token. Names appear
+in logs, tokens never: of a token only its SHA-256 is kept.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,92 +19,28 @@ import grpc
 import grpc.aio
 
 from edge_server.config import SecurityConfig
+from edge_server.quota import Client
 from edge_server.status import CODE_METADATA
-from protos.errors import AuthError, ConfigError, HeadtailError, LimitError
+from protos.errors import AuthError, ConfigError, HeadtailError
 
 log = logging.getLogger(__name__)
 
-_OPEN = ("/grpc.health.v1.Health/",)
-_BURST_S = 1.0
+HEALTH = "/grpc.health.v1.Health/"
 _MIN_TOKEN_CHARS = 16
 _MAX_FILE_BYTES = 1 << 20
 
+Stamp = tuple[int, int, int]
 
-@dataclass(slots=True)
-class _Bucket:
-    """A token bucket holding at most a second's worth."""
-
-    per_s: float
-    level: float = 0.0
-    last_ns: int | None = None
-
-    def take(self, amount: float, now_ns: int) -> bool:
-        capacity = self.per_s * _BURST_S
-        if self.last_ns is None:
-            self.level = capacity
-        else:
-            self.level = min(capacity, self.level + self.per_s * max(0, now_ns - self.last_ns) / 1e9)
-        self.last_ns = now_ns
-        # Something larger than a whole second's worth passes when the bucket is full, and leaves a debt.
-        if self.level < min(amount, capacity):
-            return False
-        self.level -= amount
-        return True
+_client: ContextVar[Client | None] = ContextVar("client", default=None)
 
 
-@dataclass(slots=True)
-class Client:
-    """One token's holders together."""
-
-    name: str = ""
-    config: SecurityConfig = field(default_factory=SecurityConfig)
-    sessions: int = 0
-    _frames: _Bucket | None = None
-    _bytes: _Bucket | None = None
-
-    def __post_init__(self) -> None:
-        if self.config.frames_per_s_per_token:
-            self._frames = _Bucket(self.config.frames_per_s_per_token)
-        if self.config.bytes_per_s_per_token:
-            self._bytes = _Bucket(self.config.bytes_per_s_per_token)
-
-    @contextmanager
-    def session(self) -> Iterator[None]:
-        """Counts an open session.
-
-        Raises:
-            LimitError: the token's holders have as many as they may.
-        """
-        allowed = self.config.max_sessions_per_token
-        if allowed and self.sessions >= allowed:
-            raise LimitError(f"this token's {allowed} sessions are all in use", retryable=True)
-        self.sessions += 1
-        try:
-            yield
-        finally:
-            self.sessions -= 1
-
-    def admit_frame(self, n_bytes: int, now_ns: int) -> HeadtailError | None:
-        """Counts a frame against the quota, or says why it is refused."""
-        if self._frames is not None and not self._frames.take(1, now_ns):
-            return LimitError(f"this token's quota of {self._frames.per_s:g} frames/s is used up", retryable=True)
-        if self._bytes is not None and not self._bytes.take(n_bytes, now_ns):
-            return LimitError(f"this token's quota of {self._bytes.per_s:g} bytes/s is used up", retryable=True)
-        return None
-
-
-_ANYONE = Client()
-_client: ContextVar[Client] = ContextVar("client", default=_ANYONE)
-
-
-def client_of(context: grpc.aio.ServicerContext[Any, Any]) -> Client:
-    """Who makes this call; without a token file everyone is the same unlimited client."""
-    del context  # the interceptor has put the client into the call's own context
+def caller() -> Client | None:
+    """Whose token opened the call that is being answered; None: no token was asked for."""
     return _client.get()
 
 
 def parse_tokens(text: str) -> dict[str, bytes]:
-    """Name to token.
+    """Name to the token's SHA-256; empty where the file holds none.
 
     Raises:
         ConfigError: a line is no pair, a name stands twice, or a token is too short to be one.
@@ -118,10 +54,12 @@ def parse_tokens(text: str) -> dict[str, bytes]:
             raise ConfigError(
                 f"line {number} of the token file must be 'name token', each name once, tokens of {_MIN_TOKEN_CHARS}+ characters"
             )
-        tokens[fields[0]] = fields[1].encode()
-    if not tokens:
-        raise ConfigError("the token file holds no token")
+        tokens[fields[0]] = _digest(fields[1])
     return tokens
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
 class Tokens:
@@ -129,47 +67,70 @@ class Tokens:
 
     Args:
         config: names the file and the quotas.
+        max_unary: frames of unary calls each token's holders may have unanswered.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or holds no token.
     """
 
-    def __init__(self, config: SecurityConfig) -> None:
+    def __init__(self, config: SecurityConfig, *, max_unary: int = 256) -> None:
         if config.token_file is None:
             raise ConfigError("no token file is set")
         self._config = config
+        self._max_unary = max_unary
         self._path: Path = config.token_file
-        self._stamp: tuple[int, int, int] = (0, 0, 0)
-        self._tokens: dict[str, bytes] = {}
         self._clients: dict[str, Client] = {}
-        self._read()
+        self._complaint = ""
+        self._stamp = self._seen = self._stat()
+        self._tokens = self._read(self._stamp)
+        if not self._tokens:
+            raise ConfigError("the token file holds no token: nobody could use this server")
 
     def refresh(self) -> None:
-        """Reads the file if it changed; one that cannot be read or parsed is logged and the old tokens stay."""
-        try:
-            if self._stat() != self._stamp:
-                self._read()
-                log.info("token file read again: %d tokens", len(self._tokens))
-        except ConfigError as error:
-            log.error("the token file was not taken over: %s", error.message)
+        """Reads the file if it changed, and ends the sessions of tokens that are no longer in it.
 
-    def _stat(self) -> tuple[int, int, int]:
+        A change is taken over when the file has stayed the same from one call to the next, so that one that is being
+        written shuts nobody out. One that cannot be read or parsed is logged once, and the old tokens stay.
+        """
+        try:
+            stamp = self._stat()
+            settled, self._seen = stamp == self._seen, stamp
+            if stamp == self._stamp:
+                self._complaint = ""
+                return
+            if not settled:
+                return
+            fresh = self._read(stamp)
+        except ConfigError as error:
+            if error.message != self._complaint:
+                log.error("the token file was not taken over, the old tokens stay: %s", error.message)
+            self._complaint = error.message
+            return
+        self._complaint = ""
+        self._stamp = stamp
+        old, self._tokens = self._tokens, fresh
+        log.log(logging.INFO if fresh else logging.WARNING, "token file read again: %d tokens", len(fresh))
+        for name, digest in old.items():
+            if fresh.get(name) != digest and (client := self._clients.pop(name, None)) is not None:
+                log.info("the token of %s was withdrawn; %d sessions are ended", name, client.revoke())
+
+    def _stat(self) -> Stamp:
         try:
             stat = self._path.stat()
         except OSError as error:
             raise ConfigError(f"cannot read the token file {self._path}: {error.strerror}") from error
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
-    def _read(self) -> None:
-        stamp = self._stat()
+    def _read(self, stamp: Stamp) -> dict[str, bytes]:
         if stamp[1] > _MAX_FILE_BYTES:
             raise ConfigError(f"the token file {self._path} is larger than {_MAX_FILE_BYTES} bytes")
-        self._stamp = stamp
         try:
             text = self._path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the token file {self._path}: {error}") from error
-        self._tokens = parse_tokens(text)
+        except OSError as error:
+            raise ConfigError(f"cannot read the token file {self._path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:  # whose text would show bytes of the file
+            raise ConfigError(f"the token file {self._path} is no UTF-8 text") from error
+        return parse_tokens(text)
 
     def client(self, authorization: str) -> Client:
         """Whose token it is.
@@ -178,42 +139,54 @@ class Tokens:
             AuthError: no one's.
         """
         scheme, _, token = authorization.partition(" ")
-        given, found = token.strip().encode(), ""
-        # Every token is compared, each in constant time: neither order nor content shows in the time taken.
+        given, found = _digest(token.strip()), ""
+        # Digests of one length, every one compared and each in constant time: neither order, length nor content shows.
         for name, known in self._tokens.items():
             if hmac.compare_digest(given, known):
                 found = name
         if scheme.lower() != "bearer" or not found:
             raise AuthError("no valid token was presented; set HEADTAIL_TOKEN on the client")
-        return self._clients.setdefault(found, Client(name=found, config=self._config))
+        client = self._clients.get(found)
+        if client is None:
+            client = self._clients[found] = Client(name=found, config=self._config, max_unary=self._max_unary)
+        return client
 
 
 Continuation = Callable[[grpc.HandlerCallDetails], Any]
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
-    """Lets only calls with a valid token through; health answers to everyone."""
+    """Lets only calls with a valid token through; health answers to everyone.
 
-    def __init__(self, tokens: Tokens) -> None:
+    Args:
+        tokens: the valid ones.
+        on_refused: told the error's code of every call that is turned away.
+    """
+
+    def __init__(self, tokens: Tokens, on_refused: Callable[[str], None]) -> None:
         self._tokens = tokens
+        self._on_refused = on_refused
 
     async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """See grpc.aio."""
-        if handler_call_details.method.startswith(_OPEN):
+        if handler_call_details.method.startswith(HEALTH):
             return await continuation(handler_call_details)
         given = dict(handler_call_details.invocation_metadata or ()).get("authorization", "")
         try:
             client = self._tokens.client(given if isinstance(given, str) else "")
         except AuthError as error:
-            return _refusing(error)
+            self._on_refused(error.code)
+            return refusing(error)
         _client.set(client)
         return await continuation(handler_call_details)
 
 
-def _refusing(error: AuthError) -> grpc.RpcMethodHandler[Any, Any]:
+def refusing(error: HeadtailError) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler that ends any call, whatever its shape, before anything of it is read."""
+
     async def refuse(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         del request
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, error.message, trailing_metadata=((CODE_METADATA, error.code),))
+        status = grpc.StatusCode[error.grpc_status]
+        await context.abort(status, error.message, trailing_metadata=((CODE_METADATA, error.code),))
 
-    # Whatever the call's shape, a stream-stream handler may end it before anything is read.
     return grpc.stream_stream_rpc_method_handler(refuse)

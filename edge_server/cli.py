@@ -77,14 +77,18 @@ def build_parser() -> argparse.ArgumentParser:
     limits.add_argument("--max-payload-mib", type=float, default=4.0, help="of one layer (default %(default)s)")
     limits.add_argument("--max-sessions", type=int, default=2048, help="open at once (default %(default)s)")
     limits.add_argument("--max-in-flight", type=int, default=64, help="unanswered frames of a session (default %(default)s)")
+    limits.add_argument(
+        "--max-unary-in-flight", type=int, default=256, metavar="N",
+        help="unanswered frames of unary calls, of each token's holders together (default %(default)s)",
+    )  # fmt: skip
     door = p.add_argument_group("security")
-    door.add_argument("--tls-cert", type=Path, metavar="PEM")
-    door.add_argument("--tls-key", type=Path, metavar="PEM")
+    door.add_argument("--tls-cert", type=Path, metavar="PEM", help="this server's certificate: encrypts every connection")
+    door.add_argument("--tls-key", type=Path, metavar="PEM", help="its key")
     door.add_argument("--tls-client-ca", type=Path, metavar="PEM", help="require client certificates signed by it")
     door.add_argument("--token-file", type=Path, metavar="FILE", help="lines of 'name token'; read again when it changes")
-    door.add_argument("--max-sessions-per-token", type=int, default=0)
-    door.add_argument("--frames-per-s-per-token", type=float, default=0.0)
-    door.add_argument("--bytes-per-s-per-token", type=float, default=0.0)
+    door.add_argument("--max-sessions-per-token", type=int, default=0, metavar="N", help="open at once; 0: no quota")
+    door.add_argument("--frames-per-s-per-token", type=float, default=0.0, metavar="F", help="frames/s; 0: no quota")
+    door.add_argument("--bytes-per-s-per-token", type=float, default=0.0, metavar="B", help="payload bytes/s; 0: no quota")
     return p
 
 
@@ -115,7 +119,7 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
         port_file=args.port_file, parent_pid=args.parent_pid, metrics_port=args.metrics_port, reuse_port=args.reuse_port,
         limits=Limits(
             max_payload_bytes=payload_bytes, max_frame_bytes=max(8 << 20, payload_bytes), max_sessions=args.max_sessions,
-            max_in_flight=args.max_in_flight,
+            max_in_flight=args.max_in_flight, max_unary_in_flight=args.max_unary_in_flight,
         ),
         batch=BatchConfig(
             max_batch=args.max_batch, max_delay_ns=int(args.max_batch_delay_ms * 1e6), max_queue=args.max_queue

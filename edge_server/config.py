@@ -40,9 +40,17 @@ class Limits:
         max_pixels: of an offloaded image, read from its header before it is decoded.
         max_sessions: open at once.
         max_in_flight: frames one session may have unanswered.
+        max_unary_in_flight: frames of unary calls one client may have unanswered: one token's holders, or, where there are
+            no tokens, all callers together.
+        max_calls: calls beside sessions and health, open at once.
+        max_health_calls: health checks and watches open at once; they need no token.
         max_fetches: bundle downloads at once; further ones wait.
-        hello_s: a session that says nothing for this long after opening is closed.
+        hello_s: a session that says nothing for this long after opening is closed, and a call whose request is not complete.
         write_s: a client that does not read for this long is let go.
+        handshake_s: a connection that has not said what HTTP/2 and TLS begin with by then is closed.
+        keepalive_s: a silent connection is asked for a sign of life after so long; one that gives none for a third of it more
+            is closed, and with it the sessions of a device that vanished.
+        idle_s: a connection without any call is closed after so long.
         layer_wait_ns: a frame without deadline runs with the layers that arrived after this long.
     """
 
@@ -52,9 +60,15 @@ class Limits:
     max_pixels: int = 16 << 20
     max_sessions: int = 2048
     max_in_flight: int = 64
+    max_unary_in_flight: int = 256
+    max_calls: int = 1024
+    max_health_calls: int = 256
     max_fetches: int = 16
     hello_s: float = 10.0
     write_s: float = 30.0
+    handshake_s: float = 10.0
+    keepalive_s: float = 30.0
+    idle_s: float = 300.0
     layer_wait_ns: int = 2_000_000_000
 
     def __post_init__(self) -> None:
@@ -62,10 +76,11 @@ class Limits:
             raise ConfigError(f"max_payload_bytes must be 1024..{MAX_PAYLOAD_BYTES}")
         if self.max_frame_bytes < self.max_payload_bytes or self.max_pending_bytes < self.max_frame_bytes:
             raise ConfigError("max_pending_bytes >= max_frame_bytes >= max_payload_bytes is required")
-        if min(self.max_pixels, self.max_sessions, self.max_in_flight, self.max_fetches, self.layer_wait_ns) < 1:
+        counts = (self.max_sessions, self.max_in_flight, self.max_unary_in_flight, self.max_calls, self.max_health_calls)
+        if min(self.max_pixels, self.max_fetches, self.layer_wait_ns, *counts) < 1:
             raise ConfigError("every limit must be at least 1")
-        if min(self.hello_s, self.write_s) <= 0:
-            raise ConfigError("hello_s and write_s must be positive")
+        if min(self.hello_s, self.write_s, self.handshake_s, self.keepalive_s, self.idle_s) <= 0:
+            raise ConfigError("hello_s, write_s, handshake_s, keepalive_s and idle_s must be positive")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,9 +11,10 @@ from typing import Any
 import grpc.aio
 
 from edge_server.assembly import Frame, deadline_of, frame_of
-from edge_server.auth import client_of
+from edge_server.auth import caller
 from edge_server.config import Limits
 from edge_server.fetch import chunks
+from edge_server.quota import Client
 from edge_server.session import Services, Session
 from edge_server.status import translated
 from edge_server.wire import checked
@@ -32,9 +33,11 @@ class Ingress:
 
     Args:
         services: store, backend and what else all calls share.
+        anyone: who calls where no token is asked for.
     """
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, anyone: Client | None = None) -> None:
+        self._anyone = anyone or Client()
         self.sessions: set[Session] = set()
         self.calls = 0  # unary calls under way
         self.services = services
@@ -47,6 +50,11 @@ class Ingress:
         self.draining = True
         for session in self.sessions:
             session.drain(grace_ns)
+
+    @property
+    def client(self) -> Client:
+        """Who makes the call that is being answered."""
+        return caller() or self._anyone
 
     def finish(self) -> None:
         """Sessions end once they have sent what they owe."""
@@ -72,7 +80,7 @@ class Ingress:
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802 - gRPC's name
         """The models held."""
-        async with translated(context):
+        async with translated(context, self.services.metrics.on_refused):
             checked(request)
         models = [
             pb.ModelInfo(name=m.name, task=m.bundle.manifest.task, bundle_sha256=m.sha256, device_bytes=m.device_bytes)
@@ -82,9 +90,11 @@ class Ingress:
 
     async def FetchBundle(self, request: pb.FetchBundleRequest, context: Context) -> None:  # noqa: N802
         """A bundle's device part. Frames of other sessions go between two chunks; who does not read is let go."""
-        async with translated(context), self._fetches:
+        async with translated(context, self.services.metrics.on_refused), self._fetches:
+            client = self.client
             model = self.services.store.get(checked(request).model)
             for chunk in chunks(model, request.bundle_sha256, request.have):
+                client.check()
                 try:
                     async with asyncio.timeout(self.services.limits.write_s):
                         await context.write(chunk)
@@ -94,32 +104,31 @@ class Ingress:
 
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:  # noqa: N802
         """One frame, one answer."""
-        async with translated(context), self.call():
-            return await self._infer(checked(request), context)
+        async with translated(context, self.services.metrics.on_refused), self.call():
+            return await self._infer(checked(request))
         raise AssertionError  # translated() has ended the call
 
     async def Session(self, request_iterator: Any, context: Context) -> None:  # noqa: N802
         """A camera's stream."""
         del request_iterator  # read() on the context waits without a generator in between
-        async with translated(context):
-            client = client_of(context)
+        async with translated(context, self.services.metrics.on_refused):
             if self.draining:
                 raise DrainingError("the server is shutting down")
             if len(self.sessions) >= self.services.limits.max_sessions:
                 raise LimitError(f"{len(self.sessions)} sessions are open, the most this server allows", retryable=True)
-            with client.session():
-                session = Session(self.services, context, client)
+            client = self.client
+            session = Session(self.services, context, client)
+            with client.session(session.end):
                 self.sessions.add(session)
                 try:
                     await session.run()
                 except HeadtailError as error:
-                    self.services.metrics.on_refused(error.code)
                     log.info("session %s ended: %s", session.id, error.message)
                     raise
                 finally:
                     self.sessions.discard(session)
 
-    async def _infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:
+    async def _infer(self, request: pb.InferRequest) -> pb.InferResponse:
         now_ns = self.services.clock()
         if request.protocol_version != PROTOCOL_VERSION:
             raise VersionMismatchError(
@@ -131,7 +140,7 @@ class Ingress:
             raise VersionMismatchError(
                 f"the frame was made with bundle {request.bundle_sha256[:12] or '(none)'}, the server's tail is {model.sha256[:12]}"
             )
-        refusal = client_of(context).admit_frame(frame.payload_bytes, now_ns)
+        refusal = self.client.admit_frame(frame.payload_bytes, now_ns)
         if refusal is not None:
             raise refusal
         result = await self.services.answerer.answer(model, frame, ReferenceStore())

@@ -16,7 +16,6 @@ import grpc.aio
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_server.auth import client_of
 from edge_server.backends import TailWork
 from edge_server.ingress import Ingress
 from edge_server.models import Model
@@ -58,7 +57,7 @@ class OpenInference:
 
     async def ModelReady(self, request: Any, context: Context) -> oip.ModelReadyResponse:  # noqa: N802
         """Whether a model is held."""
-        async with translated(context):
+        async with translated(context, self._s.metrics.on_refused):
             held = {m.name for m in self._s.store.all()}
             return oip.ModelReadyResponse(ready=checked(request).name in held and not self._ingress.draining)
         raise AssertionError  # translated() has ended the call
@@ -70,7 +69,7 @@ class OpenInference:
 
     async def ModelMetadata(self, request: Any, context: Context) -> oip.ModelMetadataResponse:  # noqa: N802
         """Inputs and outputs; of `image` and the latents a request gives one."""
-        async with translated(context):
+        async with translated(context, self._s.metrics.on_refused):
             model = self._s.store.get(checked(request).name)
             manifest = model.bundle.manifest
             tensor = oip.ModelMetadataResponse.TensorMetadata
@@ -87,7 +86,7 @@ class OpenInference:
 
     async def ModelInfer(self, request: Any, context: Context) -> oip.ModelInferResponse:  # noqa: N802
         """A batch of frames; each is queued by itself and batched with everyone's."""
-        async with translated(context), self._ingress.call():
+        async with translated(context, self._s.metrics.on_refused), self._ingress.call():
             return await self._infer(checked(request), context)
         raise AssertionError  # translated() has ended the call
 
@@ -101,13 +100,14 @@ class OpenInference:
         size_px = _source_size(request, model)
         now_ns, left_s = self._s.clock(), context.time_remaining()
         deadline_ns = None if left_s is None else now_ns + int(left_s * 1e9)
-        client, works = client_of(context), []
+        client, works = self._ingress.client, []
         for row in range(len(tensors[0])):
             frame = [np.ascontiguousarray(tensor[row]) for tensor in tensors]
             if (refusal := client.admit_frame(sum(a.nbytes for a in frame), now_ns)) is not None:
                 raise refusal
             works.append(TailWork(bundle_sha256=model.sha256, kind=kind, arrays=frame, size_px=size_px, deadline_ns=deadline_ns))
-        done = await asyncio.gather(*(self._s.backend.run(work) for work in works), return_exceptions=True)
+        with client.unary_frames(len(works) - 1):  # the call itself counts as one
+            done = await asyncio.gather(*(self._s.backend.run(work) for work in works), return_exceptions=True)
         for each in done:
             if isinstance(each, BaseException):
                 raise each if isinstance(each, HeadtailError) else RuntimeError("a frame failed") from each

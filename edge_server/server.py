@@ -23,17 +23,19 @@ from edge_server.auth import TokenInterceptor, Tokens
 from edge_server.backends import Backend
 from edge_server.bandwidth import BandwidthManager
 from edge_server.config import SecurityConfig, ServerConfig, split_address
+from edge_server.gate import Gate
 from edge_server.ingress import Ingress
 from edge_server.metrics import Metrics, NoMetrics, PrometheusMetrics
 from edge_server.models import ModelStore
 from edge_server.open_inference import OpenInference
+from edge_server.quota import Client
 from edge_server.session import Services
 from protos.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-_TOKEN_POLL_S = 1.0
+_TOKEN_POLL_S = 0.5
 
 
 def _version() -> str:
@@ -45,7 +47,8 @@ def _version() -> str:
 
 def channel_options(config: ServerConfig) -> list[tuple[str, Any]]:
     """GRPC's settings: explicit message limits, and pings permitted more often than clients send them."""
-    largest = max(config.limits.max_payload_bytes, config.limits.max_frame_bytes) + (64 << 10)
+    limits = config.limits
+    largest = max(limits.max_payload_bytes, limits.max_frame_bytes) + (64 << 10)
     return [
         ("grpc.max_receive_message_length", largest),
         ("grpc.max_send_message_length", 16 << 20),
@@ -54,9 +57,10 @@ def channel_options(config: ServerConfig) -> list[tuple[str, Any]]:
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 4_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.server_handshake_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", int(limits.keepalive_s * 1e3)),
+        ("grpc.keepalive_timeout_ms", int(limits.keepalive_s * 1e3 / 3)),
+        ("grpc.max_connection_idle_ms", int(limits.idle_s * 1e3)),
+        ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1e3)),
         ("grpc.so_reuseport", int(config.reuse_port)),
     ]
 
@@ -72,11 +76,13 @@ class EdgeServer:
         self.config = config
         self.address = ""
         self.metrics_port = 0
+        self.gate: Gate | None = None
         self._stopping = asyncio.Event()
         self._metrics: Metrics = NoMetrics()
         self._backend: Backend | None = None
         self._answerer: Answerer | None = None
         self._ingress: Ingress | None = None
+        self._anyone = Client()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # set at import
         self._server: grpc.aio.Server | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -109,7 +115,8 @@ class EdgeServer:
             store=store, backend=backend, answerer=self._answerer, bandwidth=BandwidthManager(), limits=self.config.limits,
             metrics=self._metrics, clock=time.monotonic_ns, version=_version(),
         )  # fmt: skip
-        self._ingress = Ingress(services)
+        self._anyone = Client(max_unary=self.config.limits.max_unary_in_flight)
+        self._ingress = Ingress(services, self._anyone)
         await self._listen()
 
     async def _make_backend(self) -> Backend:
@@ -125,15 +132,17 @@ class EdgeServer:
 
     async def _listen(self) -> None:
         assert self._ingress is not None  # noqa: S101 - start() made it
-        interceptors = []
+        limits, on_refused = self.config.limits, self._metrics.on_refused
+        self.gate = Gate(limits, self._anyone, on_refused)
+        interceptors: list[grpc.aio.ServerInterceptor] = [self.gate]  # type: ignore[type-arg]
         if self.config.security.token_file is not None:
-            tokens = Tokens(self.config.security)
-            interceptors.append(TokenInterceptor(tokens))
+            tokens = Tokens(self.config.security, max_unary=limits.max_unary_in_flight)
+            interceptors.insert(0, TokenInterceptor(tokens, on_refused))
             self._spawn(_refresh(tokens))
         server = grpc.aio.server(
             interceptors=interceptors,
             options=channel_options(self.config),
-            maximum_concurrent_rpcs=self.config.limits.max_sessions + 256,
+            maximum_concurrent_rpcs=limits.max_sessions + limits.max_calls + limits.max_health_calls,
         )
         standard = OpenInference(self._ingress)
         server.add_generic_rpc_handlers(

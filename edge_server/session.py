@@ -124,6 +124,12 @@ class Session:
         self._finishing = True
         self._wake.set()
 
+    def end(self, error: HeadtailError) -> None:
+        """Ends the stream with an error; what is ready to be sent still is."""
+        self._error = self._error or error
+        self._finishing = True
+        self._wake.set()
+
     def tell_replaced(self, model: Model) -> None:
         """The tail of this session's model was replaced; frames in hand still run on the old one."""
         if self.model is not None and self.model.name == model.name and self.model.sha256 != model.sha256:
@@ -175,7 +181,7 @@ class Session:
                 if message is EOF:  # the client will send no more
                     self.finish()
                     return
-                if await self._take(checked(message)):
+                if await self._take(checked(message)) or self._error is not None:
                     return
         except HeadtailError as error:
             self._error = error
@@ -295,13 +301,12 @@ class Session:
     def _send(self, message: pb.ServerMessage) -> None:
         self._out.append(message)
         self._wake.set()
+        if len(self._out) > 4 * self._s.limits.max_in_flight + 64:  # while a write waits, the reader must not go on asking
+            self.end(LimitError(f"{len(self._out)} answers wait because the client does not read them"))
 
     async def _write(self) -> None:
-        allowed = 4 * self._s.limits.max_in_flight + 64
         while True:
             while self._out:
-                if len(self._out) > allowed:
-                    raise LimitError(f"{len(self._out)} answers wait because the client does not read them")
                 try:
                     async with asyncio.timeout(self._s.limits.write_s):
                         await self._context.write(self._out.popleft())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,16 +25,18 @@ def status_of(error: HeadtailError) -> grpc.StatusCode:
 
 
 @asynccontextmanager
-async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-    """Ends the call with the status of whatever error leaves the block."""
+async def translated(context: grpc.aio.ServicerContext[Any, Any], on_refused: Callable[[str], None]) -> AsyncIterator[None]:
+    """Ends the call with the status of whatever error leaves the block; ``on_refused`` is told its code."""
     try:
         yield
     except HeadtailError as error:
+        on_refused(error.code)
         await abort(context, error)
     except (grpc.aio.AbortError, asyncio.CancelledError):
         raise
     except Exception:
         log.exception("a call failed")
+        on_refused(InternalError.code)
         await abort(context, InternalError("the server failed; its log says why"))
 
 

@@ -1,27 +1,35 @@
 """TLS, client certificates, tokens and quotas on a real server."""
 
 import asyncio
+import contextlib
 import shutil
 import subprocess
 import time
+import urllib.request
 from pathlib import Path
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from edge_server.config import SecurityConfig
+from edge_server.config import Limits, SecurityConfig
+from edge_server.server import EdgeServer
 from protos.errors import ConfigError, LimitError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
+from protos.headtail.v1 import open_inference_pb2 as oip
+from protos.headtail.v1 import open_inference_pb2_grpc as oip_grpc
+from protos.messages import PROTOCOL_VERSION
 from splitters.bundle import Bundle
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, hello, opened, picture, session
 from tests.fakes.server_running import running
 
 ALICE, BOB = "alice-token-0123456789", "bob-token-9876543210xx"
+OIP_INFER = "/inference.GRPCInferenceService/ModelInfer"
 UNAUTHENTICATED = (grpc.StatusCode.UNAUTHENTICATED, "auth")
 
 
@@ -85,13 +93,156 @@ async def test_a_token_opens_the_door_and_a_changed_file_is_read_again(
         async with session(server.address, bundle.sha256, bearer(ALICE)):
             pass  # a broken file changes nothing
         token_file.write_text("carol carol-token-55555555\n")
-        await asyncio.sleep(1.3)
+        await asyncio.sleep(1.8)
         async with opened(server.address, bearer(ALICE)) as stream:
             assert await stream.status() == UNAUTHENTICATED
         async with session(server.address, bundle.sha256, bearer("carol-token-55555555")):
             pass
     assert ALICE not in caplog.text
     assert "carol-token" not in caplog.text
+
+
+async def test_removing_a_token_ends_its_sessions_and_says_why(bundle: Bundle, device: Device, token_file: Path) -> None:
+    async with (
+        running(bundle.path, security=SecurityConfig(token_file=token_file), metrics_port=0) as server,
+        session(server.address, bundle.sha256, bearer(ALICE)) as hers,
+        session(server.address, bundle.sha256, bearer(BOB)) as his,
+    ):
+        token_file.write_text(f"bob {BOB}\n")
+        begun = time.monotonic()
+        assert await hers.status() == UNAUTHENTICATED
+        assert time.monotonic() - begun < 5
+        assert "withdrawn" in (await hers.call.details())
+        assert (await his.frame(device.layers(picture(), 0))).error is None
+        async with opened(server.address, bearer(ALICE)) as again:
+            assert await again.status() == UNAUTHENTICATED
+        assert await refused(server, "auth") == 2
+
+
+async def refused(server: EdgeServer, code: str) -> float:
+    """What the metric of refused calls says."""
+    text = await asyncio.to_thread(
+        lambda: urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5).read().decode()
+    )
+    line = next((each for each in text.splitlines() if each.startswith(f'headtail_refused_calls_total{{code="{code}"}}')), "x 0")
+    return float(line.rpartition(" ")[2])
+
+
+async def test_calls_the_door_turns_away_are_counted(bundle: Bundle, token_file: Path) -> None:
+    async with (
+        running(bundle.path, security=SecurityConfig(token_file=token_file), metrics_port=0) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        stub = pb_grpc.HeadtailStub(channel)
+        for call in (stub.ListModels(pb.ListModelsRequest()), stub.Infer(pb.InferRequest(), metadata=bearer("x" * 20))):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await call
+        async with opened(server.address) as stream:
+            assert await stream.status() == UNAUTHENTICATED
+        assert await refused(server, "auth") == 3
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.Infer(pb.InferRequest(protocol_version=77), metadata=bearer(ALICE))
+        assert await refused(server, "version_mismatch") == 1
+
+
+async def half_sent(channel: grpc.aio.Channel, path: str, token: str | None = None) -> grpc.aio.StreamStreamCall:
+    """A call whose request never ends: headers on the wire, no message."""
+    call = channel.stream_stream(path)(metadata=bearer(token) if token else ())
+    await call.wait_for_connection()
+    return call
+
+
+async def test_one_clients_half_sent_unary_calls_are_counted_and_timed(bundle: Bundle, device: Device, token_file: Path) -> None:
+    limits = Limits(max_unary_in_flight=3, hello_s=1.5)
+    request = pb.InferRequest(protocol_version=PROTOCOL_VERSION, bundle_sha256=bundle.sha256, layers=device.layers(picture(), 0))
+    async with (
+        running(bundle.path, security=SecurityConfig(token_file=token_file), limits=limits) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        stub = pb_grpc.HeadtailStub(channel)
+        calls = [await half_sent(channel, path, ALICE) for path in ("/headtail.v1.Headtail/Infer", OIP_INFER, OIP_INFER)]
+        await asyncio.sleep(0.2)
+        for full in (
+            stub.Infer(request, metadata=bearer(ALICE)),
+            channel.unary_unary(OIP_INFER)(b"", metadata=bearer(ALICE)),
+            stub.ListModels(pb.ListModelsRequest(), metadata=bearer(ALICE)),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await full
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "unary" in (caught.value.details() or "")
+        await stub.Infer(request, metadata=bearer(BOB))  # the others do not feel it
+        for call in calls:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "1.5 s" in (caught.value.details() or "")
+        await stub.Infer(request, metadata=bearer(ALICE))
+
+
+async def test_a_batch_counts_frame_by_frame(bundle: Bundle) -> None:
+    tensor = oip.ModelInferRequest.InferInputTensor
+    async with (
+        running(bundle.path, limits=Limits(max_unary_in_flight=4)) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        for count, fits in ((4, True), (5, False), (4, True)):
+            pixels = np.zeros((count, 32, 32, 3), np.uint8)
+            request = oip.ModelInferRequest(
+                model_name="tiny", inputs=[tensor(name="image", datatype="UINT8", shape=pixels.shape)],
+                raw_input_contents=[pixels.tobytes()],
+            )  # fmt: skip
+            call = oip_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
+            if fits:
+                await call
+                continue
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert (caught.value.code(), dict(caught.value.trailing_metadata())["headtail-code"]) == (
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "limit",
+            )
+
+
+async def test_health_watches_without_a_token_crowd_nobody_out(bundle: Bundle, device: Device, token_file: Path) -> None:
+    limits = Limits(max_health_calls=8, max_sessions=4, max_calls=4, hello_s=1.0)
+    async with (
+        running(bundle.path, security=SecurityConfig(token_file=token_file), limits=limits) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(40)]
+        half = [await half_sent(channel, "/grpc.health.v1.Health/Check") for _ in range(20)]
+        await asyncio.sleep(0.5)
+        async with session(server.address, bundle.sha256, bearer(ALICE)) as stream:
+            assert (await stream.frame(device.layers(picture(), 0))).error is None
+        for call in (*half, *watches[8:]):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await call.read()
+        for watch in watches:
+            watch.cancel()
+        async with asyncio.timeout(10):
+            while server.gate.health_calls:
+                await asyncio.sleep(0.05)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_compressed_message_is_measured_before_it_is_unpacked(bundle: Bundle) -> None:
+    """200 MiB of zeros travel as 200 kB; the server must not unfold them."""
+    psutil = pytest.importorskip("psutil")
+    async with (
+        running(bundle.path) as server,
+        grpc.aio.insecure_channel(
+            server.address, options=[("grpc.max_send_message_length", -1)], compression=grpc.Compression.Gzip
+        ) as channel,
+    ):
+        zeros = bytes(200 << 20)
+        before = psutil.Process().memory_info().rss
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/headtail.v1.Headtail/Infer")(zeros)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        # The client, in this process too, holds a second copy while it compresses; a third would be the server's.
+        assert psutil.Process().memory_info().rss - before < 300 << 20
 
 
 async def test_a_quota_of_frames_holds_for_all_who_share_the_token(bundle: Bundle, device: Device, token_file: Path) -> None:
@@ -128,7 +279,8 @@ async def test_a_quota_of_sessions_and_bytes(bundle: Bundle, device: Device, tok
     async with running(bundle.path, security=security) as server:
         async with session(server.address, bundle.sha256, bearer(ALICE)) as stream:
             async with opened(server.address, bearer(ALICE)) as second:
-                await second.send(hello=hello(bundle.sha256))
+                with contextlib.suppress(grpc.aio.AioRpcError):  # it may be turned away before it has spoken
+                    await second.send(hello=hello(bundle.sha256))
                 assert await second.status() == (grpc.StatusCode.RESOURCE_EXHAUSTED, "limit")
             async with session(server.address, bundle.sha256, bearer(BOB)):
                 pass
