@@ -1,6 +1,6 @@
 """Runs a bundle, and image codecs in its place, over photos: real payload bytes, answers, milliseconds.
 
-Shape legend: M photos, N batch; pictures are (H, W, 3) uint8 BGR of the model's input size; latents carry no batch axis.
+Shape legend: M photos; pictures are (H, W, 3) uint8 BGR of the model's input size; latents carry no batch axis.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from splitters.tails import Tail
 
 log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
-_BATCH = 25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,25 +164,19 @@ def run_points(
 def _run_point(codec: LatentCodec, tail: Tail, photos: Photos, latents: list[list[Floats]], point: OperatingPoint) -> Measured:
     sizes = np.zeros(len(photos))
     answers: list[Answer] = []
-    waiting: list[tuple[Floats, ...]] = []
+    # One photo at a time: a batch gains nothing on a processor, and its large temporaries cost twice the time.
     for i, latent in enumerate(latents):
         layers = codec.encode(codec.quantise(latent, point.codec_point))
         sizes[i] = sum(map(len, layers))
-        waiting.append(codec.dequantise(codec.decode(layers)))
-        if len(waiting) == _BATCH or i == len(latents) - 1:
-            batch = [np.stack(tensors) for tensors in zip(*waiting, strict=True)]
-            answers += tail.run(batch, photos.sizes_px[i + 1 - len(waiting) : i + 1])
-            waiting = []
+        decoded = codec.dequantise(codec.decode(layers))
+        answers += tail.run([tensor[None] for tensor in decoded], [photos.sizes_px[i]])
     return Measured(sizes=sizes, answers=answers)
 
 
 def run_whole(tail: Tail, photos: Photos, pictures: Sequence[Picture] | NDArray[np.uint8] | None = None) -> list[Answer]:
     """The whole model on pictures (default: the photos themselves)."""
     given = photos.pictures if pictures is None else pictures
-    answers: list[Answer] = []
-    for at in range(0, len(given), _BATCH):
-        answers += tail.run_images(list(given[at : at + _BATCH]), photos.sizes_px[at : at + _BATCH])
-    return answers
+    return [a for picture, size_px in zip(given, photos.sizes_px, strict=True) for a in tail.run_images([picture], [size_px])]
 
 
 def run_image_codec(tail: Tail, photos: Photos, setting: Setting) -> Measured:
