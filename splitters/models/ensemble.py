@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from protos.errors import ConfigError
+from splitters.models.narrow import narrow
 from splitters.models.slimmable import SlimmableBatchNorm2d, SlimmableConv2d, at_width
 
 
@@ -28,6 +29,7 @@ class SmallEncoderConfig:
         strides: stride of each stage, 1 or 2; their product takes the stem's map to the latent's.
         kernels: depthwise kernel of each stage.
         depth: residual blocks at the latent's resolution.
+        deep: further residual blocks there that start as the identity, so that they can join a trained encoder.
         widths: the widths it can run at.
         trunk: how many of the base's own blocks after the stem it keeps, frozen, in front.
     """
@@ -36,6 +38,7 @@ class SmallEncoderConfig:
     strides: tuple[int, ...] = (2, 2, 2)
     kernels: tuple[int, ...] = (3, 5, 5)
     depth: int = 1
+    deep: int = 0
     widths: tuple[float, ...] = (1.0,)
     trunk: int = 0
 
@@ -58,6 +61,16 @@ class _Residual(nn.Module):
         """Maps (N, C', h, w) to the same."""
         y: Tensor = self.body(x)
         return x + y
+
+
+class _Deep(_Residual):
+    """A residual block whose branch ends linearly and starts at zero."""
+
+    def __init__(self, channels: int, widths: Iterable[float], kernel: int = 5) -> None:
+        super().__init__(channels, widths, kernel)
+        self.body = nn.Sequential(*list(self.body)[:-1])
+        for norm in narrow(self.body[-1], SlimmableBatchNorm2d).norms:
+            nn.init.zeros_(narrow(norm, nn.BatchNorm2d).weight)
 
 
 def _separable(
@@ -89,6 +102,7 @@ class SmallEncoder(nn.Module):
             c_in = c_out
         layers += [_Residual(c_in, config.widths) for _ in range(config.depth)]
         self.body = nn.Sequential(*layers)
+        self.deep = nn.Sequential(*(_Deep(c_in, config.widths) for _ in range(config.deep)))
         self.project = SlimmableConv2d(c_in, c_latent, 1, bias=True, slim_out=False)
 
     def train(self, mode: bool = True) -> SmallEncoder:
@@ -99,7 +113,7 @@ class SmallEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps the stem's (N, S, H0, W0) to its share of the latent, (N, C, h, w)."""
-        y: Tensor = self.project(self.body(self.trunk(x)))
+        y: Tensor = self.project(self.deep(self.body(self.trunk(x))))
         return y
 
 

@@ -29,6 +29,8 @@ TIERS = (
     Tier(name="l", runs=((0, 0.5), (1, 1.0))),
     Tier(name="own", runs=((2, 1.0),)),
 )
+# Residual blocks that joined the two small encoders late: where most of their accuracy per millisecond lies.
+DEEP = (3, 1)
 STEPS = (4.0, 6.0, 9.0, 13.0, 19.0, 28.0)
 
 
@@ -59,10 +61,12 @@ def staged(model: EfficientNetLite0) -> StagedModel:
     )
 
 
-def skeleton(pruned: nn.Sequential, base: StagedModel, steps: tuple[float, ...] = STEPS) -> LearnedSplit:
+def skeleton(
+    pruned: nn.Sequential, base: StagedModel, steps: tuple[float, ...] = STEPS, deep: tuple[int, int] = DEEP
+) -> LearnedSplit:
     """The student's modules around an already pruned own body; bottleneck and small encoders untrained."""
-    small = SmallEncoderConfig(channels=(64, 128, 224), widths=(0.5, 1.0))
-    middle = SmallEncoderConfig(channels=(64, 192), strides=(2, 2), kernels=(5, 5), depth=1, trunk=2)
+    small = SmallEncoderConfig(channels=(64, 128, 224), widths=(0.5, 1.0), deep=deep[0])
+    middle = SmallEncoderConfig(channels=(64, 192), strides=(2, 2), kernels=(5, 5), depth=1, deep=deep[1], trunk=2)
     encoders = [
         SmallEncoder(small, 32, C_LATENT),
         SmallEncoder(middle, 24, C_LATENT, trunk=copy.deepcopy(pruned[:2])),

@@ -24,7 +24,7 @@ from splitters.models.efficientnet_export import common_fields, write_local
 from splitters.models.efficientnet_lite import DEFAULT_SIZE_PX, EfficientNetLite0, MBConv, load_efficientnet_lite0
 from splitters.models.ensemble import EncoderEnsemble, OwnEncoder, Tier
 from splitters.models.learned import LearnedSplit
-from splitters.models.learned_efficientnet import C_LATENT, PRUNED, fuse_norms, skeleton, staged
+from splitters.models.learned_efficientnet import C_LATENT, DEEP, PRUNED, fuse_norms, skeleton, staged
 from splitters.models.narrow import narrow
 from splitters.models.slimmable import at_width, frozen_copy
 from splitters.onnx_export import export_onnx
@@ -53,11 +53,12 @@ def _hollow(block: MBConv, keep: int) -> None:
             getattr(norm, name).data = getattr(norm, name).data[:keep].clone()
 
 
-def blank_student(tiers: int) -> LearnedSplit:
+def blank_student(tiers: int, deep: tuple[int, int] = DEEP) -> LearnedSplit:
     """The student's modules with the published weights where it has them, the rest to be loaded.
 
     Args:
         tiers: how many gain tiers.
+        deep: late residual blocks of the two small encoders.
     """
     model = load_efficientnet_lite0()
     blocks = narrow(copy.deepcopy(model.blocks[:6]), nn.Sequential)
@@ -65,7 +66,7 @@ def blank_student(tiers: int) -> LearnedSplit:
         _hollow(narrow(blocks[index], MBConv), keep)
     fused = fuse_norms(blocks)
     fused = narrow(fused, nn.Sequential)
-    return skeleton(fused, staged(model), steps=(1.0,) * tiers)
+    return skeleton(fused, staged(model), steps=(1.0,) * tiers, deep=deep)
 
 
 def tuned_state(student: LearnedSplit, *, everything: bool = False) -> dict[str, Tensor]:
@@ -78,19 +79,31 @@ def tuned_state(student: LearnedSplit, *, everything: bool = False) -> dict[str,
     }
 
 
-def load_student(folder: Path) -> LearnedSplit:
+def _deep(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """How many late residual blocks the small encoders of a state have."""
+    first, second = (len({k.split(".")[4] for k in state if k.startswith(f"ensemble.encoders.{i}.deep.")}) for i in (0, 1))
+    return first, second
+
+
+def load_student(folder: Path, deep: tuple[int, int] | None = None) -> LearnedSplit:
     """The student from its shipped weights, float32, eval mode.
+
+    Args:
+        folder: with the weights.
+        deep: give it at least so many late residual blocks, further ones being the identity.
 
     Raises:
         BundleError: the weights are absent or of another shape.
     """
     try:
         state = load_file(folder / WEIGHTS_FILE)
-        student = blank_student(len(state["quantiser.log_gain"]))
+        found = _deep(state)
+        first, second = (max(a, b) for a, b in zip(found, deep or found, strict=True))
+        student = blank_student(len(state["quantiser.log_gain"]), (first, second))
         missing, unexpected = student.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
     except (OSError, KeyError, RuntimeError) as error:
         raise BundleError(f"{folder} holds no usable weights of the learned bottleneck: {error}") from error
-    lost = [k for k in missing if k.startswith(_TUNED) and not k.endswith("num_batches_tracked")]
+    lost = [k for k in missing if k.startswith(_TUNED) and not k.endswith("num_batches_tracked") and ".deep." not in k]
     if lost or unexpected:
         raise BundleError(f"{folder / WEIGHTS_FILE} does not fit this release: missing {lost[:3]}, unknown {unexpected[:3]}")
     return student.eval()
