@@ -6,14 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import cv2
-
 from edge_client.frames import NS_PER_MS, Clock
 from edge_client.head import Floats, Head, open_graph
-from protos.errors import BundleError, ConfigError, ModelError, PayloadError
+from protos.errors import BundleError, ConfigError, PayloadError
 from protos.messages import Answer, Result
 from splitters.bundle import Bundle
 from splitters.codec import LatentCodec, Predictor, Symbols, codec_from_spec
+from splitters.offload import compress
 from splitters.operating_point import OperatingPoint
 from splitters.postprocess import build_postprocess
 from splitters.preprocess import Frame, input_image, normalise
@@ -123,15 +122,12 @@ class Engine:
         }
         return Encoded(payloads=payloads, symbols=symbols, stages_ms=stages)
 
-    def compress(self, features: Features, image_format: str, quality: int) -> Encoded:
+    def compress(self, features: Features, image_format: str, quality: int, size_px: int = 0) -> Encoded:
         """The model's own input as a JPEG or WebP, for a server that runs the whole model."""
         start_ns = self._clock()
-        flag = {"jpeg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY}[image_format]
-        ok, data = cv2.imencode(f".{image_format}", features.image, [flag, quality])
-        if not ok:
-            raise ModelError(f"OpenCV could not write a {image_format} of {features.image.shape}")
+        data = compress(features.image, image_format=image_format, quality=quality, size_px=size_px)
         stages = {"preprocess": features.preprocess_ns / NS_PER_MS, "codec": (self._clock() - start_ns) / NS_PER_MS}
-        return Encoded(payloads=(data.tobytes(),), symbols=None, stages_ms=stages)
+        return Encoded(payloads=(data,), symbols=None, stages_ms=stages)
 
     def picture(self, frame: Frame) -> Features:
         """A frame made ready for ``compress``: no head runs."""

@@ -155,7 +155,7 @@ class LivePipeline(Pipeline):
             flight.features = flight.engine.picture(flight.frame.image)
 
         def make(engine: Engine, features: Features) -> Encoded:
-            return engine.compress(features, choice.format, choice.quality)
+            return engine.compress(features, choice.format, choice.quality, choice.size_px)
 
         return await self._run_head(flight, make, keep_local=True)
 

@@ -19,6 +19,7 @@ from edge_server.models import Model
 from protos.errors import LimitError, PayloadError
 from protos.messages import PayloadKind
 from splitters.codec import Symbols
+from splitters.offload import restorable, restore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,11 +54,11 @@ def decode_frame(model: Model, frame: Frame, references: Mapping[int, Symbols], 
 
 
 def decode_image(payload: bytes, size_px: tuple[int, int], max_pixels: int) -> NDArray[np.uint8]:
-    """A JPEG or WebP of the model's own input.
+    """A JPEG or WebP of the model's own input, enlarged again where the device reduced it.
 
     Args:
         payload: the file's bytes.
-        size_px: (height, width) the picture must have.
+        size_px: (height, width) of the model's input.
         max_pixels: checked against the file's header before anything is decoded.
 
     Raises:
@@ -67,9 +68,10 @@ def decode_image(payload: bytes, size_px: tuple[int, int], max_pixels: int) -> N
     width, height = image_size(payload)
     if width * height > max_pixels:
         raise LimitError(f"the picture has {width}x{height} px; this server decodes at most {max_pixels} pixels")
-    if (height, width) != tuple(size_px):
+    if not restorable(height, width, size_px):
         raise PayloadError(
-            f"an offloaded picture must have the model's input size {size_px[1]}x{size_px[0]} px, not {width}x{height}"
+            f"an offloaded picture must be the model's input of {size_px[1]}x{size_px[0]} px, or that reduced to a quarter at most, "
+            f"not {width}x{height}"
         )
     try:
         image = cv2.imdecode(np.frombuffer(payload, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -77,7 +79,7 @@ def decode_image(payload: bytes, size_px: tuple[int, int], max_pixels: int) -> N
         image = None
     if image is None or image.shape != (height, width, 3):
         raise PayloadError("the offloaded picture cannot be decoded")
-    return image.astype(np.uint8, copy=False)
+    return restore(image.astype(np.uint8, copy=False), size_px)
 
 
 def image_size(payload: bytes) -> tuple[int, int]:

@@ -22,7 +22,8 @@ from deploy.testbed.report import Summary
 from deploy.testbed.scenario import Scenario
 from deploy.testbed.tcp import HEADER_BYTES, MSS_BYTES, TcpFlow
 from deploy.testbed.trace import NEVER_NS, Trace, constant
-from deploy.testbed.workload import Workload, pareto_offloads
+from deploy.testbed.workload import Workload
+from splitters.offload import pareto_offloads
 
 _BEAM = 10
 _REPAIRS = 4

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from deploy.testbed.workload import Workload, pareto_offloads
+from deploy.testbed.workload import Workload
 from edge_client.control import ControlConfig, Controller, Decision, Local, Offload, Skip, Split
 from edge_client.control.estimator import Estimator
 from protos.errors import ConfigError
+from splitters.offload import pareto_offloads
 
 
 class Policy(Protocol):

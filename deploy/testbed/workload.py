@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edge_client.control import LocalOption, OffloadOption
 from protos.errors import ConfigError
+from splitters.offload import offload_from_json
 from splitters.operating_point import OperatingPoint, Quantiles
 
 
@@ -90,26 +91,8 @@ def parse_workload(data: Mapping[str, Any]) -> Workload:
     return Workload(
         name=data["name"],
         points=tuple(OperatingPoint.from_json(p) for p in data["points"]),
-        offloads=tuple(_offload(o) for o in data.get("offloads", ())),
+        offloads=tuple(offload_from_json(o) for o in data.get("offloads", ())),
         local=LocalOption(accuracy=local["accuracy"], ms=Quantiles(**local["ms"])) if local else None,
         server=ServerTimes(**server),
         result_bytes=int(data.get("result_bytes", 300)),
     )
-
-
-def _offload(data: Mapping[str, Any]) -> OffloadOption:
-    quantiles = {k: Quantiles(**data[k]) for k in ("payload_bytes", "encode_ms")}
-    return OffloadOption(**{**data, **quantiles})
-
-
-def pareto_offloads(offloads: Sequence[OffloadOption]) -> list[OffloadOption]:
-    """Those no other beats in bytes, time and accuracy, fewest bytes first."""
-
-    def beaten(o: OffloadOption) -> bool:
-        return any(
-            (p.payload_bytes.p50 <= o.payload_bytes.p50 and p.encode_ms.p50 <= o.encode_ms.p50 and p.accuracy > o.accuracy)
-            or (p.payload_bytes.p50 < o.payload_bytes.p50 and p.encode_ms.p50 <= o.encode_ms.p50 and p.accuracy >= o.accuracy)
-            for p in offloads
-        )
-
-    return sorted((o for o in offloads if not beaten(o)), key=lambda o: o.payload_bytes.p50)

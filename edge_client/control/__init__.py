@@ -15,9 +15,10 @@ Use, with every time in nanoseconds of the caller's monotonic clock::
 from edge_client.control.budget import GrantBudget
 from edge_client.control.config import ControlConfig
 from edge_client.control.controller import Controller
-from edge_client.control.decision import Candidate, Decision, Explanation, Local, LocalOption, Offload, OffloadOption, Skip, Split
+from edge_client.control.decision import Candidate, Decision, Explanation, Local, LocalOption, Offload, Skip, Split
 from edge_client.control.estimator import Estimator, NetworkEstimate
 from edge_client.control.window import CreditWindow
+from splitters.offload import OffloadOption
 
 __all__ = [
     "Candidate",

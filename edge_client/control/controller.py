@@ -14,12 +14,13 @@ from math import inf
 
 from edge_client.control.budget import GrantBudget
 from edge_client.control.config import ControlConfig
-from edge_client.control.decision import Candidate, Decision, Explanation, Local, LocalOption, Offload, OffloadOption, Skip, Split
+from edge_client.control.decision import Candidate, Decision, Explanation, Local, LocalOption, Offload, Skip, Split
 from edge_client.control.estimator import Estimator
 from edge_client.control.options import Option, useful
 from edge_client.control.scoring import Moment, Score
 from edge_client.control.window import CreditWindow
 from protos.errors import ConfigError
+from splitters.offload import OffloadOption
 from splitters.operating_point import OperatingPoint, Quantiles
 
 # A frame worth less than this is not sent: it would only stand in the next one's way.

@@ -26,33 +26,6 @@ class LocalOption:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OffloadOption:
-    """The model's input, compressed as an image; the server runs the whole model.
-
-    Attributes:
-        format: ``jpeg`` or ``webp``.
-        quality: 1..100, the encoder's own scale.
-        size_px: side of the square that is compressed; 0: the model's input size.
-        payload_bytes, accuracy, encode_ms: as measured.
-    """
-
-    format: str
-    quality: int
-    size_px: int = 0
-    payload_bytes: Quantiles
-    accuracy: float
-    encode_ms: Quantiles
-
-    def __post_init__(self) -> None:
-        if self.format not in ("jpeg", "webp"):
-            raise ConfigError(f"offload format must be jpeg or webp, got {self.format!r}")
-        if not 1 <= self.quality <= 100:
-            raise ConfigError(f"offload quality must be 1..100, got {self.quality}")
-        if not 0 <= self.accuracy <= 1:
-            raise ConfigError(f"offload accuracy must be a fraction 0..1, got {self.accuracy}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """One choice as the controller saw it. Times are from the decision on.
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from edge_server.decode import decode_image, image_size
 from protos.errors import HeadtailError, LimitError, PayloadError
+from splitters.offload import compress
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
 
@@ -48,6 +49,12 @@ def test_a_bomb_is_refused_before_it_is_decoded() -> None:
 def test_another_size_than_the_models_is_refused() -> None:
     with pytest.raises(PayloadError, match="40x24"):
         decode_image(KINDS["jpeg"], (32, 32), 1 << 20)
+
+
+def test_a_reduced_picture_is_enlarged_to_the_models_input() -> None:
+    assert decode_image(compress(PICTURE, image_format="jpeg", quality=80, size_px=12), (24, 40), 1 << 20).shape == (24, 40, 3)
+    with pytest.raises(PayloadError, match="quarter"):
+        decode_image(compress(PICTURE, image_format="jpeg", quality=80, size_px=5), (24, 40), 1 << 20)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""What a device can do besides splitting: the image as JPEG or WebP, and the bundle's local model, measured on the same photos."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnxruntime as ort
+
+from protos.errors import SourceError
+from protos.messages import Answer
+from splitters.bundle import Bundle
+from splitters.evaluation.measure import Photos, quantiles, run_whole
+from splitters.offload import OffloadOption, compress, ladder, pareto_offloads, restore
+from splitters.postprocess import build_postprocess
+from splitters.preprocess import preprocess
+from splitters.tails import Tail
+
+Value = Callable[[Sequence[Answer]], float]
+_CLOCKED = 40
+
+
+def measure_offloads(tail: Tail, photos: Photos, value: Value, *, tick: Callable[[str], None]) -> list[OffloadOption]:
+    """The Pareto frontier of the offload ladder, through the compressor the device uses and the decoder the server uses.
+
+    Args:
+        tail: of a bundle that holds the whole model.
+        photos: the photos, at the model's input size.
+        value: accuracy of the answers, 0..1.
+        tick: told of every finished setting.
+    """
+    size_px = (photos.pictures.shape[1], photos.pictures.shape[2])
+    found = []
+    for image_format, quality, side in ladder(min(size_px)):
+        payloads, taken = [], []
+        for i, picture in enumerate(photos.pictures):
+            start = time.perf_counter_ns()
+            payloads.append(compress(picture, image_format=image_format, quality=quality, size_px=side))
+            if 2 <= i < _CLOCKED:
+                taken.append((time.perf_counter_ns() - start) / 1e6)
+        decoded = [cv2.imdecode(np.frombuffer(p, np.uint8), cv2.IMREAD_COLOR) for p in payloads]
+        pictures = [restore(d.astype(np.uint8, copy=False), size_px) for d in decoded if d is not None]
+        found.append(
+            OffloadOption(
+                format=image_format, quality=quality, size_px=0 if side >= min(size_px) else side,
+                payload_bytes=quantiles(np.array([len(p) for p in payloads], np.float64)),
+                accuracy=value(run_whole(tail, photos, pictures)), encode_ms=quantiles(np.array(taken)),
+            )
+        )  # fmt: skip
+        tick(f"offload {image_format} q{quality} {side} px")
+    return pareto_offloads(found)
+
+
+def measure_local(bundle: Bundle, files: Sequence[Path], value: Value) -> float | None:
+    """Accuracy, 0..1, of the bundle's local model over the photos; None where it has none.
+
+    Raises:
+        SourceError: a photo cannot be read.
+    """
+    model = bundle.manifest.local
+    if model is None:
+        return None
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(str(bundle.part_path(model.path)), options, providers=["CPUExecutionProvider"])
+    post = dict(bundle.manifest.postprocess)
+    if post.get("kind") == "yolox":
+        post["kind"] = "dense_boxes"  # a local model's boxes are decoded already
+    answer = build_postprocess(post, model.preprocess)
+    answers: list[Answer] = []
+    for file in files:
+        frame = cv2.imread(str(file), cv2.IMREAD_COLOR)
+        if frame is None:
+            raise SourceError(f"{file} is no readable image")
+        outputs = session.run(None, {"image": preprocess(frame.astype(np.uint8, copy=False), model.preprocess)})
+        answers += answer(outputs, [(frame.shape[1], frame.shape[0])])
+    return value(answers)
