@@ -32,7 +32,7 @@ from edge_client.parts import Parts, PipelineConfig
 from edge_client.pipeline import Pipeline
 from edge_client.rpc import Endpoint
 from edge_client.session import Session
-from edge_client.sinks import InOrder, JsonLines, Sink, Window, open_json_lines, open_video
+from edge_client.sinks import InOrder, JsonLines, Sink, Window, open_json_file, open_video
 from edge_client.sources import DEFAULT_FPS, Source, parse_source
 from edge_client.status import Status
 from edge_client.summary import JpegSampler, Summary
@@ -132,7 +132,7 @@ class Client:
         engine = await self._load(bundle)
         if live:
             sampler.every_s = 1.0
-        sinks = InOrder([summary, *self._sinks(source, capture)])
+        sinks = InOrder([summary, *self._sinks(source, capture)], self._end_run)
         executor = ThreadExecutor()
         parts = Parts(
             frames=capture, worker=DeviceWorker(executor), clock=self._clock, emit=sinks.take, sample=sampler.offer,
@@ -155,8 +155,15 @@ class Client:
             shower.cancel()
             sinks.close()
             executor.close()
+        if sinks.failure is not None:
+            raise sinks.failure
         if isinstance(pipeline, FilePipeline) and pipeline.refused is not None:
             raise pipeline.refused
+
+    def _end_run(self) -> None:
+        """A sink takes no more: the source ends, and what is in flight still gets its outcome."""
+        if self._pipeline is not None:
+            asyncio.get_running_loop().call_soon(self._pipeline.stop)
 
     def _checked_point(self, engine: Engine) -> int | None:
         if self._config.operating_point is not None:
@@ -239,9 +246,9 @@ class Client:
     def _sinks(self, source: Source, capture: Capture) -> list[Sink]:
         sinks: list[Sink] = []
         if self._config.output == "-":
-            sinks.append(JsonLines(self._console.results, self._labels, owned=False))
+            sinks.append(JsonLines(self._console.results, self._labels))
         elif self._config.output is not None:
-            sinks.append(open_json_lines(Path(self._config.output), self._labels))
+            sinks.append(open_json_file(Path(self._config.output), self._labels))
         if self._config.save_video is not None:
             fps = self._config.fps or capture.fps or DEFAULT_FPS
             many = source.kind != "picture"
@@ -275,11 +282,17 @@ class Client:
             "bundle_sha256": engine.sha256 if engine else None,
             "late_results": pipeline.late_results if pipeline else 0,
             "reconnects": self._session.reconnects if self._session else 0,
+            "server_error": self._server_error(),
             "bundle_switches": pipeline.bundle_switches if pipeline else 0,
             "prefilter": self._prefilter_facts(),
             "unreadable_files": self._capture.unreadable if self._capture else 0,
             "peak_memory_bytes": peak_memory_bytes(),
         }
+
+    def _server_error(self) -> str | None:
+        """Why there was no server at the end; None: there was one, or it was not waited for."""
+        error = self._session.error if self._session is not None else None
+        return error.message if error is not None else None
 
     def _prefilter_facts(self) -> dict[str, Any] | None:
         gate = self._pipeline.interest if self._pipeline else None
@@ -298,7 +311,8 @@ class Client:
         ) if facts[key]]  # fmt: skip
         model = f"\nmodel    {facts['model']} ({str(facts['bundle_sha256'])[:12]})" if facts["model"] else ""
         also = f"\nalso     {', '.join(more)}" if more else ""
-        return f"{model}{also}\nmemory   {facts['peak_memory_bytes'] / 2**20:.0f} MiB at its peak"
+        gone = f"\nserver   none at the end: {facts['server_error']}" if facts["server_error"] else ""
+        return f"{model}{also}{gone}\nmemory   {facts['peak_memory_bytes'] / 2**20:.0f} MiB at its peak"
 
 
 def _wanted(setting: str, source: Source, live: bool) -> bool:

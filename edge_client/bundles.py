@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_client.rpc import Endpoint, open_channel, stub, translated
-from protos.errors import BundleError, ProtocolError, UnknownModelError, VersionMismatchError
+from protos.errors import BundleError, ProtocolError, StorageError, UnknownModelError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION
 from splitters.bundle import MANIFEST, Bundle, cache_dir, open_bundle, verify_part
@@ -151,7 +151,8 @@ async def fetch_bundle(
         idle_timeout_s: longest silence of the server.
 
     Raises:
-        BundleError: what arrived is not what the manifest says, or cannot be stored.
+        BundleError: what arrived is not what the manifest says.
+        StorageError: it cannot be stored.
         HeadtailError: the server cannot be reached or refuses.
     """
     if sha256 and (cached := store.open(sha256)):
@@ -166,8 +167,9 @@ async def fetch_bundle(
             await _receive(endpoint, directory, model, sha256, pace, idle_timeout_s)
             bundle = store.adopt(directory, sha256)
     except OSError as error:
-        raise BundleError(
-            f"cannot store the bundle under {store.root}: {error.strerror}; HEADTAIL_CACHE names another place"
+        # Not again in half a second: what is here is kept, and a later start goes on from it.
+        raise StorageError(
+            f"cannot store the bundle under {store.root}: {error.strerror}; HEADTAIL_CACHE names another place", retryable=False
         ) from error
     log.info("fetched bundle %s (%s)", bundle.manifest.name, sha256[:12])
     return bundle

@@ -99,7 +99,7 @@ class Capture:
             await asyncio.wait_for(asyncio.shield(self._opened), self.config.open_timeout_s)
         except TimeoutError:
             self.close()
-            raise SourceError(f"{self.config.source.target} gave no picture within {self.config.open_timeout_s:g} s") from None
+            raise SourceError(f"{self.config.source.shown} gave no picture within {self.config.open_timeout_s:g} s") from None
 
     async def next(self) -> Delivery | None:
         """The newest frame (live) or the next one; None at the end.
@@ -171,7 +171,7 @@ class Capture:
         self.unreadable += unreadable
         if self._opened and not self._opened.done():
             self._ended = True
-            self._opened.set_exception(failure or SourceError(f"{self.config.source.target} holds no picture"))
+            self._opened.set_exception(failure or SourceError(f"{self.config.source.shown} holds no picture"))
         elif self.config.source.camera and not complete:
             self._again(failure.message if failure else "the camera vanished")
         else:
@@ -241,7 +241,8 @@ class _Reader(threading.Thread):
             failure = error
         except Exception as error:
             log.debug("capture failed", exc_info=True)
-            failure = SourceError(f"{self._owner.config.source.target} cannot be read: {error}")
+            source = self._owner.config.source
+            failure = SourceError(f"{source.shown} cannot be read: {str(error).replace(source.target, source.shown)}")
         if not self._halt.is_set():
             self._tell(self._owner.report_end, self, failure, complete, unreadable)
 

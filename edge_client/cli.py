@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TextIO
 
 from edge_client.config import ClientConfig, read_toml
 from protos.errors import HeadtailError
@@ -35,7 +36,7 @@ when the network fails. Pictures, directories and files are not: every frame, no
 
 exit codes: 0 done or stopped by SIGINT/SIGTERM; 1 our own fault; 2 wrong option; 3 no frames from the source;
 4 bundle absent or altered; 5 unknown model; 6 version mismatch; 7 no headtail server there; 8 broken protocol;
-9 a limit; 10 not authorised; 11 the model failed; 130 interrupted twice.
+9 a limit; 10 not authorised; 11 the model failed; 12 a disk is full, or standard output closed; 130 interrupted twice.
 
 environment: HEADTAIL_TOKEN (bearer token), HEADTAIL_CACHE (default ~/.cache/headtail).
 """
@@ -148,13 +149,19 @@ def _run(config: ClientConfig) -> int:
         return 1
     code = ending.error.exit_code if ending.error else 130 if ending.interrupted > 1 else 0
     if ending.summary.get("frames"):
-        print(ending.text, file=sys.stderr if config.output == "-" else sys.stdout)
+        _print(ending.text, sys.stderr if config.output == "-" else sys.stdout)
     if ending.error is not None:
-        print(f"edge-client: {ending.error.message}", file=sys.stderr)
+        _print(f"edge-client: {ending.error.message}", sys.stderr)
     if config.json:
-        print(json.dumps({**ending.summary, "exit_code": code}))
-    sys.stdout.flush()
+        _print(json.dumps({**ending.summary, "exit_code": code}), sys.stdout)
     return code
+
+
+def _print(text: str, stream: TextIO) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:  # whoever read us has had enough; without this the interpreter would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,6 +48,8 @@ _TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.Status
 
 _PLAIN = {
     "Connection refused": "connection refused",
+    "Domain name not found": "the name cannot be resolved",
+    "errors resolving": "the name cannot be resolved",
     "DNS": "the name cannot be resolved",
     "Name or service": "the name cannot be resolved",
     "Socket closed": "the connection was closed",
@@ -75,12 +77,14 @@ class Endpoint:
     tls_ca: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
-    token: str = ""
+    token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         host, _, port = self.address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ConfigError(f"--server must be host:port or 'embedded', got {self.address!r}")
+            raise ConfigError(f"--server must be host:port, for instance edge.example:50051, or 'embedded', got {self.address!r}")
+        if "/" in self.address or "@" in host:
+            raise ConfigError(f"--server takes host:port without scheme or path, got {self.address!r}; --tls encrypts")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("--tls-cert and --tls-key belong together")
 

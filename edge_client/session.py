@@ -176,6 +176,7 @@ class Session:
             HeadtailError: before the first welcome, a failure that another attempt cannot mend.
         """
         wait_s, longest_s = self._config.backoff_s
+        told = ""
         while not self._closing:
             self._again = False
             self.attempts += 1
@@ -197,7 +198,9 @@ class Session:
                 continue
             if not error.retryable and not self.welcomed.is_set():
                 raise error
-            log.debug("session: %s", error.message)
+            # The same failure again and again is no news; another one is: a server that is back and wants a token.
+            log.log(logging.DEBUG if was_up or error.code == told else logging.WARNING, "no session: %s", error.message)
+            told = error.code
             await asyncio.sleep(wait_s * self._random.uniform(0.5, 1.0))
             wait_s = min(wait_s * 1.7, longest_s)
 

@@ -1,22 +1,34 @@
-"""Where answers go: ``results.jsonl``, annotated pictures or a video, a window. In the order of capture."""
+"""Where answers go: ``results.jsonl``, annotated pictures or a video, a window. In the order of capture.
+
+A disk may fill up while a camera runs. The sink that cannot go on is closed with what it has, whole; the others get every
+frame to the end, and the run ends with the error.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
 import cv2
 import numpy as np
 
 from edge_client.annotate import annotate
 from edge_client.frames import FrameReport
-from protos.errors import ConfigError, MissingDependencyError
+from protos.errors import ConfigError, HeadtailError, MissingDependencyError, StorageError
 from protos.messages import Answer, Classification, Detection
 from splitters.preprocess import Frame
 
+log = logging.getLogger(__name__)
+
 Labels = Callable[[], Mapping[int, str]]
+
+_LEAST_FREE_BYTES = 8 << 20  # what a clip still needs for its index when the disk is all but full
+_LOOK_EVERY = 16  # frames between two looks at the disk
 
 
 class Sink(Protocol):
@@ -30,12 +42,19 @@ class Sink(Protocol):
 
 
 class InOrder:
-    """Hands reports on in the order of capture, whatever order they were settled in."""
+    """Hands reports on in the order of capture, whatever order they were settled in.
 
-    def __init__(self, sinks: list[Sink]) -> None:
+    Args:
+        sinks: who gets them. One that fails gets no more; the others do not notice.
+        on_failure: called once, at the first failure.
+    """
+
+    def __init__(self, sinks: list[Sink], on_failure: Callable[[], None] = lambda: None) -> None:
         self._sinks = sinks
+        self._on_failure = on_failure
         self._next = 0
         self._early: dict[int, FrameReport] = {}
+        self.failure: HeadtailError | None = None
 
     def add(self, sink: Sink) -> None:
         """One more sink, before the first frame."""
@@ -46,52 +65,116 @@ class InOrder:
         self._early[report.frame.index] = report
         while (ready := self._early.pop(self._next, None)) is not None:
             self._next += 1
-            for sink in self._sinks:
-                sink.take(ready)
+            self._hand_on(ready)
 
     def close(self) -> None:
         """Hands on what is left, gaps or not."""
         for index in sorted(self._early):
-            for sink in self._sinks:
-                sink.take(self._early[index])
+            self._hand_on(self._early[index])
         self._early.clear()
-        for sink in self._sinks:
-            sink.close()
+        for sink in list(self._sinks):
+            try:
+                sink.close()
+            except (HeadtailError, OSError, cv2.error) as error:
+                self._failed(sink, error)
+
+    def _hand_on(self, report: FrameReport) -> None:
+        for sink in list(self._sinks):
+            try:
+                sink.take(report)
+            except (HeadtailError, OSError, cv2.error) as error:
+                self._sinks.remove(sink)
+                with suppress(HeadtailError, OSError, cv2.error):
+                    sink.close()
+                self._failed(sink, error)
+
+    def _failed(self, sink: Sink, error: Exception) -> None:
+        if not isinstance(error, HeadtailError):
+            error = StorageError(f"{type(sink).__name__} failed: {error}")
+        log.error("%s", error.message)
+        if self.failure is None:
+            self.failure = error
+            self._on_failure()
 
 
 class JsonLines:
-    """``results.jsonl``: a line a frame."""
+    """Results as lines on a stream that belongs to someone else: standard output."""
 
-    def __init__(self, stream: TextIO, labels: Labels, *, owned: bool) -> None:
+    def __init__(self, stream: TextIO, labels: Labels) -> None:
         self._stream = stream
         self._labels = labels
-        self._owned = owned
 
     def take(self, report: FrameReport) -> None:
-        """See ``Sink``."""
-        self._stream.write(json.dumps(to_json(report, self._labels()), separators=(",", ":")) + "\n")
-        self._stream.flush()
+        """See ``Sink``.
+
+        Raises:
+            StorageError: nobody reads it any more.
+        """
+        try:
+            self._stream.write(to_line(report, self._labels()))
+            self._stream.flush()
+        except BrokenPipeError as error:
+            raise StorageError("whoever read standard output has closed it; results go nowhere") from error
+        except OSError as error:
+            raise StorageError(f"results cannot be written to standard output any more: {error.strerror}") from error
 
     def close(self) -> None:
         """See ``Sink``."""
-        if self._owned:
-            self._stream.close()
 
 
-def open_json_lines(path: Path, labels: Labels) -> JsonLines:
+class JsonFile:
+    """``results.jsonl``: a line a frame, each written at once; however the run ends, the file ends with a whole line."""
+
+    def __init__(self, path: Path, file: BinaryIO, labels: Labels) -> None:
+        """``file`` is unbuffered."""
+        self._path = path
+        self._file = file
+        self._labels = labels
+        self._whole_bytes = 0
+
+    def take(self, report: FrameReport) -> None:
+        """See ``Sink``.
+
+        Raises:
+            StorageError: the disk takes no more.
+        """
+        data = memoryview(to_line(report, self._labels()).encode())
+        size = len(data)
+        try:
+            while data:
+                data = data[self._file.write(data) :]  # a disk that fills up takes a part before it refuses
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(self._whole_bytes)
+            raise StorageError(
+                f"--output {self._path} cannot be written any more: {error.strerror}; it ends before frame {report.frame.index}"
+            ) from error
+        self._whole_bytes += size
+
+    def close(self) -> None:
+        """See ``Sink``."""
+        self._file.close()
+
+
+def open_json_file(path: Path, labels: Labels) -> JsonFile:
     """Creates the file.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
-        return JsonLines(path.open("w", encoding="utf-8"), labels, owned=True)
+        return JsonFile(path, path.open("wb", buffering=0), labels)
     except OSError as error:
         raise ConfigError(f"--output {path} cannot be written: {error.strerror}") from error
 
 
+def to_line(report: FrameReport, labels: Mapping[int, str]) -> str:
+    """A line of ``results.jsonl``, its end included."""
+    return json.dumps(to_json(report, labels), separators=(",", ":")) + "\n"
+
+
 def to_json(report: FrameReport, labels: Mapping[int, str]) -> dict[str, Any]:
-    """A line of ``results.jsonl``."""
+    """What a line of ``results.jsonl`` says."""
     frame = report.frame
     line: dict[str, Any] = {
         "frame": frame.index,
@@ -129,7 +212,11 @@ def _answer(answer: Answer | None, labels: Mapping[int, str]) -> dict[str, Any]:
 
 
 class VideoFile:
-    """Annotated frames as one clip; pictures of other sizes are fitted into the first one's."""
+    """Annotated frames as one clip; pictures of other sizes are fitted into the first one's.
+
+    OpenCV does not say when a write fails, so the disk is looked at while there is room for the clip's index, and the clip
+    is opened again at the end.
+    """
 
     def __init__(self, path: Path, labels: Labels, *, fps: float) -> None:
         self._path = path
@@ -137,12 +224,20 @@ class VideoFile:
         self._fps = fps
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
+        self._written = 0
 
     def take(self, report: FrameReport) -> None:
-        """See ``Sink``."""
+        """See ``Sink``.
+
+        Raises:
+            ConfigError: the clip cannot be begun.
+            StorageError: the disk is full.
+        """
         if report.frame.image is None:
             return
         picture = annotate(report.frame.image, report, self._labels())
+        if self._written % _LOOK_EVERY == 0 and shutil.disk_usage(self._path.parent).free < _LEAST_FREE_BYTES:
+            raise StorageError(f"--save-video {self._path}: the disk is full; the clip ends after {self._written} frames")
         if self._writer is None:
             self._size = (picture.shape[1] // 2 * 2, picture.shape[0] // 2 * 2)
             fourcc = cv2.VideoWriter.fourcc(*_FOURCC[self._path.suffix.lower()])
@@ -150,11 +245,25 @@ class VideoFile:
             if not self._writer.isOpened():
                 raise ConfigError(f"--save-video {self._path} cannot be written")
         self._writer.write(_fit(picture, self._size))
+        self._written += 1
 
     def close(self) -> None:
-        """See ``Sink``."""
-        if self._writer is not None:
-            self._writer.release()
+        """See ``Sink``.
+
+        Raises:
+            StorageError: what lies there is not the whole clip.
+        """
+        if self._writer is None:
+            return
+        self._writer.release()
+        self._writer = None
+        clip = cv2.VideoCapture(str(self._path), cv2.CAP_FFMPEG)
+        frames = int(clip.get(cv2.CAP_PROP_FRAME_COUNT)) if clip.isOpened() else 0
+        clip.release()
+        if frames < 0.9 * self._written - 1:  # some containers only know their length
+            raise StorageError(
+                f"--save-video {self._path} is not whole: {frames} of {self._written} frames can be read; is the disk full?"
+            )
 
 
 _FOURCC = {".mp4": "mp4v", ".avi": "MJPG", ".mkv": "mp4v"}
@@ -181,7 +290,10 @@ class PictureFiles:
         self._labels = labels
         self._single = single
         if not single:
-            path.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"--save-video {path} cannot be made a directory: {error.strerror}") from error
 
     def take(self, report: FrameReport) -> None:
         """See ``Sink``."""
@@ -190,8 +302,15 @@ class PictureFiles:
         name = (report.frame.source or "frame").replace("/", "_")
         target = self._path if self._single else self._path / f"{report.frame.index:06d}-{Path(name).stem}.jpg"
         picture = annotate(report.frame.image, report, self._labels())
-        if not cv2.imwrite(str(target), picture):
-            raise ConfigError(f"--save-video {target} cannot be written")
+        ok, data = cv2.imencode(target.suffix, picture)
+        if not ok:
+            raise ConfigError(f"--save-video {target}: OpenCV cannot write such a picture")
+        try:
+            target.write_bytes(data.tobytes())
+        except OSError as error:
+            with suppress(OSError):
+                target.unlink()  # no half pictures
+            raise StorageError(f"--save-video {target} cannot be written: {error.strerror}") from error
 
     def close(self) -> None:
         """See ``Sink``."""

@@ -44,6 +44,16 @@ class Source:
         return self.kind in ("device", "url", "synthetic")
 
     @property
+    def shown(self) -> str:
+        """The target as logs and people may see it: a URL without user, password and query, where cameras take their secrets."""
+        if self.kind != "url":
+            return self.target
+        scheme, _, rest = self.target.partition("://")
+        place = rest.partition("?")[0]
+        host, slash, path = place.partition("/")
+        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" + ("?…" if "?" in rest else "")
+
+    @property
     def pictures(self) -> bool:
         """Whether it is made of single pictures."""
         return self.kind in ("picture", "directory")
@@ -157,7 +167,7 @@ def _cannot_open(source: Source) -> str:
         case "device":
             return f"camera {source.target} does not exist or gives no picture; another program may hold it"
         case "url":
-            return f"nothing at {source.target} gives a picture"
+            return f"nothing at {source.shown} gives a picture"
         case _:
             return f"{source.target} is no video that can be read"
 

@@ -14,6 +14,7 @@ HeadtailError
 │   └── OverloadedError    the server cannot take this frame in time         RESOURCE_EXHAUSTED   exit 9
 ├── AuthError              no valid token or certificate                     UNAUTHENTICATED      exit 10
 ├── DrainingError          the server is shutting down                       UNAVAILABLE          exit 7
+├── StorageError           a disk is full, or takes no more                  RESOURCE_EXHAUSTED   exit 12
 ├── ModelError             a model cannot be loaded, cut or run              INTERNAL             exit 11
 │   └── CutError           a cut cannot be made or does not verify           FAILED_PRECONDITION  exit 11
 └── InternalError          our own fault; the log holds the traceback        INTERNAL             exit 1
@@ -124,6 +125,12 @@ class DrainingError(HeadtailError):
     """The server is shutting down and takes no new work."""
 
     code, grpc_status, exit_code, retryable = "draining", "UNAVAILABLE", 7, True
+
+
+class StorageError(HeadtailError):
+    """A disk is full or takes no more; the message says which file, and that what came before is kept."""
+
+    code, grpc_status, exit_code, retryable = "storage", "RESOURCE_EXHAUSTED", 12, True
 
 
 class ModelError(HeadtailError):

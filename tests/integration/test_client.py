@@ -355,7 +355,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, server: str, photos: Pat
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the cache should be")
     done = run_client(tmp_path, "--camera", str(photos), "--server", server, "--wait-for-server-s", "0", cache=blocked)
-    assert done.code == 4
+    assert done.code == 12
     assert_one_sentence(done.err, "HEADTAIL_CACHE")
 
 

@@ -15,11 +15,13 @@ from edge_client.cli import build_parser, parse
 from edge_client.config import ClientConfig, read_toml
 from edge_client.flights import Flight, latest_start
 from edge_client.frames import CapturedFrame, FrameReport, Ledger, Outcome
+from edge_client.rpc import Endpoint
 from edge_client.sinks import InOrder, JsonLines, to_json
+from edge_client.sources import parse_source
 from edge_client.status import Status
 from edge_client.summary import JpegSampler, Summary
 from edge_client.timings import DevicePace, Recent
-from protos.errors import ConfigError
+from protos.errors import ConfigError, StorageError
 from protos.messages import Box, Classification, ClassScore, Detection
 
 MS = 1_000_000
@@ -58,7 +60,7 @@ def test_a_line_of_results_is_as_documented() -> None:
 
 def test_reports_are_handed_on_in_the_order_of_capture() -> None:
     stream = io.StringIO()
-    order = InOrder([JsonLines(stream, lambda: LABELS, owned=False)])
+    order = InOrder([JsonLines(stream, lambda: LABELS)])
     for index in (2, 0, 1, 4, 3, 6):
         order.take(report(index))
     order.close()
@@ -179,7 +181,8 @@ def test_a_device_that_was_busy_when_measured_is_believed_to_be_fast_again() -> 
     "arguments",
     [
         ["--camera", "0", "--server", "nowhere"], ["--camera", "0", "--server", "host:0"],
-        ["--camera", "0", "--server", "host:70000"],
+        ["--camera", "0", "--server", "host:70000"], ["--camera", "0", "--server", "http://host:50051"],
+        ["--camera", "0", "--server", "user@host:50051"],
         ["--camera", "0", "--deadline-ms", "-1"], ["--camera", "0", "--frames", "-2"], ["--camera", "0", "--threads", "0"],
         ["--camera", "0", "--recall", "1.5"], ["--camera", "0", "--tls-cert", "a.pem"], ["--camera", "0", "--deadline-ms", "nan"],
     ],
@@ -217,6 +220,50 @@ def test_the_help_teaches() -> None:
     text = build_parser().format_help()
     for word in ("examples:", "exit codes:", "embedded", "--wait-for-server-s", "synthetic:", "HEADTAIL_TOKEN", "130"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("rtsp://admin:se@cret@cam.example:554/stream/1", "rtsp://cam.example:554/stream/1"),
+        ("http://cam/video.mjpg?user=a&pwd=secret", "http://cam/video.mjpg?…"),
+        ("rtsp://cam", "rtsp://cam"),
+    ],
+)
+def test_a_cameras_password_is_never_shown(url: str, shown: str) -> None:
+    assert parse_source(url).shown == shown
+
+
+def test_a_token_is_not_part_of_what_is_printed() -> None:
+    assert "secret" not in repr(Endpoint(address="h:1", token="secret-0123456789"))
+
+
+class Failing:
+    """A sink whose disk is full from the third frame on."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+        self.closed = 0
+
+    def take(self, report: FrameReport) -> None:
+        if report.frame.index >= 2:
+            raise OSError(28, "No space left on device")
+        self.taken.append(report.frame.index)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_sink_that_fails_is_closed_and_the_others_get_every_frame() -> None:
+    failing, stream, told = Failing(), io.StringIO(), []
+    order = InOrder([failing, JsonLines(stream, lambda: LABELS)], lambda: told.append(1))
+    for index in range(5):
+        order.take(report(index))
+    order.close()
+    assert (failing.taken, failing.closed, told) == ([0, 1], 1, [1])
+    assert len(stream.getvalue().splitlines()) == 5
+    assert isinstance(order.failure, StorageError)
+    assert "No space left" in order.failure.message
 
 
 def test_every_setting_has_an_option() -> None:
