@@ -19,7 +19,7 @@ from splitters.bundle import Bundle
 
 log = logging.getLogger(__name__)
 
-SURE = 0.5
+SURE = 0.5  # where the bundle does not say
 _CONFIDENCE = 0.95
 _LOOSEN = 0.6
 
@@ -34,6 +34,7 @@ class Promise:
         columns: of the same, in the prefilter's output.
         threshold: frames with a lower score are stopped.
         recall: the lower bound promised; 0: none for these classes.
+        sure: from this score on a box of interest in the server's answer to a probe counts as missed.
     """
 
     interest: tuple[str, ...]
@@ -41,6 +42,7 @@ class Promise:
     columns: tuple[int, ...]
     threshold: float
     recall: float
+    sure: float = SURE
 
 
 def read_promise(bundle: Bundle, *, interest: Sequence[str] = (), recall: float | None = None) -> Promise | None:
@@ -65,6 +67,7 @@ def read_promise(bundle: Bundle, *, interest: Sequence[str] = (), recall: float 
         own = tuple(str(n) for n in spec["interest"])
         chosen = _for_recall(spec, recall)
         threshold, bound = float(chosen["threshold"]), float(chosen["recall_promised"])
+        sure = float(spec.get("sure", SURE))
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"the prefilter's promise in bundle {bundle.manifest.name!r} cannot be read: {error}") from error
     wanted = tuple(interest) or own
@@ -76,7 +79,7 @@ def read_promise(bundle: Bundle, *, interest: Sequence[str] = (), recall: float 
         bound = 0.0
     return Promise(
         interest=wanted, class_ids=frozenset(names[n][1] for n in wanted), columns=tuple(names[n][0] for n in wanted),
-        threshold=threshold, recall=bound,
+        threshold=threshold, recall=bound, sure=sure,
     )  # fmt: skip
 
 
@@ -125,7 +128,7 @@ class InterestGate:
     def learn(self, index: int, answer: Answer | None) -> bool:
         """Takes the server's answer to a frame that passed; True when the threshold had to loosen."""
         boxes = answer.boxes if isinstance(answer, Detection) else ()
-        hit = any(b.class_id in self.promise.class_ids and b.score >= SURE for b in boxes)
+        hit = any(b.class_id in self.promise.class_ids and b.score >= self.promise.sure for b in boxes)
         if index not in self._probes:
             self._passed_hits += hit
             return False

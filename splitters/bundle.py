@@ -185,12 +185,20 @@ def _describe(root: Path, path: str, side: Side) -> Part:
 
 def rewrite_points(bundle: Bundle, points: Iterable[OperatingPoint]) -> Bundle:
     """Replaces a bundle's operating points (new measurements); the bundle's hash changes with them."""
-    text = dump_points(points).encode()
-    part = Part(path=POINTS, sha256=sha256_hex(text), bytes=len(text), side="device")
-    parts = tuple(part if p.path == POINTS else p for p in bundle.manifest.parts)
-    manifest = replace(bundle.manifest, parts=parts)
-    for name, data in ((POINTS, text), (MANIFEST, manifest.to_json().encode())):
-        temporary = bundle.path / f".{name}.new"
-        temporary.write_bytes(data)
-        temporary.replace(bundle.path / name)
+    return rewrite_part(bundle, POINTS, dump_points(points).encode())
+
+
+def rewrite_part(bundle: Bundle, path: str, data: bytes) -> Bundle:
+    """Replaces one listed part; the bundle's hash changes with it.
+
+    Raises:
+        BundleError: the manifest lists no such part.
+    """
+    new = replace(bundle.manifest.part(path), sha256=sha256_hex(data), bytes=len(data))
+    manifest = replace(bundle.manifest, parts=tuple(new if p.path == path else p for p in bundle.manifest.parts))
+    for name, content in ((path, data), (MANIFEST, manifest.to_json().encode())):
+        target = bundle.path / name
+        temporary = target.with_name(f".{target.name}.new")
+        temporary.write_bytes(content)
+        temporary.replace(target)
     return open_bundle(bundle.path)

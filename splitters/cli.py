@@ -1,4 +1,4 @@
-"""The ``splitters`` command: cut, profile, train, evaluate, export, inspect."""
+"""The ``splitters`` command: cut, profile, train, evaluate, calibrate, export, inspect."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ VERBS = {
     "cut": "divide a model and write a bundle",
     "train": "train a slimmable bottleneck for a cut",
     "evaluate": "accuracy against real payload bytes, beside image codecs",
+    "calibrate": "fit a bundle's prefilter to the scene a fixed camera sees",
     "export": "write a default bundle, or a trained run, to a directory",
     "inspect": "show what a bundle holds and verify it",
 }

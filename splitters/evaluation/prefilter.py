@@ -24,6 +24,25 @@ def passages(positive: NDArray[np.bool_], gap: int) -> list[NDArray[np.int64]]:
     return [np.asarray(run, np.int64) for run in np.split(frames, np.flatnonzero(np.diff(frames) > gap + 1) + 1)]
 
 
+def present(confidence: Array, sure: float, *, unsure: float = 0.1, gap: int = 12) -> NDArray[np.bool_]:
+    """Which frames hold something, of a teacher whose confidence flickers.
+
+    An object that is there in one frame is there in the next: a passage is a run of frames where the teacher sees anything at all
+    (gaps of ``gap`` frames or less included), and it counts when the teacher is sure at least once within.
+
+    Args:
+        confidence: (N,) of the surest box in every frame, 0 where there is none.
+        sure: a passage needs a box of this confidence.
+        unsure: and lasts while there are boxes of this confidence.
+        gap: in frames; a second's worth.
+    """
+    found = np.zeros(confidence.size, bool)
+    for run in passages(confidence >= unsure, gap):
+        if confidence[run].max() >= sure:
+            found[run[0] : run[-1] + 1] = True
+    return found
+
+
 def passage_scores(scores: Array, runs: Sequence[NDArray[np.int64]], recall: float) -> Array:
     """One score a passage: a threshold at or below it lets at least the share ``recall`` of the passage's frames through."""
     found = []

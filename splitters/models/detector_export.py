@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from protos.errors import SourceError
@@ -27,9 +27,7 @@ from splitters.codec import calibrate_plain
 from splitters.manifest import Head, LocalModel, Preprocess
 from splitters.models.coco_classes import CATEGORY_IDS, NAME_OF
 from splitters.models.detector import INPUT_SIZE_PX, PREPROCESS, TAPS, WEIGHTS, Detector, dense, load_detector
-from splitters.models.prefilter import STEM_CHANNELS, InterestScore, columns_of, load_prefilter
-from splitters.models.prefilter import WEIGHTS as PREFILTER_WEIGHTS
-from splitters.models.prefilter_promise import RECALLS, SURE, promises
+from splitters.models.prefilter_export import write_prefilter
 from splitters.onnx_export import export_onnx
 from splitters.operating_point import OperatingPoint
 from splitters.preprocess import preprocess
@@ -39,11 +37,6 @@ BITS = (8, 6, 4, 3, 2)
 LOCAL_SIZE_PX = 192
 SCORE_MIN = 0.25
 PLAIN_CODEC = WEIGHTS.parent / "plain.json"
-HELD_OUT = WEIGHTS.parent / "prefilter_held_out.safetensors"
-PREFILTER_PART = "device/prefilter.onnx"
-PROMISE_PART = "device/prefilter.json"
-INTEREST = ("person", "bicycle", "car")
-RECALL = 0.98
 LICENCE = (
     "Apache-2.0 (code); weights trained from EfficientNet-Lite0 (Apache-2.0) and YOLOX-nano's boxes (Apache-2.0) on photographs "
     "of COCO, ImageNet and others, which are for research, non-commercial use"
@@ -164,44 +157,6 @@ def write_local(writer: BundleWriter, model: Detector) -> None:
     export_onnx(WholeDetector(model), [image], path, inputs=["image"], outputs=["boxes", "scores"])
 
 
-def write_prefilter(writer: BundleWriter, interest: Sequence[str] = INTEREST, recall: float = RECALL) -> str | None:
-    """Adds the prefilter and its promise for a set of classes; None where no weights were trained.
-
-    The graph's last output column is the score of ``interest``; the columns before it are the classes of the promise's
-    ``category_ids``, in order.
-    """
-    if not PREFILTER_WEIGHTS.exists():
-        return None
-    model, ids = load_prefilter()
-    scorer = InterestScore(model, columns_of(interest, ids)).eval()
-    side = INPUT_SIZE_PX // 2
-    path = writer.file(PREFILTER_PART, "device")
-    export_onnx(scorer, [torch.zeros(1, STEM_CHANNELS, side, side)], path, inputs=["stem"], outputs=["scores"])
-    writer.add(PROMISE_PART, json.dumps(prefilter_promise(interest, ids, recall), indent=1).encode(), "device")
-    return PREFILTER_PART
-
-
-def prefilter_promise(interest: Sequence[str], category_ids: Sequence[int], recall: float) -> dict[str, Any]:
-    """What ``device/prefilter.json`` says: a threshold for ``recall``, the bound that goes with it, and those of other recalls.
-
-    Raises:
-        ConfigError: no held-out photo holds anything of interest.
-    """
-    held_out = load_file(HELD_OUT)
-    columns = columns_of(interest, category_ids)
-    scores, confidence = (held_out[k].double().numpy() for k in ("scores", "confidence"))
-    found = promises(scores, confidence, columns, (*RECALLS, recall))
-    positive = confidence[:, columns].max(axis=1) >= SURE
-    best = scores[:, columns].max(axis=1)
-    return {
-        "category_ids": list(category_ids), "interest": list(interest), **found[-1].to_json(), "unit": "photo",
-        "calibrated_on": f"{len(scores)} photos kept out of its training, {int(positive.sum())} with something of interest: "
-        "ground truth, or YOLOX-nano at 0.5 and more where a class is not labelled; longer side of a box at least 16 of 320 px",
-        "negatives_stopped": float((best[~positive] < found[-1].threshold).mean()) if (~positive).any() else 0.0,
-        "recalls": [c.to_json() for c in found[:-1]],
-    }  # fmt: skip
-
-
 def export_plain(out: Path, codec: Mapping[str, Any] | None = None, points: Sequence[OperatingPoint] | None = None) -> Bundle:
     """Writes the bundle.
 
@@ -225,7 +180,7 @@ def export_plain(out: Path, codec: Mapping[str, Any] | None = None, points: Sequ
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         half = {k: v.half() if v.dtype.is_floating_point else v for k, v in model.state_dict().items()}
         save_file(half, writer.file("server/tail.safetensors", "server"))
-        prefilter = write_prefilter(writer)
+        prefilter = write_prefilter(writer, score_min=SCORE_MIN)
         return writer.finish(
             points=table, name="detector", latent_shape=(shape,),
             head=Head(stem="device/stem.onnx", graphs={"blocks": "device/blocks.onnx"}, prefilter=prefilter),

@@ -20,6 +20,8 @@ Array = NDArray[np.float64]
 RECALLS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 SURE = 0.5  # a photo is positive from this confidence of a box on
 CONFIDENCE = 0.95
+PRECISION = 0.7
+_LEAST_BOXES = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,3 +123,18 @@ def promises(scores: Array, confidence: Array, columns: Sequence[int], recalls: 
     positive = confidence[:, chosen].max(axis=1) >= SURE
     best = scores[:, chosen].max(axis=1)[positive]
     return [calibrate(best, recall) for recall in recalls]
+
+
+def score_at_precision(scores: Array, right: NDArray[np.bool_], precision: float = PRECISION) -> float:
+    """The lowest score from which on a detector's boxes are right with at least this share; ``SURE`` with too few boxes to tell.
+
+    Args:
+        scores: (B,) of boxes.
+        right: (B,) whether each lies on an object of its class.
+        precision: asked for, over all boxes of that score and more.
+    """
+    order = np.argsort(-scores, kind="stable")
+    share = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
+    last = np.append(np.diff(scores[order]) != 0, True)  # equal scores count together
+    fitting = np.flatnonzero((share >= precision) & last & (np.arange(len(order)) + 1 >= _LEAST_BOXES))
+    return float(scores[order][fitting[-1]]) if fitting.size else SURE

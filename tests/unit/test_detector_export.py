@@ -13,8 +13,9 @@ from protos.messages import Detection
 from splitters.bundle import Bundle
 from splitters.codec import codec_from_spec
 from splitters.models.detector import WEIGHTS, decode, load_detector
-from splitters.models.detector_export import HELD_OUT, INTEREST, SCORE_MIN, export_plain, prefilter_promise
+from splitters.models.detector_export import SCORE_MIN, export_plain
 from splitters.models.prefilter import CATEGORY_IDS
+from splitters.models.prefilter_export import HELD_OUT, INTEREST, prefilter_promise
 from splitters.preprocess import preprocess
 from splitters.tails import load_tail
 
