@@ -12,6 +12,7 @@ import logging
 import os
 import struct
 import subprocess
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -64,6 +65,7 @@ class Relay:
         self._fds: list[int] = []
         self._running: RealTime | None = None
         self._made: list[str] = []
+        self.late_ns: deque[int] = deque(maxlen=20_000)  # how much later than the link says packets lately left here
 
     @property
     def time(self) -> RealTime:
@@ -114,12 +116,11 @@ class Relay:
         _ip("-n", space, "addr", "add", own, "peer", other, "dev", device)
         _ip("-n", space, "link", "set", device, "mtu", str(_MTU_BYTES), "txqueuelen", "1000", "up")
         _ip("-n", space, "link", "set", "lo", "up")
-        setting = f"net.ipv4.tcp_congestion_control={self._congestion}"
-        done = subprocess.run(
-            ["ip", "netns", "exec", space, "sysctl", "-qw", setting], capture_output=True, check=False, timeout=10
-        )
-        if done.returncode:
-            log.warning("the kernel keeps its own congestion control: %s", done.stderr.decode(errors="replace").strip())
+        # Not the sysctl: a namespace may set that only to what the whole machine allows everyone; a route may name any.
+        try:
+            _ip("-n", space, "route", "replace", other, "dev", device, "src", own, "congctl", self._congestion)
+        except subprocess.CalledProcessError as error:
+            log.warning("the kernel keeps its own congestion control: %s", error.stderr.decode(errors="replace").strip())
 
     def _remove(self) -> None:
         for fd in self._fds:
@@ -145,14 +146,19 @@ class Relay:
                 break
             arrival_ns = link.send(len(packet), real.loop.now_ns)
             if arrival_ns != LOST:
-                real.loop.at(arrival_ns, _deliver, (target, packet))
+                real.loop.at(arrival_ns, self._deliver, (target, packet, arrival_ns))
         real.catch_up()
 
+    def _deliver(self, row: tuple[int, bytes, int]) -> None:
+        target, packet, due_ns = row
+        with suppress(OSError):  # a device that is full or gone drops, as a wire would
+            os.write(target, packet)
+        self.late_ns.append(self.time.since_ns() - due_ns)
+        if target == self._fds[-1]:
+            self.delivered(packet)
 
-def _deliver(row: tuple[int, bytes]) -> None:
-    target, packet = row
-    with suppress(OSError):  # a device that is full or gone drops, as a wire would
-        os.write(target, packet)
+    def delivered(self, packet: bytes) -> None:
+        """A packet was handed to the server's end; for who wants to listen in."""
 
 
 def _ip(*arguments: str) -> None:

@@ -36,6 +36,10 @@ class RealTime:
         self.start_unix_ns = time.time_ns()  # for people: to lay other processes' logs beside this
         self._timer: asyncio.TimerHandle | None = None
 
+    def since_ns(self) -> int:
+        """Time since the start."""
+        return self._clock() - self._start_ns
+
     def catch_up(self) -> None:
         """Does what is due and asks to be woken for the next."""
         self.loop.run(self._clock() - self._start_ns)
