@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     tail = p.add_argument_group("tail")
     tail.add_argument("--tail-threads", type=int, default=0, help="threads of the tail's math library; 0: its own choice")
-    tail.add_argument("--tail-cpus", default="", metavar="0,1", help="cores the tail's thread is pinned to")
+    tail.add_argument("--tail-cpus", default="", metavar="0,1", help="cores the tail's thread is pinned to; replicas deal them out")
     tail.add_argument("--tail-device", default="cpu", help="torch device of torch tails (default %(default)s)")
     tail.add_argument("--decode-threads", type=int, default=2, help="threads that decode payloads (default %(default)s)")
     tail.add_argument("--max-batch", type=int, default=16, help="most frames in one run of the tail (default %(default)s)")
@@ -73,9 +74,15 @@ def build_parser() -> argparse.ArgumentParser:
     ray.add_argument("--replicas", default="1", metavar="N|MIN:MAX", help="of each bundle's tail (default %(default)s)")
     ray.add_argument("--cpus-per-replica", type=float, default=1.0, help="cores Ray sets aside for one (default %(default)s)")
     ray.add_argument("--gpus-per-replica", type=float, default=0.0, help="GPUs, fractions allowed (default %(default)s)")
+    ray.add_argument(
+        "--tails-per-replica", type=int, default=0, metavar="N",
+        help="where memory is short: all bundles share the replicas, each of which holds the N tails used last (default: a bundle "
+        "has replicas of its own)",
+    )  # fmt: skip
     limits = p.add_argument_group("limits")
     limits.add_argument("--max-payload-mib", type=float, default=4.0, help="of one layer (default %(default)s)")
     limits.add_argument("--max-sessions", type=int, default=2048, help="open at once (default %(default)s)")
+    limits.add_argument("--max-connections", type=int, default=8192, help="open at once (default %(default)s)")
     limits.add_argument("--max-in-flight", type=int, default=64, help="unanswered frames of a session (default %(default)s)")
     limits.add_argument(
         "--max-unary-in-flight", type=int, default=256, metavar="N",
@@ -120,6 +127,7 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
         limits=Limits(
             max_payload_bytes=payload_bytes, max_frame_bytes=max(8 << 20, payload_bytes), max_sessions=args.max_sessions,
             max_in_flight=args.max_in_flight, max_unary_in_flight=args.max_unary_in_flight,
+            max_connections=args.max_connections,
         ),
         batch=BatchConfig(
             max_batch=args.max_batch, max_delay_ns=int(args.max_batch_delay_ms * 1e6), max_queue=args.max_queue
@@ -129,7 +137,7 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
         ),
         ray=RayConfig(
             address=args.ray_address, replicas=_replicas(args.replicas), cpus_per_replica=args.cpus_per_replica,
-            gpus_per_replica=args.gpus_per_replica,
+            gpus_per_replica=args.gpus_per_replica, tails_per_replica=args.tails_per_replica,
         ),
         security=SecurityConfig(
             tls_cert=args.tls_cert, tls_key=args.tls_key, tls_client_ca=args.tls_client_ca, token_file=args.token_file,
@@ -137,6 +145,17 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
             bytes_per_s_per_token=args.bytes_per_s_per_token,
         ),
     )  # fmt: skip
+
+
+def _open_files(needed: int) -> None:
+    """A login's limit of 1,024 open files is fewer than the connections we mean to take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        log.warning("this process may open %d files, fewer than --max-connections and what else it needs (%d)", soft, needed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.exposed:
             log.warning("%s is open to other machines without TLS or token: anyone who reaches it can use it", config.listen)
         keep_freed_memory()
+        _open_files(config.limits.max_connections + 256)
         return asyncio.run(_serve(config))
     except HeadtailError as error:
         print(f"edge-server: {error.message}", file=sys.stderr)

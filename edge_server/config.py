@@ -39,6 +39,7 @@ class Limits:
         max_pending_bytes: payloads of all sessions that wait for an answer.
         max_pixels: of an offloaded image, read from its header before it is decoded.
         max_sessions: open at once.
+        max_connections: open at once, those that have not said anything yet included; further ones are closed.
         max_in_flight: frames one session may have unanswered.
         max_unary_in_flight: frames of unary calls one client may have unanswered: one token's holders, or, where there are
             no tokens, all callers together.
@@ -59,6 +60,7 @@ class Limits:
     max_pending_bytes: int = 256 << 20
     max_pixels: int = 16 << 20
     max_sessions: int = 2048
+    max_connections: int = 8192
     max_in_flight: int = 64
     max_unary_in_flight: int = 256
     max_calls: int = 1024
@@ -76,7 +78,10 @@ class Limits:
             raise ConfigError(f"max_payload_bytes must be 1024..{MAX_PAYLOAD_BYTES}")
         if self.max_frame_bytes < self.max_payload_bytes or self.max_pending_bytes < self.max_frame_bytes:
             raise ConfigError("max_pending_bytes >= max_frame_bytes >= max_payload_bytes is required")
-        counts = (self.max_sessions, self.max_in_flight, self.max_unary_in_flight, self.max_calls, self.max_health_calls)
+        counts = (
+            self.max_sessions, self.max_connections, self.max_in_flight, self.max_unary_in_flight, self.max_calls,
+            self.max_health_calls,
+        )  # fmt: skip
         if min(self.max_pixels, self.max_fetches, self.layer_wait_ns, *counts) < 1:
             raise ConfigError("every limit must be at least 1")
         if min(self.hello_s, self.write_s, self.handshake_s, self.keepalive_s, self.idle_s) <= 0:
@@ -135,6 +140,8 @@ class RayConfig:
         address: of the cluster, e.g. ``auto`` or ``ray://head:10001``; empty: one is started on this machine.
         replicas: (fewest, most) of each bundle's tail; Serve scales between them with the frames in progress.
         cpus_per_replica, gpus_per_replica: what Ray sets aside for each; fractions share a card.
+        tails_per_replica: tails each replica keeps in memory, whichever bundles' they are; 0: every bundle has replicas of its
+            own, an application each.
         cpus: of the cluster started here; None: all cores.
     """
 
@@ -142,14 +149,15 @@ class RayConfig:
     replicas: tuple[int, int] = (1, 1)
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
+    tails_per_replica: int = 0
     cpus: int | None = None
 
     def __post_init__(self) -> None:
         lowest, highest = self.replicas
         if not 1 <= lowest <= highest <= 1000:
             raise ConfigError("--replicas must be N or MIN:MAX with 1 <= MIN <= MAX <= 1000")
-        if self.cpus_per_replica < 0 or self.gpus_per_replica < 0:
-            raise ConfigError("cores and GPUs per replica must not be negative")
+        if min(self.cpus_per_replica, self.gpus_per_replica, self.tails_per_replica) < 0:
+            raise ConfigError("cores, GPUs and tails per replica must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,8 +59,11 @@ def channel_options(config: ServerConfig) -> list[tuple[str, Any]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", int(limits.keepalive_s * 1e3)),
         ("grpc.keepalive_timeout_ms", int(limits.keepalive_s * 1e3 / 3)),
+        # A ping of gRPC's own, under way when the peer vanished, stands in for keepalive's and would be waited for a minute.
+        ("grpc.http2.ping_timeout_ms", int(limits.keepalive_s * 1e3 / 3)),
         ("grpc.max_connection_idle_ms", int(limits.idle_s * 1e3)),
         ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1e3)),
+        ("grpc.max_allowed_incoming_connections", limits.max_connections),
         ("grpc.so_reuseport", int(config.reuse_port)),
     ]
 

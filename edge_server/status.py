@@ -43,4 +43,10 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any], on_refused: Ca
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: HeadtailError) -> None:
     """Ends the call with an error. Never returns."""
     text = error.message.replace("\n", " ")[:_MAX_DETAILS]
-    await context.abort(status_of(error), text, trailing_metadata=((CODE_METADATA, error.code),))
+    try:
+        await context.abort(status_of(error), text, trailing_metadata=((CODE_METADATA, error.code),))
+    except grpc.aio.InternalError:
+        # A write is still under way because the peer does not read: gRPC takes no status behind it, and resets the stream
+        # once the handler has ended.
+        log.info("a call could not be told why it ends: %s", text)
+        raise asyncio.CancelledError from None

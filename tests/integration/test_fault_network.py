@@ -1,0 +1,298 @@
+"""Peers that are slow, silent, gone or hostile to the connection itself; beside each, someone who is served as ever."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from edge_server.config import Limits, SecurityConfig
+from edge_server.server import EdgeServer
+from protos.headtail.v1 import headtail_pb2 as pb
+from splitters.bundle import Bundle
+from tests.fakes.bundles import write_tiny_bundle
+from tests.fakes.client_process import client
+from tests.fakes.relay import relay
+from tests.fakes.server_client import Device, hello, opened, picture, session
+from tests.fakes.server_running import environment, running
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+HALF_HEADERS = b"\x00\x00\x04\x01\x00\x00\x00\x00\x01\x82\x86\x84\x41"  # HEADERS without END_HEADERS, and then nothing
+PATIENCE = Limits(handshake_s=1.0, keepalive_s=1.5, idle_s=1.0, write_s=1.5, hello_s=1.0)
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def device(bundle: Bundle) -> Device:
+    return Device(bundle)
+
+
+@pytest.fixture(scope="module")
+async def server(bundle: Bundle) -> AsyncIterator[EdgeServer]:
+    async with running(bundle.path, limits=PATIENCE) as server:
+        yield server
+
+
+async def served(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+    """Someone else gets an answer."""
+    async with session(server.address, bundle.sha256) as stream:
+        assert (await stream.frame(device.layers(picture(), 0))).error is None
+
+
+async def until(true: Callable[[], bool], what: str, *, within_s: float = 10.0) -> float:
+    """Waits; how long it took."""
+    begun = time.monotonic()
+    while not true():
+        assert time.monotonic() - begun < within_s, f"not within {within_s} s: {what}"
+        await asyncio.sleep(0.05)
+    return time.monotonic() - begun
+
+
+# ---------------------------------------------------------------- slow-loris
+
+
+async def linger(address: str, data: bytes, *, each_s: float, within_s: float) -> float:
+    """Connects, sends ``data`` byte by byte, then stays; how long the server bears it."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    begun = time.monotonic()
+
+    async def trickle() -> None:
+        with suppress(OSError):
+            for byte in data:
+                writer.write(bytes([byte]))
+                await writer.drain()
+                if each_s:
+                    await asyncio.sleep(each_s)
+
+    sender = asyncio.create_task(trickle())
+    try:
+        async with asyncio.timeout(within_s):
+            with suppress(ConnectionError):
+                while await reader.read(4096):
+                    pass
+        return time.monotonic() - begun
+    except TimeoutError:
+        raise AssertionError(f"the connection is still open after {within_s} s") from None
+    finally:
+        sender.cancel()
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("data", "each_s"),
+    [
+        (b"", 0.0),
+        (PREFACE[:12], 0.0),
+        (PREFACE + SETTINGS, 0.1),
+        (PREFACE, 0.0),
+        (PREFACE + SETTINGS, 0.0),
+        (PREFACE + SETTINGS + HALF_HEADERS, 0.0),
+    ],
+    ids=["nothing", "half-preface", "trickle", "no-settings", "idle", "half-headers"],
+)
+async def test_a_connection_that_does_not_get_to_the_point_is_closed(
+    server: EdgeServer, bundle: Bundle, device: Device, data: bytes, each_s: float
+) -> None:
+    many = [asyncio.create_task(linger(server.address, data, each_s=each_s, within_s=8.0)) for _ in range(30)]
+    await asyncio.sleep(0.3)
+    await served(server, bundle, device)
+    assert max(await asyncio.gather(*many)) < 8.0
+
+
+async def test_a_tls_handshake_that_stalls_is_closed(bundle: Bundle, tmp_path: Path) -> None:
+    cert, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    line = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=x",
+    ]
+    try:
+        subprocess.run([*line, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed")
+    async with running(bundle.path, limits=PATIENCE, security=SecurityConfig(tls_cert=cert, tls_key=key)) as server:
+        hellos = (b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40))
+        await asyncio.gather(*(linger(server.address, data, each_s=0.0, within_s=8.0) for data in hellos for _ in range(10)))
+
+
+async def test_a_session_that_says_nothing_and_a_request_that_never_ends_are_closed(server: EdgeServer) -> None:
+    async with opened(server.address) as silent:
+        await silent.call.wait_for_connection()
+        assert await silent.status() == (grpc.StatusCode.INVALID_ARGUMENT, "protocol")
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        call = channel.stream_stream("/headtail.v1.Headtail/Infer")()
+        await call.wait_for_connection()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_no_more_connections_than_allowed(bundle: Bundle, device: Device) -> None:
+    async with running(bundle.path, limits=Limits(max_connections=20, handshake_s=2.0)) as server:
+        host, _, port = server.address.rpartition(":")
+        taken = [await asyncio.open_connection(host, int(port)) for _ in range(60)]
+        await asyncio.sleep(0.5)
+        turned_away = sum(reader.at_eof() for reader, _ in taken)
+        assert turned_away >= 35
+        for _, writer in taken:
+            writer.close()
+        async with asyncio.timeout(10):
+            while True:
+                with suppress(grpc.aio.AioRpcError, AssertionError):
+                    await served(server, bundle, device)
+                    break
+                await asyncio.sleep(0.1)
+
+
+# ---------------------------------------------------------------- slow readers
+
+
+async def test_a_client_that_asks_and_does_not_read_is_let_go(
+    server: EdgeServer, bundle: Bundle, device: Device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pings are the cheapest way to make the server talk: none of its answers may pile up without bound."""
+    assert server._ingress is not None
+    # A window of 64 kB that does not grow: what the server cannot send stays with the server.
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65535)]
+    async with grpc.aio.insecure_channel(server.address, options=options) as channel:
+        call = channel.stream_stream(
+            "/headtail.v1.Headtail/Session",
+            request_serializer=pb.ClientMessage.SerializeToString, response_deserializer=pb.ServerMessage.FromString,
+        )()  # fmt: skip
+        await call.write(pb.ClientMessage(hello=hello(bundle.sha256)))
+        await call.read()
+        (mine,) = server._ingress.sessions
+        most = 0
+
+        async def ask() -> None:
+            nonlocal most
+            ping = pb.ClientMessage(ping=pb.Ping(sent_ns=1 << 62))
+            with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                while True:
+                    await call.write(ping)
+                    most = max(most, len(mine._out))
+
+        asking = asyncio.create_task(ask())
+        took_s = await until(lambda: mine not in server._ingress.sessions, "the slow reader is gone", within_s=60)
+        await served(server, bundle, device)
+        assert most <= 4 * PATIENCE.max_in_flight + 65, took_s
+        assert most > 100  # else it was not slow
+        with suppress(grpc.aio.AioRpcError):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        await asking
+        assert await call.code() is not grpc.StatusCode.OK  # behind a write that waits gRPC takes no status: a reset says it
+        assert "Traceback" not in caplog.text
+
+
+# ---------------------------------------------------------------- peers that vanish
+
+_DIES = """
+import asyncio, os, signal, sys
+import grpc.aio
+from protos.headtail.v1 import headtail_pb2 as pb
+from tests.fakes.server_client import hello, session
+
+async def main(address, sha256, base):
+    async with session(address, sha256) as stream:
+        layer = pb.FrameLayer.FromString(bytes.fromhex(base))
+        layer.layer_count = 3
+        await stream.send(layer=layer)
+        rest = pb.FrameLayer(frame_id=layer.frame_id, layer=1, layer_count=3, kind=1, payload=bytes(3 << 20))
+        asyncio.create_task(stream.send(layer=rest))
+        await asyncio.sleep(float(sys.argv[4]))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main(*sys.argv[1:4]))
+"""
+
+
+async def test_a_client_killed_in_the_middle_of_a_frame_leaves_nothing_behind(
+    server: EdgeServer, bundle: Bundle, device: Device
+) -> None:
+    assert server._ingress is not None
+    assert server._answerer is not None
+    base = device.layers(picture(), 0)[0].SerializeToString().hex()
+    env = {**environment(), "PYTHONPATH": str(Path(__file__).parents[2])}
+    for wait_s in ("0.0", "0.001", "0.05"):
+        line = [sys.executable, "-c", _DIES, server.address, bundle.sha256, base, wait_s]
+        process = await asyncio.create_subprocess_exec(*line, env=env, stderr=subprocess.DEVNULL)
+        assert await process.wait() == -signal.SIGKILL
+        await until(lambda: not server._ingress.sessions, "the dead client's session is gone")
+    assert server._answerer.pending_bytes == 0
+    await served(server, bundle, device)
+
+
+async def test_the_server_drops_a_client_that_vanished_without_a_word(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+    """Half-open: the connection stands, nobody is at its other end. Keepalive finds out."""
+    assert server._ingress is not None
+    async with relay(server.address) as wire, session(wire.address, bundle.sha256) as stream:
+        assert (await stream.frame(device.layers(picture(), 0))).error is None
+        assert len(server._ingress.sessions) == 1
+        wire.freeze()
+        took_s = await until(lambda: not server._ingress.sessions, "the vanished client's session is gone")
+        assert took_s < 2 * PATIENCE.keepalive_s + 2
+        await served(server, bundle, device)
+
+
+async def test_the_client_leaves_a_connection_that_died_without_a_word(server: EdgeServer, tmp_path: Path) -> None:
+    """Half-open from the device's side: local answers meanwhile, and back by itself over a new connection."""
+    camera = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off", "--frames", "360", "--operating-point", "0")
+    async with relay(server.address) as wire:
+        with client(tmp_path, *camera, "--server", wire.address, "--json") as edge:
+            await asyncio.to_thread(edge.wait_frame, 59)
+            wire.freeze()
+            frozen = max(line["frame"] for line in edge.lines())
+            before = wire.accepted
+            await until(lambda: wire.accepted > before, "the client dials again", within_s=15)
+            again = max(line["frame"] for line in edge.lines())
+            done = await asyncio.to_thread(edge.finish)
+    assert done.code == 0, done.err
+    assert sum(done.outcomes().values()) == 360
+    assert done.outcomes(first=frozen + 3, last=again - 20).get("local", 0) >= 30, done.outcomes(frozen, again)
+    assert done.outcomes(first=again + 30).get("result", 0) >= 30, done.outcomes(again)
+    assert done.summary["reconnects"] >= 1
+    assert "silent" in done.err or "down" in done.err
+
+
+async def test_a_client_stopped_for_a_while_finds_its_way_back(server: EdgeServer, tmp_path: Path) -> None:
+    """A device that sleeps: its process stands still longer than the server's patience, and goes on."""
+    camera = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off", "--frames", "200", "--operating-point", "0")
+    with client(tmp_path, *camera, "--server", server.address, "--json") as edge:
+        await asyncio.to_thread(edge.wait_frame, 40)
+        os.kill(edge.process.pid, signal.SIGSTOP)
+        await asyncio.sleep(2 * PATIENCE.keepalive_s + 1)
+        os.kill(edge.process.pid, signal.SIGCONT)
+        done = await asyncio.to_thread(edge.finish)
+    assert done.code == 0, done.err
+    assert done.summary["balanced"]
+    assert sum(done.outcomes().values()) == done.summary["frames"] == 200
+    assert done.lines[-1]["outcome"] in ("result", "local")
+    assert done.outcomes(first=150).get("result", 0) >= 20, done.outcomes(150)
