@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_client.rpc import Endpoint, open_channel, stub, translated
-from protos.errors import BundleError, ProtocolError, StorageError, UnknownModelError, VersionMismatchError
+from protos.errors import BundleError, ProtocolError, StorageError, UnknownModelError, UnreachableError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION
 from splitters.bundle import MANIFEST, Bundle, cache_dir, open_bundle, verify_part
@@ -116,8 +116,12 @@ async def list_models(endpoint: Endpoint, *, timeout_s: float = 5.0) -> list[pb.
     """
     with translated(endpoint.address):
         async with open_channel(endpoint) as channel:
-            call = stub(channel).ListModels(pb.ListModelsRequest(), timeout=timeout_s, metadata=endpoint.metadata)
-            response = await call
+            # Not gRPC's own timeout: that one is counted on the wall clock, which a device sets when it finds a time server.
+            try:
+                async with asyncio.timeout(timeout_s):
+                    response = await stub(channel).ListModels(pb.ListModelsRequest(), metadata=endpoint.metadata)
+            except TimeoutError:
+                raise UnreachableError(f"what listens at {endpoint.address} did not answer as a headtail server in time") from None
     if response.protocol_version != PROTOCOL_VERSION:
         raise VersionMismatchError(
             f"the server at {endpoint.address} speaks protocol version {response.protocol_version}, this client {PROTOCOL_VERSION}"
