@@ -31,7 +31,10 @@ def annotate(image: Frame, report: FrameReport, labels: Mapping[int, str]) -> Fr
         for box in reversed(report.answer.boxes):
             corners = tuple(round(v * scale) for v in box.box_px)
             text = f"{labels.get(box.class_id, box.class_id)} {box.score:.2f}"
-            _draw_box(picture, corners, text, _class_colour(box.class_id), size)
+            carried = report.age is not None and report.age.frames > 0
+            if report.age is not None and carried:
+                text += f", {report.age.ms:.0f} ms old"
+            _draw_box(picture, corners, text, _class_colour(box.class_id), size, thin=carried)
     elif isinstance(report.answer, Classification):
         lines += [(f"{s.score:5.1%}  {labels.get(s.class_id, s.class_id)}", _WHITE) for s in report.answer.top[:3]]
     y = 0
@@ -40,9 +43,11 @@ def annotate(image: Frame, report: FrameReport, labels: Mapping[int, str]) -> Fr
     return picture
 
 
-def _draw_box(picture: Frame, corners: tuple[int, ...], text: str, colour: tuple[int, int, int], size: float) -> None:
+def _draw_box(
+    picture: Frame, corners: tuple[int, ...], text: str, colour: tuple[int, int, int], size: float, *, thin: bool = False
+) -> None:
     x1, y1, x2, y2 = corners
-    cv2.rectangle(picture, (x1, y1), (x2, y2), colour, max(2, round(3 * size)))
+    cv2.rectangle(picture, (x1, y1), (x2, y2), colour, 1 if thin else max(2, round(3 * size)))
     # Never under the status line.
     _label(picture, text, (x1, max(round(50 * size), y1 - round(30 * size))), 0.8 * size, _BLACK, colour)
 
@@ -51,7 +56,8 @@ def _status(report: FrameReport) -> str:
     text = report.outcome.value + (f" ({report.reason})" if report.reason else "")
     if report.payload_bytes:
         text += f"  {report.payload_bytes} B"
-    return f"{text}  {report.stages_ms.get('total', 0):.0f} ms" + (f"  {report.detail}" if report.detail else "")
+    text += f"  {report.stages_ms.get('total', 0):.0f} ms" + (f"  {report.detail}" if report.detail else "")
+    return text + (f"  boxes {report.age.frames} frames old" if report.age is not None and report.age.frames else "")
 
 
 def _class_colour(class_id: int) -> tuple[int, int, int]:

@@ -36,7 +36,10 @@ from edge_client.sinks import InOrder, JsonLines, Sink, Window, open_json_file, 
 from edge_client.sources import DEFAULT_FPS, Source, parse_source
 from edge_client.status import Status
 from edge_client.summary import JpegSampler, Summary
+from edge_client.tracing import Traces, untraced
+from edge_client.tracking import Follower
 from protos.errors import ConfigError, HeadtailError
+from protos.tracing import open_spans
 from splitters.bundle import Bundle
 
 log = logging.getLogger(__name__)
@@ -79,6 +82,7 @@ class Client:
         self._engine: Engine | None = None
         self._times = DeviceTimes()
         self._fresh = False
+        self._follower: Follower | None = None
         self._task: asyncio.Task[None] | None = None
         self._ending = Ending()
 
@@ -132,18 +136,24 @@ class Client:
         engine = await self._load(bundle)
         if live:
             sampler.every_s = 1.0
-        sinks = InOrder([summary, *self._sinks(source, capture)], self._end_run)
+        follower = self._follower = Follower() if config.track and bundle.manifest.task == "detection" else None
+        sinks = InOrder([summary, *self._sinks(source, capture)], self._end_run, follower.follow if follower else None)
+        spans = open_spans("headtail-client", _version(), config.otel_endpoint)
+        traces = Traces(spans) if spans is not None else None
+        if traces is not None:
+            sinks.add(traces)
         executor = ThreadExecutor()
         parts = Parts(
             frames=capture, worker=DeviceWorker(executor), clock=self._clock, emit=sinks.take, sample=sampler.offer,
             fetch=functools.partial(self._fetch, endpoint, model), controller=self._controller, times=lambda: self._times,
+            traceparent=traces.sent if traces is not None else untraced,
             interest=functools.partial(self._interest, wanted=_wanted(config.prefilter, source, live)),
         )  # fmt: skip
         settings = PipelineConfig(
             model=model, deadline_ms=config.effective_deadline_ms(live=live), max_in_flight=config.max_in_flight,
             wait_for_server_s=config.effective_wait_s(live=live), point_id=self._checked_point(engine), group=config.group,
             change_gate=_wanted(config.change_gate, source, live), temporal=not source.pictures,
-            keep_images=config.display or config.save_video is not None, client_version=_version(),
+            keep_images=config.display or config.track or config.save_video is not None, client_version=_version(),
         )  # fmt: skip
         pipeline = self._pipeline = (LivePipeline if live else FilePipeline)(settings, parts, engine)
         self._session = Session(endpoint, pipeline, clock=self._clock)
@@ -285,6 +295,7 @@ class Client:
             "server_error": self._server_error(),
             "bundle_switches": pipeline.bundle_switches if pipeline else 0,
             "prefilter": self._prefilter_facts(),
+            "tracking_ms_p50": self._follower.ms_p50 if self._follower else None,
             "unreadable_files": self._capture.unreadable if self._capture else 0,
             "peak_memory_bytes": peak_memory_bytes(),
         }

@@ -16,6 +16,7 @@ from typing import TextIO
 
 from edge_client.config import ClientConfig, read_toml
 from protos.errors import HeadtailError
+from protos.logs import FORMATS, say, set_up
 
 _DESCRIPTION = """\
 Runs the head of a vision model on this device and sends what it says to a headtail server, which runs the tail.
@@ -78,40 +79,43 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prefilter", choices=("on", "off", "auto"), help="stop frames without anything of interest (default as --change-gate)")
     add("--interest", metavar="CLASSES", help="what the prefilter looks for, comma separated, e.g. person,car")
     add("--recall", type=float, metavar="R", help="the prefilter's promised recall, e.g. 0.98 (default: the bundle's)")
+    add("--track", action="store_true", help="carry the last boxes along on frames without an answer, each marked with its age")
     add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
     add("--group", metavar="NAME", help="cameras of the same group share a link; the server divides it fairly")
     add("--tls", action="store_true", help="encrypt with the system's certificate authorities")
     add("--tls-ca", metavar="FILE", help="encrypt, trusting this certificate authority (PEM)")
     add("--tls-cert", metavar="FILE", help="this client's certificate, for mutual TLS (PEM)")
     add("--tls-key", metavar="FILE", help="its key (PEM)")
+    add("--otel-endpoint", metavar="URL", help="send traces to this OpenTelemetry collector, e.g. http://127.0.0.1:4317")
     add("--explain", action="store_true", help="log every decision with its inputs and candidates")
     add("--json", action="store_true", help="the summary as one JSON object on the last line of standard output")
     add("--config", metavar="FILE.toml", help="options from a TOML file; the command line wins")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="to standard error (default warning)")
+    add("--log-format", choices=FORMATS, default="text", help="json: one object a line, the status included (default text)")
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> tuple[ClientConfig, str]:
-    """The configuration and the log level.
+def parse(argv: Sequence[str] | None) -> tuple[ClientConfig, str, str]:
+    """The configuration, the log level and the log format.
 
     Raises:
         ConfigError: a setting is wrong.
     """
     parser = build_parser()
     given = vars(parser.parse_args(argv))
-    level = given.pop("log_level")
+    level, form = given.pop("log_level"), given.pop("log_format")
     path = given.pop("config", None)
     settings = {**(read_toml(Path(path)) if path else {}), **given}
     if "camera" not in settings:
         parser.error("--camera is required")
     known = {f.name for f in fields(ClientConfig)}
-    return ClientConfig(**{k: v for k, v in settings.items() if k in known}), level
+    return ClientConfig(**{k: v for k, v in settings.items() if k in known}), level, form
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the client and returns its exit code."""
     try:
-        config, level = parse(argv)
+        config, level, form = parse(argv)
     except HeadtailError as error:
         print(f"edge-client: {error.message}", file=sys.stderr)
         return error.exit_code
@@ -120,21 +124,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     logging.getLogger("edge_client.explain").setLevel("INFO" if config.explain else "WARNING")
     # In a terminal a log line replaces the status line, which is then written anew below it.
-    clear = "\r\x1b[2K" if sys.stderr.isatty() else ""
-    logging.basicConfig(level=level.upper(), format=clear + "%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    return _run(config)
+    set_up(level, form, sys.stderr, before="\r\x1b[2K" if sys.stderr.isatty() else "")
+    return _run(config, form)
 
 
-def _run(config: ClientConfig) -> int:
+def _run(config: ClientConfig, form: str) -> int:
     # FFmpeg's and OpenCV's own complaints would stand beside our one clear sentence; both read this when they are loaded.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     from edge_client.app import Client, Console
 
+    status_log = logging.getLogger("edge_client.status")
+    status_log.setLevel("INFO")
     console = Console(
         results=sys.stdout,
-        status=lambda text: print(text, end="", file=sys.stderr, flush=True),
-        terminal=sys.stderr.isatty(),
+        status=(
+            (lambda text: status_log.info("%s", text.strip()))
+            if form == "json"
+            else (lambda text: print(text, end="", file=sys.stderr, flush=True))
+        ),
+        terminal=sys.stderr.isatty() and form == "text",
         columns=shutil.get_terminal_size().columns,
     )
     try:
@@ -151,7 +160,8 @@ def _run(config: ClientConfig) -> int:
     if ending.summary.get("frames"):
         _print(ending.text, sys.stderr if config.output == "-" else sys.stdout)
     if ending.error is not None:
-        _print(f"edge-client: {ending.error.message}", sys.stderr)
+        facts = {"code": ending.error.code, "exit_code": code}
+        say(f"edge-client: {ending.error.message}", form, sys.stderr, logger="edge_client", extra=facts)
     if config.json:
         _print(json.dumps({**ending.summary, "exit_code": code}), sys.stdout)
     return code

@@ -37,7 +37,9 @@ class ClientConfig:
         prefilter: the same; where the bundle has one.
         interest: comma-separated class names the prefilter looks for; empty: those the bundle was exported for.
         recall: the prefilter's; None: the bundle's.
+        track: carry the last boxes along on frames that have no answer of their own.
         group: cameras with the same name share a link; the server divides it among them.
+        otel_endpoint: an OTLP collector for traces; None: as OpenTelemetry's own variables say.
         tls_ca, tls_cert, tls_key, tls: see ``rpc.Endpoint``.
     """
 
@@ -60,7 +62,9 @@ class ClientConfig:
     prefilter: str = "auto"
     interest: str = ""
     recall: float | None = None
+    track: bool = False
     group: str = ""
+    otel_endpoint: str | None = None
     tls: bool = False
     tls_ca: str | None = None
     tls_cert: str | None = None

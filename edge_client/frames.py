@@ -52,6 +52,14 @@ class CapturedFrame:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Age:
+    """How old the boxes of a frame are: frames captured, and milliseconds passed, since the frame they were found in."""
+
+    frames: int
+    ms: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FrameReport:
     """The whole story of one frame, as sinks and the summary need it.
 
@@ -62,7 +70,8 @@ class FrameReport:
         payload_bytes: all layers handed to the transport.
         stages_ms: milliseconds by stage (capture, head, codec, network, queue, tail, ...) and ``total``.
         answer: what is known of the frame: the server's, the local model's, or the last one where nothing changed.
-        detail: a few words for people (the choice made, the age of tracked boxes).
+        detail: a few words for people (the choice made, the frame an answer was taken from).
+        age: of the boxes in ``answer``, where boxes are tracked; None where they are not.
     """
 
     frame: CapturedFrame
@@ -75,6 +84,7 @@ class FrameReport:
     stages_ms: Mapping[str, float] = field(default_factory=dict)
     answer: Answer | None = None
     detail: str = ""
+    age: Age | None = None
 
 
 class Ledger:

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from edge_client.annotate import annotate
-from edge_client.frames import FrameReport
+from edge_client.frames import Age, FrameReport
 from protos.errors import ConfigError, HeadtailError, MissingDependencyError, StorageError
 from protos.messages import Answer, Classification, Detection
 from splitters.preprocess import Frame
@@ -47,11 +47,18 @@ class InOrder:
     Args:
         sinks: who gets them. One that fails gets no more; the others do not notice.
         on_failure: called once, at the first failure.
+        follow: what becomes of each report, in order, before the sinks see it; None: nothing.
     """
 
-    def __init__(self, sinks: list[Sink], on_failure: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        sinks: list[Sink],
+        on_failure: Callable[[], None] = lambda: None,
+        follow: Callable[[FrameReport], FrameReport] | None = None,
+    ) -> None:
         self._sinks = sinks
         self._on_failure = on_failure
+        self._follow = follow
         self._next = 0
         self._early: dict[int, FrameReport] = {}
         self.failure: HeadtailError | None = None
@@ -79,6 +86,8 @@ class InOrder:
                 self._failed(sink, error)
 
     def _hand_on(self, report: FrameReport) -> None:
+        if self._follow is not None:
+            report = self._follow(report)
         for sink in list(self._sinks):
             try:
                 sink.take(report)
@@ -191,10 +200,10 @@ def to_json(report: FrameReport, labels: Mapping[int, str]) -> dict[str, Any]:
     }
     if report.detail:
         line["detail"] = report.detail
-    return line | _answer(report.answer, labels)
+    return line | _answer(report.answer, labels, report.age)
 
 
-def _answer(answer: Answer | None, labels: Mapping[int, str]) -> dict[str, Any]:
+def _answer(answer: Answer | None, labels: Mapping[int, str], age: Age | None) -> dict[str, Any]:
     if isinstance(answer, Classification):
         rows = [{"class_id": s.class_id, "label": labels.get(s.class_id, ""), "score": round(s.score, 6)} for s in answer.top]
         return {"predictions": rows}
@@ -204,6 +213,7 @@ def _answer(answer: Answer | None, labels: Mapping[int, str]) -> dict[str, Any]:
                 {
                     "class_id": b.class_id, "label": labels.get(b.class_id, ""), "score": round(b.score, 6),
                     "box_px": [round(v, 2) for v in b.box_px],
+                    **({"age_frames": age.frames, "age_ms": round(age.ms, 1)} if age is not None else {}),
                 }
                 for b in answer.boxes
             ]

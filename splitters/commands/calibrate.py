@@ -44,8 +44,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Watches, fits, writes, tests."""
     from protos.errors import ConfigError
-    from splitters.bundle import open_bundle, rewrite_part
-    from splitters.evaluation.scene import examine, fit, promise_part, read_video, scene_promise, watch
+    from splitters.bundle import open_bundle
+    from splitters.evaluation.scene import examine, fit, promise_part, read_video, store, watch
     from splitters.export import ensure_exported
     from splitters.models.prefilter import columns_of
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         f"{args.video.name}, first {fitted.frames} of {len(scene)} frames, {fitted.asked.units} passages; "
         f"teacher {args.teacher if args.teacher == 'own' else Path(args.teacher).name} at {args.sure:g}"
     )
-    bundle = rewrite_part(bundle, promise_part(bundle), scene_promise(bundle, interest, fitted, told))
+    bundle = store(bundle, interest, fitted, told)
     c = fitted.asked
     print(f"{', '.join(interest)}: {told}")
     print(f"threshold {c.threshold:.3f}; recall {c.recall_asked:g} asked, {c.recall_promised:.3f} promised at 95 % confidence")

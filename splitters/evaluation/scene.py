@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from protos.errors import ConfigError, SourceError
 from protos.messages import Detection
-from splitters.bundle import Bundle
+from splitters.bundle import MANIFEST, Bundle, open_bundle, sha256_hex
 from splitters.evaluation.measure import Device
 from splitters.evaluation.prefilter import Array, passage_scores, passages, present, roc_auc
 from splitters.models.boxes import Detections, iou_matrix
@@ -221,9 +221,17 @@ def _ceiling(raw: NDArray[np.bool_], there: NDArray[np.bool_]) -> float | None:
     return round(roc_auc(there.astype(np.float64), raw), 4) if raw.any() and not raw.all() else None
 
 
-def scene_promise(bundle: Bundle, interest: Sequence[str], fitted: Fit, told: str) -> bytes:
-    """The bundle's new ``device/prefilter.json``."""
-    old = json.loads(bundle.read_part(promise_part(bundle)))
+def store(bundle: Bundle, interest: Sequence[str], fitted: Fit, told: str) -> Bundle:
+    """Writes the promise into the bundle's ``device/prefilter.json``; the bundle's hash changes with it.
+
+    Args:
+        bundle: whose prefilter was fitted.
+        interest: the classes it was fitted for.
+        fitted: to what.
+        told: on what, in words.
+    """
+    path = promise_part(bundle)
+    old = json.loads(bundle.read_part(path))
     known = sure if (sure := fitted.sure) is not None else old.get("sure")
     least = float(bundle.manifest.postprocess.get("score_min", 0.0))
     new = {
@@ -231,4 +239,11 @@ def scene_promise(bundle: Bundle, interest: Sequence[str], fitted: Fit, told: st
         "calibrated_on": told, "recalls": [c.to_json() for c in fitted.others],
         **({"sure": max(least, known)} if known is not None else {}),
     }  # fmt: skip
-    return json.dumps(new, indent=1).encode()
+    data = json.dumps(new, indent=1).encode()
+    part = replace(bundle.manifest.part(path), sha256=sha256_hex(data), bytes=len(data))
+    manifest = replace(bundle.manifest, parts=tuple(part if p.path == path else p for p in bundle.manifest.parts))
+    for name, content in ((path, data), (MANIFEST, manifest.to_json().encode())):
+        temporary = bundle.path / f"{name}.new"
+        temporary.write_bytes(content)
+        temporary.replace(bundle.path / name)
+    return open_bundle(bundle.path)
