@@ -15,6 +15,7 @@ from edge_client.engine import Encoded, Engine
 from edge_client.frames import CapturedFrame, Clock, FrameReport
 from edge_client.interest import InterestGate
 from edge_client.session import Gate
+from edge_client.tracing import Traceparent, untraced
 from protos.errors import HeadtailError
 from protos.messages import FrameLayer
 from splitters.preprocess import Frame
@@ -98,6 +99,7 @@ class Parts:
     Attributes:
         emit: is given every frame's report, in the order the frames were settled.
         fetch: fetches the bundle of a hash and makes an engine of it, in the background.
+        traceparent: what travels with a frame for its trace; called when it is sent.
         sample: is shown some frames beside the model's input, for the comparison with JPEG.
         controller: makes the controller of an engine, its link unknown as yet.
         times: of the device, as measured for the engine loaded last.
@@ -112,6 +114,7 @@ class Parts:
     controller: Callable[[Engine, float], Controller]
     times: Callable[[], DeviceTimes] = DeviceTimes
     interest: Callable[[Engine], InterestGate | None] = lambda _engine: None
+    traceparent: Traceparent = untraced
     sample: Callable[[Frame, Frame], None] = lambda _frame, _image: None
 
 

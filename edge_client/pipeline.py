@@ -225,10 +225,12 @@ class Pipeline:
     def _send(self, flight: Flight, encoded: Encoded, payloads: tuple[bytes, ...], *, gate: Gate | None = None) -> None:
         frame = flight.frame
         kind = PayloadKind.LATENT if encoded.symbols is not None else PayloadKind.IMAGE
+        trace = self._parts.traceparent(frame)
         layers = [
             FrameLayer(
                 frame_id=0, layer=i, layer_count=len(payloads), kind=kind, operating_point=flight.point_id or 0, payload=payload,
                 captured_unix_ns=frame.captured_unix_ns, source_width_px=frame.width_px, source_height_px=frame.height_px,
+                traceparent="" if i else trace,
             )
             for i, payload in enumerate(payloads)
         ]  # fmt: skip

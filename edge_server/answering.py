@@ -13,6 +13,7 @@ from edge_server.config import Limits
 from edge_server.decode import Decoded, decode_frame
 from edge_server.metrics import Metrics
 from edge_server.models import Model
+from edge_server.tracing import NoTracing, Tracing
 from protos.errors import HeadtailError, InternalError, OverloadedError
 from protos.messages import Result, ServerTimings
 from splitters.codec import ReferenceStore
@@ -29,15 +30,24 @@ class Answerer:
         decode_threads: of the executor that decodes.
         clock: monotonic ns.
         metrics: counts.
+        tracing: spans; None: none.
     """
 
     def __init__(
-        self, backend: Backend, limits: Limits, *, decode_threads: int, clock: Callable[[], int], metrics: Metrics
+        self,
+        backend: Backend,
+        limits: Limits,
+        *,
+        decode_threads: int,
+        clock: Callable[[], int],
+        metrics: Metrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self._backend = backend
         self._limits = limits
         self._clock = clock
         self._metrics = metrics
+        self._tracing = tracing or NoTracing()
         self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self._pending_bytes = 0
 
@@ -66,6 +76,7 @@ class Answerer:
         finally:
             self._pending_bytes -= size
         self._metrics.on_result(model.name, result, size)
+        self._tracing.on_result(model.name, frame.traceparent, result)
         return result
 
     async def _answer(self, model: Model, frame: Frame, references: ReferenceStore) -> Result:

@@ -25,6 +25,7 @@ class Frame:
         begun_ns, arrived_ns: when the first and the last layer were read, the server's monotonic clock.
         echo_sent_ns: the device's send time of the last layer.
         error: why the frame cannot be answered.
+        traceparent: what the device says of the frame's trace; see the schema.
     """
 
     frame_id: int
@@ -37,6 +38,7 @@ class Frame:
     arrived_ns: int = 0
     echo_sent_ns: int = 0
     error: HeadtailError | None = None
+    traceparent: str = ""
 
     @property
     def payload_bytes(self) -> int:
@@ -56,6 +58,7 @@ def frame_of(layers: list[FrameLayer], begun_ns: int, now_ns: int, deadline_ns: 
         frame_id=first.frame_id, kind=first.kind, layers=tuple(layer.payload for layer in layers),
         size_px=(first.source_width_px, first.source_height_px), operating_point=first.operating_point,
         deadline_ns=deadline_ns, begun_ns=begun_ns, arrived_ns=now_ns, echo_sent_ns=last.sent_ns,
+        traceparent=first.traceparent,
     )  # fmt: skip
 
 

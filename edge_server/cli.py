@@ -22,6 +22,7 @@ from edge_server.config import (
 )
 from edge_server.memory import keep_freed_memory
 from protos.errors import ConfigError, HeadtailError
+from protos.logs import FORMATS, say, set_up
 
 log = logging.getLogger("edge_server")
 
@@ -57,8 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--port-file", type=Path, metavar="FILE", help="write HOST:PORT here once listening")
     p.add_argument("--parent-pid", type=int, metavar="PID", help="end when this process does")
     p.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics there; 0 picks a free port")
+    p.add_argument(
+        "--otel-endpoint", metavar="URL",
+        help="send traces to this OpenTelemetry collector, e.g. http://127.0.0.1:4317; the OTEL_* variables work too",
+    )  # fmt: skip
     p.add_argument("--reuse-port", action="store_true", help="let several edge-server processes share the address")
     p.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    p.add_argument("--log-format", default="text", choices=FORMATS, help="json: one object a line (default %(default)s)")
     tail = p.add_argument_group("tail")
     tail.add_argument("--tail-threads", type=int, default=0, help="threads of the tail's math library; 0: its own choice")
     tail.add_argument("--tail-cpus", default="", metavar="0,1", help="cores the tail's thread is pinned to; replicas deal them out")
@@ -123,7 +129,8 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
     payload_bytes = int(args.max_payload_mib * (1 << 20))
     return ServerConfig(
         listen=args.listen, models=tuple(args.model or [DEFAULT_MODEL]), backend=args.backend, grace_s=args.grace_s,
-        port_file=args.port_file, parent_pid=args.parent_pid, metrics_port=args.metrics_port, reuse_port=args.reuse_port,
+        port_file=args.port_file, parent_pid=args.parent_pid, metrics_port=args.metrics_port,
+        otel_endpoint=args.otel_endpoint, reuse_port=args.reuse_port,
         limits=Limits(
             max_payload_bytes=payload_bytes, max_frame_bytes=max(8 << 20, payload_bytes), max_sessions=args.max_sessions,
             max_in_flight=args.max_in_flight, max_unary_in_flight=args.max_unary_in_flight,
@@ -161,7 +168,7 @@ def _open_files(needed: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     args = build_parser().parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up(args.log_level, args.log_format, sys.stderr)
     try:
         config = config_from(args)
         if config.exposed:
@@ -170,13 +177,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         _open_files(config.limits.max_connections + 256)
         return asyncio.run(_serve(config))
     except HeadtailError as error:
-        print(f"edge-server: {error.message}", file=sys.stderr)
+        say(
+            f"edge-server: {error.message}", args.log_format, sys.stderr, logger="edge_server",
+            extra={"code": error.code, "exit_code": error.exit_code},
+        )  # fmt: skip
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except Exception:
         log.exception("edge-server failed")
-        print("edge-server: an error of ours; the lines above say where", file=sys.stderr)
+        say("edge-server: an error of ours; the lines above say where", args.log_format, sys.stderr, logger="edge_server", extra={})
         return 1
 
 

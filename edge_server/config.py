@@ -206,6 +206,7 @@ class ServerConfig:
         port_file: where the bound address is written, for whoever started the server.
         parent_pid: the server ends when this process does.
         metrics_port: Prometheus; None: off.
+        otel_endpoint: an OTLP collector for traces; None: as OpenTelemetry's own variables say.
         reuse_port: several ingress processes may share the address.
     """
 
@@ -217,6 +218,7 @@ class ServerConfig:
     port_file: Path | None = None
     parent_pid: int | None = None
     metrics_port: int | None = None
+    otel_endpoint: str | None = None
     reuse_port: bool = False
     limits: Limits = field(default_factory=Limits)
     batch: BatchConfig = field(default_factory=BatchConfig)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -20,7 +21,7 @@ from edge_server.status import translated
 from edge_server.wire import checked
 from protos.errors import DrainingError, HeadtailError, LimitError, ProtocolError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.messages import MAX_LAYERS, PROTOCOL_VERSION, FrameLayer
+from protos.messages import MAX_LAYERS, MAX_TRACEPARENT_CHARS, PROTOCOL_VERSION, FrameLayer
 from splitters.codec import ReferenceStore
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Ingress:
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:  # noqa: N802
         """One frame, one answer."""
         async with translated(context, self.services.metrics.on_refused), self.call():
-            return await self._infer(checked(request))
+            return await self._infer(checked(request), trace_of(context))
         raise AssertionError  # translated() has ended the call
 
     async def Session(self, request_iterator: Any, context: Context) -> None:  # noqa: N802
@@ -128,7 +129,7 @@ class Ingress:
                 finally:
                     self.sessions.discard(session)
 
-    async def _infer(self, request: pb.InferRequest) -> pb.InferResponse:
+    async def _infer(self, request: pb.InferRequest, traceparent: str) -> pb.InferResponse:
         now_ns = self.services.clock()
         if request.protocol_version != PROTOCOL_VERSION:
             raise VersionMismatchError(
@@ -143,6 +144,8 @@ class Ingress:
         refusal = self.client.admit_frame(frame.payload_bytes, now_ns)
         if refusal is not None:
             raise refusal
+        if traceparent and not frame.traceparent:
+            frame = replace(frame, traceparent=traceparent)
         result = await self.services.answerer.answer(model, frame, ReferenceStore())
         return pb.InferResponse(result=result.to_proto())
 
@@ -173,6 +176,14 @@ class Ingress:
         task = asyncio.create_task(wait())
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
+
+
+def trace_of(context: Context) -> str:
+    """The call's ``traceparent`` metadata; empty without."""
+    for name, value in context.invocation_metadata() or ():
+        if name == "traceparent" and isinstance(value, str) and len(value) <= MAX_TRACEPARENT_CHARS:
+            return value
+    return ""
 
 
 def read_frame(request: pb.InferRequest, limits: Limits, now_ns: int) -> Frame:

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_server.backends import TailWork
-from edge_server.ingress import Ingress
+from edge_server.ingress import Ingress, trace_of
 from edge_server.models import Model
 from edge_server.status import translated
 from edge_server.wire import checked
 from protos.errors import HeadtailError, LimitError, ProtocolError
 from protos.headtail.v1 import open_inference_pb2 as oip
-from protos.messages import MAX_SIDE_PX, Answer, Classification, PayloadKind
+from protos.messages import MAX_SIDE_PX, Answer, Classification, PayloadKind, Result, ServerTimings
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -111,7 +111,14 @@ class OpenInference:
         for each in done:
             if isinstance(each, BaseException):
                 raise each if isinstance(each, HeadtailError) else RuntimeError("a frame failed") from each
-        outputs = _outputs([each.answer for each in done if not isinstance(each, BaseException)])
+        answers = [each for each in done if not isinstance(each, BaseException)]
+        trace, total_ns = trace_of(context), self._s.clock() - now_ns
+        for row, each in enumerate(answers):
+            timings = ServerTimings(queue_ns=each.queue_ns, tail_ns=each.tail_ns, total_ns=total_ns, batch_size=each.batch_size)
+            result = Result(frame_id=row, answer=each.answer, timings=timings)
+            self._s.metrics.on_result(model.name, result, sum(a.nbytes for a in works[row].arrays))
+            self._s.tracing.on_result(model.name, trace, result)
+        outputs = _outputs([each.answer for each in answers])
         return _respond(request, model, outputs)
 
 

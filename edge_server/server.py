@@ -30,7 +30,9 @@ from edge_server.models import ModelStore
 from edge_server.open_inference import OpenInference
 from edge_server.quota import Client
 from edge_server.session import Services
+from edge_server.tracing import NoTracing, Traces
 from protos.errors import ConfigError
+from protos.tracing import open_spans
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class EdgeServer:
         self.gate: Gate | None = None
         self._stopping = asyncio.Event()
         self._metrics: Metrics = NoMetrics()
+        self.tracing: NoTracing | Traces = NoTracing()
         self._backend: Backend | None = None
         self._answerer: Answerer | None = None
         self._ingress: Ingress | None = None
@@ -103,6 +106,9 @@ class EdgeServer:
             metrics = PrometheusMetrics()
             self.metrics_port = metrics.serve(self.config.metrics_port)
             self._metrics = metrics
+        spans = open_spans("headtail-server", _version(), self.config.otel_endpoint)
+        if spans is not None:
+            self.tracing = Traces(spans)
         self._backend = backend = await self._make_backend()
         for model in models:
             await backend.load(model.bundle)
@@ -113,10 +119,11 @@ class EdgeServer:
             decode_threads=self.config.tail.decode_threads,
             clock=time.monotonic_ns,
             metrics=self._metrics,
+            tracing=self.tracing,
         )
         services = Services(
             store=store, backend=backend, answerer=self._answerer, bandwidth=BandwidthManager(), limits=self.config.limits,
-            metrics=self._metrics, clock=time.monotonic_ns, version=_version(),
+            metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=_version(),
         )  # fmt: skip
         self._anyone = Client(max_unary=self.config.limits.max_unary_in_flight)
         self._ingress = Ingress(services, self._anyone)
@@ -225,6 +232,8 @@ class EdgeServer:
             self._answerer.close()
         if isinstance(self._metrics, PrometheusMetrics):
             self._metrics.close()
+        if isinstance(self.tracing, Traces):
+            await asyncio.get_running_loop().run_in_executor(None, self.tracing.close)
         if self.config.port_file is not None:
             self.config.port_file.unlink(missing_ok=True)
         log.info("stopped")

@@ -11,7 +11,7 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc.aio
@@ -24,6 +24,7 @@ from edge_server.bandwidth import BandwidthManager
 from edge_server.config import Limits
 from edge_server.metrics import Metrics
 from edge_server.models import Model, ModelStore
+from edge_server.tracing import NoTracing, Tracing
 from edge_server.wire import checked
 from protos.errors import DrainingError, HeadtailError, InternalError, LimitError, ProtocolError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
@@ -57,6 +58,7 @@ class Services:
     metrics: Metrics
     clock: Callable[[], int]
     version: str
+    tracing: Tracing = field(default_factory=NoTracing)
 
 
 class Session:

@@ -20,6 +20,7 @@ MAX_LAYERS: Final = 16
 MAX_PAYLOAD_BYTES: Final = 8 << 20
 MAX_SIDE_PX: Final = 32768
 CHUNK_BYTES: Final = 256 << 10
+MAX_TRACEPARENT_CHARS: Final = 55
 
 
 class PayloadKind(Enum):
@@ -44,6 +45,7 @@ class FrameLayer:
     source_height_px: int
     payload: bytes
     sent_ns: int = 0
+    traceparent: str = ""
 
     def to_proto(self) -> pb.FrameLayer:
         """As protobuf, with the payload's CRC-32."""
@@ -52,7 +54,7 @@ class FrameLayer:
             operating_point=self.operating_point, deadline_remaining_ns=self.deadline_remaining_ns,
             captured_unix_ns=self.captured_unix_ns, source_width_px=self.source_width_px,
             source_height_px=self.source_height_px, payload_crc32=zlib.crc32(self.payload), payload=self.payload,
-            sent_ns=self.sent_ns,
+            sent_ns=self.sent_ns, traceparent=self.traceparent,
         )  # fmt: skip
 
     @classmethod
@@ -82,6 +84,7 @@ class FrameLayer:
             deadline_remaining_ns=message.deadline_remaining_ns, captured_unix_ns=message.captured_unix_ns,
             source_width_px=message.source_width_px, source_height_px=message.source_height_px,
             payload=message.payload, sent_ns=message.sent_ns,
+            traceparent=message.traceparent if len(message.traceparent) <= MAX_TRACEPARENT_CHARS else "",
         )  # fmt: skip
 
 

@@ -204,8 +204,9 @@ def test_defaults_depend_on_whether_the_source_is_live() -> None:
 def test_a_toml_file_and_the_command_line(tmp_path: Path) -> None:
     path = tmp_path / "camera.toml"
     path.write_text('camera = "rtsp://cam"\ndeadline-ms = 250.0\nserver = "edge:50051"\n')
-    config, level = parse(["--config", str(path), "--server", "other:1"])
-    assert (config.camera, config.deadline_ms, config.server, level) == ("rtsp://cam", 250.0, "other:1", "warning")
+    config, level, form = parse(["--config", str(path), "--server", "other:1"])
+    assert (config.camera, config.deadline_ms, config.server) == ("rtsp://cam", 250.0, "other:1")
+    assert (level, form) == ("warning", "text")
     path.write_text("colour = 3\n")
     with pytest.raises(ConfigError, match="colour"):
         read_toml(path)

@@ -165,7 +165,7 @@ def test_compose_commands_parse() -> None:
     config = server_config([*SERVER_IMAGE.last_json("ENTRYPOINT")[1:], *services["server"]["command"]])
     assert set(config.models) <= set(EXPORTERS)
     arguments = [interpolated(a) for a in services["client"]["command"]]
-    client, _ = edge_client.cli.parse(arguments)
+    client, *_ = edge_client.cli.parse(arguments)
     assert client.server == f"server:{split_address(config.listen)[1]}"
     assert client.model in config.models
     grace_s = int(services["server"]["stop_grace_period"].rstrip("s"))
@@ -416,7 +416,7 @@ def test_unit_starts_the_client_with_its_sample_settings(tmp_path: Path) -> None
     for text in (sample, everything):
         (tmp_path / "client.toml").write_text(text)
         given = [str(tmp_path / "client.toml") if a == "/etc/headtail/client.toml" else a for a in arguments]
-        config, _ = edge_client.cli.parse(given)
+        config, *_ = edge_client.cli.parse(given)
         assert config.camera.startswith("/dev/video")
     assert set(map(int, lines["RestartPreventExitStatus"].split())) <= {0, *(error.exit_code for error in BY_CODE.values())}
 

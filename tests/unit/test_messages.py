@@ -30,7 +30,7 @@ U64 = st.integers(0, 2**64 - 1)
         kind=st.sampled_from(PayloadKind),
         operating_point=st.integers(0, 0xFFFF), deadline_remaining_ns=U64, captured_unix_ns=U64,
         source_width_px=st.integers(1, MAX_SIDE_PX), source_height_px=st.integers(1, MAX_SIDE_PX),
-        payload=st.binary(max_size=64), sent_ns=U64,
+        payload=st.binary(max_size=64), sent_ns=U64, traceparent=st.text(max_size=55),
     )
 )  # fmt: skip
 def test_layers_survive_the_wire(layer: FrameLayer) -> None:

@@ -79,7 +79,7 @@ class PartChunk(_message.Message):
     def __init__(self, path: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class FrameLayer(_message.Message):
-    __slots__ = ("frame_id", "layer", "layer_count", "kind", "operating_point", "deadline_remaining_ns", "captured_unix_ns", "source_width_px", "source_height_px", "payload_crc32", "payload", "sent_ns")
+    __slots__ = ("frame_id", "layer", "layer_count", "kind", "operating_point", "deadline_remaining_ns", "captured_unix_ns", "source_width_px", "source_height_px", "payload_crc32", "payload", "sent_ns", "traceparent")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +92,7 @@ class FrameLayer(_message.Message):
     PAYLOAD_CRC32_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     SENT_NS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     layer: int
     layer_count: int
@@ -104,7 +105,8 @@ class FrameLayer(_message.Message):
     payload_crc32: int
     payload: bytes
     sent_ns: int
-    def __init__(self, frame_id: _Optional[int] = ..., layer: _Optional[int] = ..., layer_count: _Optional[int] = ..., kind: _Optional[_Union[PayloadKind, str]] = ..., operating_point: _Optional[int] = ..., deadline_remaining_ns: _Optional[int] = ..., captured_unix_ns: _Optional[int] = ..., source_width_px: _Optional[int] = ..., source_height_px: _Optional[int] = ..., payload_crc32: _Optional[int] = ..., payload: _Optional[bytes] = ..., sent_ns: _Optional[int] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, frame_id: _Optional[int] = ..., layer: _Optional[int] = ..., layer_count: _Optional[int] = ..., kind: _Optional[_Union[PayloadKind, str]] = ..., operating_point: _Optional[int] = ..., deadline_remaining_ns: _Optional[int] = ..., captured_unix_ns: _Optional[int] = ..., source_width_px: _Optional[int] = ..., source_height_px: _Optional[int] = ..., payload_crc32: _Optional[int] = ..., payload: _Optional[bytes] = ..., sent_ns: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Result(_message.Message):
     __slots__ = ("frame_id", "classification", "detection", "error", "timings", "layers_decoded", "symbols_crc32", "echo_sent_ns")
