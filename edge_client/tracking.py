@@ -26,6 +26,8 @@ from splitters.preprocess import Frame
 Floats = NDArray[np.float32]
 Grey = NDArray[np.uint8]
 
+_ENOUGH = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 10, 0.03)  # steps a level, and a step this small, in px
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackConfig:
@@ -43,9 +45,9 @@ class TrackConfig:
     """
 
     longest_px: int = 480
-    points: int = 5
+    points: int = 4
     inner: float = 0.6
-    window_px: int = 21
+    window_px: int = 15
     levels: int = 3
     back_px: float = 2.0
     survivors: float = 0.2
@@ -111,7 +113,7 @@ class BoxTracker:
         scale = min(1.0, self._config.longest_px / max(frame.shape[:2]))
         grey = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
         if scale < 1:
-            grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+            grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
         return grey.astype(np.uint8, copy=False), scale
 
     def _grid(self, box: Box) -> Floats:
@@ -125,8 +127,10 @@ class BoxTracker:
         config = self._config
         window, levels = (config.window_px, config.window_px), config.levels
         start = points.copy()  # OpenCV's stubs want an array for the result, and use it as the first guess only when told to
-        there, found, _ = cv2.calcOpticalFlowPyrLK(before, after, points, start, winSize=window, maxLevel=levels)
-        back, returned, _ = cv2.calcOpticalFlowPyrLK(after, before, there, start.copy(), winSize=window, maxLevel=levels)
+        there, found, _ = cv2.calcOpticalFlowPyrLK(before, after, points, start, winSize=window, maxLevel=levels, criteria=_ENOUGH)
+        back, returned, _ = cv2.calcOpticalFlowPyrLK(
+            after, before, there, start.copy(), winSize=window, maxLevel=levels, criteria=_ENOUGH
+        )
         astray = np.linalg.norm(back - points, axis=2)[:, 0]
         good = (found[:, 0] == 1) & (returned[:, 0] == 1) & (astray <= config.back_px)
         return there.astype(np.float32), good
