@@ -45,9 +45,8 @@ def run(args: argparse.Namespace) -> int:
     """Watches, fits, writes, tests."""
     from protos.errors import ConfigError
     from splitters.bundle import open_bundle
-    from splitters.evaluation.scene import examine, fit, promise_part, read_video, store, watch
+    from splitters.evaluation.scene import columns_named, examine, fit, promise_part, read_video, store, watch
     from splitters.export import ensure_exported
-    from splitters.models.prefilter import columns_of
 
     if not 0 < args.until <= 1 or not 0 < args.sure < 1:
         raise ConfigError("--until must lie in (0, 1] and --sure between 0 and 1")
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     scene = watch(bundle, frames, fps, _teacher(args.teacher, bundle), sure=args.sure)
     known = json.loads(bundle.read_part(promise_part(bundle)))
     interest = [n.strip() for n in args.interest.split(",")] if args.interest else [str(n) for n in known["interest"]]
-    columns = columns_of(interest, scene.category_ids)
+    columns = columns_named(bundle, interest, scene.category_ids)
     fitted = fit(scene, columns, args.recall, sure=args.sure, until=max(1, round(len(scene) * args.until)))
     told = (
         f"{args.video.name}, first {fitted.frames} of {len(scene)} frames, {fitted.asked.units} passages; "

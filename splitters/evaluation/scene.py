@@ -21,7 +21,7 @@ from protos.messages import Detection
 from splitters.bundle import MANIFEST, Bundle, open_bundle, sha256_hex
 from splitters.evaluation.measure import Device
 from splitters.evaluation.prefilter import Array, passage_scores, passages, present, roc_auc
-from splitters.models.boxes import Detections, iou_matrix
+from splitters.models.boxes import Detections, empty_detections, iou_matrix
 from splitters.models.narrow import narrow
 from splitters.models.prefilter_promise import RECALLS, Calibration, calibrate, score_at_precision
 from splitters.preprocess import Frame, input_image
@@ -43,6 +43,7 @@ class Scene:
         scores: the prefilter's, (F, K).
         confidence: of the teacher's surest box of each class, (F, K); 0 where there is none.
         own: scores of the bundle's own boxes (B,), whether the teacher confirms each (B,), and their frames (B,).
+        answered: of the bundle's own surest box of each class, (F, K); 0 where there is none.
         fps: frames a second.
     """
 
@@ -50,6 +51,7 @@ class Scene:
     scores: Array
     confidence: Array
     own: tuple[Array, NDArray[np.bool_], NDArray[np.int64]]
+    answered: Array
     fps: float
 
     def __len__(self) -> int:
@@ -112,13 +114,15 @@ def watch(bundle: Bundle, frames: Iterable[Frame], fps: float, teacher: Look, *,
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = ort.InferenceSession(str(bundle.part_path(graph)), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    scores, confidence, boxes, right, at = [], [], [], [], []
+    scores, confidence, answered, boxes, right, at = [], [], [], [], [], []
     for index, frame in enumerate(frames):
         stem = device.stem_map(input_image(frame, bundle.manifest.preprocess))[0]
         scores.append(np.asarray(session.run(None, {name: stem})[0])[0, : len(ids)])
         there = teacher(frame)
-        confidence.append([float(there.scores[there.class_ids == c].max(initial=0.0)) for c in ids])
-        for score, confirmed in _confirmed(own(frame), there, ids, sure) if own is not None else ():
+        found = own(frame) if own is not None else empty_detections()
+        confidence.append(_best(there, ids))
+        answered.append(_best(found, ids))
+        for score, confirmed in _confirmed(found, there, ids, sure):
             boxes.append(score)
             right.append(confirmed)
             at.append(index)
@@ -126,8 +130,13 @@ def watch(bundle: Bundle, frames: Iterable[Frame], fps: float, teacher: Look, *,
         raise SourceError("the video holds no frame")
     return Scene(
         category_ids=ids, scores=np.asarray(scores, np.float64), confidence=np.asarray(confidence, np.float64),
-        own=(np.asarray(boxes, np.float64), np.asarray(right, bool), np.asarray(at, np.int64)), fps=fps,
+        own=(np.asarray(boxes, np.float64), np.asarray(right, bool), np.asarray(at, np.int64)),
+        answered=np.asarray(answered, np.float64), fps=fps,
     )  # fmt: skip
+
+
+def _best(found: Detections, ids: Sequence[int]) -> list[float]:
+    return [float(found.scores[found.class_ids == c].max(initial=0.0)) for c in ids]
 
 
 def _confirmed(found: Detections, there: Detections, ids: Sequence[int], sure: float) -> Iterator[tuple[float, bool]]:
@@ -142,6 +151,18 @@ def _confirmed(found: Detections, there: Detections, ids: Sequence[int], sure: f
 def promise_part(bundle: Bundle) -> str:
     """Where the prefilter's promise lies in a bundle that has one."""
     return str(bundle.manifest.head.prefilter).removesuffix(".onnx") + ".json"
+
+
+def columns_named(bundle: Bundle, interest: Sequence[str], category_ids: Sequence[int]) -> list[int]:
+    """The prefilter's columns of the classes named.
+
+    Raises:
+        ConfigError: none is named, or the prefilter does not know one.
+    """
+    known = {bundle.manifest.labels.get(c, str(c)): k for k, c in enumerate(category_ids)}
+    if not interest or any(name not in known for name in interest):
+        raise ConfigError(f"the prefilter of {bundle.manifest.name!r} knows {', '.join(known)}; asked for {', '.join(interest)}")
+    return [known[name] for name in interest]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,20 +19,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edge_client.interest import read_promise
+from edge_client.interest import InterestGate, Promise, read_promise
+from protos.messages import Box, Detection
 from splitters.bundle import Bundle, open_bundle
 from splitters.evaluation.detection import load_truth
 from splitters.evaluation.prefilter import Array, draw_curves, roc_auc
-from splitters.evaluation.scene import UNSURE, examine, fit, interesting, read_video, watch
+from splitters.evaluation.scene import UNSURE, Scene, examine, fit, interesting, read_video, watch
 from splitters.export import ensure_exported
 from splitters.models.boxes import Pixels, read_rgb
 from splitters.models.detector import PREPROCESS
 from splitters.models.efficientnet_lite import load_efficientnet_lite0
 from splitters.models.onnx_detectors import YoloxNano
 from splitters.models.prefilter import WEIGHTS, InterestScore, columns_of, load_prefilter
+from splitters.models.prefilter_promise import score_at_precision
 from splitters.preprocess import preprocess
 
 Score = Callable[[Pixels], float]
+Curves = dict[str, tuple[Array, np.ndarray]]
 
 
 def scorer(weights: Path, interest: list[str]) -> Score:
@@ -59,7 +62,32 @@ def coco(data: Path, score: Score, category_ids: list[int], side_min: float) -> 
     return np.asarray(scores), np.asarray(positive)
 
 
-def car_park(data: Path, bundle: Bundle, recall: float, sures: list[float]) -> tuple[dict[str, object], Array, np.ndarray]:
+def live(scene: Scene, promise: Promise, there: np.ndarray, loops: int) -> dict[str, object]:
+    """What the client's watch makes of the photos' threshold: the video over and over, one in a hundred stopped frames sent anyway.
+
+    The server's answers are the bundle's own detector's. ``recall`` is that of the threshold it ends with.
+    """
+    gate = InterestGate(promise)
+    columns = list(promise.columns)
+    first = None
+    for index in range(loops * len(scene)):
+        frame = index % len(scene)
+        if gate.stops(index, gate.score(scene.scores[frame].tolist())):
+            continue
+        seen = [(scene.category_ids[k], scene.answered[frame, k]) for k in columns if scene.answered[frame, k] > 0]
+        answer = Detection(boxes=tuple(Box(class_id=c, score=float(s), box_px=(0, 0, 1, 1)) for c, s in seen))
+        if gate.learn(index, answer) and first is None:
+            first = index
+    sent = scene.scores[:, columns].max(axis=1) >= gate.threshold
+    return {
+        "sure": promise.sure, "frames": loops * len(scene), "threshold_from": promise.threshold,
+        "threshold_to": round(gate.threshold, 4),
+        "loosened": gate.loosened, "first_after_frames": first, "recall": round(float(sent[there].mean()), 4),
+        "stopped": round(float((~sent).mean()), 4),
+    }  # fmt: skip
+
+
+def car_park(data: Path, bundle: Bundle, recall: float, sures: list[float]) -> tuple[dict[str, object], Curves]:
     """Calibrated on the first half of the video, tested on the second, for several confidences of the teacher."""
     frames, fps = read_video(data / "video/person-bicycle-car-detection.mp4")
     teacher = YoloxNano(data / "weights/yolox_nano_416.onnx", score_min=UNSURE)
@@ -68,6 +96,9 @@ def car_park(data: Path, bundle: Bundle, recall: float, sures: list[float]) -> t
     promise = read_promise(bundle)
     assert promise is not None
     report: dict[str, object] = {"frames": len(scene), "sure_of_detector_on_photos": promise.sure}
+    scores, there = interesting(scene, columns, sures[0])
+    on_this_scene = score_at_precision(*scene.own[:2])
+    report["live"] = [live(scene, replace(promise, sure=s), there, 40) for s in dict.fromkeys((promise.sure, on_this_scene, 0.5))]
     for sure in sures:
         fitted = fit(scene, columns, recall, sure=sure, until=half)
         photos = replace(fitted, asked=replace(fitted.asked, threshold=promise.threshold, recall_promised=promise.recall))
@@ -76,8 +107,12 @@ def car_park(data: Path, bundle: Bundle, recall: float, sures: list[float]) -> t
             "test": examine(scene, columns, fitted, sure=sure),
             "test_with_the_photos_threshold": examine(scene, columns, photos, sure=sure),
         }  # fmt: skip
-    scores, there = interesting(scene, columns, sures[0])
-    return report, scores[half:], there[half:]
+    certain = scene.confidence[half:][:, columns].max(axis=1) >= sures[0]
+    curves: Curves = {
+        "car park, second half, passages": (scores[half:], there[half:]),
+        "car park, second half, the teacher's sure frames": (scores[half:], certain),
+    }
+    return report, curves
 
 
 def main() -> None:
@@ -97,14 +132,14 @@ def main() -> None:
     person = coco(data, scorer(args.weights, ["person"]), [1], 0.05)
     everything = coco(data, scorer(args.weights, ["person"]), [1], 0.0)
     bundle = open_bundle(Path(args.bundle) if Path(args.bundle).is_dir() else ensure_exported(args.bundle))
-    park, test, is_positive = car_park(data, bundle, args.recall, args.sure)
+    park, curves = car_park(data, bundle, args.recall, args.sure)
     report = {
         "coco_val_person": {"photos": len(person[0]), "positive": int(person[1].sum()), "roc_auc": round(roc_auc(*person), 4),
                             "roc_auc_any_size": round(roc_auc(*everything), 4)},
         "car_park": park,
     }  # fmt: skip
     if args.figure:
-        draw_curves({"COCO val, person": person, "car park, second half": (test, is_positive)}, args.figure)
+        draw_curves({"COCO val, person": person, **curves}, args.figure)
     print(json.dumps({"bench": "prefilter_report", **report}))
 
 

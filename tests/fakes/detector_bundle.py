@@ -25,11 +25,20 @@ SIDE_PX, CELL_PX, CATEGORY = 64, 8, 1
 SPEC = Preprocess(resize="letterbox", size_px=(SIDE_PX, SIDE_PX), pad=0)
 
 
-def _model(nodes: list[onnx.NodeProto], constants: dict[str, NDArray[np.generic]], given: str, outputs: list[str]) -> bytes:
+Shapes = dict[str, list[int | str]]
+
+
+def _model(
+    nodes: list[onnx.NodeProto],
+    constants: dict[str, NDArray[np.generic]],
+    given: str,
+    outputs: list[str],
+    also: Shapes | None = None,
+) -> bytes:
     cells = SIDE_PX // CELL_PX
-    shapes: dict[str, list[int | str]] = {
+    shapes: Shapes = {
         "image": ["n", 3, SIDE_PX, SIDE_PX], "latent_0": ["n", 1, cells, cells], "boxes": ["n", cells * cells, 4],
-        "scores": ["n", cells * cells, 1],
+        "scores": ["n", cells * cells, 1], **(also or {}),
     }  # fmt: skip
     used = {name for node in nodes for name in node.input}
     graph = helper.make_graph(
@@ -43,8 +52,15 @@ def _model(nodes: list[onnx.NodeProto], constants: dict[str, NDArray[np.generic]
     return bytes(model.SerializeToString())
 
 
-def write_cell_detector(out: Path, *, bits: Sequence[int] = (8, 1), whole: bool = True) -> Bundle:
-    """Writes and opens the bundle; ``whole`` False leaves the whole model out."""
+def write_cell_detector(out: Path, *, bits: Sequence[int] = (8, 1), whole: bool = True, prefilter: bool = False) -> Bundle:
+    """Writes and opens the bundle.
+
+    Args:
+        out: its directory.
+        bits: an operating point each.
+        whole: with the whole model.
+        prefilter: with a filter whose score is the brightest cell's, and a promise (threshold .5) that nothing was calibrated for.
+    """
     y, x = np.mgrid[0:SIDE_PX:CELL_PX, 0:SIDE_PX:CELL_PX].astype(np.float32)
     corners = np.stack([x, y, x + CELL_PX, y + CELL_PX], axis=-1).reshape(1, -1, 4)
     constants: dict[str, NDArray[np.generic]] = {
@@ -67,10 +83,27 @@ def write_cell_detector(out: Path, *, bits: Sequence[int] = (8, 1), whole: bool 
         if whole:
             writer.add("server/whole.onnx", _model(stem + tail, constants, "image", ["boxes", "scores"]), "server")
             spec["whole"] = "server/whole.onnx"
+        if prefilter:
+            pool = [
+                helper.make_node("GlobalMaxPool", ["latent_0"], ["top"]),
+                helper.make_node("Flatten", ["top"], ["flat"]),
+                helper.make_node("Concat", ["flat", "flat"], ["scores"], axis=1),
+            ]
+            graph = _model(pool, constants, "latent_0", ["scores"], {"scores": ["n", 2]})
+            writer.add("device/prefilter.onnx", graph, "device")
+            promise = {
+                "category_ids": [CATEGORY],
+                "interest": ["person"],
+                "threshold": 0.5,
+                "recall_asked": 0.98,
+                "recall_promised": 0.0,
+            }
+            writer.add("device/prefilter.json", json.dumps(promise).encode(), "device")
         return writer.finish(
             points=[OperatingPoint(id=i, channels=1, bits=b) for i, b in enumerate(bits)], name="cells", task="detection",
-            preprocess=SPEC, labels={CATEGORY: "cell"}, latent_shape=((1, SIDE_PX // CELL_PX, SIDE_PX // CELL_PX),),
-            head=Head(stem="device/stem.onnx"), codec="device/codec.json", tail=spec, licence="Apache-2.0",
+            preprocess=SPEC, labels={CATEGORY: "person"}, latent_shape=((1, SIDE_PX // CELL_PX, SIDE_PX // CELL_PX),),
+            head=Head(stem="device/stem.onnx", prefilter="device/prefilter.onnx" if prefilter else None), codec="device/codec.json",
+            tail=spec, licence="Apache-2.0",
             postprocess={"kind": "dense_boxes", "class_ids": [CATEGORY], "score_min": 0.25, "iou": 0.5, "keep": 100},
         )  # fmt: skip
 
