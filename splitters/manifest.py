@@ -190,7 +190,8 @@ def parse_manifest(text: str | bytes) -> Manifest:
         raise BundleError(f"manifest.json cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _preprocess(data: Mapping[str, Any]) -> Preprocess:
+def parse_preprocess(data: Mapping[str, Any]) -> Preprocess:
+    """What ``dataclasses.asdict`` made of a ``Preprocess``, or JSON of that."""
     sequences = {k: tuple(data[k]) for k in ("size_px", "mean", "std") if k in data}
     return Preprocess(**{**data, **sequences})
 
@@ -199,12 +200,12 @@ def _build(data: dict[str, Any]) -> Manifest:
     local = data.get("local")
     data = {
         **data,
-        "preprocess": _preprocess(data["preprocess"]),
+        "preprocess": parse_preprocess(data["preprocess"]),
         "parts": tuple(Part(**p) for p in data["parts"]),
         "labels": {int(k): str(v) for k, v in data["labels"].items()},
         "latent_shape": tuple(tuple(int(d) for d in shape) for shape in data["latent_shape"]),
         "head": Head(**data["head"]),
-        "local": LocalModel(**{**local, "preprocess": _preprocess(local["preprocess"])}) if local else None,
+        "local": LocalModel(**{**local, "preprocess": parse_preprocess(local["preprocess"])}) if local else None,
     }
     if data["task"] not in ("classification", "detection"):
         raise BundleError(f"task must be classification or detection, got {data['task']!r}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protos.errors import ConfigError, SourceError
-from splitters.commands.model_arguments import add_model_arguments, default_preprocess, load_model, read_picture
-from splitters.manifest import Preprocess
+from protos.errors import SourceError
+from splitters.commands.model_arguments import add_model_arguments, load_model, read_picture
+from splitters.commands.serving_arguments import add_serving_arguments, described
 from splitters.preprocess import Frame
 
 if TYPE_CHECKING:
@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from splitters.sources import Source
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-YOLOX_PREPROCESS: dict[str, Any] = {
-    "resize": "letterbox", "anchor": "top_left", "pad": 114, "interpolation": "bilinear",
-    "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
-}  # fmt: skip
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,15 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--photos-max", type=int, default=100, metavar="N", help="use N of them at most (default: %(default)s)")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4, 3, 2], help="an operating point each (default: 8 6 4 3 2)")
     parser.add_argument("--local", action="store_true", help="give the device the whole model too, for when no server answers")
-    parser.add_argument(
-        "--output", choices=("softmax", "yolox", "boxes"), default="softmax",
-        help="what the model returns: class logits; YOLOX's raw grid; or boxes xyxy and class scores (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--score-min", type=float, default=0.05, help="detectors: lowest score reported (default: %(default)s)")
-    parser.add_argument("--iou", type=float, default=0.65, help="detectors: overlap above which the lesser box goes")
-    parser.add_argument("--preprocess", type=Path, metavar="FILE.json", help="the manifest's preprocess, where the source has none")
-    parser.add_argument("--labels", type=Path, metavar="FILE.json", help="class id → name, where the source has none")
-    parser.add_argument("--licence", default="unknown: ask whoever gave you the weights", help="of the weights")
+    add_serving_arguments(parser)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.set_defaults(run=run)
 
@@ -105,40 +93,11 @@ def _detector(source: Source, args: argparse.Namespace, photos: list[Frame]) -> 
 def _serving(source: Source, args: argparse.Namespace) -> Serving:
     from splitters.cut_bundle import Serving
 
-    labels = dict(source.labels)
-    if args.labels:
-        labels = {int(k): str(v) for k, v in _read_json(args.labels).items()}
-    spec = default_preprocess(source)
-    postprocess: dict[str, Any] = {"kind": "softmax"}
-    if args.output != "softmax":
-        from splitters.models.coco_classes import NAME_OF
-
-        labels = labels or dict(NAME_OF)
-        kind = "yolox" if args.output == "yolox" else "dense_boxes"
-        postprocess = {"kind": kind, "class_ids": sorted(labels), "score_min": args.score_min, "iou": args.iou}
-        if args.output == "yolox":
-            spec = Preprocess(size_px=spec.size_px, **YOLOX_PREPROCESS)
-    if args.preprocess:
-        try:
-            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in _read_json(args.preprocess).items()}
-            spec = Preprocess(**fields)
-        except TypeError as error:
-            raise ConfigError(f"{args.preprocess}: {error}") from error
+    told = described(source, args)
     return Serving(
-        name=args.name or source.name, task="classification" if args.output == "softmax" else "detection", preprocess=spec,
-        postprocess=postprocess, labels=labels, licence=args.licence, bits=tuple(args.bits), local=args.local,
-        provenance={"model": args.model, "weights": source.weights},
+        name=args.name or source.name, task=told.task, preprocess=told.preprocess, postprocess=told.postprocess, labels=told.labels,
+        licence=args.licence, bits=tuple(args.bits), local=args.local, provenance={"model": args.model, "weights": source.weights},
     )  # fmt: skip
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
-    return data
 
 
 def read_photos(folder: Path | None, at_most: int) -> list[Frame]:

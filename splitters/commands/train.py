@@ -7,9 +7,10 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError
+from splitters.commands.serving_arguments import add_serving_arguments, described
 
 if TYPE_CHECKING:
     from splitters.train.config import TrainConfig
@@ -25,22 +26,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "Ctrl-C saves and stops; the same command goes on from there. `splitters export OUT` turns the run into a bundle.",
     )
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="efficientnet-lite0, efficientnet-lite0-single, or any (with --model and --at)"
+        "recipe",
+        metavar="RECIPE",
+        help="efficientnet-lite0, its -cheap or -joint (go on from --start), or any (with --model, --at)",
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of photographs, searched recursively")
     parser.add_argument("--out", type=Path, required=True, help="run directory: checkpoints, then weights and tables")
-    parser.add_argument("--model", help="recipe any: timm:NAME, torchvision:NAME, onnx:PATH or py:MODULE:FACTORY")
-    parser.add_argument("--weights", default="hub", metavar="random|hub|FILE", help="of --model (default: %(default)s)")
-    parser.add_argument("--at", help="recipe any: the cut, crossed by one feature map (`splitters profile` lists them)")
-    parser.add_argument("--stem-at", default="", help="recipe any: an earlier cut whose map cheaper encoders start from")
-    parser.add_argument(
-        "--match", nargs="+", default=[], metavar="NAME", help="recipe any: later cuts where the student is matched to the teacher"
-    )
-    parser.add_argument(
-        "--task", choices=("classification", "detection"), default="classification", help="recipe any (default: %(default)s)"
-    )
-    parser.add_argument("--size", type=int, default=224, help="recipe any: side of the training crops, px (default: %(default)s)")
+    parser.add_argument("--data-parts", nargs="+", default=[], metavar="DIR", help="recipe any: only these folders of --data")
     parser.add_argument("--steps", type=int, help="scale the recipe's stages to so many steps in total")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="efficientnet-lite0: go on from this run's or folder's weights")
+    parser.add_argument(
+        "--single-point",
+        default="",
+        metavar="TIER:GAIN",
+        help="efficientnet-lite0: train this point alone (own:3), from --start",
+    )
     parser.add_argument("--batch", type=int, help="photos a step")
     parser.add_argument("--hold-out", type=int, help="photos kept for dev")
     parser.add_argument("--seed", type=int, default=0)
@@ -49,27 +49,74 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--cache", type=Path, help="where decoded photos lie (default: in OUT)")
     parser.add_argument("--fit", type=int, default=240, help="photos the probability tables are fitted on (default: %(default)s)")
     parser.add_argument("--tag", help=argparse.SUPPRESS)
+    _add_any(parser)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.set_defaults(run=run)
 
 
+def _add_any(parser: argparse.ArgumentParser) -> None:
+    group: Any = parser.add_argument_group("recipe any", "a bottleneck for any model at any cut")
+    group.add_argument("--model", help="timm:NAME, torchvision:NAME, onnx:PATH or py:MODULE:FACTORY")
+    group.add_argument("--weights", default="hub", metavar="random|hub|FILE", help="of --model (default: %(default)s)")
+    group.add_argument("--at", help="the cut (`splitters profile` lists them); any number of tensors may cross it")
+    group.add_argument("--stem-at", default="", help="an earlier cut, crossed by one map, from which cheaper encoders start")
+    group.add_argument(
+        "--match", nargs="+", default=[], metavar="NAME",
+        help="later cuts where the student is matched to the teacher (default: three, spread over the tail)",
+    )  # fmt: skip
+    group.add_argument("--task", choices=("classification", "detection"), default="classification", help="(default: %(default)s)")
+    group.add_argument("--size", type=int, help="side of the training crops, px (default: the model's own input)")
+    group.add_argument("--channels", type=int, help="of the latent (default: 32, detection 96)")
+    group.add_argument(
+        "--shrink", type=int, default=0, metavar="N",
+        help="the latent is N times coarser than the coarsest map that crosses (default: as makes it 1/16 of the input)",
+    )  # fmt: skip
+    group.add_argument("--bytes", type=float, nargs="+", default=[], metavar="N", help="payload of each gain tier, finest first")
+    group.add_argument(
+        "--amp", action="store_true", help="half precision in the student on the processor too (a GPU always has it)"
+    )
+    add_serving_arguments(group)
+
+
+def _any(args: argparse.Namespace) -> TrainConfig:
+    from splitters.models.learned_any import AnyCutConfig
+    from splitters.sources import load_source
+    from splitters.train.recipes import any_cut
+
+    if not args.model or not args.at:
+        raise ConfigError("the recipe any needs --model and --at; `splitters profile MODEL` lists the cuts")
+    detects = args.task == "detection"
+    if detects != (args.output != "softmax"):
+        raise ConfigError("--task detection and --output yolox (or boxes) go together: the bundle must say how to read the boxes")
+    source = load_source(args.model, weights=args.weights, size_px=(args.size, args.size) if args.size else None)
+    height, width = source.example.shape[-2:]
+    if height != width:
+        raise ConfigError(f"the model's input is {height}x{width}; training crops are square: give --size")
+    cut = AnyCutConfig(
+        at=args.at, stem_at=args.stem_at, match=tuple(args.match), task=args.task, shrink=args.shrink,
+        channels=args.channels or (96 if detects else 32),
+    )  # fmt: skip
+    config = any_cut(
+        args.model, cut, weights=args.weights, size_px=height, steps=args.steps or 3000, batch=32,
+        target_bytes=tuple(args.bytes), serving={**described(source, args).to_json(), "licence": args.licence},
+    )  # fmt: skip
+    return replace(config, amp=args.amp, data=tuple(args.data_parts))
+
+
 def _config(args: argparse.Namespace) -> TrainConfig:
-    from splitters.train.recipes import any_cut, recipe
+    from splitters.train.recipes import recipe
 
     if args.recipe == "any":
-        if not args.model or not args.at:
-            raise ConfigError("the recipe any needs --model and --at; `splitters profile MODEL` lists the cuts")
-        config = any_cut(
-            args.model, args.at, stem_at=args.stem_at, match=tuple(args.match), task=args.task, weights=args.weights,
-            size_px=args.size, steps=args.steps or 3000,
-        )  # fmt: skip
+        config = _any(args)
     else:
         config = recipe(args.recipe)
         if args.steps:
             config = replace(
                 config, stages=tuple(replace(s, steps=max(1, s.steps * args.steps // config.steps)) for s in config.stages)
             )
-    config = replace(config, seed=args.seed)
+    config = replace(config, seed=args.seed, single=args.single_point)
+    if args.start:
+        config = replace(config, start=str(args.start))
     if args.batch:
         config = replace(config, batch=args.batch)
     return replace(config, hold_out=args.hold_out) if args.hold_out is not None else config

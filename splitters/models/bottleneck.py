@@ -10,6 +10,7 @@ Wang 2020), so every prefix of channels decodes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn import functional
 from splitters.models.narrow import narrow
 
 _MIN_PROBABILITY = 2.0**-16
+_BISECTIONS = 14
 
 
 class GainQuantiser(nn.Module):
@@ -72,6 +74,28 @@ class GainQuantiser(nn.Module):
         self.log_ungain[tier] -= amount
         self.prior_log_scale[tier] += amount
         self.prior_mean[tier] *= math.exp(amount)
+
+    @torch.no_grad()
+    def aim(self, latent: Tensor, target_bits: Sequence[float]) -> None:
+        """Sets every tier's gains and prior so that samples cost what they should from the first step on.
+
+        Args:
+            latent: of sample photos (N, C, h, w).
+            target_bits: of a sample, per tier.
+        """
+        mean, deviation = latent.mean((0, 2, 3)), latent.std((0, 2, 3)).clamp_min(1e-6)
+        kept = torch.ones(latent.shape[:2])
+        for number, target in enumerate(target_bits):
+            tier = torch.full((len(latent),), number)
+            low, high = -12.0, 12.0
+            for _ in range(_BISECTIONS):
+                gain = (low + high) / 2
+                self.log_gain[number], self.log_ungain[number] = gain, -gain
+                self.prior_mean[number] = mean * math.exp(gain)
+                # A floor keeps channels that round to zero everywhere from a prior so narrow that it cannot recover.
+                self.prior_log_scale[number] = (deviation * math.exp(gain) / 1.8).clamp_min(0.08).log()
+                above = float(self.bits(self.symbols(latent, tier).round(), tier, kept).mean()) > target
+                low, high = (low, gain) if above else (gain, high)
 
     def forward(self, latent: Tensor, tier: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Quantises for training: straight-through rounding for the decoder and for the bits.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from splitters.models.bottleneck import Decoder, GainQuantiser
 from splitters.models.ensemble import EncoderEnsemble
+from splitters.models.raw_outputs import RawOutput
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,19 +26,28 @@ class StagedModel:
         stages: the tail; the output of each is a place where student and teacher can be matched.
         task: ``classification`` adds distillation of the logits, the last stage's output; anything else matches
             the last stage's tensors as they are.
+        cuts: how many tensors cross the cut.
+        taps: how many of the stages' outputs lie before the model's own (0: all but the last).
+        raw: the branches of a detector's output, which follow the taps; empty: matched as it is.
+        same_front: the student's dearest encoder begins with this very stem and body, so that while they are frozen one run
+            of them serves both.
     """
 
     stem: nn.Module
     body: nn.Module
     stages: tuple[nn.Module, ...]
     task: str = "classification"
+    cuts: int = 1
+    taps: int = 0
+    raw: tuple[RawOutput, ...] = ()
+    same_front: bool = False
 
     def modules(self) -> nn.ModuleList:
         """All pieces, for moving, freezing and counting."""
         return nn.ModuleList([self.stem, self.body, *self.stages])
 
 
-def run_stages(stages: Sequence[nn.Module], cut: Tensor) -> list[Tensor]:
+def run_stages(stages: Sequence[nn.Module], cut: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     """Outputs of every stage, in order; a stage that returns several tensors adds each of them."""
     outputs: list[Tensor] = []
     x: object = cut
@@ -106,9 +116,9 @@ class LearnedSplit(nn.Module):
         return latent
 
     def answer(self, latent: Tensor) -> list[Tensor]:
-        """Cut tensor and stage outputs from a restored latent."""
+        """Cut tensors and stage outputs from a restored latent."""
         cut = self.decoder(latent)
-        return [cut, *run_stages(list(self.stages), cut)]
+        return [*_tensors(cut), *run_stages(list(self.stages), cut)]
 
     @torch.no_grad()
     def symbols(self, images: Tensor, tier: int, gain: int) -> Tensor:

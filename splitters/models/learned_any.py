@@ -1,14 +1,15 @@
 """A learned split of any model the splitter can cut: stem, body and tapped tail from the model's own graph.
 
-Shape legend: N batch; the cut must be crossed by one tensor (N, D, h, w); the latent is (N, C, h, w).
+Shape legend: N batch; the cut is crossed by tensors of any number and layout (`splitters.models.crossing`), fused to one map
+(N, F, h, w); the latent is (N, C, h, w), whatever the operating point.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -16,9 +17,14 @@ from torch import Tensor, fx, nn
 
 from protos.errors import ConfigError
 from splitters.cut import Cutter, Split
-from splitters.models.bottleneck import Decoder, GainQuantiser, principal_start
+from splitters.cutting.partition import Cut
+from splitters.cutting.trace import TensorInfo
+from splitters.models.bottleneck import Decoder, GainQuantiser
+from splitters.models.crossing import Crossing, Gather, Scatter, describe, latent_grid
 from splitters.models.ensemble import EncoderEnsemble, OwnEncoder, SmallEncoder, SmallEncoderConfig, Tier
 from splitters.models.learned import LearnedSplit, StagedModel
+from splitters.models.raw_outputs import RawOutput, raw_outputs
+from splitters.models.sensitivity import output_metric, sensitive_start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,10 +34,13 @@ class AnyCutConfig:
     Attributes:
         at: the cut, as `splitters profile` names it.
         stem_at: an earlier cut whose map the cheap encoders start from; empty: no cheap encoders.
-        match: later cuts at which student and teacher are compared.
+        match: later cuts at which student and teacher are compared; empty: three of the model's own, spread over the tail.
         channels: latent channels.
+        shrink: how many times coarser than the coarsest crossing map the latent is, its cells holding whole patches; 0: as many
+            times as makes it a sixteenth of the input.
         steps: quantiser steps of the gain tiers in units of the latent's standard deviation, finest first.
         width: of the decoder.
+        depth: the decoder's residual blocks.
         small: channels of the cheap encoder's stages at width 1.
         task: ``classification`` or ``detection``.
     """
@@ -40,23 +49,82 @@ class AnyCutConfig:
     stem_at: str = ""
     match: tuple[str, ...] = ()
     channels: int = 32
+    shrink: int = 1
     steps: tuple[float, ...] = (0.4, 0.7, 1.2, 2.0)
     width: int = 96
+    depth: int = 2
     small: tuple[int, ...] = (48, 96)
     task: str = "classification"
 
 
-class _Single(nn.Module):
-    """A graph of one input and one output tensor, without the tuple around the output."""
+_AUTO_MATCHES = 3
+_CHUNK = 16
+_STRIDE = 16
+_METRIC_PHOTOS = 48
+
+
+class _Flat(nn.Module):
+    """A graph with its outputs as a tuple of contiguous tensors, or as the tensor where it is only one."""
 
     def __init__(self, graph: nn.Module) -> None:
         super().__init__()
         self.inner = graph
 
+    def forward(self, *x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Runs the graph."""
+        found = tuple(t.contiguous() for t in self.inner(*x))
+        return found if len(found) > 1 else found[0]
+
+
+class _Same(nn.Module):
+    """Passes on what it is given: the body of a head that has no stem of its own."""
+
+    def forward(self, *x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """One tensor, or several as a tuple."""
+        return x if len(x) > 1 else x[0]
+
+
+class FusedEncoder(OwnEncoder):
+    """The base model's own layers up to the cut, its crossing tensors fused to one map, then one 1x1 convolution.
+
+    Args:
+        body: stem map to crossing tensors.
+        gather: these to the fused map.
+        c_latent: latent channels.
+    """
+
+    def __init__(self, body: nn.Module, gather: Gather, c_latent: int) -> None:
+        super().__init__(body, gather.channels, c_latent)
+        self.gather = gather
+
+    def from_cut(self, cut: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """The latent of crossing tensors."""
+        latent: Tensor = self.project(self.gather(*(cut if isinstance(cut, tuple) else (cut,))))
+        return latent
+
     def forward(self, x: Tensor) -> Tensor:
-        """Runs the graph and unwraps its only output."""
-        only: Tensor = self.inner(x)[0].contiguous()
-        return only
+        """Maps the stem's map to the latent (N, C, h, w)."""
+        return self.from_cut(self.body(x))
+
+
+class FusedDecoder(Decoder):
+    """Latent to crossing tensors, a tuple of them.
+
+    Args:
+        c_latent: latent channels.
+        gather: what is to be undone.
+        width: channels of the correction.
+        depth: its residual blocks.
+    """
+
+    def __init__(self, c_latent: int, gather: Gather, width: int, depth: int) -> None:
+        super().__init__(c_latent, gather.channels, width, depth)
+        self.scatter = Scatter(gather)
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Maps (N, C, h, w) to what crosses the cut."""
+        tensors: tuple[Tensor, ...] = self.scatter(super().forward(latent))
+        return tensors
 
 
 def between(module: fx.GraphModule, start: Sequence[str]) -> fx.GraphModule:
@@ -100,19 +168,54 @@ class TappedTail(nn.Module):
         output.args = ((tuple(by_name[t] for t in taps), output.args[0]),)
         self.tapped = fx.GraphModule(tail, graph)
 
-    def forward(self, cut: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *cut: Tensor) -> tuple[Tensor, ...]:
         """Taps in order, then the model's floating-point outputs."""
-        taps, outputs = self.tapped(cut)
+        taps, outputs = self.tapped(*cut)
         flat = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
         return (*taps, *flat)
 
 
-def _one_map(split: Split) -> tuple[int, int, int]:
-    if len(split.latent_shapes) != 1 or len(split.latent_shapes[0]) != 3:
-        shapes = ", ".join(map(str, split.latent_shapes))
-        raise ConfigError(f"a learned bottleneck needs a cut crossed by one (C, H, W) map; {split.at!r} is crossed by {shapes}")
-    c, h, w = split.latent_shapes[0]
-    return c, h, w
+def default_matches(cutter: Cutter, at: str, count: int = _AUTO_MATCHES) -> tuple[str, ...]:
+    """Cuts spread evenly over the layers behind ``at``, each the one that the fewest values cross nearby."""
+    start = cutter.partitioner.find(at).position
+    later = [c for c in cutter.candidates() if c.position > start]
+
+    def values(cut: Cut) -> int:
+        infos = [cutter.trace.values[n][0] for n in cut.crossing]
+        return sum(math.prod(i.shape[1:]) for i in infos if isinstance(i, TensorInfo))
+
+    span = len(later) / (count + 1)
+    chosen = []
+    for i in range(1, count + 1):
+        near = later[max(0, round(span * (i - 0.5))) : round(span * (i + 0.5))]
+        chosen += [min(near, key=values).name] if near else []
+    return tuple(dict.fromkeys(chosen))
+
+
+def _taps(cutter: Cutter, split: Split, config: AnyCutConfig) -> list[str]:
+    """Names of the tail's nodes that are matched.
+
+    Raises:
+        ConfigError: a matched cut lies before the cut.
+    """
+    known = {n.name for n in split.tail.graph.nodes if n.op != "placeholder"}
+    taps: list[str] = []
+    for at in config.match or default_matches(cutter, config.at):
+        names = cutter.split(at).latent_names
+        new = [n for n in names if n in known]
+        if not new:
+            raise ConfigError(f"{', '.join(names)} are not computed by the tail: matched cuts must lie after {config.at!r}")
+        taps += [n for n in new if n not in taps]
+    return taps
+
+
+def _raw(cutter: Cutter, tail: fx.GraphModule) -> tuple[RawOutput, ...]:
+    """The branches of a detector's output that the tail computes."""
+    shapes = {n.name: v[0] for n, v in cutter.trace.values.items() if isinstance(v[0], TensorInfo)}
+    output = next(n for n in tail.graph.nodes if n.op == "output")
+    nodes = [n for n in output.all_input_nodes if n.name in shapes and shapes[n.name].dtype.is_floating_point]
+    inside = {n.name for n in tail.graph.nodes if n.op != "placeholder"}
+    return tuple(r for r in raw_outputs(nodes, shapes) if r.node in inside)
 
 
 def build_any(model: nn.Module, example: Tensor, config: AnyCutConfig, sample: Tensor) -> tuple[StagedModel, LearnedSplit]:
@@ -125,20 +228,21 @@ def build_any(model: nn.Module, example: Tensor, config: AnyCutConfig, sample: T
         sample: some tens of normalised photos, for the latent's first basis.
 
     Raises:
-        ConfigError: the cut is crossed by several tensors or by no map; a match lies before the cut.
+        ConfigError: what crosses the cut has no grid; a match lies before the cut.
         CutError: no such cut.
     """
     cutter = Cutter(model, example)
     split = cutter.split(config.at)
-    c_cut, height, _ = _one_map(split)
-    known = {n.name for n in split.tail.graph.nodes}
-    taps = [name for at in config.match for name in cutter.split(at).latent_names]
-    if missing := [t for t in taps if t not in known]:
-        raise ConfigError(f"{', '.join(missing)} are not computed by the tail: matched cuts must lie after {config.at!r}")
-    stages = (TappedTail(split.tail, taps),)
-    stem, body, strides, c_stem = _front(cutter, split, config, height)
-    base = StagedModel(stem=stem, body=body, stages=stages, task=config.task)
-    own = OwnEncoder(copy.deepcopy(body), c_cut, config.channels)
+    crossings = describe(split.latent_shapes, config.at)
+    gather = Gather(crossings, latent_grid(crossings, config.shrink or _shrink(crossings, example.shape[-2])))
+    taps = _taps(cutter, split, config)
+    raw = _raw(cutter, split.tail) if config.task == "detection" else ()
+    stages = (TappedTail(split.tail, [*taps, *(r.node for r in raw)]),)
+    stem, body, strides, c_stem = _front(cutter, split, config, gather.grid[0])
+    base = StagedModel(
+        stem=stem, body=body, stages=stages, task=config.task, cuts=len(crossings), taps=len(taps), raw=raw, same_front=True
+    )
+    own = FusedEncoder(copy.deepcopy(body), gather, config.channels)
     encoders: list[nn.Module] = [own]
     tiers = [Tier(name="own", runs=((0, 1.0),))]
     if strides is not None:
@@ -147,13 +251,27 @@ def build_any(model: nn.Module, example: Tensor, config: AnyCutConfig, sample: T
         )
         encoders = [SmallEncoder(small, c_stem, config.channels), own]
         tiers = [Tier(name="s", runs=((0, 0.5),)), Tier(name="m", runs=((0, 1.0),)), Tier(name="own", runs=((1, 1.0),))]
-    decoder = Decoder(config.channels, c_cut, config.width, depth=2)
+    decoder = FusedDecoder(config.channels, gather, config.width, config.depth)
     with torch.no_grad():
-        cut = body(stem(sample))
-        spread = principal_start(own.project, decoder.linear, cut)
+        parts = [_tuple(body(stem(sample[i : i + _CHUNK]))) for i in range(0, len(sample), _CHUNK)]
+        crossed = [torch.cat(t) for t in zip(*parts, strict=True)]
+        gather.measure(crossed)
+        metric = output_metric(base, [t[:_METRIC_PHOTOS] for t in crossed], gather)
+        spread = sensitive_start(own.project, decoder.linear, gather(*crossed), metric)
         scale = float(spread.square().mean().sqrt())
-    quantiser = GainQuantiser(config.channels, tuple(s * scale for s in config.steps), scale)
+        quantiser = GainQuantiser(config.channels, tuple(s * scale for s in config.steps), scale)
+        # Later channels hold less: a prior as wide as the first one's would charge them several times their bits at the start.
+        quantiser.prior_log_scale.add_((spread / scale).clamp_min(1e-3).log())
     return base, LearnedSplit(copy.deepcopy(stem), EncoderEnsemble(encoders, tiers), quantiser, decoder, copy.deepcopy(stages))
+
+
+def _shrink(crossings: Sequence[Crossing], input_px: int) -> int:
+    rows, _ = latent_grid(crossings, 1)
+    return max(1, round(_STRIDE * rows / input_px))
+
+
+def _tuple(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
 
 
 def _front(
@@ -161,14 +279,19 @@ def _front(
 ) -> tuple[nn.Module, nn.Module, tuple[int, ...] | None, int]:
     """Stem, body, strides of a cheap encoder between them (None: none) and the stem's channels."""
     if not config.stem_at:
-        return _Single(split.head), nn.Identity(), None, 0
-    early: Any = cutter.split(config.stem_at)
-    c_stem, h_stem, _ = _one_map(early)
-    ratio = h_stem // height
-    if height * ratio != h_stem or ratio & (ratio - 1) or 2 ** len(config.small) < ratio:
+        return _Flat(split.head), _Same(), None, 0
+    early = cutter.split(config.stem_at)
+    maps = describe(early.latent_shapes, config.stem_at)
+    if len(maps) != 1 or maps[0].layout != "chw":
+        shapes = ", ".join(map(str, early.latent_shapes))
+        raise ConfigError(f"cheap encoders start from one (C, H, W) map; {config.stem_at!r} is crossed by {shapes}: choose another")
+    rows, ratio = maps[0].height, 1
+    while rows > height:
+        rows, ratio = math.ceil(rows / 2), 2 * ratio
+    if rows != height or ratio > 2 ** len(config.small):
         raise ConfigError(
-            f"the stem's map is {h_stem} high and the cut's {height}: their ratio must be 1, 2, 4 … {2 ** len(config.small)}"
+            f"the stem's map is {maps[0].height} high and the latent {height}: at most {len(config.small)} halvings fit"
         )
     halvings = ratio.bit_length() - 1
     strides = (2,) * halvings + (1,) * (1 if halvings == 0 else 0)
-    return _Single(early.head), _Single(between(split.head, early.latent_names)), strides, c_stem
+    return _Flat(early.head), _Flat(between(split.head, early.latent_names)), strides, maps[0].channels

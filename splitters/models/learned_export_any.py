@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from protos.errors import BundleError
 from splitters.bundle import Bundle, BundleWriter
 from splitters.codec import learned_spec
-from splitters.manifest import Head, Preprocess
+from splitters.manifest import Head, parse_preprocess
 from splitters.models.learned import LearnedSplit
 from splitters.models.learned_any import AnyCutConfig, TappedTail, build_any
 from splitters.models.learned_export import (
@@ -54,7 +55,7 @@ class _ServerPart(nn.Module):
 
     def forward(self, latent: Tensor) -> Any:
         """Maps the restored latent to what the model returns, floating-point tensors only."""
-        outputs = self.tail(self.decoder(latent))
+        outputs = self.tail(*self.decoder(latent))
         return tuple(t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point())
 
 
@@ -122,17 +123,25 @@ def export_run(run: Path, out: Path) -> Bundle:
         export_onnx(whole, [image], writer.file("server/whole.onnx", "server"), inputs=["image"], outputs=outputs)
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         writer.add(TABLES_PART, (run / TABLES_FILE).read_bytes(), "device")
-        spec = source.preprocess or Preprocess(
-            resize="shortest",
-            size_px=(size, size),
-            resize_px=round(size * 8 / 7),
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
-        )
         return writer.finish(
-            points=operating_points(student.ensemble, rungs), name=source.name, task="classification",
-            latent_shape=(shape,), preprocess=spec, labels=source.labels, codec="device/codec.json",
-            head=Head(stem="device/stem.onnx", graphs=graphs), postprocess={"kind": "softmax"},
+            points=operating_points(student.ensemble, rungs), latent_shape=(shape,), codec="device/codec.json",
+            head=Head(stem="device/stem.onnx", graphs=graphs), **_ends(source, recipe),
             tail={"kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx", "base_weights": ["server/whole.onnx"]},
-            licence="that of the model's weights; the training photographs' terms apply to the bottleneck", provenance=recipe,
         )  # fmt: skip
+
+
+def _ends(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's fields that say what a model is, what it takes and how its output is read.
+
+    Raises:
+        BundleError: the recipe holds no such fields.
+    """
+    told = recipe["config"].get("serving")
+    if not told:
+        raise BundleError("the run's recipe does not say how its model is served; train it again with this release")
+    terms = "the training photographs' terms apply to the bottleneck"
+    return {
+        "name": source.name, "task": told["task"], "preprocess": parse_preprocess(told["preprocess"]),
+        "postprocess": told["postprocess"], "labels": {int(k): str(v) for k, v in told["labels"].items()},
+        "licence": f"{told.get('licence', 'that of the model')}; {terms}", "provenance": dict(recipe),
+    }  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from protos.errors import ConfigError
 from splitters.models.learned_any import AnyCutConfig
@@ -15,6 +17,7 @@ class Stage:
     Attributes:
         steps: optimiser steps.
         lr: peak learning rate of newly made parts; falls along a cosine over the stage.
+        lr_shared: that of what all tiers share, decoder and gains, and of the dearest encoder's projection; None: ``lr``.
         lr_own: that of the own encoder's blocks, 0 keeps them frozen.
         lr_tail: that of the student's tail, 0 keeps it frozen.
         tail_stages: how many leading tail stages ``lr_tail`` applies to.
@@ -25,6 +28,7 @@ class Stage:
 
     steps: int
     lr: float = 1e-3
+    lr_shared: float | None = None
     lr_own: float = 0.0
     lr_tail: float = 0.0
     tail_stages: int = 1
@@ -44,7 +48,8 @@ class LossWeights:
     Attributes:
         cut: mean squared error at the cut.
         stages: at each matched stage but the last.
-        logits: Kullback-Leibler divergence of the logits (classification), else squared error at the last stage.
+        logits: Kullback-Leibler divergence of the logits (classification), divergence and box error of a detector's raw
+            outputs, else squared error at the last stage.
         latent: a cheap tier's latent against the dearest tier's.
     """
 
@@ -63,6 +68,12 @@ class TrainConfig:
         cut: where a model other than the default is cut and how its bottleneck is built.
         weights: of the source, as `splitters cut --weights` takes it.
         rungs: settings of the bitrate knob in the bundle: gain tiers, fractions lying between two of them.
+        serving: for the manifest: ``preprocess``, ``postprocess``, ``labels``, as JSON; empty: the source's own.
+        letterbox: photos are shown whole or as large cut-outs, scaled to fit and padded, as detectors see them; else cropped.
+        amp: the student's decoder and tail in bfloat16 on the processor too; on a GPU they always are.
+        first_weight: of the bits in the loss, relative to a bit's share of the finest tier's target, at the start.
+        start: folder with trained weights to go on from (``efficientnet-lite0`` only); empty: the published model.
+        single: ``TIER:GAIN``: train for this one operating point alone, from ``start`` (see `splitters.train.single`).
         data: sub-folders of the data directory to learn from; empty for all of it.
         target_bytes: estimated payload of each gain tier in the dearest encoder tier, finest first: the trade-off
             between loss and bits of every tier is steered towards it.
@@ -71,6 +82,7 @@ class TrainConfig:
         lost_layers: probability that a sample loses a channel group in the middle (masks of lost layers).
         groups: first channel of every group.
         hold_out: photos kept for ``dev``.
+        hold_out_of: sub-folder of the data directory to take them from, equally many of each folder in it; empty: of all.
         ema: decay of the averaged weights.
     """
 
@@ -80,6 +92,12 @@ class TrainConfig:
     cut: AnyCutConfig | None = None
     weights: str = "random"
     rungs: tuple[float, ...] = ()
+    serving: Mapping[str, Any] = field(default_factory=dict)
+    letterbox: bool = False
+    amp: bool = False
+    first_weight: float = 0.0
+    start: str = ""
+    single: str = ""
     data: tuple[str, ...] = ()
     size_px: int = 224
     mean: tuple[float, float, float] = (127 / 255, 127 / 255, 127 / 255)
@@ -92,6 +110,7 @@ class TrainConfig:
     lost_layers: float = 0.0
     groups: tuple[int, ...] = (0, 16, 32)
     hold_out: int = 500
+    hold_out_of: str = ""
     ema: float = 0.998
     clip_norm: float = 2.0
     seed: int = 0

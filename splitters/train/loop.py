@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from splitters.models.ensemble import OwnEncoder, SmallEncoder
 from splitters.models.learned import LearnedSplit, StagedModel, run_stages
+from splitters.models.learned_any import FusedEncoder
 from splitters.train.checkpoint import load_checkpoint, save_checkpoint
 from splitters.train.config import Stage, TrainConfig
-from splitters.train.losses import BitrateSteering, distortion, relative_error
+from splitters.train.losses import BitrateSteering, relative_error, staged_distortion
 from splitters.train.photos import Crops, PhotoCache
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class Trainer:
             device,
             clock_s,
         )
-        self.crops = Crops(size_px=config.size_px, area=config.area, mean=config.mean, std=config.std)
+        self.crops = Crops(size_px=config.size_px, area=config.area, mean=config.mean, std=config.std, letterbox=config.letterbox)
+        self.shares_front = base.same_front and all(stage.lr_own == 0 for stage in config.stages)
         for module in (base.modules(), student):
             module.to(device)
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -89,7 +91,8 @@ class Trainer:
         self.optimiser = torch.optim.Adam([{"params": params, "lr": 0.0} for params in self.groups.values()], betas=(0.9, 0.99))
         self.ema = {name: value.detach().clone() for name, value in student.state_dict().items()}
         bits = [8 * b for b in config.target_bytes]
-        self.steering = BitrateSteering(bits, [0.02 * bits[0] / b for b in bits])
+        first = 1000 * config.first_weight / bits[0] if config.first_weight else 0.02
+        self.steering = BitrateSteering(bits, [first * bits[0] / b for b in bits])
         self.running_bytes = list(config.target_bytes)
         self.step = 0
         if (out / "checkpoint.safetensors").exists():
@@ -113,21 +116,31 @@ class Trainer:
         warm = min(1.0, (index + 1) / stage.warmup_steps)
         fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * index / stage.steps))
         for group, (name, params) in zip(self.optimiser.param_groups, self.groups.items(), strict=True):
-            lr = {"new": stage.lr, "quantiser": 4 * stage.lr, "own": stage.lr_own}.get(name, 0.0)
+            shared = stage.lr if stage.lr_shared is None else stage.lr_shared
+            lr = {"new": stage.lr, "shared": shared, "bridge": shared, "quantiser": 4 * shared, "own": stage.lr_own}.get(name, 0.0)
             if name.startswith("tail"):
                 lr = stage.lr_tail if int(name[4:]) < stage.tail_stages else 0.0
             group["lr"] = lr * warm * fall
             for p in params:
                 p.requires_grad_(lr > 0)
 
-    def _teach(self, images: Tensor) -> list[Tensor]:
+    def _teach(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the student is matched to, and the stem's map."""
         with torch.no_grad(), self._amp():
-            cut = self.base.body(self.base.stem(images))
-            return [t.float() for t in [cut, *run_stages(self.base.stages, cut)]]
+            stem_map = self.base.stem(images)
+            cut = self.base.body(stem_map)
+            cuts = cut if isinstance(cut, tuple) else (cut,)
+            return [t.float() for t in [*cuts, *run_stages(self.base.stages, cut)]], stem_map
 
     def _amp(self) -> torch.autocast:
         fast = self.device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
+
+    def _answer(self, restored: Tensor) -> list[Tensor]:
+        """The student's tensors, in half precision on the way where that is wanted; quantiser and losses stay in float32."""
+        enabled = self.config.amp or self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+            return [t.float() for t in self.student.answer(restored)]
 
     def _draw(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Gain tier (n,) and kept channels (n, C) of every sample."""
@@ -160,12 +173,25 @@ class Trainer:
         gain = gains[len(gains) // 2].exp()[:, None, None]
         return relative_error(mine * gain, best.detach() * gain)
 
-    def _latents(self, images: Tensor, stage: Stage, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Latents (n, C, h, w) of every sample in its own tier, and the cheap ones' mean mismatch."""
+    def _latents(
+        self, images: Tensor, stage: Stage, rng: np.random.Generator, front: tuple[Tensor, Sequence[Tensor]] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Latents (n, C, h, w) of every sample in its own tier, and the cheap ones' mean mismatch.
+
+        Args:
+            images: normalised.
+            stage: of the training.
+            rng: of this step.
+            front: the teacher's stem map and crossing tensors, where they are the student's too.
+        """
         ensemble = self.student.ensemble
-        with torch.no_grad():
-            stem_map = self.student.stem(images)
-        best = self._dearest(stem_map, stage)
+        own = ensemble.encoders[-1]
+        if front is not None and isinstance(own, FusedEncoder):
+            stem_map, best = front[0].float(), own.from_cut(tuple(front[1]))
+        else:
+            with torch.no_grad():
+                stem_map = self.student.stem(images)
+            best = self._dearest(stem_map, stage)
         parts, errors, at = [], [], 0
         for tier, count in enumerate(shares(stage.tiers, len(images), rng)):
             if count and tier < len(ensemble.tiers) - 1:
@@ -201,11 +227,12 @@ class Trainer:
             loss = self._distil_latents(images, stage)
             self._update(loss)
             return self._told(float(loss.detach()), 0.0, float(loss.detach()))
-        teacher = self._teach(images)
-        latent, mismatch = self._latents(images, stage, rng)
+        teacher, stem_map = self._teach(images)
+        front = (stem_map, teacher[: self.base.cuts]) if self.shares_front else None
+        latent, mismatch = self._latents(images, stage, rng, front)
         gain, kept = self._draw(len(images), rng)
         restored, bits = self.student.quantiser(latent, gain, kept)
-        wrong = distortion(self.student.answer(restored), teacher, config.loss, logits=self.base.task == "classification")
+        wrong = staged_distortion(self._answer(restored), teacher, config.loss, self.base)
         loss = (wrong + self.steering.weight(gain.cpu()).to(self.device) * bits).mean() + config.loss.latent * mismatch
         self._update(loss)
         self._steer(stage, gain, kept, bits)
@@ -219,11 +246,11 @@ class Trainer:
         self._average()
 
     def _steer(self, stage: Stage, gain: Tensor, kept: Tensor, bits: Tensor) -> None:
-        """Compares the dearest tier's untruncated samples with the targets."""
+        """Compares the dearest shown tier's untruncated samples with the targets."""
         whole = kept.min(1).values > 0
-        counts = shares(stage.tiers, len(gain), None)
+        count = next(n for n in reversed(shares(stage.tiers, len(gain), None)) if n)
         dearest = torch.zeros(len(gain), dtype=torch.bool, device=gain.device)
-        dearest[len(gain) - counts[-1] :] = True
+        dearest[len(gain) - count :] = True
         told = (whole & dearest).cpu()
         if bool(told.any()):
             g, b = gain.cpu()[told], bits.detach().cpu()[told]
@@ -266,18 +293,24 @@ def shares(fractions: tuple[float, ...], n: int, rng: np.random.Generator | None
 
 
 def parameter_groups(student: LearnedSplit) -> dict[str, list[nn.Parameter]]:
-    """Trainable parameters by role: ``new``, ``quantiser``, ``own`` (the base's own blocks), ``tail0``, ``tail1`` …."""
+    """Trainable parameters by role.
+
+    ``shared`` (decoder), ``new`` (small encoders), ``bridge`` (the dearest encoder's projection), ``quantiser``, ``own``
+    (the base's own blocks), ``tail0``, ``tail1`` ….
+    """
     groups: dict[str, list[nn.Parameter]] = {
-        "new": list(student.decoder.parameters()),
+        "shared": list(student.decoder.parameters()),
+        "new": [],
+        "bridge": [],
         "quantiser": list(student.quantiser.parameters()),
         "own": [],
     }
     for encoder in student.ensemble.encoders:
         if isinstance(encoder, OwnEncoder):
             groups["own"] += list(encoder.body.parameters())
-            groups["new"] += list(encoder.project.parameters())
+            groups["bridge"] += list(encoder.project.parameters())
         elif isinstance(encoder, SmallEncoder):
-            groups["new"] += [*encoder.body.parameters(), *encoder.project.parameters()]
+            groups["new"] += [p for name, p in encoder.named_parameters() if not name.startswith("trunk.")]
     for i, stage in enumerate(student.stages):
         groups[f"tail{i}"] = list(stage.parameters())
     return {name: params for name, params in groups.items() if params}

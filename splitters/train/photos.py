@@ -22,6 +22,8 @@ from protos.errors import SourceError
 
 log = logging.getLogger(__name__)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_PARTS = 0.5
+_GREY = 114
 _LONGEST = 1.6  # longest to shortest side kept
 
 
@@ -47,6 +49,19 @@ def hold_out(photos: Sequence[Path], count: int, seed: int) -> tuple[list[Path],
     return sorted(order[count:]), sorted(order[:count])
 
 
+def hold_out_evenly(photos: Sequence[Path], count: int, seed: int, within: Path) -> tuple[list[Path], list[Path]]:
+    """As ``hold_out``, but only photos below ``within`` are held out, equally many from each folder there."""
+    folders: dict[Path, list[Path]] = {}
+    for photo in photos:
+        if within in photo.parents:
+            folders.setdefault(photo.parent, []).append(photo)
+    if not folders:
+        return hold_out(photos, count, seed)
+    dev = sorted(p for members in folders.values() for p in hold_out(members, count // len(folders), seed)[1])
+    gone = set(dev)
+    return sorted(p for p in photos if p not in gone), dev
+
+
 def _load(path: Path, short_px: int) -> NDArray[np.uint8]:
     with Image.open(path) as opened:
         image = opened.convert("RGB")
@@ -61,6 +76,15 @@ def _load(path: Path, short_px: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(a[top : top + down, left : left + across])
 
 
+def _load_whole(path: Path, longest_px: int) -> NDArray[np.uint8]:
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    scale = longest_px / max(image.size)
+    if scale < 1:
+        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Crops:
     """How training crops are drawn.
@@ -70,12 +94,14 @@ class Crops:
         area: smallest share of the photo's area that a crop shows.
         mean: subtracted per channel, of values in 0..1.
         std: divided by per channel.
+        letterbox: keep proportions: whole photos and large parts, scaled to fit, at the top left of a grey square.
     """
 
     size_px: int
     area: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    letterbox: bool = False
 
 
 class PhotoCache:
@@ -85,10 +111,12 @@ class PhotoCache:
         photos: the files, in order.
         folder: where the cache lies; reused while the list of photos is the same.
         short_px: shortest side they are reduced to.
+        longest_px: longest side they are reduced to, and nothing is cut off; 0: as ``short_px`` says.
     """
 
-    def __init__(self, photos: Sequence[Path], folder: Path, short_px: int = 256) -> None:
-        key = hashlib.sha256("\n".join([str(short_px), *map(str, photos)]).encode()).hexdigest()[:16]
+    def __init__(self, photos: Sequence[Path], folder: Path, short_px: int = 256, longest_px: int = 0) -> None:
+        size = f"{short_px}" if not longest_px else f"longest {longest_px}"
+        key = hashlib.sha256("\n".join([size, *map(str, photos)]).encode()).hexdigest()[:16]
         self.path, index = folder / f"photos-{key}.u8", folder / f"photos-{key}.json"
         if not index.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +124,7 @@ class PhotoCache:
             offset = 0
             with self.path.open("wb") as out:
                 for path in photos:
-                    a = _load(path, short_px)
+                    a = _load_whole(path, longest_px) if longest_px else _load(path, short_px)
                     out.write(a.tobytes())
                     shapes.append((offset, a.shape[0], a.shape[1]))
                     offset += a.nbytes
@@ -115,7 +143,8 @@ class PhotoCache:
 
     def batch(self, indices: Iterable[int], crops: Crops, rng: np.random.Generator) -> Tensor:
         """Random resized crops, mirrored half of the time."""
-        taken = [_crop(self.photo(i), crops, rng) for i in indices]
+        draw = _letterboxed if crops.letterbox else _crop
+        taken = [draw(self.photo(i), crops, rng) for i in indices]
         return normalise(np.stack(taken), crops)
 
 
@@ -142,6 +171,27 @@ def _crop(photo: NDArray[np.uint8], crops: Crops, rng: np.random.Generator) -> N
         np.ascontiguousarray(part), (crops.size_px, crops.size_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     )
     return resized.astype(np.uint8, copy=False)
+
+
+def _letterboxed(photo: NDArray[np.uint8], crops: Crops, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Half of the time the whole photo as a detector sees it, else a part of it at another scale."""
+    import cv2
+
+    h, w = photo.shape[:2]
+    if rng.random() < _PARTS:
+        share = float(np.sqrt(rng.uniform(crops.area, 1.0)))
+        down, across = max(1, int(h * share)), max(1, int(w * share))
+        top, left = int(rng.integers(0, h - down + 1)), int(rng.integers(0, w - across + 1))
+        photo = photo[top : top + down, left : left + across]
+        h, w = down, across
+    if rng.random() < 0.5:
+        photo = photo[:, ::-1]
+    scale = crops.size_px / max(h, w)
+    size = (max(1, round(w * scale)), max(1, round(h * scale)))
+    resized = cv2.resize(np.ascontiguousarray(photo), size, interpolation=cv2.INTER_LINEAR)
+    square = np.full((crops.size_px, crops.size_px, 3), _GREY, np.uint8)
+    square[: size[1], : size[0]] = resized
+    return square
 
 
 def centred(path: Path, size_px: int) -> NDArray[np.uint8]:

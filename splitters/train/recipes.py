@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from protos.errors import ConfigError
 from splitters.models.learned_any import AnyCutConfig
 from splitters.train.config import LossWeights, Stage, TrainConfig
 
+WEIGHTS = Path(__file__).parents[1] / "weights"
+_GENTLE = 2e-4  # a start from the outputs' own metric is good already; 1e-3 undoes it before it learns anything
 RUNGS = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 
 
@@ -22,7 +27,7 @@ def efficientnet_lite0() -> TrainConfig:
     return TrainConfig(
         model="efficientnet-lite0", size_px=192, rungs=RUNGS,
         target_bytes=tuple(0.735 * b for b in (3800, 2500, 1600, 1000, 620, 380)),
-        data=("imagenette160/train", "photos", "coco/train/images"),
+        data=("imagenette160/train", "photos", "coco/train/images"), hold_out_of="imagenette160/train",
         stages=(
             Stage(steps=500, lr=1e-3, tiers=(0, 0, 0, 1)),
             Stage(steps=350, lr=2e-3, tiers=(0.34, 0.33, 0.33, 0), latent_only=True),
@@ -32,50 +37,72 @@ def efficientnet_lite0() -> TrainConfig:
     )  # fmt: skip
 
 
-def efficientnet_lite0_single() -> TrainConfig:
-    """The same recipe for one operating point (own blocks, one gain tier, no truncation): what slimmability costs."""
-    return TrainConfig(
-        model="efficientnet-lite0", size_px=192, target_bytes=(0.735 * 1000,), rungs=(0.0,), truncate=0.0,
-        data=("imagenette160/train", "photos", "coco/train/images"),
-        stages=(Stage(steps=500, lr=1e-3, tiers=(0, 0, 0, 1)),),
+def efficientnet_lite0_joint() -> TrainConfig:
+    """Goes on from shipped weights with everything at once, the tail's first blocks and the own encoder included."""
+    return replace(
+        efficientnet_lite0(), start=str(WEIGHTS / "efficientnet-lite0"), amp=True,
+        stages=(Stage(steps=300, lr=8e-4, lr_own=3e-5, lr_tail=1e-4, tiers=(0.34, 0.11, 0.11, 0.44)),),
+    )  # fmt: skip
+
+
+def efficientnet_lite0_cheap() -> TrainConfig:
+    """Goes on from shipped weights with the small encoders; what they share with the dearest tier moves slowly."""
+    return replace(
+        efficientnet_lite0(), start=str(WEIGHTS / "efficientnet-lite0"), truncate=0.15,
+        amp=True, stages=(Stage(steps=480, lr=2e-3, lr_shared=2e-4, tiers=(0.4, 0.22, 0.16, 0.22)),),
     )  # fmt: skip
 
 
 def any_cut(
-    source: str, at: str, *, stem_at: str = "", match: tuple[str, ...] = (), task: str = "classification", weights: str = "hub",
-    size_px: int = 224, steps: int = 3000, batch: int = 32,
+    source: str, cut: AnyCutConfig, *, weights: str = "hub", size_px: int = 224, steps: int = 3000, batch: int = 32,
+    target_bytes: tuple[float, ...] = (), serving: Mapping[str, Any] | None = None,
 ) -> TrainConfig:  # fmt: skip
-    """A bottleneck for any model at any cut that one feature map crosses.
+    """A bottleneck for any model at any cut.
+
+    A third of the steps train the bottleneck alone, then (a sixth) the cheap encoders learn its latent, then everything and the
+    tail. Detectors see whole photos and large parts, letterboxed, and are matched at the taps and at their raw outputs.
 
     Args:
         source: the model, as `splitters cut` names it.
-        at: the cut.
-        stem_at: an earlier cut, from whose map cheap encoders start; empty: the head runs as it is.
-        match: later cuts where student and teacher are matched.
-        task: ``classification`` distils the logits, ``detection`` matches the raw outputs.
+        cut: where, and how its bottleneck is built.
         weights: as for `splitters cut`.
         size_px: side of the training crops.
         steps: of all stages together.
         batch: photos a step.
+        target_bytes: payload each gain tier aims at, finest first; default: by task and size.
+        serving: the manifest's ends of the model (`splitters.commands.serving_arguments`); default: ImageNet's normalisation.
     """
-    cheap = (0.25, 0.15) if stem_at else ()
+    detects = cut.task == "detection"
+    cheap = (0.25, 0.15) if cut.stem_at else ()
     own = 1 - sum(cheap)
     alone = (*(0.0 for _ in cheap), 1.0)
-    first = Stage(steps=max(1, steps // 3), tiers=alone)
-    distil = (Stage(steps=max(1, steps // 6), lr=2e-3, tiers=(0.5, 0.5, 0.0), latent_only=True),) if stem_at else ()
+    first = Stage(steps=max(1, steps // 3), lr_shared=_GENTLE, tiers=alone)
+    distil = (Stage(steps=max(1, steps // 6), lr=2e-3, tiers=(0.5, 0.5, 0.0), latent_only=True),) if cut.stem_at else ()
     rest = steps - first.steps - sum(s.steps for s in distil)
-    cut = AnyCutConfig(at=at, stem_at=stem_at, match=match, task=task)
+    usual = (3500, 2100, 1250, 750, 450) if detects else (4000, 2000, 1000, 500)
+    finest = target_bytes or tuple(size_px**2 / 224**2 * b for b in usual)
+    spec = (serving or {}).get("preprocess", {})
+    last = Stage(steps=max(1, rest), lr=8e-4, lr_shared=_GENTLE, lr_tail=5e-5, tiers=(*cheap, own))
     return TrainConfig(
-        model=source, cut=cut, weights=weights, size_px=size_px, batch=batch, rungs=tuple(i / 2 for i in range(7)), groups=(0, 16),
-        prefixes=(8, 12, 16, 24), target_bytes=tuple(size_px**2 / 224**2 * b for b in (4000, 2000, 1000, 500)),
-        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), loss=LossWeights(stages=(1.0,) * max(1, len(match))),
-        stages=(first, *distil, Stage(steps=max(1, rest), lr=8e-4, lr_tail=1e-4, tail_stages=1, tiers=(*cheap, own))),
+        model=source, cut=replace(cut, steps=_steps(len(finest))), weights=weights, size_px=size_px, batch=batch,
+        rungs=tuple(i / 2 for i in range(2 * len(finest) - 1)), groups=(0, 16) if cut.channels > 16 else (0,),
+        prefixes=tuple(sorted({max(1, cut.channels * n // 8) for n in (2, 3, 4, 6)})), target_bytes=finest,
+        truncate=0.1 if detects else 0.25, letterbox=detects, area=0.4 if detects else 0.25, first_weight=0.5 if detects else 0.0,
+        mean=tuple(spec.get("mean", (0.485, 0.456, 0.406))), std=tuple(spec.get("std", (0.229, 0.224, 0.225))),
+        loss=LossWeights(cut=0.05, stages=(0.2,)) if detects else LossWeights(stages=(1.0,)), serving=serving or {}, hold_out=200,
+        stages=(first, *distil, last),
     )  # fmt: skip
+
+
+def _steps(tiers: int) -> tuple[float, ...]:
+    """First quantiser steps, each 1.7 times the one before; training moves them to the targets."""
+    return tuple(0.4 * 1.7**i for i in range(tiers))
 
 
 RECIPES: Mapping[str, Callable[[], TrainConfig]] = {
     "efficientnet-lite0": efficientnet_lite0,
-    "efficientnet-lite0-single": efficientnet_lite0_single,
+    "efficientnet-lite0-cheap": efficientnet_lite0_cheap,
+    "efficientnet-lite0-joint": efficientnet_lite0_joint,
 }
 
 

@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 
 from protos.errors import ConfigError
+from splitters.models.efficientnet_lite import load_efficientnet_lite0
 from splitters.models.learned import LearnedSplit, StagedModel
-from splitters.models.learned_export import Rung
+from splitters.models.learned_export import Rung, load_student
 from splitters.train.config import TrainConfig
 from splitters.train.finish import finish
 from splitters.train.loop import StepReport, Trainer
-from splitters.train.photos import Crops, PhotoCache, hold_out, list_photos
+from splitters.train.photos import Crops, PhotoCache, hold_out, hold_out_evenly, list_photos
+from splitters.train.single import single_from
 
 log = logging.getLogger(__name__)
 _SAMPLE = 96
+_AIMED = 24
 
 
 def build(config: TrainConfig, sample: Tensor) -> tuple[StagedModel, LearnedSplit]:
@@ -40,16 +43,11 @@ def build(config: TrainConfig, sample: Tensor) -> tuple[StagedModel, LearnedSpli
     if config.cut is None:
         if config.model != "efficientnet-lite0":
             raise ConfigError(f"model {config.model!r} needs a cut")
-        from splitters.models.learned_efficientnet import build_learned_efficientnet
+        from splitters.models.learned_efficientnet import DEEP, build_learned_efficientnet, staged
 
-        base, student = build_learned_efficientnet(sample)
-        tiers = len(config.target_bytes)
-        if tiers != len(student.quantiser.log_gain):
-            middle = [student.quantiser.log_gain.shape[0] // 2] * tiers
-            for name in ("log_gain", "log_ungain", "prior_mean", "prior_log_scale"):
-                value = getattr(student.quantiser, name)
-                setattr(student.quantiser, name, torch.nn.Parameter(value.detach()[middle].clone()))
-        return base, student
+        if config.start:
+            return staged(load_efficientnet_lite0()), load_student(Path(config.start), DEEP)
+        return build_learned_efficientnet(sample)
     from splitters.models.learned_any import build_any
     from splitters.sources import load_source
 
@@ -57,13 +55,24 @@ def build(config: TrainConfig, sample: Tensor) -> tuple[StagedModel, LearnedSpli
     source = load_source(config.model, weights=config.weights, size_px=None if config.model.endswith(".pt2") else size)
     if not isinstance(source.model, torch.nn.Module):
         raise ConfigError("an exported program cannot be trained around: give the model itself")
-    return build_any(source.model, sample[:1], config.cut, sample)
+    base, student = build_any(source.model, sample[:1], config.cut, sample)
+    with torch.no_grad():
+        latent = student.eval().latent(sample[:_AIMED], len(student.ensemble.tiers) - 1)
+    student.quantiser.aim(latent, [8 * b for b in config.target_bytes])
+    return base, student
 
 
 def roots(config: TrainConfig, data: Path) -> list[Path]:
     """The folders to learn from: those the recipe names that exist below ``data``, or else ``data`` itself."""
     named = [data / part for part in config.data if (data / part).is_dir()]
     return named or [data]
+
+
+def _held_out(config: TrainConfig, data: Path) -> tuple[list[Path], list[Path]]:
+    photos = list_photos(roots(config, data))
+    if config.hold_out_of:
+        return hold_out_evenly(photos, config.hold_out, config.seed, data / config.hold_out_of)
+    return hold_out(photos, config.hold_out, config.seed)
 
 
 def run_training(
@@ -87,16 +96,20 @@ def run_training(
         SourceError: no photos.
         ConfigError: too few photos, or ``out`` holds another recipe's checkpoint.
     """
-    train, dev = hold_out(list_photos(roots(config, data)), config.hold_out, config.seed)
+    train, dev = _held_out(config, data)
     if len(train) < config.batch:
         raise ConfigError(f"{data} holds {len(train) + len(dev)} photos, {len(dev)} of them held out: too few to train on")
     out.mkdir(parents=True, exist_ok=True)
     (out / "dev.json").write_text(json.dumps([str(p) for p in dev], indent=0), encoding="utf-8")
     torch.manual_seed(config.seed)
-    photos = PhotoCache(train, cache or out / "photos", short_px=max(256, config.size_px))
-    whole = Crops(size_px=config.size_px, area=0.5, mean=config.mean, std=config.std)
+    longest = round(1.15 * config.size_px) if config.letterbox else 0
+    photos = PhotoCache(train, cache or out / "photos", short_px=max(256, config.size_px), longest_px=longest)
+    whole = Crops(size_px=config.size_px, area=0.5, mean=config.mean, std=config.std, letterbox=config.letterbox)
     rng = np.random.default_rng(config.seed)
-    base, student = build(config, photos.batch(rng.choice(len(photos), min(_SAMPLE, len(photos)), replace=False), whole, rng))
+    sample = photos.batch(rng.choice(len(photos), min(_SAMPLE, len(photos)), replace=False), whole, rng)
+    if config.single:
+        config = single_from(config, config.single, sample, out / "start")
+    base, student = build(config, sample)
     trainer = Trainer(config, base, student, photos, out=out, device=torch.device(device), clock_s=time.monotonic)
     trainer.run(on_step, stop)
     student.load_state_dict(trainer.ema)

@@ -204,7 +204,7 @@ def test_every_recipe_is_a_valid_configuration() -> None:
         assert config.seed == 0
     with pytest.raises(ConfigError, match="nonsense"):
         recipe("nonsense")
-    config = any_cut("timm:resnet18", "layer2", stem_at="act1", steps=90)
+    config = any_cut("timm:resnet18", AnyCutConfig(at="layer2", stem_at="act1"), steps=90)
     assert config.steps == 90
     assert config.cut is not None
     assert config.cut.at == "layer2"
