@@ -114,7 +114,7 @@ async def list_models(endpoint: Endpoint, *, timeout_s: float = 5.0) -> list[pb.
         VersionMismatchError: the server speaks another protocol version.
         HeadtailError: it cannot be reached.
     """
-    with translated(endpoint.address):
+    with translated(endpoint):
         async with open_channel(endpoint) as channel:
             # Not gRPC's own timeout: that one is counted on the wall clock, which a device sets when it finds a time server.
             try:
@@ -183,7 +183,7 @@ async def _receive(endpoint: Endpoint, directory: Path, model: str, sha256: str,
     held = _offsets(directory)
     have = [pb.PartOffset(path=p, offset=n) for p, n in held.items()]
     request = pb.FetchBundleRequest(model=model, bundle_sha256=sha256, have=have)
-    with translated(endpoint.address):
+    with translated(endpoint):
         async with open_channel(endpoint) as channel:
             call = stub(channel).FetchBundle(request, metadata=endpoint.metadata)
             receiver = _Receiver(directory, sha256, held)

@@ -52,6 +52,12 @@ _PLAIN = {
     "errors resolving": "the name cannot be resolved",
     "DNS": "the name cannot be resolved",
     "Name or service": "the name cannot be resolved",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not of an authority this client trusts; --tls-ca names another",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS; leave --tls and --tls-ca out",
+    "Hostname Verification": "its certificate is for another name",
+    "No match found for server name": "its certificate is for another name",
+    "CERTIFICATE_REQUIRED": "it wants a client certificate: --tls-cert and --tls-key",
+    "certificate required": "it wants a client certificate: --tls-cert and --tls-key",
     "Socket closed": "the connection was closed",
     "FD Shutdown": "the connection was closed",
     "reset by peer": "the connection was reset",
@@ -59,6 +65,9 @@ _PLAIN = {
     "SSL": "the TLS handshake failed",
     "unreachable": "the network is unreachable",
 }
+
+
+_CLOSED = ("the connection was closed", "the connection was reset")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,14 +147,25 @@ def open_channel(endpoint: Endpoint) -> grpc.aio.Channel:
 
 
 def _read(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
     try:
-        return path.read_bytes() if path else None
+        data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    if b"-----BEGIN " not in data:
+        raise ConfigError(f"{path} is no PEM file")
+    return data
 
 
-def translate(error: grpc.aio.AioRpcError, address: str) -> HeadtailError:
-    """A failed call as an error of the tree; the server's own code wins where it sent one."""
+def translate(error: grpc.aio.AioRpcError, address: str, *, secure: bool = True) -> HeadtailError:
+    """A failed call as an error of the tree; the server's own code wins where it sent one.
+
+    Args:
+        error: gRPC's.
+        address: of the server, for the sentence.
+        secure: whether we spoke TLS.
+    """
     status, details = error.code(), error.details() or ""
     code = next((str(v) for k, v in cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ()) if k == CODE_METADATA), "")
     if code in BY_CODE:
@@ -159,7 +179,9 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> HeadtailError:
     if status is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnreachableError(f"what listens at {address} did not answer as a headtail server in time")
     if status in _TRANSIENT:
-        return UnreachableError(f"no headtail server answers at {address} ({_short(details) or status.name.lower()})")
+        why = _short(details) or status.name.lower()
+        hint = "; a server with TLS wants --tls or --tls-ca" if not secure and why in _CLOSED else ""
+        return UnreachableError(f"no headtail server answers at {address} ({why}{hint})")
     if status in _BY_STATUS:
         return _BY_STATUS[status](details or f"the server at {address} answered {status.name}")
     return InternalError(f"the server at {address} failed: {_short(details) or status.name}", retryable=True)
@@ -175,11 +197,11 @@ def _short(details: str) -> str:
 
 
 @contextmanager
-def translated(address: str) -> Iterator[None]:
+def translated(endpoint: Endpoint) -> Iterator[None]:
     """The client's one place where gRPC's exceptions become the project's."""
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        raise translate(error, address) from error
+        raise translate(error, endpoint.address, secure=endpoint.secure) from error
     except grpc.aio.UsageError as error:
-        raise UnreachableError(f"the stream to {address} ended") from error
+        raise UnreachableError(f"the stream to {endpoint.address} ended") from error

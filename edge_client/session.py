@@ -206,7 +206,7 @@ class Session:
 
     async def _one_stream(self) -> None:
         patience_s = self._config.welcome_timeout_s * (4 if self.attempts % 3 == 0 else 1)
-        with translated(self._endpoint.address):
+        with translated(self._endpoint):
             async with open_channel(self._endpoint) as channel:
                 call = stub(channel).Session(metadata=self._endpoint.metadata)
                 try:

@@ -15,9 +15,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from edge_client.bundles import list_models
+from edge_client.rpc import Endpoint
 from edge_server.config import Limits, SecurityConfig
 from edge_server.server import EdgeServer
-from protos.errors import ConfigError, LimitError
+from protos.errors import ConfigError, HeadtailError, LimitError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
 from protos.headtail.v1 import open_inference_pb2 as oip
@@ -366,3 +368,42 @@ async def test_certificates_that_cannot_be_used_are_named(bundle: Bundle, tmp_pa
         with pytest.raises(ConfigError, match=cert.name):
             async with running(bundle.path, security=SecurityConfig(tls_cert=cert, tls_key=cert)):
                 pass
+
+
+# ---------------------------------------------------------------- what the device says about it
+
+
+async def complaint(address: str, root: Path | None = None, **settings: object) -> str:
+    """What `edge-client` would print instead of a list of models."""
+    paths = {name: root / str(value) for name, value in settings.items() if root is not None and name.startswith("tls_")}
+    try:
+        await list_models(Endpoint(address=address, **{**settings, **paths}), timeout_s=10)
+    except HeadtailError as error:
+        return error.message
+    return ""
+
+
+async def test_the_client_says_what_is_wrong_with_tls(bundle: Bundle, certificates: Path, tmp_path: Path) -> None:
+    root = certificates
+    pair = {"tls_cert": root / "server.pem", "tls_key": root / "server.key"}
+    async with running(bundle.path, security=SecurityConfig(**pair)) as server:
+        assert await complaint(server.address, root, tls_ca="ca.pem") == ""
+        assert "--tls-ca" in await complaint(server.address)
+        assert "authority" in await complaint(server.address, tls=True)
+        assert "authority" in await complaint(server.address, root, tls_ca="stranger.pem")
+    async with running(bundle.path, security=SecurityConfig(**pair, tls_client_ca=root / "ca.pem")) as server:
+        assert await complaint(server.address, root, tls_ca="ca.pem", tls_cert="client.pem", tls_key="client.key") == ""
+        assert await complaint(server.address, root, tls_ca="ca.pem") != ""
+    async with running(bundle.path) as server:
+        assert "does not speak TLS" in await complaint(server.address, root, tls_ca="ca.pem")
+    (root / "no.pem").write_text("nothing")
+    assert "no PEM file" in await complaint("127.0.0.1:1", root, tls_ca="no.pem")
+    assert "cannot read" in await complaint("127.0.0.1:1", root, tls_ca="absent.pem")
+    assert "cannot be resolved" in await complaint("nobody.invalid:50051")
+
+
+async def test_the_client_says_that_its_token_is_none(bundle: Bundle, token_file: Path) -> None:
+    async with running(bundle.path, security=SecurityConfig(token_file=token_file)) as server:
+        assert await complaint(server.address, token=ALICE) == ""
+        for token in ("", "nonsense-nonsense-nonsense"):
+            assert "HEADTAIL_TOKEN" in await complaint(server.address, token=token)
