@@ -159,10 +159,10 @@ def score(truth: Any, found: Mapping[int, Detections]) -> DetectionScores:
     if not image_ids:
         raise ConfigError("none of the photos that were looked at is in the ground truth")
     judge = _match(truth, found, image_ids)
-    categories, areas = list(judge.params.catIds), len(judge.params.areaRng)
+    categories = list(judge.params.catIds)
     rows = []
     for index in range(len(categories)):
-        start = index * areas * len(image_ids)  # the first area range is "all"
+        start = index * len(image_ids)
         rows.append(tuple(_read(entry) for entry in judge.evalImgs[start : start + len(image_ids)]))
     return DetectionScores(image_ids=tuple(image_ids), category_ids=tuple(categories), matches=tuple(rows))
 
@@ -179,6 +179,7 @@ def _match(truth: Any, found: Mapping[int, Detections], image_ids: Sequence[int]
         results = truth.loadRes(np.asarray(rows or [[image_ids[0], 0, 0, 1, 1, 0, 1]], np.float64))
         judge = COCOeval(truth, results, "bbox")
         judge.params.imgIds = list(image_ids)
+        judge.params.areaRng, judge.params.areaRngLbl = judge.params.areaRng[:1], judge.params.areaRngLbl[:1]  # objects of any size
         judge.evaluate()
     return judge
 
