@@ -5,7 +5,10 @@ Shape legend: N batch. Latents are float32, batch first, one array per latent te
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -32,6 +35,33 @@ class Runner(Protocol):
     def __call__(self, arrays: Sequence[Floats]) -> list[Floats]:
         """Raw outputs, batch first."""
         ...
+
+
+class Later:
+    """A runner that takes time to make: made by `prepare`, or at the first call.
+
+    Args:
+        make: the runner.
+        plain: a slower runner of the same function that is there at once; it answers the calls until `prepare` is done, and
+            none of them makes the faster one.
+    """
+
+    def __init__(self, make: Callable[[], Runner], plain: Runner | None = None) -> None:
+        self._make = make
+        self._plain = plain
+        self._made: Runner | None = None
+        self._lock = threading.Lock()
+
+    def prepare(self) -> Runner:
+        """Makes it, unless that is done."""
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+    def __call__(self, arrays: Sequence[Floats]) -> list[Floats]:
+        """See ``Runner``."""
+        return (self._made or self._plain or self.prepare())(arrays)
 
 
 class Tail:
@@ -64,6 +94,16 @@ class Tail:
         """Whether ``run_images`` works, that is, offload is possible."""
         return self._whole is not None
 
+    def prepare(self) -> None:
+        """Finishes what `load_tail` left for later, in any thread; meanwhile frames run, if somewhat slower.
+
+        Raises:
+            BundleError: a part is unusable.
+        """
+        for runner in (self._tail, self._whole):
+            if isinstance(runner, Later):
+                runner.prepare()
+
     def run_images(self, images: Sequence[NDArray[np.uint8]], sizes_px: Sequence[SizePx]) -> list[Answer]:
         """Answers a batch of whole inputs, as offloaded: (h, w, 3) uint8 BGR of the model's own input size.
 
@@ -80,12 +120,15 @@ class Tail:
         return self._postprocess(self._whole([batch]), sizes_px)
 
 
-def load_tail(bundle: Bundle, *, device: str = "cpu") -> Tail:
+def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_soon: bool = False) -> Tail:
     """Loads a bundle's tail.
 
     Args:
         bundle: opened and verified.
         device: a torch device, for tails of kind ``torch``.
+        threads: of a tail of kind ``onnx``; 0: as torch is set, or the environment says.
+        ready_soon: frames can run as soon as this returns, at full speed once `Tail.prepare` is done; else at full speed from
+            the first frame, which takes the longer.
 
     Raises:
         BundleError: the tail's kind or factory is unknown, or its parts do not fit it.
@@ -95,18 +138,18 @@ def load_tail(bundle: Bundle, *, device: str = "cpu") -> Tail:
     post = build_postprocess(bundle.manifest.postprocess, bundle.manifest.preprocess)
     if kind == "onnx":
         whole = spec.get("whole")
-        return Tail(bundle, _onnx(bundle, spec["path"]), _onnx(bundle, whole) if whole else None, post)
+        later = Later(lambda: _onnx(bundle, str(whole), threads)) if whole else None
+        return Tail(bundle, _onnx(bundle, spec["path"], threads), later, post)
     if kind == "torch":
-        return _torch_tail(bundle, spec, post, device)
+        return _torch_tail(bundle, spec, post, device, ready_soon)
     raise BundleError(f"tail kind {kind!r} is unknown; this headtail knows onnx and torch")
 
 
-def _onnx(bundle: Bundle, path: str) -> Runner:
+def _onnx(bundle: Bundle, path: str, threads: int) -> Runner:
     import onnxruntime as ort
-    import torch
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or _threads()
     try:
         session = ort.InferenceSession(str(_checked(bundle, path)), options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -119,11 +162,20 @@ def _onnx(bundle: Bundle, path: str) -> Runner:
     return run
 
 
+def _threads() -> int:
+    """As torch is set where it is in use; importing it for that takes longer than all the rest. 0: as many as there are cores."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return int(torch.get_num_threads())
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isdecimal() else 0
+
+
 def _checked(bundle: Bundle, path: str) -> Path:
     return bundle.part_path(path)
 
 
-def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, device: str) -> Tail:
+def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, device: str, ready_soon: bool) -> Tail:
     import torch
     from safetensors.torch import load_file
 
@@ -148,7 +200,10 @@ def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, devi
         return _OwnAnswers(bundle, module)
 
     def fast(name: str, shapes: Sequence[Sequence[int]]) -> Runner:
-        return runner(accelerate(module, name, shapes) if device == "cpu" else getattr(module, name))
+        plain = runner(getattr(module, name))
+        if device != "cpu":
+            return plain
+        return Later(lambda: runner(accelerate(module, name, shapes)), plain if ready_soon else None)
 
     manifest = bundle.manifest
     whole = fast("whole", [(3, *manifest.preprocess.size_px)]) if hasattr(module, "whole") else None

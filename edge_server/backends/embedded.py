@@ -68,14 +68,15 @@ class EmbeddedBackend:
         self._thread.start()
 
     async def load(self, bundle: Bundle) -> None:
-        """See `Backend.load`. The tail is run once on zeros, so the first frame does not pay for warming up."""
+        """See `Backend.load`. The tail has run once when this returns; its fastest form and the whole model follow."""
         tail = await self._loop.run_in_executor(self._loader, self._load, bundle)
         with self._wake:
             self._tails[bundle.sha256] = tail
+        self._loader.submit(self._prepare, tail)
 
     def _load(self, bundle: Bundle) -> Tail:
-        self._set_threads()
-        tail = load_tail(bundle, device=self._config.device)
+        self._set_threads(bundle)
+        tail = load_tail(bundle, device=self._config.device, threads=self._config.threads, ready_soon=True)
         latents = [np.zeros((1, *shape), np.float32) for shape in bundle.manifest.latent_shape]
         try:
             tail.run(latents, [(bundle.manifest.preprocess.size_px[1], bundle.manifest.preprocess.size_px[0])])
@@ -84,6 +85,16 @@ class EmbeddedBackend:
         except Exception as error:
             raise ModelError(f"the tail of {bundle.manifest.name!r} does not run on its own latent shape: {error}") from error
         return tail
+
+    def _prepare(self, tail: Tail) -> None:
+        """In the loader's thread, while frames run already."""
+        begun_ns = self._clock()
+        try:
+            tail.prepare()
+        except Exception:
+            log.exception("%s: the fast form of its tail cannot be made; it goes on as it is", tail.bundle.manifest.name)
+        else:
+            log.info("%s: at full speed after %.2f s more", tail.bundle.manifest.name, (self._clock() - begun_ns) / 1e9)
 
     async def unload(self, bundle_sha256: str) -> None:
         """See `Backend.unload`."""
@@ -126,16 +137,17 @@ class EmbeddedBackend:
 
     # ------------------------------------------------------------ the tail's thread
 
-    def _set_threads(self) -> None:
-        import torch
+    def _set_threads(self, bundle: Bundle) -> None:
+        """Of torch, for the thread that calls this; a tail of another kind does without importing it."""
+        if self._config.threads and bundle.manifest.tail.get("kind") == "torch":
+            import torch
 
-        if self._config.threads:
-            torch.set_num_threads(self._config.threads)
+            if torch.get_num_threads() != self._config.threads:
+                torch.set_num_threads(self._config.threads)
 
     def _work(self) -> None:
         if self._config.cpus:
             os.sched_setaffinity(0, self._config.cpus)  # this thread only
-        self._set_threads()
         while True:
             with self._wake:
                 self._wait()
@@ -164,6 +176,7 @@ class EmbeddedBackend:
         tail = self._tails.get(first.bundle_sha256)
         if tail is None:
             return [(job, UnknownModelError("the model was unloaded")) for job in jobs]
+        self._set_threads(tail.bundle)
         start_ns = self._clock()
         try:
             answers = _run(tail, [job.work for job in jobs])

@@ -11,17 +11,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from edge_server.assembly import Frame
 from edge_server.backends import TailWork
-from edge_server.backends.ray_serve import Reply, deployment
+from edge_server.backends.packing import Reply, pack_call, unpack_reply
+from edge_server.backends.ray_import import serve
+from edge_server.backends.ray_replica import deployment
 from edge_server.config import BatchConfig, Limits, RayConfig, TailConfig
 from edge_server.decode import decode_frame
 from edge_server.ingress import read_frame
 from edge_server.models import locate, open_model
-from protos.errors import ConfigError, HeadtailError, OverloadedError, VersionMismatchError, from_code
+from protos.errors import ConfigError, HeadtailError, OverloadedError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, Result, ServerTimings
 from splitters.bundle import open_bundle
@@ -95,11 +96,8 @@ class UnaryDoor:
         remaining_ns = None if frame.deadline_ns is None else frame.deadline_ns - decoded_ns
         if remaining_ns is not None and remaining_ns <= 0:
             raise OverloadedError("the frame's deadline had passed before it was decoded")
-        reply: Reply = await self._tail.infer.remote(work, remaining_ns)
-        answer, error = reply
-        if answer is None:
-            code, text, retryable = error or ("internal", "the tail gave no answer", False)
-            raise from_code(code, text, retryable=retryable)
+        reply: Reply = await self._tail.infer.remote(pack_call(work, str(self._model.bundle.path), remaining_ns))
+        answer = unpack_reply(reply)
         now_ns = time.monotonic_ns()
         return Result(
             frame_id=frame.frame_id, answer=answer.answer, layers_decoded=decoded.layers, symbols_crc32=decoded.symbols_crc32,

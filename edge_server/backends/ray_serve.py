@@ -9,112 +9,47 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import logging
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-# Read when Ray is imported: no extra thread and loop per hop, no log line per request.
-os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Not its ways in for others: the door in front is ours.
-os.environ.setdefault("RAY_SERVE_ENABLE_DIRECT_INGRESS", "0")
-
-try:
-    import ray
-    from ray import serve
-    from ray.exceptions import RayActorError, RayError
-    from ray.serve.exceptions import BackPressureError, RayServeException
-except ImportError as missing:
-    from protos.errors import MissingDependencyError
-
-    raise MissingDependencyError("--backend ray needs Ray Serve: pip install 'headtail[ray]'") from missing
+import grpc.aio
 
 from edge_server.backends import Load, TailAnswer, TailWork
-from edge_server.backends.embedded import EmbeddedBackend
+from edge_server.backends.packing import Reply, pack_call, unpack_reply
+from edge_server.backends.ray_import import ray, serve
+from edge_server.backends.ray_replica import SHELF_APP, app_name, deployment, model_id, shelf
 from edge_server.config import BatchConfig, RayConfig, TailConfig
-from edge_server.memory import keep_freed_memory
 from edge_server.recent import Recent
-from protos.errors import ConfigError, HeadtailError, ModelError, OverloadedError, UnknownModelError, from_code
-from splitters.bundle import Bundle, open_bundle
+from protos.errors import ConfigError, HeadtailError, ModelError, OverloadedError, UnknownModelError
+from splitters.bundle import Bundle
 
 log = logging.getLogger(__name__)
 
-_RETRIES = 5
-_RETRY_S = 0.05
+_RETRY_S, _RETRY_MOST_S = 0.05, 0.8
+_SHARED = ("RUNNING", "UNHEALTHY", "DEPLOYING")  # states in which another ingress's application is used as it is
+_SHARED_S = 120.0
 _NO_DEADLINE_S = 60.0  # a frame without deadline is still not tried for ever
 
-# What a replica answers: the answer with its times, or an error's code, text and whether to retry.
-Reply = tuple[TailAnswer | None, tuple[str, str, bool] | None]
+
+class _GoneError(Exception):
+    """The replica that had the frame is not there any more."""
 
 
-class TailReplica:
-    """One replica: a bundle's tail with its own queue and thread.
+class _Route:
+    """The way to one bundle's tail: a handle bound to its method, made once, since making one costs as much as a call."""
 
-    Args:
-        path: the bundle's directory, which every node must see.
-        sha256: the bundle it must be.
-        batch: how frames wait.
-        tail: device, threads and cores.
-    """
-
-    async def __init__(self, path: str, sha256: str, batch: BatchConfig, tail: TailConfig) -> None:  # type: ignore[misc]
-        keep_freed_memory()
-        bundle = open_bundle(Path(path))
-        if bundle.sha256 != sha256:
-            raise UnknownModelError(f"{path} holds bundle {bundle.sha256[:12]} on this node, not {sha256[:12]}")
-        self._backend = EmbeddedBackend(batch, tail, time.monotonic_ns)
-        await self._backend.load(bundle)
-
-    async def infer(self, work: TailWork, remaining_ns: int | None) -> Reply:
-        """Answers one frame; the deadline is on this process's clock from here on."""
-        deadline_ns = None if remaining_ns is None else time.monotonic_ns() + remaining_ns
-        here = TailWork(
-            bundle_sha256=work.bundle_sha256, kind=work.kind, arrays=work.arrays, size_px=work.size_px, deadline_ns=deadline_ns
-        )
-        try:
-            return await self._backend.run(here), None
-        except HeadtailError as error:
-            return None, (error.code, error.message, error.retryable)
-
-    def check_health(self) -> None:
-        """Serve replaces a replica whose tail's thread has ended."""
-        if not self._backend.alive:
-            raise RuntimeError("the tail's thread has ended")
-
-
-def app_name(bundle: Bundle) -> str:
-    """The Serve application of a bundle; another hash is another application."""
-    return f"headtail-{bundle.manifest.name}-{bundle.sha256[:12]}"
-
-
-def deployment(bundle: Bundle, batch: BatchConfig, tail: TailConfig, config: RayConfig) -> serve.Application:
-    """A bundle's tail as a Serve application; `deploy/ray/serve.yaml` starts the same one by itself."""
-    lowest, highest = config.replicas
-    ongoing = 2 * batch.max_batch  # one batch runs, one gathers
-    options: dict[str, Any] = {
-        "name": "tail",
-        "max_ongoing_requests": ongoing,
-        "max_queued_requests": batch.max_queue,
-        "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-        "health_check_period_s": 2.0,
-        "health_check_timeout_s": 10.0,
-        "graceful_shutdown_timeout_s": 5.0,
-    }
-    if lowest == highest:
-        options["num_replicas"] = lowest
-    else:
-        options["autoscaling_config"] = {
-            "min_replicas": lowest, "max_replicas": highest, "target_ongoing_requests": max(1, batch.max_batch),
-            "upscale_delay_s": 2.0, "downscale_delay_s": 60.0, "metrics_interval_s": 1.0, "look_back_period_s": 4.0,
-        }  # fmt: skip
-    device = TailConfig(
-        threads=tail.threads, cpus=tail.cpus, decode_threads=tail.decode_threads,
-        device="cuda" if config.gpus_per_replica and tail.device == "cpu" else tail.device,
-    )  # fmt: skip
-    return serve.deployment(**options)(TailReplica).bind(str(bundle.path.resolve()), bundle.sha256, batch, device)
+    def __init__(self, handle: Any, path: str, multiplexed: str = "") -> None:
+        options: dict[str, Any] = {"method_name": "infer"}
+        if multiplexed:
+            options["multiplexed_model_id"] = multiplexed
+        if "request_serialization" in inspect.signature(handle.options).parameters:
+            # Tuples of numbers and arrays: the plain pickler, in C, does; Serve's default is the slower one for functions.
+            options |= {"request_serialization": "pickle", "response_serialization": "pickle"}
+        self.infer = handle.options(**options)
+        self.path = path
 
 
 class RayBackend:
@@ -132,7 +67,7 @@ class RayBackend:
         self._tail = tail
         self._config = config
         self._clock = clock
-        self._handles: dict[str, Any] = {}
+        self._routes: dict[str, _Route] = {}
         self._apps: dict[str, str] = {}
         self._recent = Recent()
         self._in_flight = 0
@@ -157,48 +92,68 @@ class RayBackend:
             )
             try:
                 ray.init(log_to_driver=False, configure_logging=False, namespace="headtail", **options)
-            except (ConnectionError, RayError, ValueError, RuntimeError) as error:
-                raise ConfigError(f"no Ray cluster can be joined at {self._config.address or 'this machine'}: {error}") from error
+            except (ConnectionError, ray.exceptions.RayError, ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"no Ray cluster can be joined at {self._config.address or 'this machine'}: {error}; a cluster's token goes "
+                    "into RAY_AUTH_TOKEN"
+                ) from error
         serve.start(proxy_location="Disabled")
+
+    # ------------------------------------------------------------ bundles
 
     async def load(self, bundle: Bundle) -> None:
         """See `Backend.load`. An application that another ingress has started is shared."""
         loop = asyncio.get_running_loop()
-        handle = await loop.run_in_executor(None, self._deploy, bundle)
-        self._handles[bundle.sha256] = handle
+        path = str(bundle.path.resolve())
+        if self._config.tails_per_replica:
+            handle = await loop.run_in_executor(None, self._deploy, SHELF_APP, self._shelf)
+            name = model_id(bundle.sha256, path)
+            failed: Reply | None = await handle.options(method_name="ready", multiplexed_model_id=name).remote(bundle.sha256, path)
+            if failed is not None:
+                unpack_reply(failed)
+            self._routes[bundle.sha256] = _Route(handle, path, name)
+            return
+        build = functools.partial(deployment, bundle, self._batch, self._tail, self._config)
+        handle = await loop.run_in_executor(None, self._deploy, app_name(bundle), build)
+        self._routes[bundle.sha256] = _Route(handle, path)
         self._apps[bundle.sha256] = app_name(bundle)
 
-    def _deploy(self, bundle: Bundle) -> Any:
-        name = app_name(bundle)
-        known = serve.status().applications.get(name)
-        if known is not None and known.status.value == "RUNNING":
-            return serve.get_app_handle(name)
-        application = deployment(bundle, self._batch, self._tail, self._config)
+    def _shelf(self) -> serve.Application:
+        return shelf(self._batch, self._tail, self._config)
+
+    def _deploy(self, name: str, build: Callable[[], serve.Application]) -> Any:
+        until_s = time.monotonic() + _SHARED_S
+        while (known := serve.status().applications.get(name)) is not None and known.status.value in _SHARED:
+            if known.status.value != "DEPLOYING":
+                return serve.get_app_handle(name)
+            if time.monotonic() > until_s:
+                break
+            time.sleep(0.2)
         try:
-            return serve.run(application, name=name, route_prefix=None)
-        except (RayServeException, RayError, RuntimeError) as error:
-            raise ModelError(
-                f"Ray Serve cannot start the tail of {bundle.manifest.name!r}: {str(error).splitlines()[0]}"
-            ) from error
+            return serve.run(build(), name=name, route_prefix=None)
+        except (serve.exceptions.RayServeException, ray.exceptions.RayError, RuntimeError) as error:
+            raise ModelError(f"Ray Serve cannot start {name!r}: {str(error).splitlines()[0]}") from error
 
     async def unload(self, bundle_sha256: str) -> None:
-        """See `Backend.unload`."""
-        self._handles.pop(bundle_sha256, None)
+        """See `Backend.unload`. On a shelf the tail goes when another needs its place."""
+        self._routes.pop(bundle_sha256, None)
         name = self._apps.pop(bundle_sha256, None)
         if name is not None:
             await asyncio.get_running_loop().run_in_executor(None, functools.partial(serve.delete, name, _blocking=False))
 
+    # ------------------------------------------------------------ frames
+
     async def run(self, work: TailWork) -> TailAnswer:
         """See `Backend.run`. A replica's death is hidden: the frame is asked again while its deadline allows."""
-        handle = self._handles.get(work.bundle_sha256)
-        if handle is None:
+        route = self._routes.get(work.bundle_sha256)
+        if route is None:
             raise UnknownModelError(f"no tail of bundle {work.bundle_sha256[:12]} is loaded")
         if self._in_flight >= self._batch.max_queue:
             raise OverloadedError(f"{self._in_flight} frames wait for the tail already")
         begun_ns = self._clock()
         self._in_flight += 1
         try:
-            answer = await self._ask(handle, work, begun_ns)
+            answer = await self._ask(route, work, begun_ns)
         finally:
             self._in_flight -= 1
         now_ns = self._clock()
@@ -207,33 +162,21 @@ class RayBackend:
         self._recent.sum_up(self._in_flight, now_ns)
         return TailAnswer(answer=answer.answer, queue_ns=queue_ns, tail_ns=answer.tail_ns, batch_size=answer.batch_size)
 
-    async def _ask(self, handle: Any, work: TailWork, begun_ns: int) -> TailAnswer:
+    async def _ask(self, route: _Route, work: TailWork, begun_ns: int) -> TailAnswer:
         until_ns = work.deadline_ns if work.deadline_ns is not None else begun_ns + int(_NO_DEADLINE_S * 1e9)
-        for attempt in range(_RETRIES + 1):
-            remaining_ns = until_ns - self._clock()
-            if remaining_ns <= 0:
-                break
+        attempt = 0
+        while (remaining_ns := until_ns - self._clock()) > 0:
             try:
                 async with asyncio.timeout(remaining_ns / 1e9):
-                    reply: Reply = await handle.infer.remote(work, None if work.deadline_ns is None else remaining_ns)
+                    return unpack_reply(await _called(route, work, None if work.deadline_ns is None else remaining_ns))
             except TimeoutError:
                 break
-            except BackPressureError as full:
-                raise OverloadedError("the tails' queues are full") from full
-            except (RayActorError, RayServeException) as gone:
+            except _GoneError as gone:
+                attempt += 1
                 self._retries += 1
-                log.warning("a replica went away (%s); attempt %d", type(gone).__name__, attempt + 1)
-                await asyncio.sleep(_RETRY_S * 2**attempt)
-                continue
-            except RayError as failure:
-                log.exception("a replica failed")
-                raise ModelError("the tail failed on this frame; the replica's log says why") from failure
-            answer, error = reply
-            if error is not None:
-                code, text, retryable = error
-                raise from_code(code, text, retryable=retryable)
-            if answer is not None:
-                return answer
+                log.warning("a replica went away (%s); attempt %d", gone, attempt)
+                pause_s = min(_RETRY_S * 2 ** (attempt - 1), _RETRY_MOST_S)
+                await asyncio.sleep(min(pause_s, max(0.0, (until_ns - self._clock()) / 1e9)))
         raise OverloadedError("no replica could answer this frame before its deadline")
 
     def load_now(self) -> Load:
@@ -242,11 +185,38 @@ class RayBackend:
 
     async def close(self) -> None:
         """See `Backend.close`. A cluster that was there before keeps its tails, for the other ingress processes."""
-        for handle in self._handles.values():
-            await handle.shutdown_async()
+        for route in self._routes.values():
+            await route.infer.shutdown_async()
         if self._ours:
             await asyncio.get_running_loop().run_in_executor(None, self._shutdown)
 
     def _shutdown(self) -> None:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        serve.shutdown()
         ray.shutdown()
+
+
+async def _called(route: _Route, work: TailWork, remaining_ns: int | None) -> Reply:
+    """One call of the handle, with whatever a dying replica can show told apart from everything else.
+
+    Raises:
+        _GoneError: the replica died, was stopped, or its connection broke; another one may answer.
+        OverloadedError: every queue is full.
+        ModelError: the replica failed on the frame.
+    """
+    try:
+        reply: Reply = await route.infer.remote(pack_call(work, route.path, remaining_ns))
+    except serve.exceptions.BackPressureError as full:
+        raise OverloadedError("the tails' queues are full") from full
+    except (ray.exceptions.RayActorError, serve.exceptions.RayServeException, grpc.aio.AioRpcError) as gone:
+        raise _GoneError(type(gone).__name__) from gone
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise  # we are cancelled: the client left, or the deadline passed
+        raise _GoneError("cancelled in the replica") from None
+    except HeadtailError:
+        raise
+    except Exception as failure:
+        log.exception("a replica failed")
+        raise ModelError("the tail failed on this frame; the replica's log says why") from failure
+    return reply

@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace, tmp: Path) -> dict[str, object]:
     bundle = open_bundle(locate(args.model))
     device = Device(bundle)
     frames = tmp / "frames.bin"
-    write_frames(frames, [device.layers(picture(s, 640, 480), 0)[0] for s in range(4)])
+    write_frames(frames, [device.layers(picture(s, 640, 480), 0) for s in range(4)])
     with child(tmp, bundle.path, arguments=("--log-level", "warning")) as server:
         process = psutil.Process(server.process.pid)
         # One process of a few cameras first: what the server takes once and for all is not a session's.

@@ -1,10 +1,14 @@
-"""What serving costs in throughput: many streams through `edge-server` beside the same tail called in a loop.
+"""What serving costs: many streams through `edge-server` beside the same tail called in a loop, and behind other servers.
 
 The tail is pinned to core 0 on one thread; the ingress and the replayed, pre-encoded load (a process of its own) share
-core 1. "Direct" is the same tail on core 0, called in a loop with the same batch sizes in the same proportions; pulses of
-load and direct loops take turns.
+core 1. "Direct" is the same tail on core 0, called in a loop with the same batch sizes in the same proportions. The
+embedded server stays up throughout; each other system is started in turn and measured in pulses that alternate with the
+embedded server's and the direct loop's, so that whatever else the machine does hits all alike. What other processes took
+of the processor meanwhile is reported as ``others`` (cores): above 0.2 the latencies are not worth much.
 
-    python -m tests.bench.serving [--streams 1 16 64 256] [--backends embedded] [--model efficientnet-lite0] [--rounds 5]
+    python -m tests.bench.serving [--against ray litserve serve-http] [--loads 1x1 1x2 16x2 64x1 256x1] [--rounds 3]
+
+A load of ``16x2`` is 16 streams with two frames in flight each. Ray and LitServe are measured where they are installed.
 """
 
 from __future__ import annotations
@@ -12,11 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,15 @@ from edge_server.memory import keep_freed_memory
 from edge_server.models import locate
 from splitters.bundle import Bundle, open_bundle
 from splitters.tails import Tail, load_tail
+from tests.bench.serving_systems import System, missing, started
+from tests.fakes.cpu_meter import CpuMeter
 from tests.fakes.server_client import Device, picture
 from tests.fakes.server_load import write_frames
-from tests.fakes.server_running import child
 
 TAIL_CORE, LOAD_CORE = 0, 1
 SHOTS = 8
+OTHERS = ("ray", "litserve", "serve-http")
+_FIGURES = ("frames_per_s", "latency_ms_p50", "latency_ms_p99", "tail_ms_p50", "over_tail_ms_p50")
 
 
 class Direct:
@@ -68,91 +74,124 @@ class Direct:
         return done / elapsed
 
 
-class Replay:
-    """The load's process, on its core."""
+class Measured:
+    """One system's pulses under one load, each with the direct loop that follows it."""
 
-    def __init__(self, address: str, frames: Path, sha256: str, streams: int, window: int) -> None:
-        line = ["taskset", "-c", str(LOAD_CORE), sys.executable, "-m", "tests.fakes.server_load", address, str(frames)]
-        line += ["--sha256", sha256, "--streams", str(streams), "--window", str(window)]
-        self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, system: System, direct: Direct) -> None:
+        self.system = system
+        self._direct = direct
+        self._pulses: list[dict[str, Any]] = []
+        self._alone: list[float] = []
 
-    def pulse(self, seconds: float) -> dict[str, Any]:
-        """Full windows for that long."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+    def turn(self, replay: Any, seconds: float) -> None:
+        """A pulse, then the direct loop with the batches it made."""
+        with self.system.awake():
+            pulse = replay.pulse(seconds)
+        self._pulses.append(pulse)
+        batches = {int(size): frames for size, frames in pulse["batches"].items()}
+        self._alone.append(self._direct.frames_per_s(batches, seconds) if batches else float("nan"))
 
-    def close(self) -> None:
-        """Ends it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
+    def series(self, figure: str) -> np.ndarray[Any, Any]:
+        """A figure of every pulse."""
+        return np.array([pulse[figure] for pulse in self._pulses])
 
-
-def compare(direct: Direct, replay: Replay, seconds: float, rounds: int) -> dict[str, Any]:
-    """Load and direct calls in turns: what the machine does meanwhile hits both alike; the medians over the rounds."""
-    replay.pulse(2.0)  # every batch size has been run once
-    rows, alone = [], []
-    for _ in range(rounds):
-        rows.append(replay.pulse(seconds))
-        sizes = {int(k): v for k, v in rows[-1]["batches"].items()}
-        alone.append(direct.frames_per_s(sizes, seconds))
-    middle = {
-        k: float(np.median([row[k] for row in rows])) for k in ("frames_per_s", "latency_ms_p50", "latency_ms_p99", "tail_ms_p50")
-    }
-    total: Counter[int] = Counter()
-    errors: Counter[str] = Counter()
-    for row in rows:
-        total.update({int(k): v for k, v in row["batches"].items()})
-        errors.update(row["errors"])
-    return {
-        **{k: round(v, 2) for k, v in middle.items()}, "direct_frames_per_s": round(float(np.median(alone)), 1),
-        "ratio": round(float(np.median([row["frames_per_s"] / d for row, d in zip(rows, alone, strict=True)])), 3),
-        "mean_batch": round(sum(total.values()) / sum(n / s for s, n in total.items()), 2), "errors": dict(errors),
-    }  # fmt: skip
+    def row(self) -> dict[str, Any]:
+        """Medians over the pulses."""
+        sizes: Counter[int] = Counter()
+        errors: Counter[str] = Counter()
+        for pulse in self._pulses:
+            sizes.update({int(size): frames for size, frames in pulse["batches"].items()})
+            errors.update(pulse["errors"])
+        return {
+            "system": self.system.name, **{f: round(float(np.median(self.series(f))), 2) for f in _FIGURES},
+            "direct_frames_per_s": round(float(np.median(self._alone)), 1),
+            "ratio_to_direct": round(float(np.median(self.series("frames_per_s") / np.array(self._alone))), 3),
+            "mean_batch": round(sum(sizes.values()) / max(1e-9, sum(n / s for s, n in sizes.items())), 2), "errors": dict(errors),
+        }  # fmt: skip
 
 
-def measure(args: argparse.Namespace, tmp: Path) -> list[dict[str, Any]]:
-    """One row per backend and number of streams."""
+def compared(ours: Measured, other: Measured | None, others_cores: float) -> list[dict[str, Any]]:
+    """The rows of one load: ours, and the other's with what it adds to ours."""
+    rows = [ours.row()]
+    if other is not None:
+        fps = other.series("frames_per_s") / ours.series("frames_per_s")
+        added = other.series("latency_ms_p50") - ours.series("latency_ms_p50")
+        over = other.series("over_tail_ms_p50") - ours.series("over_tail_ms_p50")
+        rows.append(
+            {
+                **other.row(),
+                "ratio_to_embedded": round(float(np.median(fps)), 3),
+                "added_ms_p50": round(float(np.median(added)), 2),
+                "added_over_tail_ms_p50": round(float(np.median(over)), 2),
+            }
+        )
+    return [{**row, "others_cores": round(others_cores, 2)} for row in rows]
+
+
+def measure(args: argparse.Namespace, tmp: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of every load under every pair of systems, and which systems were skipped for want of what."""
     bundle = open_bundle(locate(args.model))
     device = Device(bundle)
     frames = tmp / "frames.bin"
-    write_frames(frames, [device.layers(picture(s, 640, 480), 0)[0] for s in range(SHOTS)])
+    write_frames(frames, [device.layers(picture(s, 640, 480), 0) for s in range(SHOTS)])
     os.sched_setaffinity(0, {TAIL_CORE})
     torch.set_num_threads(1)
     keep_freed_memory()  # as the server does: the loop it is compared with gets the same allocator
     direct = Direct(bundle, load_tail(bundle), device)
+    skipped = {name: lack for name in args.against if (lack := missing(name))}
     rows = []
-    for backend in args.backends:
-        extra = ["--backend", backend, "--tail-cpus", str(TAIL_CORE), "--max-batch", str(args.max_batch), "--log-level", "warning"]
-        os.sched_setaffinity(0, {LOAD_CORE})  # the child inherits it; its tail's thread pins itself to the other core
-        with child(tmp, bundle.path, arguments=extra) as server:
-            os.sched_setaffinity(0, {TAIL_CORE})
-            for streams in args.streams:
-                replay = Replay(server.address, frames, bundle.sha256, streams, args.window if streams < 64 else 1)
-                row = {"backend": backend, "streams": streams, **compare(direct, replay, args.seconds, args.rounds)}
-                replay.close()
-                rows.append(row)
-                print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-    return rows
+    cores = {"tail_core": TAIL_CORE, "load_core": LOAD_CORE, "max_batch": args.max_batch}
+    with started("embedded", tmp, bundle, **cores) as ours:
+        for name in [n for n in args.against if n not in skipped] or [""]:
+            with ExitStack() as stack:
+                other = stack.enter_context(started(name, tmp, bundle, **cores)) if name else None
+                for load in args.loads:
+                    streams, _, window = load.partition("x")
+                    found = one_load(args, (ours, other), direct, bundle, frames, int(streams), int(window or 1))
+                    rows += [{"load": load, **row} for row in found]
+                    for row in rows[-len(found) :]:
+                        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    return rows, skipped
+
+
+def one_load(
+    args: argparse.Namespace, systems: tuple[System, System | None], direct: Direct, bundle: Bundle, frames: Path,
+    streams: int, window: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Both systems in turns under one load."""
+    pairs = []
+    for system in systems:
+        if system is not None:
+            with system.awake():
+                replay = system.load(frames, bundle, streams, window, LOAD_CORE)
+                replay.pulse(args.seconds)  # every batch size has been run once
+            pairs.append((Measured(system, direct), replay))
+    meter = CpuMeter()
+    for _ in range(args.rounds):
+        for measured, replay in pairs:
+            measured.turn(replay, args.seconds)
+    others = meter.lap()["others"]
+    for measured, replay in pairs:
+        with measured.system.awake():
+            replay.close()
+    return compared(pairs[0][0], pairs[1][0] if len(pairs) > 1 else None, others)
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="efficientnet-lite0")
-    parser.add_argument("--backends", nargs="+", default=["embedded"])
-    parser.add_argument("--streams", nargs="+", type=int, default=[1, 16, 64, 256])
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each pulse of load and of each direct loop")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of load and direct calls")
-    parser.add_argument("--window", type=int, default=2, help="frames in flight of each stream; 1 from 64 streams on")
+    parser.add_argument("--against", nargs="*", choices=OTHERS, default=list(OTHERS), help="beside the embedded server")
+    parser.add_argument("--loads", nargs="+", default=["1x1", "1x2", "16x2", "64x1", "256x1"], metavar="STREAMSxWINDOW")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each pulse of load and of each direct loop")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of load and direct calls")
     parser.add_argument("--max-batch", type=int, default=16)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
-        rows = measure(args, Path(tmp))
-    print(json.dumps({"bench": "serving", "model": args.model, "rows": rows}))
+        rows, skipped = measure(args, Path(tmp))
+    for name, lack in skipped.items():
+        print(f"{name} was skipped: {lack} is not installed")
+    print(json.dumps({"bench": "serving", "model": args.model, "rows": rows, "skipped": skipped}))
 
 
 if __name__ == "__main__":

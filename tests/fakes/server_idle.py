@@ -52,16 +52,16 @@ class Camera:
             await self._call.read()
 
     async def active(
-        self, layers: list[pb.FrameLayer], interval_s: float, until_s: float, offset_s: float
+        self, frames: list[list[pb.FrameLayer]], interval_s: float, until_s: float, offset_s: float
     ) -> tuple[list[float], int]:
         """A frame every interval; latencies in ms and the number of errors."""
         took, errors = [], 0
         await asyncio.sleep(offset_s)
         while (begun := time.perf_counter()) < until_s:
-            layer = layers[self._next_id % len(layers)]
-            layer.frame_id = self._next_id
+            for layer in frames[self._next_id % len(frames)]:
+                layer.frame_id = self._next_id
+                await self._call.write(pb.ClientMessage(layer=layer))
             self._next_id += 1
-            await self._call.write(pb.ClientMessage(layer=layer))
             while (message := await self._call.read()).WhichOneof("content") != "result":
                 pass
             errors += message.result.WhichOneof("outcome") == "error"
@@ -77,7 +77,7 @@ class Camera:
 
 async def run(args: argparse.Namespace) -> None:
     """The process's life."""
-    layers = read_frames(args.frames)
+    frames = read_frames(args.frames)
     cameras = [Camera(args.address, args.sha256) for _ in range(args.idle + args.active)]
     gate = asyncio.Semaphore(20)
 
@@ -94,7 +94,7 @@ async def run(args: argparse.Namespace) -> None:
         until_s = time.perf_counter() + float(line)
         spread = args.interval_s / max(1, args.active)
         rows = await asyncio.gather(
-            *(c.active(layers, args.interval_s, until_s, i * spread) for i, c in enumerate(cameras[: args.active]))
+            *(c.active(frames, args.interval_s, until_s, i * spread) for i, c in enumerate(cameras[: args.active]))
         )
         took = np.array([t for row, _ in rows for t in row] or [0.0])
         dead = sum(task.done() for task in pings)

@@ -2,8 +2,8 @@
 
     python -m tests.fakes.server_load ADDRESS FRAMES.bin --sha256 ... --streams 16
 
-``FRAMES.bin`` holds length-prefixed ``FrameLayer`` messages, one layer a frame. Every line on standard input is a number
-of seconds to keep all windows full for; one JSON object is printed for each. The end of the input ends the process.
+``FRAMES.bin`` holds length-prefixed ``FrameLayer`` messages, all layers of all frames. Every line on standard input is a
+number of seconds to keep all windows full for; one JSON object is printed for each. The end of the input ends the process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 import grpc.aio
@@ -28,29 +29,57 @@ from protos.messages import PROTOCOL_VERSION
 STREAMS_PER_CHANNEL = 64
 
 
-def write_frames(path: Path, layers: list[pb.FrameLayer]) -> None:
+def write_frames(path: Path, frames: list[list[pb.FrameLayer]]) -> None:
     """For `read_frames`."""
     with path.open("wb") as file:
-        for layer in layers:
+        for layer in (layer for layers in frames for layer in layers):
             data = layer.SerializeToString()
             file.write(struct.pack("<I", len(data)) + data)
 
 
-def read_frames(path: Path) -> list[pb.FrameLayer]:
-    """What `write_frames` wrote."""
-    data, at, layers = path.read_bytes(), 0, []
+def read_frames(path: Path) -> list[list[pb.FrameLayer]]:
+    """What `write_frames` wrote: the layers of each frame."""
+    data, at, frames = path.read_bytes(), 0, []
     while at < len(data):
         (size,) = struct.unpack_from("<I", data, at)
-        layers.append(pb.FrameLayer.FromString(data[at + 4 : at + 4 + size]))
+        layer = pb.FrameLayer.FromString(data[at + 4 : at + 4 + size])
+        if layer.layer == 0:
+            frames.append([])
+        frames[-1].append(layer)
         at += 4 + size
-    return layers
+    return frames
+
+
+class Row(NamedTuple):
+    """One answered frame: when (perf_counter), after how long, in a batch of how many, its error, the tail's time."""
+
+    at_s: float
+    latency_ms: float
+    batch_size: int
+    error: str
+    tail_ms: float
+
+
+def summary(rows: list[Row], until_s: float) -> dict[str, object]:
+    """Throughput and latencies of what was answered by then."""
+    answered = [row for row in rows if not row.error and row.at_s <= until_s]
+    first_s = min((row.at_s for row in answered), default=until_s)
+    latency = np.array([row.latency_ms for row in answered] or [0.0])
+    over = np.array([row.latency_ms - row.tail_ms for row in answered] or [0.0])
+    return {
+        "frames_per_s": sum(row.at_s > first_s for row in answered) / max(1e-9, until_s - first_s), "answered": len(answered),
+        "latency_ms_p50": float(np.percentile(latency, 50)), "latency_ms_p99": float(np.percentile(latency, 99)),
+        "tail_ms_p50": float(np.median([row.tail_ms for row in answered] or [0.0])), "over_tail_ms_p50": float(np.median(over)),
+        "batches": dict(Counter(str(row.batch_size) for row in answered)),
+        "errors": dict(Counter(row.error for row in rows if row.error)),
+    }  # fmt: skip
 
 
 class Load:
     """All streams together; `pulse` runs them for a while."""
 
-    def __init__(self, layers: list[pb.FrameLayer], sha256: str, window: int) -> None:
-        self._messages = [pb.ClientMessage(layer=layer) for layer in layers]
+    def __init__(self, frames: list[list[pb.FrameLayer]], sha256: str, window: int) -> None:
+        self._frames = [[pb.ClientMessage(layer=layer) for layer in layers] for layers in frames]
         self._sha256 = sha256
         self._window = window
         self._streams: list[tuple[int, grpc.aio.StreamStreamCall]] = []
@@ -70,32 +99,19 @@ class Load:
         """Keeps every stream's window full for that long, waits for what is owed, and counts."""
         until_s = time.perf_counter() + seconds
         rows = [row for rows in await asyncio.gather(*(self._one(n, call, until_s) for n, call in self._streams)) for row in rows]
-        answered = [row for row in rows if row[3] == "" and row[0] <= until_s]
-        first_s = min((row[0] for row in answered), default=until_s)
-        latency = np.array([row[1] for row in answered] or [0.0])
-        counted = sum(row[0] > first_s for row in answered)
-        return {
-            "frames_per_s": counted / max(1e-9, until_s - first_s), "answered": len(answered),
-            "latency_ms_p50": float(np.percentile(latency, 50)), "latency_ms_p99": float(np.percentile(latency, 99)),
-            "tail_ms_p50": float(np.median([row[4] for row in answered] or [0.0])),
-            "batches": dict(Counter(str(row[2]) for row in answered)),
-            "errors": dict(Counter(row[3] for row in rows if row[3])),
-        }  # fmt: skip
+        return summary(rows, until_s)
 
-    async def _one(
-        self, number: int, call: grpc.aio.StreamStreamCall, until_s: float
-    ) -> list[tuple[float, float, int, str, float]]:
-        """(answered at s, latency ms, batch, error, tail ms) of each frame."""
+    async def _one(self, number: int, call: grpc.aio.StreamStreamCall, until_s: float) -> list[Row]:
         sent: dict[int, float] = {}
-        rows = []
+        rows: list[Row] = []
 
         async def send() -> None:
             frame_id = self._next_id[number]
             self._next_id[number] += 1
-            message = self._messages[(frame_id + number) % len(self._messages)]
-            message.layer.frame_id = frame_id
             sent[frame_id] = time.perf_counter()
-            await call.write(message)
+            for message in self._frames[(frame_id + number) % len(self._frames)]:
+                message.layer.frame_id = frame_id
+                await call.write(message)
 
         for _ in range(self._window):
             await send()
@@ -108,7 +124,7 @@ class Load:
             now, result = time.perf_counter(), message.result
             elapsed_ms = (now - sent.pop(result.frame_id)) * 1e3
             error = result.error.code if result.WhichOneof("outcome") == "error" else ""
-            rows.append((now, elapsed_ms, result.timings.batch_size, error, result.timings.tail_ns / 1e6))
+            rows.append(Row(now, elapsed_ms, result.timings.batch_size, error, result.timings.tail_ns / 1e6))
             if now < until_s:
                 await send()
         return rows

@@ -1,0 +1,37 @@
+"""Ray, imported with the settings that serving frames needs; import ``ray`` and ``serve`` from here.
+
+They are read when Ray is imported and when a cluster starts, and whoever starts a cluster by hand should set the same
+(``deploy/ray/cluster.env``).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+SETTINGS = {
+    # No extra thread and loop per hop, gRPC between ingress and replica, no log line per request.
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # Serve's own ways in for clients stay shut: the door in front is ours.
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+    # Ray's workers give way to everything else on a machine (nice 15). A tail is what the machine is there for: beside one busy
+    # process on the same core its frames took four times as long.
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+for _name, _value in SETTINGS.items():
+    os.environ.setdefault(_name, _value)
+# Clusters want a token by default, yet a process that joins one shows its own only when told that it has to.
+if any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or (Path.home() / ".ray" / "auth_token").exists():
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+try:
+    import ray
+    from ray import serve
+except ImportError as missing:
+    from protos.errors import MissingDependencyError
+
+    raise MissingDependencyError("--backend ray needs Ray Serve: pip install 'headtail[ray]'") from missing
+
+__all__ = ["SETTINGS", "ray", "serve"]
