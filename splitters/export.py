@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = Path(__file__).parent / "weights"
 PLAIN = "efficientnet-lite0-plain"
+DETECTOR_PLAIN = "detector-plain"
 PLAIN_CODEC = WEIGHTS / "efficientnet-lite0" / "plain.json"
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LABELS = Path(__file__).parent / "models" / "imagenet_labels.txt"
@@ -34,10 +35,17 @@ def _efficientnet_lite0_plain(out: Path) -> Bundle:
     return export_plain(out, json.loads(PLAIN_CODEC.read_text(encoding="utf-8")))
 
 
-def _detector(out: Path) -> Bundle:
+def _detector_plain(out: Path) -> Bundle:
     from splitters.models.detector_export import export_plain
 
     return export_plain(out)
+
+
+def _detector(out: Path) -> Bundle:
+    from splitters.models.detector_learned_export import FOLDER, export_learned
+    from splitters.models.learned_export import WEIGHTS_FILE
+
+    return export_learned(out) if (FOLDER / WEIGHTS_FILE).is_file() else _detector_plain(out)
 
 
 def _efficientnet_lite0(out: Path) -> Bundle:
@@ -50,6 +58,10 @@ def _efficientnet_lite0(out: Path) -> Bundle:
 def _run(run: Path, out: Path) -> Bundle:
     """The bundle of a directory that `splitters train` wrote."""
     recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+    if recipe["config"]["model"] == "detector":
+        from splitters.models.detector_learned_export import export_learned as export_detector
+
+        return export_detector(out, run, Path(recipe["plan"]["detector"]))
     if recipe["config"]["cut"] is None:
         from splitters.models.learned_export import export_learned
 
@@ -63,6 +75,7 @@ EXPORTERS: Mapping[str, Callable[[Path], Bundle]] = {
     "efficientnet-lite0": _efficientnet_lite0,
     PLAIN: _efficientnet_lite0_plain,
     "detector": _detector,
+    DETECTOR_PLAIN: _detector_plain,
 }
 
 

@@ -73,11 +73,11 @@ class DetectorTail(nn.Module):
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Maps block ``at``'s output to boxes (N, P, 4) xyxy in input pixels and scores (N, P, C)."""
         taps = (latent,) if self.at == TAPS[0] else ()
-        return _scored(self.model.from_taps(self.model.backbone.after(latent, self.at + 1, taps)))
+        return scored(self.model.from_taps(self.model.backbone.after(latent, self.at + 1, taps)))
 
     def whole(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Maps normalised images (N, 3, H, W) to boxes and scores."""
-        return _scored(self.model(images))
+        return scored(self.model(images))
 
 
 class WholeDetector(nn.Module):
@@ -89,10 +89,11 @@ class WholeDetector(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (N, 3, H, W) to boxes (N, P, 4) and scores (N, P, C)."""
-        return _scored(self.model(image))
+        return scored(self.model(image))
 
 
-def _scored(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def scored(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Boxes (N, P, 4) in input pixels and scores (N, P, C) of raw outputs."""
     boxes, logits = dense(raw)
     return boxes, logits.sigmoid()
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 
-from splitters.models.detector import TAPS, Backbone, Detector
+from splitters.models.detector import STRIDES, TAPS, Backbone, Detector
 from splitters.models.learned import StagedModel
+from splitters.models.raw_outputs import RawOutput
 
 
-class _Rest(nn.Module):
+class Rest(nn.Module):
     """The backbone after the cut: all three taps."""
 
     def __init__(self, backbone: Backbone) -> None:
@@ -30,7 +32,7 @@ class _Rest(nn.Module):
         return tuple(taps)
 
 
-class _Neck(nn.Module):
+class Neck(nn.Module):
     """The pyramid, taking its maps one by one."""
 
     def __init__(self, neck: nn.Module) -> None:
@@ -43,26 +45,43 @@ class _Neck(nn.Module):
         return levels
 
 
-class _Predict(nn.Module):
-    """The predictor, taking the levels one by one."""
+class Predict(nn.Module):
+    """The predictor, taking the levels one by one, its two kinds of output apart."""
 
     def __init__(self, predictor: nn.Module) -> None:
         super().__init__()
         self.predictor = predictor
 
     def forward(self, *levels: Tensor) -> tuple[Tensor, ...]:
-        """Maps the levels to raw outputs."""
-        raw: tuple[Tensor, ...] = self.predictor(levels)
-        return raw
+        """Maps the levels to box distances (N, 4, h, w) and class logits (N, 80, h, w) of each, in turn."""
+        return tuple(part for raw in self.predictor(levels) for part in (raw[:, :4], raw[:, 4:]))
 
 
-def staged_detector(model: Detector) -> StagedModel:
-    """The detector cut after block 4, matched at its taps, its pyramid and its raw outputs (GHND for detectors)."""
+def joined(branches: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``Predict``'s output as the predictor's own: one tensor (N, 84, h, w) a level."""
+    return tuple(torch.cat(branches[i : i + 2], dim=1) for i in range(0, len(branches), 2))
+
+
+def branches(size_px: int) -> tuple[RawOutput, ...]:
+    """What ``Predict`` returns, in order."""
+    return tuple(
+        RawOutput(node=f"{kind}_{stride}", probability=kind == "classes", channel_axis=1, cells=(size_px // stride,) * 2)
+        for stride in STRIDES
+        for kind in ("boxes", "classes")
+    )
+
+
+def staged_detector(model: Detector, size_px: int) -> StagedModel:
+    """The detector cut after block 4, matched at its taps, its pyramid and its raw outputs (GHND for detectors).
+
+    Args:
+        model: whose pieces are copied.
+        size_px: side of the pictures it will see.
+    """
     model = copy.deepcopy(model).eval()
     backbone = model.backbone
     return StagedModel(
-        stem=backbone.stem,
-        body=backbone.blocks[: TAPS[0] + 1],
-        stages=(_Rest(backbone), _Neck(model.neck), _Predict(model.predictor)),
-        task="detection",
-    )
+        stem=backbone.stem, body=backbone.blocks[: TAPS[0] + 1],
+        stages=(Rest(backbone), Neck(model.neck), Predict(model.predictor)),
+        task="detection", taps=2 * len(TAPS), raw=branches(size_px), same_front=True,
+    )  # fmt: skip

@@ -53,13 +53,22 @@ def _detector(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module
     return build_detector_tail(spec, state)
 
 
+def _detector_learned(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    from splitters.models.detector_learned_export import build_learned_detector_tail
+
+    return build_learned_detector_tail(spec, state)
+
+
 def _learned(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     from splitters.models.learned_export import build_learned_tail
 
     return build_learned_tail(spec, state)
 
 
-_BUILDERS = {"efficientnet-lite0": _efficientnet_lite0, "efficientnet-lite0-learned": _learned, "detector": _detector}
+_BUILDERS = {
+    "efficientnet-lite0": _efficientnet_lite0, "efficientnet-lite0-learned": _learned,
+    "detector": _detector, "detector-learned": _detector_learned,
+}  # fmt: skip
 
 
 def build_tail(name: str, spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ VOC5_CATEGORIES = frozenset({1, 3, 6, 7, 17})
 LABELLED = {"coco/train": frozenset(INDEX_OF), "photos/voc5": VOC5_CATEGORIES}
 PHOTO_FOLDERS = ("photos/voc_unlabelled", "photos/bsds", "photos/street", "photos/camvid", "photos/indoor", "photos/coco_extra")
 VIDEO_STEP = 8
+HELD_OUT_EVERY = {"coco/train": 8, "photos/voc5": 16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,3 +135,15 @@ def build_examples(data: Path, cache: Path, *, longest_px: int = 320, score_min:
         boxes[:, :4] *= scale
         examples.append(Example(image=small, boxes=boxes, source=folder))
     return examples
+
+
+def held_out(examples: Sequence[Example]) -> list[bool]:
+    """Which training pictures a run may leave out to judge itself: every 8th of ``coco/train``, every 16th of ``photos/voc5``."""
+    seen: dict[str, int] = {}
+    left = []
+    for example in examples:
+        number = seen.setdefault(example.source, 0)
+        seen[example.source] += 1
+        every = HELD_OUT_EVERY.get(example.source, 0)
+        left.append(every > 0 and number % every == 0)
+    return left

@@ -26,11 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from splitters.models.boxes import Pixels
-from splitters.models.detector import INPUT_SIZE_PX, TAPS, Backbone, Detector
+from splitters.models.detector import INPUT_SIZE_PX, TAPS, Backbone, Detector, load_detector
 from splitters.models.efficientnet_lite import INPUT_MEAN, INPUT_STD, load_efficientnet_lite0
 from splitters.train.detector_augment import Sampler
-from splitters.train.detector_data import build_examples
+from splitters.train.detector_data import build_examples, held_out
+from splitters.train.detector_fast import speed_up
 from splitters.train.detector_loss import detection_loss, pad_boxes
+from splitters.train.detector_teacher import DenseTeacher
 
 log = logging.getLogger(__name__)
 # Scarce photos with COCO's full ground truth come often, narrow sources seldom.
@@ -57,6 +59,10 @@ class DetectorRecipe:
         weight_decay: AdamW's.
         ema: decay of the averaged weights, reached gradually.
         seed: of all chance.
+        start: weights to begin with; ImageNet's when empty.
+        dense: whether the teacher also looks at every augmented picture and teaches each position, see ``detector_teacher``.
+        bfloat16: whether the trained part runs in bfloat16 where that is fast (parameters and losses stay float32).
+        hold_out: whether the photos of ``detector_held_out`` are left out.
     """
 
     minutes: float = 90.0
@@ -71,6 +77,10 @@ class DetectorRecipe:
     weight_decay: float = 0.02
     ema: float = 0.999
     seed: int = 5
+    start: str = ""
+    dense: bool = False
+    bfloat16: bool = False
+    hold_out: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.first_trained_block <= TAPS[0] + 1 or self.minutes <= 0:
@@ -113,16 +123,18 @@ class Trainer:
     Args:
         recipe: the run's settings.
         out: run directory, for checkpoints and the log.
+        teacher: for ``recipe.dense``.
     """
 
-    def __init__(self, recipe: DetectorRecipe, out: Path) -> None:
-        self.recipe, self.out = recipe, out
+    def __init__(self, recipe: DetectorRecipe, out: Path, teacher: DenseTeacher | None = None) -> None:
+        self.recipe, self.out, self._teacher = recipe, out, teacher
         out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
-        self.model = Detector(Backbone(load_efficientnet_lite0()))
+        self.model = load_detector(Path(recipe.start)) if recipe.start else Detector(Backbone(load_efficientnet_lite0()))
         self._early = freeze_to_onnx(_Early(self.model.backbone, recipe.first_trained_block), out / "early.onnx", 1)
         self._whole = freeze_to_onnx(self.model.backbone, out / "backbone.onnx", len(TAPS))
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        speed_up(self.model)
         late = [p for block in list(self.model.backbone.blocks)[recipe.first_trained_block :] for p in block.parameters()]
         new = [*self.model.neck.named_parameters(), *self.model.predictor.named_parameters()]
         for parameter in self.model.backbone.parameters():
@@ -152,13 +164,14 @@ class Trainer:
             warm = min(1.0, (self.step_count + 1) / 200)
             group["lr"] = self.recipe.rate * group["factor"] * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * self.progress)) / 2)
         x = normalise(images)
-        if self.progress < self.recipe.frozen_until:
-            taps = tuple(torch.from_numpy(y).contiguous(memory_format=torch.channels_last) for y in self._whole.run(None, {"x": x}))
-        else:
-            start = torch.from_numpy(self._early.run(None, {"x": x})[0]).contiguous(memory_format=torch.channels_last)
-            first = self.recipe.first_trained_block
-            taps = self.model.backbone.after(start, first, (start,) if first > TAPS[0] else ())
-        losses = detection_loss(self.model.from_taps(taps), truth)
+        frozen = self.progress < self.recipe.frozen_until
+        known = [torch.from_numpy(y).contiguous(memory_format=torch.channels_last)
+                 for y in (self._whole if frozen else self._early).run(None, {"x": x})]  # fmt: skip
+        first = self.recipe.first_trained_block
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bfloat16):
+            taps = known if frozen else self.model.backbone.after(known[0], first, known if first > TAPS[0] else ())
+            raw = self.model.from_taps(taps)
+        losses = detection_loss([level.float() for level in raw], truth, self._teacher(images) if self._teacher else None)
         self.optimiser.zero_grad(set_to_none=True)
         losses.total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], 10.0)
@@ -221,9 +234,11 @@ def _write(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None
 
 def train(recipe: DetectorRecipe, data: Path, out: Path, *, cache: Path) -> None:
     """Runs (or goes on with) a training; leaves ``detector.safetensors`` (fp16, averaged) and ``recipe.json`` in ``out``."""
-    trainer = Trainer(recipe, out)
+    trainer = Trainer(recipe, out, DenseTeacher(data / "weights" / "yolox_nano_416.onnx") if recipe.dense else None)
     (out / "recipe.json").write_text(json.dumps({"recipe": asdict(recipe), "source_weights": SOURCE_WEIGHTS}, indent=2) + "\n")
     examples = build_examples(data, cache, longest_px=INPUT_SIZE_PX)
+    if recipe.hold_out:
+        examples = [example for example, out_of_it in zip(examples, held_out(examples), strict=True) if not out_of_it]
     log.info("%d pictures, %d boxes", len(examples), sum(len(e.boxes) for e in examples))
     sampler = Sampler(examples, SOURCE_WEIGHTS, np.random.default_rng(recipe.seed + trainer.step_count))
     saved_s = trainer.spent_s
@@ -253,6 +268,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=DetectorRecipe().minutes, help="wall-clock length of the run")
     parser.add_argument("--frozen-until", type=float, default=DetectorRecipe().frozen_until, help="share with the backbone frozen")
     parser.add_argument("--seed", type=int, default=DetectorRecipe().seed)
+    parser.add_argument("--small-until", type=float, default=DetectorRecipe().small_until, help="share at the smaller input size")
+    parser.add_argument("--start", default="", help="detector weights to begin with; ImageNet's backbone by default")
+    parser.add_argument("--dense", action="store_true", help="the teacher teaches every position of every augmented picture")
+    parser.add_argument("--bfloat16", action="store_true", help="faster on processors with bfloat16 arithmetic")
+    parser.add_argument("--hold-out", action="store_true", help="leave the photos of detector_held_out out")
+    parser.add_argument("--teacher-cache", type=Path, help="where the teacher's boxes are kept; OUT/teacher.npz by default")
     parser.add_argument("--tag", help="ignored; names the process in a process list")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -260,8 +281,12 @@ def main() -> None:
     import cv2
 
     cv2.setNumThreads(1)
-    recipe = DetectorRecipe(minutes=args.minutes, frozen_until=args.frozen_until, seed=args.seed)
-    train(recipe, args.data, args.out, cache=args.out / "teacher.npz")
+    recipe = DetectorRecipe(
+        minutes=args.minutes, frozen_until=args.frozen_until, small_until=args.small_until, seed=args.seed,
+        mosaic_until=max(args.small_until, 0.88), start=args.start, dense=args.dense, bfloat16=args.bfloat16,
+        hold_out=args.hold_out,
+    )  # fmt: skip
+    train(recipe, args.data, args.out, cache=args.teacher_cache or args.out / "teacher.npz")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from splitters.models.boxes import Floats
 from splitters.models.detector import centres, dense
+from splitters.train.detector_teacher import Dense
 
 ALPHA, BETA, TOP = 0.5, 6.0, 10
 
@@ -85,11 +86,21 @@ def assign(boxes: Tensor, logits: Tensor, truth: Tensor, points: Tensor, strides
     return Targets(scores, corners.gather(1, owner[..., None].expand(-1, -1, 4)), weight)
 
 
-def detection_loss(raw: Sequence[Tensor], truth: Tensor, *, box_gain: float = 2.5) -> Losses:
-    """Quality focal loss (Li et al. 2020, arXiv 2006.04388) on classes plus GIoU on the boxes of answering positions."""
+def detection_loss(raw: Sequence[Tensor], truth: Tensor, teacher: Dense | None = None, *, box_gain: float = 2.5) -> Losses:
+    """Quality focal loss (Li et al. 2020, arXiv 2006.04388) on classes plus GIoU on the boxes of answering positions.
+
+    Args:
+        raw: the network's outputs.
+        truth: (N, G, 6) true boxes.
+        teacher: what a teacher says at every position. A position is told the higher of the two scores of a class, so the truth
+            holds where the teacher is blind; a position without a true box is told the teacher's.
+        box_gain: weight of the boxes.
+    """
     points, strides = centres(raw)
     boxes, logits = dense(raw)
     targets = assign(boxes.detach(), logits.detach(), truth, points, strides)
+    if teacher is not None:
+        targets = add_teacher(targets, teacher)
     total = targets.weight.sum().clamp(min=1.0)
     focus = (logits.detach().sigmoid() - targets.scores).square()
     classes = (F.binary_cross_entropy_with_logits(logits, targets.scores, reduction="none") * focus).sum() / total
@@ -97,3 +108,20 @@ def detection_loss(raw: Sequence[Tensor], truth: Tensor, *, box_gain: float = 2.
     _, giou = overlap(boxes[answering], targets.boxes[answering])
     distance = ((1 - giou) * targets.weight[answering]).sum() / total
     return Losses(classes * 2.0 + box_gain * distance, float(classes.detach()), float(distance.detach()))
+
+
+def add_teacher(targets: Targets, teacher: Dense, *, least: float = 0.05) -> Targets:
+    """Targets that also tell what a teacher says, see ``detection_loss``.
+
+    Args:
+        targets: from the true boxes.
+        teacher: scores (N, P, C) and boxes (N, P, 4).
+        least: teacher scores below teach no box.
+    """
+    confidence = teacher.scores.amax(-1)
+    alone = (targets.weight == 0) & (confidence > least)
+    return Targets(
+        torch.maximum(targets.scores, teacher.scores),
+        torch.where(alone[..., None], teacher.boxes, targets.boxes),
+        torch.where(alone, confidence, targets.weight),
+    )

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import os
+from pathlib import Path
+
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
+from torch import nn
 
 from splitters.models.boxes import Detections
 from splitters.models.detector import STRIDES, Detector, centres
+from splitters.models.efficientnet_lite import SamePadConv
+from splitters.models.fpn import conv_unit, separable_unit
+from splitters.models.onnx_detectors import IMAGENET_MEAN, IMAGENET_STD, yolox_boxes
 from splitters.train.detector_augment import Sampler, mosaic, paste, single
-from splitters.train.detector_data import Example, teach
-from splitters.train.detector_loss import assign, detection_loss, overlap, pad_boxes
+from splitters.train.detector_data import Example, held_out, teach
+from splitters.train.detector_fast import speed_up
+from splitters.train.detector_loss import Targets, add_teacher, assign, detection_loss, overlap, pad_boxes
+from splitters.train.detector_teacher import Dense, DenseTeacher
 
 
 def example(colour: int = 200, boxes: list[list[float]] | None = None, source: str = "a") -> Example:
@@ -128,3 +139,54 @@ def test_teacher_sees_the_mirror_image_too() -> None:
 
     found = teach(one_sided, example().image)
     assert found.boxes_px.tolist() == [[50, 20, 90, 40]]
+
+
+def test_fast_convolutions_have_the_same_values_and_gradients() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        separable_unit(6, 8), SamePadConv(8, 8, 5, 2, groups=8), conv_unit(8, 12), nn.Conv2d(12, 12, 3, 2, 1, groups=12),
+        nn.Conv2d(12, 4, 1), nn.Conv2d(4, 4, 3, padding=1),
+    )  # fmt: skip
+    fast = copy.deepcopy(plain)
+    speed_up(fast)
+    x = torch.randn(2, 6, 32, 24).contiguous(memory_format=torch.channels_last)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    outputs = [model(images) for model, images in zip((plain, fast), inputs, strict=True)]
+    assert torch.allclose(*outputs, atol=1e-5)
+    for y in outputs:
+        y.square().sum().backward()
+    pairs = [*zip(plain.parameters(), fast.parameters(), strict=True), tuple(inputs)]
+    for a, b in pairs:
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+    assert max(float(a.grad.abs().max()) for a, _ in pairs if a.grad is not None) > 1
+
+
+def test_a_teacher_speaks_where_no_true_box_does() -> None:
+    targets = Targets(
+        torch.tensor([[[0.6, 0.0], [0.0, 0.0], [0.0, 0.0]]]), torch.zeros(1, 3, 4), torch.tensor([[0.6, 0.0, 0.0]])
+    )  # fmt: skip
+    teacher = Dense(torch.tensor([[[0.9, 0.3], [0.0, 0.5], [0.01, 0.02]]]), torch.ones(1, 3, 4))
+    told = add_teacher(targets, teacher)
+    assert told.scores[0].tolist() == pytest.approx([[0.9, 0.3], [0.0, 0.5], [0.01, 0.02]])
+    assert told.weight[0].tolist() == pytest.approx([0.6, 0.5, 0.0])
+    assert told.boxes[0, :, 0].tolist() == [0.0, 1.0, 0.0]  # the true box stays, the second is the teacher's
+
+
+def test_held_out_pictures_are_every_nth_of_their_folder() -> None:
+    pool = [example(source=s) for s in ["coco/train"] * 17 + ["video/vtest.avi"] * 5 + ["photos/voc5"] * 17]
+    assert [i for i, out in enumerate(held_out(pool)) if out] == [0, 8, 16, 22, 38]
+
+
+@pytest.mark.skipif("HEADTAIL_DATA" not in os.environ, reason="needs HEADTAIL_DATA")
+def test_dense_teacher_is_the_published_network() -> None:
+    path = Path(os.environ["HEADTAIL_DATA"]) / "weights" / "yolox_nano_416.onnx"
+    picture = np.random.default_rng(0).integers(0, 255, (1, 416, 416, 3), dtype=np.uint8)
+    said = DenseTeacher(path)(picture)
+    x = ((picture.astype(np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD).transpose(0, 3, 1, 2)
+    raw = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"images": np.ascontiguousarray(x)})[0][0]
+    boxes, scores = yolox_boxes(raw, 416)
+    assert np.abs(said.scores[0].numpy() - scores).max() < 1e-4
+    assert np.abs(said.boxes[0].numpy() - boxes).max() < 0.5
+    assert DenseTeacher(path)(picture[:, :256, :256]).boxes.shape == (1, 1344, 4)

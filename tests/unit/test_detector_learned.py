@@ -1,0 +1,218 @@
+"""The detector's bottleneck: one latent whatever the tier, a cheap device, a tail that is the student's, the bundle that ships."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from protos.errors import BundleError
+from protos.messages import Detection
+from splitters.bundle import Bundle
+from splitters.codec import codec_from_spec
+from splitters.models.detector import Detector, dense, load_detector
+from splitters.models.detector_learned import C_LATENT, TIERS, build_learned_detector, load_learned_detector
+from splitters.models.detector_learned_export import (
+    FOLDER,
+    LATENT_SHAPE,
+    LearnedDetectorTail,
+    build_learned_detector_tail,
+    export_learned,
+)
+from splitters.models.detector_staged import joined, staged_detector
+from splitters.models.learned import LearnedSplit, StagedModel, run_stages
+from splitters.models.learned_export import WEIGHTS_FILE, exportable, graph_name, tuned_state
+from splitters.tails import load_tail
+from splitters.train.config import LossWeights
+from splitters.train.losses import staged_distortion
+
+SIZE = 128
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    y, x = torch.meshgrid(torch.linspace(-1, 1, SIZE), torch.linspace(-1, 1, SIZE), indexing="ij")
+    waves = [torch.stack([torch.sin((5 + i) * x), y * torch.cos(i * x), x * y]) for i in range(4)]
+    noise = torch.randn(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    return torch.stack(waves) + 0.5 * noise
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    torch.manual_seed(0)
+    return Detector().eval()
+
+
+@pytest.fixture(scope="module")
+def both(detector: Detector, images: torch.Tensor) -> Iterator[tuple[StagedModel, LearnedSplit]]:
+    with torch.no_grad():
+        base, student = build_learned_detector(images, 3, detector)
+        yield base, student.eval()
+
+
+def test_pieces_are_the_detector(detector: Detector, images: torch.Tensor) -> None:
+    base = staged_detector(detector, SIZE)
+    with torch.no_grad():
+        cut = base.body(base.stem(images))
+        found = run_stages(base.stages, cut)
+        for mine, theirs in zip(joined(tuple(found[base.taps :])), detector(images), strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-5)
+    assert len(found) == base.taps + len(base.raw)
+    for tensor, raw in zip(found[base.taps :], base.raw, strict=True):
+        assert tuple(tensor.shape[2:]) == raw.cells
+        assert raw.probability == (tensor.shape[1] == 80)
+
+
+def test_every_tier_gives_the_same_latent_shape(both: tuple[StagedModel, LearnedSplit], images: torch.Tensor) -> None:
+    shapes = {tuple(both[1].latent(images, tier).shape) for tier in range(len(TIERS))}
+    assert shapes == {(4, C_LATENT, SIZE // 16, SIZE // 16)}
+
+
+def test_untrained_bottleneck_already_keeps_most_of_the_cut(both: tuple[StagedModel, LearnedSplit], images: torch.Tensor) -> None:
+    base, student = both
+    with torch.no_grad():
+        cut = base.body(base.stem(images))
+        restored = student.answer(student.latent(images, len(TIERS) - 1))[0]
+    assert float((restored - cut).square().mean() / cut.var()) < 0.5
+
+
+def test_a_student_with_the_teachers_cut_costs_nothing(both: tuple[StagedModel, LearnedSplit], images: torch.Tensor) -> None:
+    base, student = both
+    weights = LossWeights(stages=(1.0,))
+    with torch.no_grad():
+        cut = base.body(base.stem(images))
+        teacher = [cut, *run_stages(base.stages, cut)]
+        same = staged_distortion([cut, *run_stages(list(student.stages), cut)], teacher, weights, base)
+        coarse = staged_distortion(student.answer(student.latent(images, len(TIERS) - 1)), teacher, weights, base)
+    assert float(same.abs().max()) < 1e-4
+    assert float(coarse.min()) > 1e-3
+
+
+def test_device_work_stays_within_its_shares() -> None:
+    def macs(module: nn.Module, x: torch.Tensor) -> tuple[int, torch.Tensor]:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            y = module(x)
+        return counter.get_total_flops() // 2, y
+
+    detector = Detector().eval()
+    with torch.no_grad():
+        _, student = build_learned_detector(torch.randn(2, 3, SIZE, SIZE), 2, detector)
+    student.eval()
+    image = torch.zeros(1, 3, 320, 320)
+    whole, _ = macs(detector, image)
+    stem, stem_map = macs(student.stem, image)
+    shares = {}
+    for tier in student.ensemble.tiers:
+        encoders = sum(macs(exportable(student.ensemble.encoders[i], w), stem_map)[0] for i, w in tier.runs)
+        shares[tier.name] = (stem + encoders) / whole
+    assert shares["s"] <= 0.12
+    assert shares["s"] < shares["m"] < shares["own"] <= 0.35
+
+
+def test_tail_from_a_bundles_tensors_is_the_students(
+    both: tuple[StagedModel, LearnedSplit], detector: Detector, images: torch.Tensor
+) -> None:
+    student = copy.deepcopy(both[1])
+    with torch.no_grad():  # what fine-tuning would have changed
+        for parameter in student.stages[0].parameters():
+            parameter.mul_(1.01)
+    tail = LearnedDetectorTail(student, detector)
+    state = {k: v for k, v in tail.state_dict().items() if k.startswith(("decoder.", "stages.0.", "network."))}
+    rebuilt = build_learned_detector_tail({"tiers": 3}, state)
+    latent = torch.randn(2, *LATENT_SHAPE)
+    with torch.no_grad():
+        # At the detector's own size, which the bundle's tail is for.
+        _, whole = load_like(student, detector)
+        for mine, theirs in zip(rebuilt(latent), LearnedDetectorTail(whole, detector)(latent), strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-4)
+        boxes, logits = dense(detector(images))
+        assert torch.allclose(rebuilt.whole(images)[0], boxes, atol=1e-3)
+        assert torch.allclose(rebuilt.whole(images)[1], logits.sigmoid(), atol=1e-5)
+
+
+def load_like(student: LearnedSplit, detector: Detector) -> tuple[StagedModel, LearnedSplit]:
+    """The same student for 320 px."""
+    from splitters.models.detector_learned import skeleton
+
+    base = staged_detector(detector, 320)
+    twin = skeleton(base, 3, 320)
+    twin.load_state_dict(student.state_dict())
+    return base, twin.eval()
+
+
+def test_weights_reload_and_wrong_ones_are_refused(
+    both: tuple[StagedModel, LearnedSplit], detector: Detector, images: torch.Tensor, tmp_path: object
+) -> None:
+    from pathlib import Path
+
+    path = Path(str(tmp_path)) / WEIGHTS_FILE
+    save_file(tuned_state(both[1]), path)
+    _, again = load_learned_detector(path, SIZE, detector)
+    for tier in range(len(TIERS)):
+        wanted, got = both[1].latent(images, tier), again.latent(images, tier)
+        assert float((wanted - got).abs().max()) < 0.01 * float(wanted.abs().max())
+    save_file({"quantiser.log_gain": torch.zeros(2, 64), "surprise": torch.zeros(1)}, path)
+    with pytest.raises(BundleError, match="fit"):
+        load_learned_detector(path, SIZE, detector)
+    with pytest.raises(BundleError, match="no usable"):
+        load_learned_detector(path.with_name("absent.safetensors"), SIZE, detector)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    if not (FOLDER / WEIGHTS_FILE).exists():
+        pytest.skip("no trained bottleneck in this tree")
+    return export_learned(tmp_path_factory.mktemp("detector") / "bundle")
+
+
+def test_shipped_bundle_answers_through_every_point(bundle: Bundle) -> None:
+    import onnxruntime as ort
+
+    def run(path: str, name: str, x: np.ndarray) -> np.ndarray:
+        session = ort.InferenceSession(str(bundle.part_path(path)), providers=["CPUExecutionProvider"])
+        (y,) = session.run(None, {name: x})
+        return np.asarray(y)
+
+    rng = np.random.default_rng(0)
+    picture = rng.normal(0, 0.6, (1, 3, 10, 10)).astype(np.float32).repeat(32, axis=2).repeat(32, axis=3)
+    head, codec = bundle.manifest.head, codec_from_spec(json.loads(bundle.read_part("device/codec.json")), bundle.read_part)
+    assert head.prefilter is not None
+    assert bundle.manifest.local is not None
+    stem_map = run(head.stem, "image", picture)
+    latents = {name: run(path, "stem_map", stem_map) for name, path in head.graphs.items()}
+    _, student = load_learned_detector(FOLDER / WEIGHTS_FILE, 320)
+    for index, width in {r for tier in TIERS for r in tier.runs}:
+        with torch.no_grad():
+            wanted = student.ensemble.run(index, width, torch.from_numpy(stem_map)).numpy()
+        assert np.abs(latents[graph_name(index, width)] - wanted).max() < 2e-3 * np.abs(wanted).max()
+    tail = load_tail(bundle)
+    sizes: dict[str, list[int]] = {}
+    for point in bundle.points:
+        latent = np.sum([latents[g] for g in point.graphs], axis=0)
+        assert latent.shape[1:] == LATENT_SHAPE
+        layers = codec.encode(codec.quantise([latent[0]], point.codec_point))
+        sizes.setdefault("+".join(point.graphs), []).append(sum(map(len, layers)))
+        (restored,) = codec.dequantise(codec.decode(layers))
+        (answer,) = tail.run([restored[None]], [(480, 360)])
+        assert isinstance(answer, Detection)
+    assert len(sizes) == len(TIERS)
+    for row in sizes.values():
+        assert row == sorted(row, reverse=True)
+        assert row[0] > 1.5 * row[-1]
+
+
+def test_shipped_bottleneck_fits_the_shipped_detector(bundle: Bundle) -> None:
+    """The encoder's own blocks and the stem are the committed detector's, so the two were trained around one another."""
+    _, student = load_learned_detector(FOLDER / WEIGHTS_FILE, 320)
+    network = load_detector()
+    own = student.ensemble.encoders[-1]
+    body = dict(own.body.named_parameters())  # type: ignore[union-attr]
+    for name, value in network.backbone.blocks[:5].named_parameters():
+        assert torch.allclose(body[name], value, atol=2e-3 * float(value.abs().max()) + 1e-4), name
