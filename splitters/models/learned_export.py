@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ from splitters.models.learned import LearnedSplit
 from splitters.models.learned_efficientnet import C_LATENT, DEEP, PRUNED, fuse_norms, skeleton, staged
 from splitters.models.narrow import narrow
 from splitters.models.slimmable import at_width, frozen_copy
+from splitters.offload import offload_from_json
 from splitters.onnx_export import export_onnx
 from splitters.operating_point import OperatingPoint, load_points
 
 WEIGHTS_FILE, TABLES_FILE, POINTS_FILE, RECIPE_FILE = "learned.safetensors", "tables.bin", "operating_points.json", "recipe.json"
+CHOICES_FILE = "choices.json"
 TABLES_PART = "device/tables.bin"
 # The published stages of the tail are not stored again; only the first one is fine-tuned.
 _TUNED = ("ensemble.", "quantiser.", "decoder.", "stages.0.")
@@ -116,10 +118,12 @@ class Rung:
     Attributes:
         gain: 0 (finest) … T - 1 (coarsest); fractions lie between two trained tiers.
         channels: leading channels that are sent.
+        single_layer: its frames travel in one layer, without the bytes that a base layer of its own would take.
     """
 
     gain: float
     channels: int = C_LATENT
+    single_layer: bool = False
 
 
 def gains_at(student: LearnedSplit, rungs: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -233,6 +237,15 @@ def build_learned_tail(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
     return tail
 
 
+def read_choices(path: Path) -> dict[str, Any]:
+    """What was measured of the base model's other choices, offload and the local model; it does not depend on the bottleneck."""
+    if not path.is_file():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    local = replace(common_fields()["local"], accuracy=data["local"]["accuracy"], accuracy_metric=data["local"]["accuracy_metric"])
+    return {"offloads": tuple(offload_from_json(o) for o in data["offloads"]), "local": local}
+
+
 def export_learned(out: Path, weights: Path) -> Bundle:
     """Writes the learned bundle.
 
@@ -243,14 +256,16 @@ def export_learned(out: Path, weights: Path) -> Bundle:
     student = load_student(weights)
     network = load_efficientnet_lite0()
     recipe = json.loads((weights / RECIPE_FILE).read_text(encoding="utf-8"))
-    rungs = [Rung(gain=r["gain"], channels=r["channels"]) for r in recipe["rungs"]]
+    rungs = [Rung(**r) for r in recipe["rungs"]]
     levels = list(dict.fromkeys(r.gain for r in rungs))
     gains, ungains = gains_at(student, levels)
     measured = weights / POINTS_FILE
     points = load_points(measured.read_text(encoding="utf-8")) if measured.exists() else operating_points(student.ensemble, rungs)
+    choices = read_choices(weights / CHOICES_FILE)
     codec = learned_spec(
         shape=(C_LATENT, DEFAULT_SIZE_PX // 16, DEFAULT_SIZE_PX // 16), gains=gains.numpy(), ungains=ungains.numpy(),
         points={f"r{i}": (levels.index(r.gain), r.channels) for i, r in enumerate(rungs)}, tables_path=TABLES_PART,
+        single_layer=[f"r{i}" for i, r in enumerate(rungs) if r.single_layer],
     )  # fmt: skip
     with BundleWriter(out) as writer:
         head = write_heads(writer, student)
@@ -273,5 +288,5 @@ def export_learned(out: Path, weights: Path) -> Bundle:
                 "weights": ["server/learned.safetensors", "server/network.safetensors"],
                 "base_weights": ["server/network.safetensors"],
             },
-            **common_fields(), provenance=recipe,
+            **(common_fields() | choices), provenance=recipe,
         )  # fmt: skip

@@ -72,6 +72,7 @@ class TrainConfig:
         letterbox: photos are shown whole or as large cut-outs, scaled to fit and padded, as detectors see them; else cropped.
         amp: the student's decoder and tail in bfloat16 on the processor too; on a GPU they always are.
         first_weight: of the bits in the loss, relative to a bit's share of the finest tier's target, at the start.
+        single_layer_from: rungs from this gain on are so small that a frame fits one packet, and travel in one layer.
         start: folder with trained weights to go on from (``efficientnet-lite0`` only); empty: the published model.
         single: ``TIER:GAIN``: train for this one operating point alone, from ``start`` (see `splitters.train.single`).
         data: sub-folders of the data directory to learn from; empty for all of it.
@@ -96,6 +97,7 @@ class TrainConfig:
     letterbox: bool = False
     amp: bool = False
     first_weight: float = 0.0
+    single_layer_from: float = 1e9
     start: str = ""
     single: str = ""
     data: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def finish(
     (out / TABLES_FILE).write_bytes(tables)
     about = {
         **recipe,
-        "rungs": [{"gain": r.gain, "channels": r.channels} for r in rungs],
+        "rungs": [asdict(r) for r in rungs],
         "layers": list(layers),
         "fitted_on": len(chosen),
     }

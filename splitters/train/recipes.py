@@ -25,7 +25,7 @@ def efficientnet_lite0() -> TrainConfig:
     size. About an hour on one core.
     """
     return TrainConfig(
-        model="efficientnet-lite0", size_px=192, rungs=RUNGS,
+        model="efficientnet-lite0", size_px=192, rungs=RUNGS, single_layer_from=3.0,
         target_bytes=tuple(0.735 * b for b in (3800, 2500, 1600, 1000, 620, 380)),
         data=("imagenette160/train", "photos", "coco/train/images"), hold_out_of="imagenette160/train",
         stages=(
@@ -38,18 +38,18 @@ def efficientnet_lite0() -> TrainConfig:
 
 
 def efficientnet_lite0_joint() -> TrainConfig:
-    """Goes on from shipped weights with everything at once, the tail's first blocks and the own encoder included."""
+    """Goes on from shipped weights with all tiers and the tail's first blocks at once; only the own encoder's blocks rest."""
     return replace(
         efficientnet_lite0(), start=str(WEIGHTS / "efficientnet-lite0"), amp=True,
-        stages=(Stage(steps=300, lr=8e-4, lr_own=3e-5, lr_tail=1e-4, tiers=(0.34, 0.11, 0.11, 0.44)),),
+        stages=(Stage(steps=200, lr=1e-3, lr_shared=4e-4, lr_tail=1e-4, tiers=(0.4, 0.18, 0.14, 0.28)),),
     )  # fmt: skip
 
 
 def efficientnet_lite0_cheap() -> TrainConfig:
     """Goes on from shipped weights with the small encoders; what they share with the dearest tier moves slowly."""
     return replace(
-        efficientnet_lite0(), start=str(WEIGHTS / "efficientnet-lite0"), truncate=0.15,
-        amp=True, stages=(Stage(steps=480, lr=2e-3, lr_shared=2e-4, tiers=(0.4, 0.22, 0.16, 0.22)),),
+        efficientnet_lite0(), start=str(WEIGHTS / "efficientnet-lite0"), truncate=0.15, amp=True,
+        stages=(Stage(steps=480, lr=2e-3, lr_shared=2e-4, tiers=(0.4, 0.22, 0.16, 0.22)),),
     )  # fmt: skip
 
 

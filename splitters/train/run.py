@@ -122,7 +122,9 @@ def run_training(
     channels = student.quantiser.log_gain.shape[1]
     finish(
         student, photos, replace(whole, size_px=full, area=0.6), out,
-        rungs=[Rung(gain=g, channels=channels) for g in config.rungs or (0.0,)],
+        rungs=[
+            Rung(gain=g, channels=channels, single_layer=g >= config.single_layer_from) for g in config.rungs or (0.0,)
+        ],
         layers=[*config.groups[1:], channels], recipe=recipe, count=fit, seed=config.seed, whole_state=config.cut is not None,
     )  # fmt: skip
     return student
