@@ -28,6 +28,7 @@ from edge_client.files import FilePipeline
 from edge_client.frames import Ledger
 from edge_client.interest import InterestGate, read_promise
 from edge_client.live import LivePipeline
+from edge_client.metrics import Metrics
 from edge_client.parts import Parts, PipelineConfig
 from edge_client.pipeline import Pipeline
 from edge_client.rpc import Endpoint
@@ -157,6 +158,10 @@ class Client:
         )  # fmt: skip
         pipeline = self._pipeline = (LivePipeline if live else FilePipeline)(settings, parts, engine)
         self._session = Session(endpoint, pipeline, clock=self._clock)
+        if config.metrics_listen is not None:
+            metrics = Metrics(self._session)
+            log.info("metrics on port %d", metrics.serve(*config.metrics_address()))
+            sinks.add(metrics)
         status = self._status(summary_sink=sinks)
         shower = asyncio.create_task(self._show(status))
         try:

@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tls-ca", metavar="FILE", help="encrypt, trusting this certificate authority (PEM)")
     add("--tls-cert", metavar="FILE", help="this client's certificate, for mutual TLS (PEM)")
     add("--tls-key", metavar="FILE", help="its key (PEM)")
+    add("--metrics-listen", metavar="HOST:PORT", help="serve Prometheus metrics there, e.g. 127.0.0.1:9465")
     add("--otel-endpoint", metavar="URL", help="send traces to this OpenTelemetry collector, e.g. http://127.0.0.1:4317")
     add("--explain", action="store_true", help="log every decision with its inputs and candidates")
     add("--json", action="store_true", help="the summary as one JSON object on the last line of standard output")

@@ -39,6 +39,7 @@ class ClientConfig:
         recall: the prefilter's; None: the bundle's.
         track: carry the last boxes along on frames that have no answer of their own.
         group: cameras with the same name share a link; the server divides it among them.
+        metrics_listen: host:port for Prometheus; None: off.
         otel_endpoint: an OTLP collector for traces; None: as OpenTelemetry's own variables say.
         tls_ca, tls_cert, tls_key, tls: see ``rpc.Endpoint``.
     """
@@ -64,6 +65,7 @@ class ClientConfig:
     recall: float | None = None
     track: bool = False
     group: str = ""
+    metrics_listen: str | None = None
     otel_endpoint: str | None = None
     tls: bool = False
     tls_ca: str | None = None
@@ -85,6 +87,8 @@ class ClientConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be on, off or auto, got {getattr(self, name)!r}")
         if self.recall is not None and not 0 < self.recall < 1:
             raise ConfigError(f"--recall must lie between 0 and 1, got {self.recall}")
+        if self.metrics_listen is not None:
+            self.metrics_address()
         if self.server != EMBEDDED:
             self.endpoint(self.server)
 
@@ -94,6 +98,17 @@ class ClientConfig:
         if self.server == EMBEDDED:
             return Endpoint(address=address)
         return Endpoint(address=address, tls=self.tls, token=token_from_environment(), **paths)
+
+    def metrics_address(self) -> tuple[str, int]:
+        """Host and port of the metrics' endpoint.
+
+        Raises:
+            ConfigError: it is no address.
+        """
+        host, _, port = (self.metrics_listen or "").rpartition(":")
+        if not host or not port.isdecimal() or not 0 <= int(port) < 65536:
+            raise ConfigError(f"--metrics-listen must be host:port, for instance 127.0.0.1:9465, got {self.metrics_listen!r}")
+        return host.strip("[]"), int(port)
 
     def effective_deadline_ms(self, *, live: bool) -> float:
         """The deadline in force; 0: none."""
