@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 SURE = 0.5  # where the bundle does not say
 _CONFIDENCE = 0.95
-_LOOSEN = 0.6
+_LOOSEN = 0.6  # of the threshold, at most at once
+_BELOW = 0.98  # of the lowest score that was missed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +109,8 @@ class InterestGate:
         self.stopped = 0
         self.loosened = 0
         self._probe_every = probe_every
-        self._probes: set[int] = set()
+        self._probes: dict[int, float] = {}
+        self._missed_scores: list[float] = []
         self._probed = self._missed = self._passed_hits = 0
 
     def score(self, scores: Sequence[float]) -> float:
@@ -121,7 +123,7 @@ class InterestGate:
             return False
         self.stopped += 1
         if self._probe_every and self.stopped % self._probe_every == 0:
-            self._probes.add(index)
+            self._probes[index] = score
             return False
         return True
 
@@ -132,14 +134,19 @@ class InterestGate:
         if index not in self._probes:
             self._passed_hits += hit
             return False
-        self._probes.discard(index)
+        score = self._probes.pop(index)
         self._probed += 1
         self._missed += hit
-        if not hit or not self._broken():
+        if not hit:
             return False
-        self.threshold *= _LOOSEN
+        self._missed_scores.append(score)
+        if not self._broken():
+            return False
+        # Just below what was missed: a larger step would send what the scene's ground scores, too.
+        self.threshold = max(_LOOSEN * self.threshold, _BELOW * min(self._missed_scores))
         self.loosened += 1
         self._probed = self._missed = self._passed_hits = 0
+        self._missed_scores.clear()
         return True
 
     @property

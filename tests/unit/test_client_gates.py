@@ -102,8 +102,17 @@ def test_misses_that_break_the_promise_loosen_the_threshold() -> None:
         if not gate.stops(index, 0.2):
             loosened = gate.learn(index, seen(1)) or loosened
     assert loosened
-    assert gate.threshold < PROMISE.threshold
-    assert gate.loosened >= 1
+    assert gate.threshold == pytest.approx(0.98 * 0.2), "just below what was missed"
+    assert gate.loosened == 1
+    assert not any(gate.stops(index + k, 0.2) for k in range(1, 200))
+
+
+def test_one_step_is_never_large() -> None:
+    gate = InterestGate(PROMISE)
+    for index in range(5000):
+        if not gate.stops(index, 0.9 if index % 20 == 0 else 0.01) and gate.learn(index, seen(1)):
+            break
+    assert gate.threshold == pytest.approx(0.6 * PROMISE.threshold)
 
 
 def test_probes_without_misses_leave_it_alone() -> None:
