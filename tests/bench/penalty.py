@@ -62,7 +62,7 @@ def read_at(points: np.ndarray[tuple[int, int], np.dtype[np.float64]], size: flo
 
 
 def penalty(slim: Curve, single: Curve) -> dict[str, float | list[float]]:
-    """Accuracy of a single-point arm minus the slimmable one's at the same bytes, and the latter's bytes at the same accuracy."""
+    """Accuracy of a single-point arm minus the slimmable one's at the same bytes."""
     size, accuracy = (float(v) for v in single.points()[0])
     same = read_at(slim.points(), size)
     drawn = [

@@ -14,6 +14,7 @@ from protos.errors import ConfigError
 from splitters.evaluation.bdrate import Curve, resample
 from splitters.export import WEIGHTS
 from splitters.models.ensemble import SmallEncoder, SmallEncoderConfig
+from splitters.models.learned import LearnedSplit
 from splitters.models.learned_efficientnet import DEEP, TIERS
 from splitters.models.learned_export import WEIGHTS_FILE, load_student
 from splitters.train.loop import parameter_groups
@@ -23,6 +24,11 @@ from splitters.train.single import estimated_bytes, parse_point, single_from, si
 from tests.bench.penalty import penalty, read_at
 
 FOLDER = WEIGHTS / "efficientnet-lite0"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> LearnedSplit:
+    return load_student(FOLDER, DEEP)
 
 
 def test_late_blocks_start_as_the_identity_and_then_learn() -> None:
@@ -55,14 +61,13 @@ def test_weights_without_late_blocks_can_be_given_some(tmp_path: Path) -> None:
         assert all(torch.equal(plain.latent(x, t), grown.latent(x, t)) for t in range(len(TIERS)))
 
 
-def test_every_trainable_parameter_has_one_role() -> None:
-    student = load_student(FOLDER, DEEP)
-    groups = parameter_groups(student)
+def test_every_trainable_parameter_has_one_role(shipped: LearnedSplit) -> None:
+    groups = parameter_groups(shipped)
     assert set(groups) == {"shared", "new", "bridge", "quantiser", "own", "tail0", "tail1", "tail2"}
     ids = [id(p) for params in groups.values() for p in params]
     assert len(ids) == len(set(ids))
-    fixed = {id(p) for n, p in student.named_parameters() if n.startswith("stem.") or ".trunk." in n}
-    assert {id(p) for p in student.parameters()} == fixed | set(ids)
+    fixed = {id(p) for n, p in shipped.named_parameters() if n.startswith("stem.") or ".trunk." in n}
+    assert {id(p) for p in shipped.parameters()} == fixed | set(ids)
 
 
 def test_photos_are_held_out_evenly_of_one_folder() -> None:
@@ -76,11 +81,11 @@ def test_photos_are_held_out_evenly_of_one_folder() -> None:
     assert len(hold_out_evenly(photos, 6, 0, Path("/nowhere"))[1]) == 6
 
 
-def test_a_single_point_keeps_one_gain_tier_and_shows_one_encoder_tier(tmp_path: Path) -> None:
+def test_a_single_point_keeps_one_gain_tier_and_shows_one_encoder_tier(shipped: LearnedSplit, tmp_path: Path) -> None:
     config = recipe("efficientnet-lite0-joint")
     images = torch.rand(2, 3, 64, 64)
     single = single_from(config, "s:4", images, tmp_path)
-    start, shipped = load_student(Path(single.start)), load_student(FOLDER)
+    start = load_student(Path(single.start))
     assert torch.equal(start.quantiser.log_gain[0], shipped.quantiser.log_gain[4])
     assert len(single.target_bytes) == 1
     assert single.target_bytes[0] == pytest.approx(estimated_bytes(shipped, images, 0, 4))
