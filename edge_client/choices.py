@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.control import ControlConfig, Controller, Decision, Local, LocalOption, Split
+from edge_client.control import ControlConfig, Controller, Decision, Local, LocalOption, Offload, Split
 from edge_client.engine import Engine
 from edge_client.frames import NS_PER_MS, NS_PER_S, Clock
 from protos.errors import BundleError
+from splitters.offload import OffloadOption
 from splitters.operating_point import OperatingPoint, Quantiles
 from splitters.preprocess import Frame
 
@@ -34,15 +35,17 @@ _BUDGET_NS = 3 * NS_PER_S
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceTimes:
-    """Milliseconds on this device: head to payload by operating point id, and the local model."""
+    """Milliseconds on this device: head to payload by operating point id, offload by its name, and the local model."""
 
     head_ms: Mapping[int, Quantiles] = field(default_factory=dict)
     local_ms: Quantiles | None = None
+    offload_ms: Mapping[str, Quantiles] = field(default_factory=dict)
 
     def choices(self) -> dict[Decision, Quantiles]:
         """The same by the controller's choices."""
         local: dict[Decision, Quantiles] = {Local(): self.local_ms} if self.local_ms else {}
-        return {**{Split(point_id=i): ms for i, ms in self.head_ms.items()}, **local}
+        offloads: dict[Decision, Quantiles] = {Offload.named(name): ms for name, ms in self.offload_ms.items()}
+        return {**{Split(point_id=i): ms for i, ms in self.head_ms.items()}, **offloads, **local}
 
 
 def measure(engine: Engine, *, clock: Clock = time.monotonic_ns, cache: Path | None = None) -> DeviceTimes:
@@ -66,6 +69,7 @@ def _measure(engine: Engine, clock: Clock) -> DeviceTimes:
     until_ns = clock() + _BUDGET_NS
     heads = {p.graphs: p for p in engine.bundle.points}  # points with the same graphs cost the same
     samples: dict[tuple[str, ...], list[float]] = {graphs: [] for graphs in heads}
+    offloads: dict[str, list[float]] = {_choice(o).name: [] for o in engine.bundle.offloads}
     local: list[float] = []
     for turn in range(8):
         if engine.local is not None:
@@ -79,10 +83,23 @@ def _measure(engine: Engine, clock: Clock) -> DeviceTimes:
                 samples[graphs].append((clock() - start_ns) / NS_PER_MS)
             if clock() > until_ns:
                 break
+        for o in engine.bundle.offloads:
+            start_ns = clock()
+            engine.compress(engine.picture(picture), o.format, o.quality, o.size_px)
+            if turn:
+                offloads[_choice(o).name].append((clock() - start_ns) / NS_PER_MS)
         if clock() > until_ns:
             break
     head = {p.id: _quantiles(samples[p.graphs]) for p in engine.bundle.points if samples[p.graphs]}
-    return DeviceTimes(head_ms=head, local_ms=_quantiles(local) if local else None)
+    return DeviceTimes(
+        head_ms=head,
+        local_ms=_quantiles(local) if local else None,
+        offload_ms={name: _quantiles(values) for name, values in offloads.items() if values},
+    )
+
+
+def _choice(o: OffloadOption) -> Offload:
+    return Offload(format=o.format, quality=o.quality, size_px=o.size_px)
 
 
 def _quantiles(values: list[float]) -> Quantiles:
@@ -95,17 +112,22 @@ def _device_id() -> str:
 
 def _to_json(times: DeviceTimes) -> dict[str, object]:
     local = [times.local_ms.p50, times.local_ms.p95] if times.local_ms else None
-    return {"head_ms": {str(i): [q.p50, q.p95] for i, q in times.head_ms.items()}, "local_ms": local}
+    return {
+        "head_ms": {str(i): [q.p50, q.p95] for i, q in times.head_ms.items()},
+        "offload_ms": {name: [q.p50, q.p95] for name, q in times.offload_ms.items()},
+        "local_ms": local,
+    }
 
 
 def _read(file: Path) -> DeviceTimes | None:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         head = {int(i): Quantiles(p50=a, p95=b) for i, (a, b) in data["head_ms"].items()}
+        offload = {str(name): Quantiles(p50=a, p95=b) for name, (a, b) in data["offload_ms"].items()}
         local = Quantiles(p50=data["local_ms"][0], p95=data["local_ms"][1]) if data["local_ms"] else None
     except (OSError, ValueError, KeyError, TypeError, BundleError):
         return None
-    return DeviceTimes(head_ms=head, local_ms=local)
+    return DeviceTimes(head_ms=head, local_ms=local, offload_ms=offload)
 
 
 def make_controller(engine: Engine, times: DeviceTimes, *, fps: float, explain: bool = False) -> Controller:
@@ -117,7 +139,8 @@ def make_controller(engine: Engine, times: DeviceTimes, *, fps: float, explain: 
         worst = min(p.accuracy for p in points)
         option = LocalOption(accuracy=local.accuracy or 0.8 * worst, ms=times.local_ms or Quantiles(p50=30.0, p95=60.0))
     config = ControlConfig(fps=min(max(fps, 1.0), 1000.0) if fps else 30.0, initial_bps=_INITIAL_BPS, explain=explain)
-    return Controller(config, points, local=option, head_ms=times.head_ms)
+    offloads = [replace(o, encode_ms=times.offload_ms.get(_choice(o).name, o.encode_ms)) for o in engine.bundle.offloads]
+    return Controller(config, points, local=option, offloads=offloads, head_ms=times.head_ms)
 
 
 def believable(points: tuple[OperatingPoint, ...], engine: Engine) -> list[OperatingPoint]:

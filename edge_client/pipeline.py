@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 from edge_client.capture import Delivery
-from edge_client.control import Decision, Local
+from edge_client.control import Decision, Local, Offload
 from edge_client.engine import NO_REFERENCE, Encoded, Engine, Features, learn_reference
 from edge_client.flights import Flight, latest_start
 from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Ledger, Outcome
@@ -459,6 +459,8 @@ class Pipeline:
         flight.refusal, flight.refusal_text = error.code, error.message
         if isinstance(error, VersionMismatchError):
             self.link.restart()  # its welcome will name the bundle it has now
+        elif isinstance(flight.decision, Offload) and not error.retryable and self.controller.withdraw_offloads():
+            log.warning("the server takes no images (%s); from here on frames are split or answered locally", error.message)
         self._on_lost([flight])
 
     def on_sent(self, frame_id: int, layer: int, n_bytes: int, now_ns: int) -> None:

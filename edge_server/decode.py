@@ -70,7 +70,7 @@ def decode_image(payload: bytes, size_px: tuple[int, int], max_pixels: int) -> N
         raise LimitError(f"the picture has {width}x{height} px; this server decodes at most {max_pixels} pixels")
     if not restorable(height, width, size_px):
         raise PayloadError(
-            f"an offloaded picture must be the model's input of {size_px[1]}x{size_px[0]} px, or that reduced to a quarter at most, "
+            f"an offloaded picture must be the model's input of {size_px[1]}x{size_px[0]} px, or that reduced to a quarter, "
             f"not {width}x{height}"
         )
     try:

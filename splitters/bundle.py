@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +17,12 @@ from typing import Any, Self
 
 from protos.errors import BundleError, ConfigError
 from splitters.manifest import FORMAT_VERSION, MAX_MANIFEST_BYTES, Manifest, Part, Side, check_part_path, parse_manifest
+from splitters.offload import OffloadOption, dump_offloads, load_offloads
 from splitters.operating_point import OperatingPoint, dump_points, load_points
 
 MANIFEST = "manifest.json"
 POINTS = "operating_points.json"
+OFFLOADS = "offloads.json"
 
 
 def cache_dir() -> Path:
@@ -50,12 +52,13 @@ def sha256_file(path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """An opened bundle: its directory, manifest, hash and operating points."""
+    """An opened bundle: its directory, manifest, hash, operating points, and what was measured of offloading (nothing, mostly)."""
 
     path: Path
     manifest: Manifest
     sha256: str
     points: tuple[OperatingPoint, ...]
+    offloads: tuple[OffloadOption, ...] = ()
 
     def part_path(self, path: str) -> Path:
         """The file of a listed part."""
@@ -101,7 +104,9 @@ def open_bundle(path: Path, *, side: Side = "server") -> Bundle:
     manifest = parse_manifest(text)
     for part in manifest.parts if side == "server" else manifest.device_parts():
         verify_part(path, part)
-    return Bundle(path=path, manifest=manifest, sha256=sha256_hex(text), points=load_points(_read(path / POINTS)))
+    offloads = load_offloads(_read(path / OFFLOADS)) if any(p.path == OFFLOADS for p in manifest.device_parts()) else ()
+    points = load_points(_read(path / POINTS))
+    return Bundle(path=path, manifest=manifest, sha256=sha256_hex(text), points=points, offloads=offloads)
 
 
 def verify_part(root: Path, part: Part) -> None:
@@ -153,14 +158,17 @@ class BundleWriter:
         """Adds a part."""
         self.file(path, side).write_bytes(data)
 
-    def finish(self, *, points: Iterable[OperatingPoint], **fields: Any) -> Bundle:
+    def finish(self, *, points: Iterable[OperatingPoint], offloads: Sequence[OffloadOption] = (), **fields: Any) -> Bundle:
         """Writes ``operating_points.json`` and the manifest and moves the bundle into place.
 
         Args:
             points: the operating points.
+            offloads: measured offload options, if any.
             **fields: the manifest's fields, without ``parts`` and ``format_version``.
         """
         self.add(POINTS, dump_points(points).encode(), "device")
+        if offloads:
+            self.add(OFFLOADS, dump_offloads(offloads).encode(), "device")
         parts = tuple(_describe(self._dir, path, side) for path, side in sorted(self._sides.items()))
         manifest = Manifest(parts=parts, format_version=FORMAT_VERSION, **fields)
         (self._dir / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -183,22 +191,31 @@ def _describe(root: Path, path: str, side: Side) -> Part:
     return Part(path=path, sha256=sha256_file(file), bytes=file.stat().st_size, side=side)
 
 
-def rewrite_points(bundle: Bundle, points: Iterable[OperatingPoint]) -> Bundle:
-    """Replaces a bundle's operating points (new measurements); the bundle's hash changes with them."""
-    return rewrite_part(bundle, POINTS, dump_points(points).encode())
+def rewrite_points(
+    bundle: Bundle,
+    points: Iterable[OperatingPoint],
+    *,
+    offloads: Sequence[OffloadOption] | None = None,
+    local: tuple[float, str] | None = None,
+) -> Bundle:
+    """Replaces what was measured of a bundle; its hash changes with it.
 
-
-def rewrite_part(bundle: Bundle, path: str, data: bytes) -> Bundle:
-    """Replaces one listed part; the bundle's hash changes with it.
-
-    Raises:
-        BundleError: the manifest lists no such part.
+    Args:
+        bundle: as it is.
+        points: its operating points.
+        offloads: its offload options; None leaves them as they are.
+        local: accuracy and metric of its local model; None leaves them.
     """
-    new = replace(bundle.manifest.part(path), sha256=sha256_hex(data), bytes=len(data))
-    manifest = replace(bundle.manifest, parts=tuple(new if p.path == path else p for p in bundle.manifest.parts))
-    for name, content in ((path, data), (MANIFEST, manifest.to_json().encode())):
-        target = bundle.path / name
-        temporary = target.with_name(f".{target.name}.new")
-        temporary.write_bytes(content)
-        temporary.replace(target)
+    texts = {POINTS: dump_points(points).encode()}
+    if offloads is not None:
+        texts[OFFLOADS] = dump_offloads(offloads).encode()
+    fresh = {name: Part(path=name, sha256=sha256_hex(text), bytes=len(text), side="device") for name, text in texts.items()}
+    parts = {p.path: p for p in bundle.manifest.parts} | fresh
+    manifest = replace(bundle.manifest, parts=tuple(part for _, part in sorted(parts.items())))
+    if local is not None and manifest.local is not None:
+        manifest = replace(manifest, local=replace(manifest.local, accuracy=local[0], accuracy_metric=local[1]))
+    for name, data in (*texts.items(), (MANIFEST, manifest.to_json().encode())):
+        temporary = bundle.path / f".{name}.new"
+        temporary.write_bytes(data)
+        temporary.replace(bundle.path / name)
     return open_bundle(bundle.path)

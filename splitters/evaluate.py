@@ -20,6 +20,7 @@ from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.codec import LatentCodec, codec_from_spec
 from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
+from splitters.evaluation.choices import measure_local, measure_offloads
 from splitters.evaluation.image_codecs import Setting, ladder
 from splitters.evaluation.measure import (
     Device,
@@ -119,6 +120,8 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info) -
     whole = bench.score(run_whole(tail, photos)) if tail.takes_images else None
     points, curve, also = _measure_points(bench)
     curves = [_image_curve(bench, codec) for codec in config.against]
+    local = measure_local(bundle, bench.judge.files, lambda answers: bench.score(answers).value)
+    offloads = measure_offloads(tail, photos, lambda answers: bench.score(answers).value, tick=tick) if config.against else []
     rates = {name: {c.name: _try_compare(c, mine) for c in curves} for name, mine in _tier_curves(points, curve).items()}
     detector = bundle.manifest.task == "detection"
     middle = [ladder(codec, photos.input_px, detector=detector)[-3] for codec in config.against]
@@ -127,7 +130,7 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info) -
         points=tuple(points), gaps={p.id: _gap(curve, i, whole) for i, p in enumerate(points)} if whole else {},
         curves=(curve, *curves), bd_rates=rates, encode_ms={s.codec: encode_ms(photos, s) for s in middle},
         jpeg95=_jpeg95(bench, curve, points, whole) if whole and detector and config.against else None,
-        also={-1: whole.also if whole else {}, **also},
+        also={-1: whole.also if whole else {}, **also}, offloads=tuple(offloads), local=local,
     )  # fmt: skip
 
 

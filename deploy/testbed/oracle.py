@@ -1,44 +1,59 @@
-"""The oracle: what a controller could deliver at most on a scenario with one camera if it knew the future.
+"""The oracle: what no controller can beat on a scenario with one camera, in expectation.
 
-It knows the capacity trace from end to end, has no noise in its times, starts at full speed, and chooses by dynamic
-programming over (device free, link free). Of loss it knows the probability, not the coins, and it has the transport
-everybody has, at its best: a packet lost is repaired in a round trip and a quarter, the last one of a frame when
-the tail loss probe, the time-out or the next frame's acknowledgement reveals it; until then the connection delivers
-nothing (in order is TCP's promise), and the capacity is at most what CUBIC sustains at that loss and round trip on a
-link without any limit (measured with the same model). It may fall back on the local model for what does not arrive.
-Without loss this is an upper bound; with loss the expected exposure to repairs is carried along each path, so it is the
-value of a good clairvoyant policy rather than a proof.
+It knows the capacity trace from end to end and the distribution of everything else: device and server times, and loss. It
+chooses by dynamic programming over (device free, link free), with every simplification in its favour:
+
+* a frame suffers from its own lost packets only, never from waiting behind another frame's (in order is TCP's promise);
+* a lost packet is there again one round trip after it would have arrived; the last one of a frame, which nothing behind it
+  reveals, after the shortest of the tail loss probe, the time-out and the next frame's acknowledgement;
+* no congestion window: the whole capacity is the camera's from the first byte on;
+* device time is used up at its median, and a fallback costs its expected share of it, at any moment.
+
+So it bounds every policy, with loss and without, up to the beam's width and the luck of one run; it is no policy itself, and on
+lossy links none can come quite so far. Shape legend: S states, C choices, J points of a time's distribution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+import numpy as np
+from numpy.typing import NDArray
 
 from deploy.testbed.camera import OVERHEAD_BYTES
-from deploy.testbed.link import Link, LinkConfig, LossModel
 from deploy.testbed.report import Summary
 from deploy.testbed.scenario import Scenario
-from deploy.testbed.tcp import HEADER_BYTES, MSS_BYTES, TcpFlow
-from deploy.testbed.trace import NEVER_NS, Trace, constant
+from deploy.testbed.tcp import HEADER_BYTES, MSS_BYTES
 from deploy.testbed.workload import Workload
 from splitters.offload import pareto_offloads
+from splitters.operating_point import Quantiles
 
-_BEAM = 10
+Floats = NDArray[np.float64]
+
+_BEAM, _LOOKED_AT = 12, 160
 _REPAIRS = 4
-# (device free, link free, score, on time, bytes, packets exposed to loss lately, last sent), times in ns.
-_State = tuple[float, float, float, float, float, float, float]
+_SAME_NS = 1e6  # states that differ by less count as the same
+_SIGMAS = (-1.2816, -0.5244, 0.0, 0.5244, 1.2816)  # five equally likely points of a normal distribution
+_TLP_NS, _LONE_TLP_NS, _RTO_NS = 2e6, 200e6, 200e6
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Choice:
-    device_ns: float
-    bits: float
-    payload_bytes: float
-    packets: int
-    accuracy: float
-    server_ns: float
+class _Capacity:
+    """A trace as its integral, ready for arrays of times."""
+
+    def __init__(self, steps: list[tuple[int, float]], end_ns: float) -> None:
+        edges = np.array([t for t, _ in steps] + [end_ns], np.float64)
+        rates = np.array([r for _, r in steps], np.float64) * 1e-9
+        self._times = edges
+        # A trickle where there is nothing makes the integral invertible.
+        self._bits = np.concatenate([[0.0], np.cumsum(np.maximum(rates, 1e-9) * np.diff(edges))])
+
+    def finish_ns(self, start_ns: Floats, bits: Floats) -> Floats:
+        """When so many bits are through that begin at ``start_ns``."""
+        target = np.interp(start_ns, self._times, self._bits) + bits
+        done = np.interp(target, self._bits, self._times)
+        return np.where(target > self._bits[-1], np.inf, np.maximum(done, start_ns))
+
+
+def _sigma_ns(q: Quantiles) -> float:
+    return max(0.0, q.p95 - q.p50) * 1e6 / 1.645
 
 
 class _Problem:
@@ -46,129 +61,89 @@ class _Problem:
 
     def __init__(self, scenario: Scenario, workload: Workload) -> None:
         w = workload.slowed(scenario.device_slowdown)
-        self.loss, self.result_loss = scenario.uplink.loss_percent / 100, scenario.downlink.loss_percent / 100
-        rtt_ns = int((scenario.uplink.delay_ms + scenario.downlink.delay_ms) * 1e6)
-        self.uplink: Trace = scenario.uplink.capacity(scenario.duration_s, scenario.folder)
-        if self.loss > 0:
-            self.uplink = self.uplink.limited(sustained_bps(self.loss, rtt_ns))
-        down = scenario.downlink.capacity(scenario.duration_s, scenario.folder)
-        self.up_ns, self.down_ns = scenario.uplink.delay_ms * 1e6, scenario.downlink.delay_ms * 1e6
-        result_ns = 8e9 * (w.result_bytes + HEADER_BYTES) / max(down.mean_bps(), 1.0)
-        self.back_ns = self.down_ns + result_ns
-        self.rtt_ns = self.up_ns + self.down_ns
-        self.interval_ns = 1e9 / scenario.fps
-        self.deadline_ns = scenario.deadline_ms * 1e6
-        self.local_ns = w.local.ms.p50 * 1e6 if w.local else float(NEVER_NS)
+        up, down = scenario.uplink, scenario.downlink
+        self.interval_ns, self.deadline_ns = 1e9 / scenario.fps, scenario.deadline_ms * 1e6
+        horizon_ns = int(scenario.duration_s * 1e9 + self.deadline_ns + 1e9)
+        self.capacity = _Capacity(up.capacity(scenario.duration_s, scenario.folder).steps(horizon_ns), horizon_ns)
+        mean_bps = down.capacity(scenario.duration_s, scenario.folder).mean_bps()
+        self.rtt_ns = (up.delay_ms + down.delay_ms) * 1e6
+        result_ns = 8e9 * (w.result_bytes + HEADER_BYTES) / max(mean_bps, 1.0)
+        self.local_ns = w.local.ms.p50 * 1e6 if w.local else np.inf
         self.local_accuracy = w.local.accuracy if w.local else 0.0
+        self.local_sigma_ns = _sigma_ns(w.local.ms) if w.local else 0.0
         t = w.server
-        rows = [(p.head_ms.p50, p.payload_bytes.p50, p.accuracy, t.tail_ms.p50) for p in w.points if p.pareto]
-        rows += [(o.encode_ms.p50, o.payload_bytes.p50, o.accuracy, t.whole_ms.p50) for o in pareto_offloads(w.offloads)]
-        self.choices = [
-            _Choice(
-                device_ns=ms * 1e6,
-                bits=8 * (size + OVERHEAD_BYTES + HEADER_BYTES * _packets(size)),
-                payload_bytes=size,
-                packets=_packets(size),
-                accuracy=accuracy,
-                server_ns=(t.decode_ms + server_ms) * 1e6,
-            )
-            for ms, size, accuracy, server_ms in rows
-        ]
+        rows = [(p.head_ms, p.payload_bytes.p50, p.accuracy, t.tail_ms) for p in w.points if p.pareto]
+        rows += [(o.encode_ms, o.payload_bytes.p50, o.accuracy, t.whole_ms) for o in pareto_offloads(w.offloads)]
+        self.payload_bytes = np.array([size for _, size, _, _ in rows])
+        packets = np.maximum(1, np.ceil((self.payload_bytes + OVERHEAD_BYTES) / MSS_BYTES))
+        self.device_ns = np.array([ms.p50 * 1e6 for ms, _, _, _ in rows])
+        self.bits = 8 * (self.payload_bytes + OVERHEAD_BYTES + HEADER_BYTES * packets)
+        self.accuracy = np.array([a for _, _, a, _ in rows])
+        self.after_ns = np.array([(t.decode_ms + s.p50) * 1e6 for _, _, _, s in rows]) + self.rtt_ns + result_ns
+        sigma_ns = np.array([np.hypot(_sigma_ns(ms), _sigma_ns(s)) for ms, _, _, s in rows])
+        self.noise_ns = np.array(_SIGMAS)[:, None, None] * sigma_ns  # (J, 1, C)
+        self._losses(up.loss_percent / 100, down.loss_percent / 100, packets)
 
-    def repair_ns(self, packets: int) -> float:
-        """From when a frame would have been whole to when it is, one packet of it having been lost."""
-        probe = 2 * self.rtt_ns + (200e6 if packets == 1 else 2e6)
-        tail = min(probe, self.rtt_ns + 200e6, self.interval_ns + 1.25 * self.rtt_ns)
-        return ((packets - 1) * 1.25 * self.rtt_ns + tail) / packets
+    def _losses(self, up: float, down: float, packets: Floats) -> None:
+        """Chances of having arrived after 0, 1, … repairs, and what a repair takes."""
+        repairs = np.arange(_REPAIRS + 1)
+        self.lossless = up == 0 and down == 0
+        self.body = (1 - up ** (repairs[:, None] + 1)) ** (packets - 1)  # (repairs, C): all but the last packet
+        self.last, self.result = 1 - up ** (repairs + 1), 1 - down ** (repairs + 1)
+        probe_ns = 2 * self.rtt_ns + np.where(packets == 1, _LONE_TLP_NS, _TLP_NS)
+        next_ns = self.rtt_ns + min(float(self.device_ns.min()), self.interval_ns)
+        self.last_ns = np.minimum(np.minimum(probe_ns, self.rtt_ns + _RTO_NS), next_ns)  # (C,)
 
-    def p_within(self, spare_ns: float, packets: float, repair_ns: float) -> float:
-        """P(whole and answered with at most as many repairs as the spare time allows)."""
-        if spare_ns < 0:
-            return 0.0
-        if self.loss == 0.0 and self.result_loss == 0.0:
-            return 1.0
-        repairs = min(_REPAIRS, int(spare_ns / repair_ns))
-        return float((1 - self.loss ** (repairs + 1)) ** packets * (1 - self.result_loss ** (repairs + 1)))
+    def p_within(self, spare_ns: Floats) -> Floats:
+        """P(answered within the time to spare over the median, undisturbed one): (S, C) to (S, C)."""
+        spare_ns = spare_ns - self.noise_ns  # (J, S, C)
+        if self.lossless:
+            return np.asarray((spare_ns >= 0).mean(axis=0), np.float64)
+        rtt_ns = max(self.rtt_ns, 1.0)
+        inner = np.clip(spare_ns // rtt_ns, 0, _REPAIRS).astype(np.intp)
+        outer = np.clip(spare_ns // np.maximum(self.last_ns, 1.0), 0, _REPAIRS).astype(np.intp)
+        columns = np.arange(self.bits.size)[None, None, :]
+        p = self.body[inner, columns] * self.last[outer] * self.result[inner]
+        return np.asarray(np.where(spare_ns >= 0, p, 0.0).mean(axis=0), np.float64)
 
-    def exposed(self, state: _State, at_ns: float) -> float:
-        """Packets whose loss would still hold back a frame that leaves now."""
-        age_ns = max(0.0, at_ns - state[6])
-        return state[5] * max(0.0, 1 - age_ns / (1.25 * self.rtt_ns)) if self.rtt_ns > 0 else 0.0
+    def p_local(self, spare_ns: Floats) -> Floats:
+        """P(the local model ends in time)."""
+        offsets = np.array(_SIGMAS)[:, None] * self.local_sigma_ns
+        return np.asarray((spare_ns[None] >= offsets).mean(axis=0), np.float64)
 
-    def extend(self, state: _State, captured_ns: float, out: Callable[[_State], None]) -> None:
-        """Everything that can be done with one frame."""
-        device, link, score, on_time, sent, exposure, last = state
-        start = max(captured_ns, device)
-        deadline = captured_ns + self.deadline_ns
-        out(state)
-        if start + self.local_ns <= deadline:
-            out((start + self.local_ns, link, score + self.local_accuracy, on_time + 1, sent, exposure, last))
-        for c in self.choices:
-            ready = start + c.device_ns
-            if ready >= deadline:
-                continue
-            free = self.uplink.finish_ns(max(ready, link), c.bits)
-            spare = deadline - (free + self.up_ns + c.server_ns + self.back_ns)
-            held = self.exposed(state, ready) if self.loss else 0.0
-            # The wait behind an earlier loss is over half a repair on the mean; what fits into the spare time is no harm.
-            waits = held * max(0.0, 1 - spare / (1.25 * self.rtt_ns)) if held else 0.0
-            repair = self.repair_ns(c.packets)
-            p = self.p_within(spare, c.packets + waits, repair)
-            if p <= 0.0:
-                continue
-            after = (sent + c.payload_bytes, c.packets + held, ready)
-            out((ready, free, score + p * c.accuracy, on_time + p, *after))
-            if p < 1.0 and ready + self.local_ns <= deadline:
-                early = self.p_within(spare - self.local_ns, c.packets + waits, repair)  # answered before the fallback must start
-                gain = p * c.accuracy + (1 - p) * self.local_accuracy
-                out((ready + (1 - early) * self.local_ns, free, score + gain, on_time + 1, *after))
-
-
-@lru_cache(maxsize=64)
-def sustained_bps(loss: float, rtt_ns: int) -> float:
-    """What CUBIC carries in the long run at this loss and round trip where the link itself sets no limit."""
-    link = Link(LinkConfig(trace=constant(200e6), delay_ns=rtt_ns // 2, loss=LossModel(loss=loss)), "sustained")
-    flow = TcpFlow(link, reverse_delay_ns=rtt_ns // 2, ack_loss=loss, seed="sustained")
-    arrived = [0]
-    chunk = 20 * MSS_BYTES
-
-    def deliver(_: int) -> None:
-        arrived[0] += chunk
-
-    now, end = 0, 120_000_000_000
-    while now < end:
-        while flow.unsent_bytes < 4 * chunk:
-            flow.write(chunk, now, deliver)
-        now = max(flow.wake_ns, now)
-        flow.advance(now)
-    return arrived[0] * 8e9 / end
-
-
-def _packets(size: float) -> int:
-    return max(1, -(-int(size + OVERHEAD_BYTES) // MSS_BYTES))
+    def extend(self, states: Floats, captured_ns: float) -> Floats:
+        """Everything that can be done with one frame: (S, 5) rows of device free, link free, score, on time, bytes."""
+        device, link, score, on_time, sent = states.T
+        start, deadline = np.maximum(captured_ns, device), captured_ns + self.deadline_ns
+        found = [states]
+        p = self.p_local(deadline - start - self.local_ns) if np.isfinite(self.local_ns) else np.zeros(len(states))
+        some = p > 0
+        if some.any():
+            found.append(np.stack([start + self.local_ns, link, score + p * self.local_accuracy, on_time + p, sent], axis=1)[some])
+        ready = start[:, None] + self.device_ns
+        free = self.capacity.finish_ns(np.maximum(ready, link[:, None]), self.bits)
+        spare = deadline - (free + self.after_ns)
+        p = self.p_within(spare)
+        some = p > 0
+        columns = [np.broadcast_to(column[:, None], p.shape) for column in (score, on_time, sent)]
+        value, answered, total = columns[0] + p * self.accuracy, columns[1] + p, columns[2] + self.payload_bytes
+        found.append(np.stack([ready, free, value, answered, total], axis=-1)[some])
+        hedged = some & (p < 1) & (ready + self.local_ns <= deadline)
+        if hedged.any():
+            early = self.p_within(spare - self.local_ns)  # answered before the fallback must start
+            value, answered = value + (1 - p) * self.local_accuracy, columns[1] + 1.0
+            found.append(np.stack([ready + (1 - early) * self.local_ns, free, value, answered, total], axis=-1)[hedged])
+        return np.concatenate(found)
 
 
 def oracle(scenario: Scenario, workload: Workload) -> Summary:
     """The bound, in expectation."""
     problem = _Problem(scenario, workload)
-    interval_ns = 1e9 / scenario.fps
-    n = int(-(-scenario.duration_s * 1e9 // interval_ns))
-    states: list[_State] = [(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)]
+    n = int(-(-scenario.duration_s * 1e9 // problem.interval_ns))
+    states = np.zeros((1, 5))
     for k in range(n):
-        now, following = k * interval_ns, (k + 1) * interval_ns
-        found: dict[tuple[int, int], _State] = {}
-
-        def keep(s: _State, following: float = following, found: dict[tuple[int, int], _State] = found) -> None:
-            # Free before the next frame comes is as good as free now; states within 2 ms count as the same.
-            key = (max(0, int((s[0] - following) / 2e6)), max(0, int((s[1] - following) / 2e6)))
-            if key not in found or found[key][2] < s[2]:
-                found[key] = s
-
-        for state in states:
-            problem.extend(state, now, keep)
-        states = _prune(list(found.values()), following)
-    best = max(states, key=lambda s: s[2])
-    _, _, score, on_time, sent, _, _ = best
+        states = _prune(problem.extend(states, k * problem.interval_ns), (k + 1) * problem.interval_ns)
+    _, _, score, on_time, sent = (float(x) for x in states[np.argmax(states[:, 2])])
     return Summary(
         captured=n,
         on_time=on_time / n,
@@ -181,14 +156,19 @@ def oracle(scenario: Scenario, workload: Workload) -> Summary:
     )
 
 
-def _prune(states: list[_State], following_ns: float) -> list[_State]:
-    """The best states that no other matches in score while its device and link are free no later."""
-    states.sort(key=lambda s: -s[2])
-    kept: list[_State] = []
-    for s in states:
-        device, link = max(s[0], following_ns), max(s[1], following_ns)
-        if all(device < max(k[0], following_ns) or link < max(k[1], following_ns) for k in kept):
-            kept.append(s)
-            if len(kept) == _BEAM:
+def _prune(states: Floats, following_ns: float) -> Floats:
+    """The best states that no other matches in score while its device and link are free no later.
+
+    Free before the next frame comes is as good as free now.
+    """
+    if len(states) > _LOOKED_AT:
+        states = states[np.argpartition(-states[:, 2], _LOOKED_AT)[:_LOOKED_AT]]
+    order = np.argsort(-states[:, 2], kind="stable")
+    steps = np.maximum(states[order, :2] - following_ns, 0.0) // _SAME_NS
+    kept: list[tuple[int, float, float]] = []
+    for i, (device, link) in enumerate(steps.tolist()):
+        if all(device < d or link < f for _, d, f in kept):
+            kept.append((i, device, link))
+            if len(kept) == _BEAM or (device == 0 and link == 0):
                 break
-    return kept
+    return states[order[[i for i, _, _ in kept]]]

@@ -13,7 +13,8 @@ class ControlConfig:
 
     Attributes:
         fps: frames/s the source delivers; the controller keeps the device and the link within it.
-        target_on_time: P(answer before the deadline) every choice must reach where any can, (0, 1).
+        target_on_time: P(answer before the deadline) every choice should reach, (0, 1).
+        miss_price: expected accuracy (0..1) that a choice is fined for each unit its P(answer in time) lacks of the target.
         switch_margin: expected accuracy (0..1) another choice must gain before the controller leaves the last one.
         rate_memory_ns: time constant of the delivery bitrate's estimate.
         window_ns: age at which a sample leaves the quantile windows.
@@ -26,6 +27,7 @@ class ControlConfig:
 
     fps: float = 10.0
     target_on_time: float = 0.95
+    miss_price: float = 1.0
     switch_margin: float = 0.003
     rate_memory_ns: int = 700_000_000
     window_ns: int = 8_000_000_000
@@ -38,6 +40,8 @@ class ControlConfig:
     def __post_init__(self) -> None:
         if not 0 < self.target_on_time < 1:
             raise ConfigError(f"target_on_time must lie between 0 and 1, got {self.target_on_time}")
+        if not 0 <= self.miss_price < 1000:
+            raise ConfigError(f"miss_price must be 0 or more, got {self.miss_price}")
         if not 0 <= self.switch_margin < 1:
             raise ConfigError(f"switch_margin must be 0..1, got {self.switch_margin}")
         if not 0 < self.fps <= 1000:

@@ -1,10 +1,10 @@
 """Chooses, frame by frame, how much is said to the server.
 
 The objective is the expected accuracy of the frames captured: a frame without an answer before its deadline counts
-zero. Among the choices whose P(on time), the local fallback included, reaches the target, the one of the highest
-value is taken; where none reaches it, the highest value altogether. A choice that takes the device or the link longer
-than a frame interval displaces other frames, and is charged for them: that is how the controller turns the frame rate
-as a knob.
+zero. P(on time), the local fallback included, should reach the target: what a choice lacks of it is a fine on its value,
+point for point (``miss_price``), so that the target is kept wherever that is not paid for with a bad answer. A choice that
+takes the device or the link longer than a frame interval displaces other frames, and is charged for them: that is how the
+controller turns the frame rate as a knob. See ``scoring``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edge_client.control.config import ControlConfig
 from edge_client.control.decision import Candidate, Decision, Explanation, Local, LocalOption, Offload, Skip, Split
 from edge_client.control.estimator import Estimator
 from edge_client.control.options import Option, useful
-from edge_client.control.scoring import Moment, Score
+from edge_client.control.scoring import Moment, Score, device_price
 from edge_client.control.window import CreditWindow
 from protos.errors import ConfigError
 from splitters.offload import OffloadOption
@@ -74,6 +74,10 @@ class Controller:
         self._learnt = 0
         self._last = ""
         self._hoped_ns = -_HOPE_INTERVAL_NS
+        self._span_ns = 0  # capture to deadline: the longest seen
+        self._captured_ns = 0.0  # of the frame decided last
+        self._price = 0.0  # of device time, value per ns
+        self._typical = 0.5  # value of a frame
 
     # ------------------------------------------------------------------ events
 
@@ -104,6 +108,13 @@ class Controller:
             self._by_name[decision.name].set_ms(ms)
             self._remote = useful(self._all)
 
+    def withdraw_offloads(self) -> bool:
+        """The server runs no whole model: images are no choice any more. Whether they were one."""
+        kept = [o for o in self._all if not isinstance(o.decision, Offload)]
+        gone, self._all = len(kept) < len(self._all), kept
+        self._remote = useful(kept)
+        return gone
+
     # ------------------------------------------------------------------ decisions
 
     def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision:
@@ -121,6 +132,7 @@ class Controller:
         if best is None:
             return Skip(reason=reason, explain=explain)
         self._last = best.option.name
+        self._typical += 0.05 * (best.value - self._typical)
         if best.p < _HOPELESS:
             self._hoped_ns = now_ns
         limit = None if tokens == inf else int(tokens)
@@ -151,14 +163,14 @@ class Controller:
     def wants_fallback(self, frame_id: int, now_ns: int, deadline_ns: int) -> bool:
         """Whether the local model should answer this frame now, at its ``fallback_ns``, its own answer not being there.
 
-        False when the answer is still more likely to come in time than the local model is good.
+        False when the answer is likely enough to come in time, or the device's time is worth more to other frames.
         """
         local = self._local
         if local is None or now_ns + local.mid_ns > deadline_ns:
             return False
-        p, accuracy = self.estimator.p_still(frame_id, now_ns, deadline_ns), self._by_name.get(self._last, local).accuracy
-        displaced = max(0.0, local.mid_ns / self._interval_ns - 1.0) * accuracy
-        return (1 - p) * local.accuracy > 0.5 * displaced * (1 - p) + 0.05 * local.accuracy
+        gain = (1 - self.estimator.p_still(frame_id, now_ns, deadline_ns)) * local.accuracy
+        since_ns = max(0.0, now_ns - self._captured_ns) % self._interval_ns
+        return gain > max(self._displaced(since_ns, local.mid_ns), self._price * local.mid_ns) + 0.05 * local.accuracy
 
     # ------------------------------------------------------------------ inside
 
@@ -167,10 +179,31 @@ class Controller:
         if deadline_ns <= now_ns:
             return [], "late"
         e = self.estimator
-        moment = Moment(e, self._local, now_ns, deadline_ns, self._interval_ns)
+        self._span_ns = max(self._span_ns, deadline_ns - now_ns)
+        self._captured_ns = deadline_ns - self._span_ns
+        late_ns = now_ns - self._captured_ns
+        moment = Moment(e, self._local, now_ns, deadline_ns, self._interval_ns, late_ns)
         scores = [moment.score_local(self._local)] if self._local else []
+        closed = e.connected and self._score_remotes(scores, moment, tokens)
+        self._price = device_price(scores, self._interval_ns)
+        soon = e.p_unblocked(now_ns, deadline_ns) if moment.waited else 1.0
+        for s in scores:
+            s.p_all *= min(1.0, self._interval_ns / max(1.0, s.device_ns))
+            missed = max(0.0, self.config.target_on_time - s.p_all)
+            s.displaced = soon * self._displaced(late_ns, s.option.mid_ns)
+            s.net = (
+                s.value
+                - self.config.miss_price * missed
+                - self._price * max(0.0, late_ns + s.device_ns - self._interval_ns)
+                - s.displaced
+            )
         if not e.connected:
             return scores, "offline"
+        return scores, "window" if closed else "worthless"
+
+    def _score_remotes(self, scores: list[Score], moment: Moment, tokens: float) -> bool:
+        """Adds what can be sent; whether the window kept something out."""
+        e, now_ns = self.estimator, moment.now_ns
         frames = self.window.frames if e.in_flight else 0
         room = self.window.limit_bytes - e.backlog_bytes if e.in_flight else inf
         full = 0 < frames <= e.in_flight
@@ -187,26 +220,25 @@ class Controller:
                 continue
             score = moment.score_remote(o)
             scores.append(score)
-            if score.p_all >= self.config.target_on_time and not self.config.explain:
+            cheap = score.device_ns <= self._interval_ns and moment.late_ns + o.mid_ns <= self._interval_ns
+            if cheap and score.p_all >= self.config.target_on_time and not self.config.explain:
                 enough = max(enough, score.value - self.config.switch_margin)
-        return scores, "window" if closed else "worthless"
+        return closed
+
+    def _displaced(self, late_ns: float, job_ns: float) -> float:
+        """What frames superseded during a job would have brought: of those captured meanwhile the newest waits."""
+        return max(0.0, (late_ns + job_ns) // self._interval_ns - 1.0) * self._typical
 
     def _choose(self, scores: list[Score], now_ns: int) -> Score | None:
-        target, best, last = self.config.target_on_time, None, None
-        best_key = (False, _WORTHLESS)
+        best, last = None, None
         for score in scores:
-            key = (score.p_all >= target, score.value)
             hopeless = score.p < _HOPELESS and now_ns - self._hoped_ns < _HOPE_INTERVAL_NS
-            if score.value > _WORTHLESS and not score.refused and not hopeless:
-                if key > best_key:
-                    best, best_key = score, key
+            if score.value - score.displaced > _WORTHLESS and not score.refused and not hopeless:
+                if best is None or score.net > best.net:
+                    best = score
                 if score.option.name == self._last:
                     last = score
-        if last is not None and best is not None:
-            as_sure = last.p_all >= target or not best_key[0]
-            if as_sure and best.value - last.value < self.config.switch_margin:
-                return last
-        return best
+        return last if last is not None and best is not None and best.net - last.net < self.config.switch_margin else best
 
     def _probe(self, scores: list[Score]) -> Score | None:
         """A frame that nothing can be done with is a free probe: without it, a bad estimate would never be corrected."""
@@ -240,7 +272,7 @@ class Controller:
                     payload_bytes=int(s.option.n_bytes),
                     expected_ms=s.expected_ns / 1e6,
                     p_on_time=s.p,
-                    value=s.value,
+                    value=s.net,
                     refused=s.refused,
                 )
                 for s in scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 from protos.errors import ConfigError
 from splitters.operating_point import Quantiles
@@ -104,6 +105,13 @@ class Offload:
     def name(self) -> str:
         """For logs."""
         return f"{self.format} {self.quality}" + (f"@{self.size_px}" if self.size_px else "")
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """The choice of that ``name``."""
+        image_format, setting = name.split(" ")
+        quality, _, size_px = setting.partition("@")
+        return cls(format=image_format, quality=int(quality), size_px=int(size_px or 0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,8 @@ So every acknowledgement gives a service time, free of the wait behind earlier f
 few (a mean would take a repaired packet for a slow link), p the least round trip of recent frames and pings. What this
 simple model gets wrong is kept as it is: small residuals (jitter, a busy server) in units of the frame's own
 uncertainty, large ones (a lost packet and its repair) as times, with their frequency per packet sent. P(on time) is
-read off those two empirical distributions: the tail is the measured tail, and no quantile is ever a mean.
+read off those two empirical distributions: the tail is the measured tail, and no quantile is ever a mean. How the link
+is now is remembered for seconds, how often it loses packets for a minute: a loss rate outlives a fade.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
+from math import exp
 
 from edge_client.control.config import ControlConfig
-from edge_client.control.quantile import SlidingQuantile, SlidingSum
+from edge_client.control.quantile import SlidingQuantile
 
 # A service time below this is clock noise; it bounds the bitrate one acknowledgement can claim.
 _MIN_SERVICE_NS = 100_000
@@ -28,7 +30,10 @@ _NOISE_NS = 4_000_000
 # Four residuals that are believed until there are real ones: the worst of them keeps a fresh session careful.
 _PRIOR_RESIDUALS = (-0.2, 0.1, 0.4, 1.5)
 # Repairs per packet are believed to be this frequent, with the weight of so many packets.
-_PRIOR_REPAIRS, _PRIOR_PACKETS = 0.4, 80.0
+_PRIOR_REPAIRS, _PRIOR_PACKETS = 0.3, 40.0
+# A repair also holds back the frames behind: this share of a frame's exposure does not depend on its own size.
+_HELD_BACK = 0.6
+_LOSS_MEMORY_NS = 60_000_000_000
 _SEGMENT_BYTES = 1448
 _INITIAL_WINDOW_BYTES = 14_000.0
 _FORGET_TRIED = 0.98
@@ -42,6 +47,8 @@ _SLOW_RUN = 3
 _REPAIR_RTTS = 0.6
 # The bitrate is read off this quantile of the newest service times per byte: more than half, to be careful.
 _RECENT_LEAST, _RECENT_MOST, _RECENT_QUANTILE = 5, 15, 0.6
+# From so many repairs a packet on a link counts as lossy. TCP's least time-out.
+_LOSSY, _RTO_NS = 0.003, 200_000_000
 # After this long without a sample the bitrate is believed to recover, doubling in so much time.
 _STALE_NS, _DOUBLING_NS = 1_500_000_000, 2_000_000_000
 
@@ -85,14 +92,15 @@ class Estimator:
         self._rtts = SlidingQuantile(size=size, age_ns=window)
         self._servers = SlidingQuantile(size=size, age_ns=window)
         self._residuals = SlidingQuantile(size=size, age_ns=window)
-        self._repairs = SlidingQuantile(size=size, age_ns=window)
-        self._packets = SlidingSum(age_ns=window)
+        self._repairs = SlidingQuantile(size=size, age_ns=_LOSS_MEMORY_NS)
+        self._late = self._packets = self._frames = 0.0  # repaired frames, packets, frames: exponentially forgotten
+        self._counted_ns = 0
         self._server_prior_ns = 10_000_000.0
         self._slow_run = 0
         self._known_rtt_ns = float(self.config.initial_rtt_ns)
         self._tried_bytes = 0.0
         self._stale = True
-        self._prior_weight = self._body_size = self._odds = 1.0
+        self._prior_weight = self._body_size = self._odds = self._held_packets = 1.0
         self._last_delivery_ns = 0
         self._last_heard_ns = 0
         self._last_ping_ns = 0
@@ -153,8 +161,8 @@ class Estimator:
         """The server answered that it cannot make this frame's deadline: as bad as a frame that came too late."""
         self._last_heard_ns = now_ns
         if self._pop(frame_id) is not None:
-            self._stale = True
-            self._packets.add(1, now_ns)
+            self._count(1, now_ns)
+            self._late += 1
             self._repairs.add(_REFUSED_NS, now_ns)
 
     def on_lost(self, frame_id: int, now_ns: int) -> None:  # noqa: ARG002
@@ -227,6 +235,13 @@ class Estimator:
         return self._rtts.quantile(q, self._known_rtt_ns)
 
     @property
+    def repair_ns(self) -> float:
+        """By how much a lost packet delays a frame, median; 0 where losses are rare. At most three round trips and a time-out."""
+        if len(self._repairs) < _SLOW_RUN or self._late < _LOSSY * self._packets:
+            return 0.0
+        return min(self._repairs.quantile(0.5, 0.0), 3 * self.base_rtt_ns + _RTO_NS)
+
+    @property
     def server_ns(self) -> float:
         """Median time a frame spends in the server."""
         return self._servers.quantile(0.5, self._server_prior_ns)
@@ -242,8 +257,7 @@ class Estimator:
     def drained_ns(self, now_ns: int) -> float:
         """When, on the clock of acknowledgements, all that is in flight will have been delivered.
 
-        A frame overdue by x is expected to take another x / 2: waits are heavy-tailed, so the longer one lasts the
-        longer it will still last. A stalled link thereby closes itself within a frame or two.
+        What is overdue is taken to come now; how likely that is, ``p_unblocked`` says.
         """
         at_ns = float(self._last_delivery_ns)
         base_ns, per_byte = self.base_rtt_ns, self._ns_per_byte
@@ -256,7 +270,7 @@ class Estimator:
             if first:
                 first = False
                 overdue_ns = max(0.0, now_ns - at_ns - self.server_ns)
-        return at_ns + 1.5 * overdue_ns
+        return at_ns + overdue_ns
 
     def overdue_ns(self, now_ns: int) -> float:
         """How long the oldest frame in flight has been expected back."""
@@ -270,7 +284,7 @@ class Estimator:
             self._freshen()
         at = slack_ns / scale_ns
         body = self._residuals.count_at_most(at) + self._prior_weight * bisect_right(_PRIOR_RESIDUALS, at)
-        odds = packets * self._odds
+        odds = self._odds * ((1 - _HELD_BACK) * packets + self._held_packets)
         if odds < 1e-9:
             return body / self._body_size
         return (body / self._body_size + odds * self._repairs.count_at_most(slack_ns) / (len(self._repairs) + 1.0)) / (1.0 + odds)
@@ -280,23 +294,42 @@ class Estimator:
         n = len(self._residuals)
         self._prior_weight = 4.0 / (4.0 + n)
         self._body_size = n + 4 * self._prior_weight + 0.25
-        self._odds = (len(self._repairs) + _PRIOR_REPAIRS) / (self._packets.total + _PRIOR_PACKETS)
+        self._odds = (self._late + _PRIOR_REPAIRS) / (self._packets + _PRIOR_PACKETS)
+        self._held_packets = _HELD_BACK * (self._packets + 2.0) / (self._frames + 1.0)
         self._stale = False
 
     def p_still(self, frame_id: int, now_ns: int, deadline_ns: int) -> float:
         """P(the answer to a frame in flight, not there yet, comes before its deadline)."""
         record = self._flight.get(frame_id)
-        if record is None:
+        return self._p_still(record, now_ns, deadline_ns) if record is not None else 0.0
+
+    def p_unblocked(self, now_ns: int, by_ns: float) -> float:
+        """P(the oldest frame in flight is answered by then): no later one overtakes it."""
+        for record in self._flight.values():
+            return self._p_still(record, now_ns, by_ns)
+        return 1.0
+
+    def _p_still(self, record: _InFlight, now_ns: int, by_ns: float) -> float:
+        """From what frames this late have done, and, for want of such frames, from that waits are heavy-tailed.
+
+        What has lasted x lasts another t with probability x / (x + t): so a stalled link closes itself within a frame or two.
+        """
+        more_ns, late_ns = by_ns - now_ns, now_ns - record.predicted_ns
+        if more_ns <= 0:
             return 0.0
         packets = 1 + record.n_bytes // _SEGMENT_BYTES
-        soon = self.p_within(deadline_ns - record.predicted_ns, record.scale_ns, packets)
-        already = self.p_within(now_ns - record.predicted_ns, record.scale_ns, packets)
-        return max(0.0, soon - already) / max(1e-3, 1.0 - already)
+        soon = self.p_within(by_ns - record.predicted_ns, record.scale_ns, packets)
+        already = self.p_within(late_ns, record.scale_ns, packets)
+        seen = max(0.0, soon - already) / max(1e-3, 1.0 - already)
+        if late_ns <= 0:
+            return seen
+        weight = 1.0 / (1.0 + len(self._repairs) - self._repairs.count_at_most(late_ns))
+        return seen + weight * (more_ns / (more_ns + late_ns + record.scale_ns) - seen)
 
     def expire(self, now_ns: int) -> None:
         """Forgets what is too old: a link not used for a while is an unknown one, and worth a try."""
-        if self._residuals.expire(now_ns) + self._repairs.expire(now_ns) + self._packets.expire(now_ns):
-            self._stale = True
+        if self._residuals.expire(now_ns) + self._repairs.expire(now_ns) or now_ns - self._counted_ns > _STALE_NS:
+            self._count(0, now_ns)
         idle_ns = now_ns - self._recent[-1][0] if self._recent else 0
         if idle_ns > _STALE_NS and not self._flight:
             least = min(8e9 / self.config.initial_bps, self._learnt_ns_per_byte)
@@ -341,12 +374,21 @@ class Estimator:
     def _learn_residual(self, record: _InFlight, now_ns: int) -> None:
         """Sorts a residual into the body or, when only a repair can explain it, the tail."""
         late_ns = now_ns - record.predicted_ns
-        self._stale = True
-        self._packets.add(1 + record.n_bytes // _SEGMENT_BYTES, now_ns)
+        self._count(1 + record.n_bytes // _SEGMENT_BYTES, now_ns)
         if late_ns > _REPAIR_RTTS * self.base_rtt_ns + 3 * record.scale_ns:
             self._repairs.add(late_ns, now_ns)
+            self._late += 1
         else:
             self._residuals.add(late_ns / record.scale_ns, now_ns)
+
+    def _count(self, packets: int, now_ns: int) -> None:
+        """A frame of so many packets came back (0: none did, time passed)."""
+        kept = exp(-max(0, now_ns - self._counted_ns) / _LOSS_MEMORY_NS)
+        self._counted_ns = now_ns
+        self._late *= kept
+        self._packets = self._packets * kept + packets
+        self._frames = self._frames * kept + (packets > 0)
+        self._stale = True
 
     def _learn_rate(self, n_bytes: int, service_ns: float, now_ns: int, *, waited: bool) -> None:
         """Takes in a service time.

@@ -1,7 +1,14 @@
-"""What a choice is worth: P(on time), expected accuracy, what stands against it."""
+"""What a choice is worth: P(on time), expected accuracy, what it takes from other frames.
+
+The device does one thing at a time. A job of length c that begins d after its frame's capture lets ``floor((d + c) / I) - 1``
+frames of interval I be superseded, and starts the next one late; where even the best choice takes longer than I, device time
+has a price, the slope of the concave hull over (time, value) of all choices at I: so two choices share the device as a linear
+programme would have it, and the frame rate is one more knob.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edge_client.control.estimator import Estimator
@@ -12,6 +19,8 @@ LOCAL_SURE = 0.98
 # On the mean each frame may have this share of an interval of link time; what a frame takes beyond is borrowed from
 # the next ones, and no more than so much may be borrowed.
 _LINK_SHARE, _BORROWED = 0.95, 0.45
+# Device time over its median, in units of (p95 - median), with weights: a log-normal's tenths.
+_DEVICE_NOISE = ((-0.18, 0.8), (0.83, 0.2))
 
 
 @dataclass(slots=True)
@@ -22,7 +31,10 @@ class Score:
         expected_ns: decision to answer, median.
         p: P(answer from the server before the deadline).
         p_all: the same with the fallback, over all frames: those it displaces are never answered.
-        value: expected accuracy, less what displaced frames would have brought.
+        value: expected accuracy of this frame.
+        device_ns: expected device time, the fallback's share included.
+        displaced: expected accuracy of the frames that are superseded meanwhile.
+        net: value, less what is displaced, the price of the device's time, and a fine for missing the target.
         fallback_ns: when the local model should start; None: no use.
         refused: why it cannot be chosen; empty: it can.
     """
@@ -32,6 +44,9 @@ class Score:
     p: float = 0.0
     p_all: float = 0.0
     value: float = 0.0
+    device_ns: float = 0.0
+    displaced: float = 0.0
+    net: float = 0.0
     fallback_ns: int | None = None
     refused: str = ""
 
@@ -39,26 +54,33 @@ class Score:
 class Moment:
     """What holds for all options of one decision."""
 
-    __slots__ = ("base_ns", "deadline_ns", "drained_ns", "estimator", "interval_ns", "local", "noise_ns", "now_ns", "server_ns")
+    __slots__ = (
+        "base_ns", "deadline_ns", "drained_ns", "estimator", "interval_ns", "late_ns", "local", "noise_ns", "now_ns", "server_ns",
+        "waited",
+    )  # fmt: skip
 
-    def __init__(self, estimator: Estimator, local: Option | None, now_ns: int, deadline_ns: int, interval_ns: float) -> None:
+    def __init__(
+        self, estimator: Estimator, local: Option | None, now_ns: int, deadline_ns: int, interval_ns: float, late_ns: float
+    ) -> None:
+        """``late_ns``: how long after the frame's capture the device came free for it."""
         self.estimator = estimator
         self.local = local
         self.now_ns = now_ns
         self.deadline_ns = deadline_ns
         self.interval_ns = interval_ns
+        self.late_ns = late_ns
         estimator.expire(now_ns)
         self.base_ns = estimator.base_rtt_ns
         self.server_ns = estimator.server_ns
         self.noise_ns = estimator.scale_ns(0.0)
         self.drained_ns = estimator.drained_ns(now_ns)
+        self.waited = estimator.overdue_ns(now_ns) > 2 * self.noise_ns
 
     def score_local(self, local: Option) -> Score:
         """The local model alone."""
         budget_ns = self.deadline_ns - self.now_ns
         p = LOCAL_SURE if local.high_ns <= budget_ns else (0.5 if local.mid_ns <= budget_ns else 0.0)
-        kept = min(1.0, self.interval_ns / max(1.0, local.mid_ns))
-        return Score(local, local.mid_ns, p, p * kept, p * kept * local.accuracy)
+        return Score(local, local.mid_ns, p, p, p * local.accuracy, local.mid_ns)
 
     def score_remote(self, o: Option) -> Score:
         """A payload sent, with the local model to fall back on where the device has time for it."""
@@ -70,43 +92,64 @@ class Moment:
         if begins_ns - reaches_ns + min(service_ns - share_ns, 0.0) > _BORROWED * self.interval_ns:
             return Score(o, refused="link")
         done_ns = begins_ns + service_ns + self.server_ns
-        spare_ns = o.high_ns - o.mid_ns
         scale_ns = self.noise_ns + service_ns
-        p = e.p_within(self.deadline_ns - done_ns - spare_ns, scale_ns, o.packets)
-        score = Score(o, done_ns - self.now_ns, p, p, p * o.accuracy)
-        if self.local is not None:
-            self._fall_back(score, self.local, done_ns + spare_ns, scale_ns)
-        displaces = max(1.0, o.mid_ns / self.interval_ns, service_ns / share_ns if service_ns > 1.45 * share_ns else 1.0)
-        score.value /= displaces
-        score.p_all /= displaces
+        spread_ns = o.high_ns - o.mid_ns
+        p = self._p_by(self.deadline_ns, done_ns, spread_ns, scale_ns, service_ns, o.packets)
+        score = Score(o, done_ns - self.now_ns, p, p, p * o.accuracy, o.mid_ns)
+        if self.local is not None and p < 0.999:
+            self._fall_back(score, self.local, done_ns, spread_ns, scale_ns, service_ns)
+        if service_ns > 1.45 * share_ns:
+            score.value *= share_ns / service_ns
+            score.p_all *= share_ns / service_ns
         return score
 
-    def _fall_back(self, score: Score, local: Option, done_ns: float, scale_ns: float) -> None:
+    def _p_by(self, by_ns: float, done_ns: float, spread_ns: float, scale_ns: float, service_ns: float, packets: int) -> float:
+        """P(answer by then), over the device's own noise; what is stuck in front must come loose in time, too."""
+        e, slack_ns, p = self.estimator, by_ns - done_ns, 0.0
+        for at, weight in _DEVICE_NOISE:
+            p += weight * e.p_within(slack_ns - at * spread_ns, scale_ns, packets)
+        if self.waited and p > 0.0:
+            p *= e.p_unblocked(self.now_ns, by_ns - service_ns)
+        return p
+
+    def _fall_back(self, score: Score, local: Option, done_ns: float, spread_ns: float, scale_ns: float, service_ns: float) -> None:
         """Adds what the local model is worth to a frame whose answer has not come when it must start."""
-        o = score.option
+        o, interval_ns = score.option, self.interval_ns
         start_ns = self.deadline_ns - local.high_ns
+        # The head of a later frame has the device from its capture on: start before it rather than wait for it.
+        phase_ns = (start_ns - self.now_ns + self.late_ns) % interval_ns
+        if phase_ns < o.mid_ns and phase_ns < 0.5 * interval_ns:
+            start_ns -= phase_ns
         if self.now_ns + o.high_ns > start_ns:
             return
-        if score.p > 0.999:
-            score.fallback_ns = int(start_ns)
-            return
-        sure = self._local_in_time(start_ns, o.mid_ns, local)
-        p_early = self.estimator.p_within(start_ns - done_ns, scale_ns, o.packets)
-        idle_ns = max(0.0, self.interval_ns - o.mid_ns)
-        displaced = max(0.0, (1 - p_early) * local.mid_ns - idle_ns) / self.interval_ns
-        gain = (1 - score.p) * sure * local.accuracy - displaced * o.accuracy
-        if gain >= 0:
-            score.fallback_ns = int(start_ns)
-            score.p_all += (1 - score.p) * sure
-            score.value += gain
+        p_early = self._p_by(start_ns, done_ns, spread_ns, scale_ns, service_ns, o.packets)
+        # Failures come in runs: then every frame wants both its head and its fallback.
+        room = interval_ns / (o.mid_ns + local.mid_ns)
+        sure = LOCAL_SURE if room > 1 else LOCAL_SURE * room
+        extra_ns, gain = (1 - p_early) * local.mid_ns, (1 - score.p) * sure * local.accuracy
+        if o.mid_ns + extra_ns > interval_ns and gain * interval_ns < score.value * extra_ns:
+            return  # that time is worth more to the frames behind
+        score.fallback_ns = int(start_ns)
+        score.p_all += (1 - score.p) * sure
+        score.value += gain
+        score.device_ns += extra_ns
 
-    def _local_in_time(self, start_ns: float, head_ns: float, local: Option) -> float:
-        """P(a fallback due at ``start_ns`` ends in time): the head of a later frame may have the device just then."""
-        turns, phase_ns = divmod(start_ns - self.now_ns, self.interval_ns)
-        if turns < 1 or phase_ns >= head_ns:
-            return LOCAL_SURE
-        left_ns = self.deadline_ns - (start_ns + head_ns - phase_ns)
-        if left_ns < local.mid_ns:
-            return 0.5 * max(0.0, 1 - (local.mid_ns - left_ns) / max(1.0, 0.1 * local.mid_ns))
-        spread_ns = max(1.0, local.high_ns - local.mid_ns)
-        return min(LOCAL_SURE, 0.5 + 0.48 * (left_ns - local.mid_ns) / spread_ns)
+
+def device_price(scores: Sequence[Score], interval_ns: float) -> float:
+    """Value per ns of device time: 0 while the best choice takes less than an interval, else the hull's slope there."""
+    best = max(scores, key=lambda s: s.value, default=None)
+    if best is None or best.device_ns <= interval_ns:
+        return 0.0
+    # The hull from (0, 0) upwards; the segment that crosses one interval.
+    at_ns, at_value = 0.0, 0.0
+    rest = [s for s in scores if s.value > 0 and s.device_ns > 0]
+    while rest:
+        steepest = max(rest, key=lambda s: ((s.value - at_value) / (s.device_ns - at_ns), s.device_ns))
+        slope = (steepest.value - at_value) / (steepest.device_ns - at_ns)
+        if slope <= 0:
+            return 0.0
+        if steepest.device_ns >= interval_ns:
+            return slope
+        at_ns, at_value = steepest.device_ns, steepest.value
+        rest = [s for s in rest if s.device_ns > at_ns]
+    return 0.0

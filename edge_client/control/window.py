@@ -10,8 +10,11 @@ from edge_client.control.estimator import Estimator
 class CreditWindow:
     """At most ``max(2, ceil(fps * (RTT + server time)) + 1)`` frames, and at most one bandwidth-delay product of bytes.
 
-    One frame may always be in flight, whatever its size. HTTP/2 flow control and the kernel's socket buffer would
-    queue many stale frames instead, and gRPC hides that queue; the idea is Salsify's (Fouladi et al., NSDI 2018).
+    On a link that loses packets the round trip includes the repair of one: what waits behind a hole has left the network and
+    waits at the receiver, and the next frame's acknowledgement is what reveals the hole. A longer round trip of any other kind
+    is a queue, and opens nothing. One frame may always be in flight, whatever its size. HTTP/2 flow control and the kernel's
+    socket buffer would queue many stale frames instead, and gRPC hides that queue; the idea is Salsify's (Fouladi et al.,
+    NSDI 2018).
     """
 
     __slots__ = ("_estimator", "_fps", "_max_in_flight")
@@ -28,7 +31,8 @@ class CreditWindow:
     @property
     def _loop_s(self) -> float:
         """The lower quartile: a frame's own transmission belongs to the round trip, the queue behind others does not."""
-        return (self._estimator.rtt_ns(0.25) + self._estimator.server_ns) * 1e-9
+        e = self._estimator
+        return (e.rtt_ns(0.25) + e.server_ns + e.repair_ns) * 1e-9
 
     @property
     def frames(self) -> int:

@@ -20,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="accuracy against real payload bytes, beside image codecs",
         description="Measures every operating point of a bundle on a folder of photos, through real payloads, beside the same "
         "model fed with compressed images at every quality and size, and rewrites the bundle's operating-point table with "
-        "its Pareto frontier.",
+        "its Pareto frontier, its offload options and its local model's accuracy.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or a default model's name")
     parser.add_argument("--images", type=Path, required=True, help="folder of photos")
@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     if args.report is not None:
         dump(report, args.report)
     if not args.no_write:
-        rewrite_points(bundle, report.points)
+        local = (report.local, report.metric) if report.local is not None else None
+        rewrite_points(bundle, report.points, offloads=report.offloads or None, local=local)
     if args.json:
         print(json.dumps(report.to_json()))
     return 0
@@ -105,5 +106,10 @@ def _tell(report: Report) -> None:
         )
     elif bar is not None:
         print(f"JPEG 95 of the same inputs: {bar.jpeg_bytes:.0f} bytes; no operating point takes {bar.share:.0%} of that or less")
+    for o in report.offloads:
+        side = f"{o.size_px} px" if o.size_px else "full size"
+        print(f"offload {o.format} q{o.quality} {side}: {o.payload_bytes.p50:.0f} bytes, {report.metric} {o.accuracy:.4f}")
+    if report.local is not None:
+        print(f"local model: {report.metric} {report.local:.4f}")
     for codec, ms in report.encode_ms.items():
         print(f"{codec} encode: {ms:.2f} ms")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from splitters.evaluation.bdrate import BdRate, Curve
+from splitters.offload import OffloadOption
 from splitters.operating_point import OperatingPoint
 
 Gap = tuple[float, float, float]
@@ -54,6 +55,8 @@ class Report:
         bd_rates: against each image codec, of the whole frontier and of each encoder tier.
         encode_ms: of each image codec at its middle quality and full size.
         jpeg95: for detectors compared with image codecs.
+        offloads: what the device may send instead, JPEG and WebP, with bytes and accuracy: the frontier.
+        local: accuracy of the bundle's local model; None where it has none.
         also: other figures of the whole model (key -1) and of each point, by name: a detector's ``ap50``.
     """
 
@@ -68,6 +71,8 @@ class Report:
     encode_ms: Mapping[str, float]
     jpeg95: Jpeg95 | None = None
     also: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    offloads: tuple[OffloadOption, ...] = ()
+    local: float | None = None
 
     @property
     def top(self) -> OperatingPoint:
@@ -86,6 +91,7 @@ class Report:
             "bd_rates": {t: {c: _plain(r) for c, r in row.items()} for t, row in self.bd_rates.items()},
             "baselines": {c.name: _table(c) for c in self.curves[1:]},
             "encode_ms": dict(self.encode_ms),
+            "offloads": [asdict(o) for o in self.offloads], "local": self.local,
         }  # fmt: skip
         return told | ({"jpeg95": asdict(self.jpeg95)} if self.jpeg95 else {})
 

@@ -1,121 +1,130 @@
 """Measures what the control bench needs of a bundle, and writes it as one workload file.
 
-    splitters evaluate BUNDLE --images PHOTOS --labels LABELS.json --against jpeg --report report.json
-    python -m tests.bench.control_workload --bundle BUNDLE --report report.json --images PHOTOS --labels LABELS.json --out w.json
+    splitters evaluate BUNDLE --images PHOTOS --labels LABELS.json        # points, offload options, local model: into the bundle
+    python -m tests.bench.control_workload --bundle BUNDLE --images PHOTOS --out tests/bench/workloads/NAME.json
 
-From the report come the operating points and the JPEG settings (bytes and accuracy, on the same photos); measured here
-are the local model's accuracy and time, and the server's times for a tail and for the whole model. Classification only.
-The report holds mean JPEG sizes; their 95th percentile is taken to be 1.4 times the mean.
+Bytes and accuracies are the bundle's own measurements. Measured here, on one thread and in turns so that disturbances hit all
+alike, is time: every choice of the device through the client's own code, captured frame to payload or answer, and the server's
+decoding, tail and whole model, one frame at a time. It is processor time of the lower decile, so that other work on the machine
+counts as little as may be (it still fights for caches and for the other half of a core); the spread is that of all samples.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import cv2
 import numpy as np
-import onnxruntime as ort
 
+from edge_client.choices import believable
+from edge_client.engine import Engine
+from edge_server.decode import decode_image
+from protos.errors import ConfigError
 from splitters.bundle import Bundle, open_bundle
-from splitters.preprocess import preprocess
+from splitters.operating_point import OperatingPoint
+from splitters.preprocess import Frame
 
-_P95_OF_MEAN = 1.4
+_WARM, _ROUNDS = 3, 3
 
 
 def quantiles(ms: list[float]) -> dict[str, float]:
-    return {"p50": round(float(np.median(ms)), 3), "p95": round(float(np.quantile(ms, 0.95)), 3)}
+    """What an undisturbed run takes, and p95 in proportion, in milliseconds."""
+    undisturbed, p50, p95 = np.quantile(ms, [0.1, 0.5, 0.95])
+    return {"p50": round(float(undisturbed), 3), "p95": round(float(undisturbed * p95 / p50), 3)}
 
 
-def local(bundle: Bundle, images: Path, labels: dict[str, int], limit: int | None) -> dict[str, object] | None:
-    model = bundle.manifest.local
-    if model is None:
-        return None
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(str(bundle.part_path(model.path)), options, providers=["CPUExecutionProvider"])
-    files = sorted(f for f in images.rglob("*") if f.name in labels)
-    files = [files[int(i * len(files) / limit)] for i in range(limit)] if limit and limit < len(files) else files
-    hits, ms = 0, []
-    for file in files:
-        frame = cv2.imread(str(file))
-        assert frame is not None
-        begin = time.perf_counter()
-        (logits, *_) = session.run(None, {"image": preprocess(frame.astype(np.uint8, copy=False), model.preprocess)})
-        ms.append((time.perf_counter() - begin) * 1e3)
-        hits += int(np.argmax(logits)) == labels[file.name]
-    return {"accuracy": hits / len(files), "ms": quantiles(ms)}
+def clocked(jobs: dict[str, Callable[[Frame], object]], frames: list[Frame]) -> dict[str, dict[str, float]]:
+    """Every job on every frame, in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in jobs}
+    for i, frame in enumerate(frames * _ROUNDS):
+        for name, job in jobs.items():
+            begin = time.thread_time()
+            job(frame)
+            if i >= _WARM:
+                taken[name].append((time.thread_time() - begin) * 1e3)
+    return {name: quantiles(ms) for name, ms in taken.items()}
 
 
-def server(bundle: Bundle) -> dict[str, object]:
+def device_jobs(engine: Engine) -> dict[str, Callable[[Frame], object]]:
+    """What the device may have to do with a frame, by the controller's names; points with the same graphs cost the same."""
+    jobs: dict[str, Callable[[Frame], object]] = {}
+    for point in {p.graphs: p for p in engine.bundle.points}.values():
+        jobs["+".join(point.graphs)] = lambda f, p=point: engine.encode(engine.features(f), p)  # type: ignore[misc]
+    for o in engine.bundle.offloads:
+        jobs[f"{o.format} {o.quality} {o.size_px}"] = lambda f, o=o: engine.compress(  # type: ignore[misc]
+            engine.picture(f), o.format, o.quality, o.size_px
+        )
+    local = engine.local
+    if local is not None:
+        jobs["local"] = lambda f: local.answer(local.prepare(f), (f.shape[1], f.shape[0]))
+    return jobs
+
+
+def server_times(bundle: Bundle, engine: Engine, frames: list[Frame]) -> dict[str, object]:
+    """Decoding, tail and whole model."""
+    import torch
+
     from splitters.tails import load_tail  # torch: only when it is needed
 
+    torch.set_num_threads(1)
     tail = load_tail(bundle)
-    latents = [np.zeros((1, *shape), np.float32) for shape in bundle.manifest.latent_shape]
     size = bundle.manifest.preprocess.size_px
-    picture = np.zeros((*size, 3), np.uint8)
-    tail_ms, whole_ms = [], []
-    for _ in range(12):
-        begin = time.perf_counter()
-        tail.run(latents, [(size[1], size[0])])
-        tail_ms.append((time.perf_counter() - begin) * 1e3)
-        if tail.takes_images:
-            begin = time.perf_counter()
-            tail.run_images([picture], [(size[1], size[0])])
-            whole_ms.append((time.perf_counter() - begin) * 1e3)
-    return {"tail_ms": quantiles(tail_ms[2:]), "whole_ms": quantiles(whole_ms[2:] or tail_ms[2:])}
+    point = max(bundle.points, key=lambda p: p.payload_bytes.p50)
+    payloads = {id(f): engine.encode(engine.features(f), point).payloads for f in frames}
+    symbols = {id(f): engine.codec.decode(list(payloads[id(f)])) for f in frames}
+    jpegs = {id(f): engine.compress(engine.picture(f), "jpeg", 80).payloads[0] for f in frames}
+    jobs: dict[str, Callable[[Frame], object]] = {
+        "decode": lambda f: engine.codec.dequantise(engine.codec.decode(list(payloads[id(f)]))),
+        "tail": lambda f: tail.run([t[None] for t in engine.codec.dequantise(symbols[id(f)])], [(f.shape[1], f.shape[0])]),
+    }
+    if tail.takes_images:
+        jobs["whole"] = lambda f: tail.run_images([engine.input_image(f)], [(f.shape[1], f.shape[0])])
+        jobs["decode image"] = lambda f: decode_image(jpegs[id(f)], size, 1 << 24)
+    found = clocked(jobs, frames)
+    return {"tail_ms": found["tail"], "whole_ms": found.get("whole", found["tail"]), "decode_ms": found["decode"]["p50"]}
 
 
-def offloads(report: dict[str, object]) -> list[dict[str, object]]:
-    found = []
-    baselines, encode_ms = report["baselines"], report["encode_ms"]
-    assert isinstance(baselines, dict)
-    assert isinstance(encode_ms, dict)
-    for codec, rows in baselines.items():
-        if codec.lower() not in ("jpeg", "webp"):
-            continue
-        for label, size, accuracy in rows:
-            quality, *side = (int(n) for n in re.findall(r"\d+", label))
-            ms = float(encode_ms.get(codec, 0.5))
-            found.append({
-                "format": codec.lower(), "quality": quality, "size_px": side[0] if side else 0, "accuracy": accuracy,
-                "payload_bytes": {"p50": size, "p95": _P95_OF_MEAN * size}, "encode_ms": {"p50": ms, "p95": 1.3 * ms},
-            })  # fmt: skip
-    return found
+def _point(p: OperatingPoint, times: dict[str, dict[str, float]]) -> dict[str, object]:
+    return {**p.to_json(), "head_ms": times["+".join(p.graphs)]}
 
 
 def main() -> None:
+    """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--report", type=Path, required=True, help="what `splitters evaluate --report` wrote")
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--labels", type=Path, required=True)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--images", type=Path, required=True, help="folder of photos, used for their sizes and for timing")
+    parser.add_argument("--frames", type=int, default=40)
+    parser.add_argument("--result-bytes", type=int, default=180, help="of one answer on the wire")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    bundle, report = open_bundle(args.bundle), json.loads(args.report.read_text())
+    cv2.setNumThreads(1)
+    bundle = open_bundle(args.bundle)
+    engine = Engine(bundle, clock=time.monotonic_ns)
+    if any(p.accuracy <= 0 for p in bundle.points):
+        raise ConfigError(f"{args.bundle} was never measured: run `splitters evaluate` on it")
+    files = sorted(f for f in args.images.rglob("*") if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    chosen = [files[i * len(files) // args.frames] for i in range(min(args.frames, len(files)))]
+    frames = [f.astype(np.uint8, copy=False) for c in chosen if (f := cv2.imread(str(c))) is not None]
+    times = clocked(device_jobs(engine), frames)
+    local = bundle.manifest.local
     workload = {
-        "name": report["model"],
-        "points": [{k: v for k, v in p.items() if k != "gap"} for p in report["points"]],
-        "offloads": offloads(report),
-        "local": local(bundle, args.images, json.loads(args.labels.read_text()), args.limit),
-        "server": server(bundle),
-        "result_bytes": 180,
+        "name": bundle.manifest.name,
+        "_measured": {"bundle_sha256": bundle.sha256, "command": "python -m tests.bench.control_workload", "frames": len(frames)},
+        "points": [_point(p, times) for p in believable(bundle.points, engine)],
+        "offloads": [{**asdict(o), "encode_ms": times[f"{o.format} {o.quality} {o.size_px}"]} for o in bundle.offloads],
+        "local": {"accuracy": local.accuracy, "ms": times["local"]} if local is not None and local.accuracy > 0 else None,
+        "server": server_times(bundle, engine, frames),
+        "result_bytes": args.result_bytes,
     }
-    args.out.write_text(json.dumps(workload, indent=1) + "\n")
-    print(
-        json.dumps(
-            {
-                "points": len(report["points"]),
-                "offloads": len(workload["offloads"]),
-                "local": workload["local"],
-                "server": workload["server"],
-            }
-        )
-    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(workload, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({"points": len(bundle.points), "offloads": len(bundle.offloads), "device_ms": times,
+                      "local": workload["local"], "server": workload["server"]}))  # fmt: skip
 
 
 if __name__ == "__main__":

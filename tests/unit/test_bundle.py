@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from protos.errors import BundleError, ConfigError
-from splitters.bundle import MANIFEST, POINTS, Bundle, BundleWriter, open_bundle, rewrite_points, sha256_hex
+from splitters.bundle import MANIFEST, OFFLOADS, POINTS, Bundle, BundleWriter, open_bundle, rewrite_points, sha256_hex
 from splitters.manifest import Head, Preprocess, check_part_path, parse_manifest
+from splitters.offload import OffloadOption
 from splitters.operating_point import OperatingPoint, Quantiles
 
 FIELDS: dict[str, Any] = {
@@ -123,3 +124,19 @@ def test_new_measurements_change_the_hash(tmp_path: Path) -> None:
     assert after.points == (measured,)
     assert after.sha256 != bundle.sha256
     assert open_bundle(bundle.path) == after
+
+
+def test_offload_options_travel_with_the_bundle_as_a_part_of_the_device(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b")
+    assert bundle.offloads == ()
+    option = OffloadOption(
+        format="jpeg", quality=50, payload_bytes=Quantiles(p50=9, p95=10), accuracy=0.5, encode_ms=Quantiles(p50=1, p95=2)
+    )
+    after = rewrite_points(bundle, bundle.points, offloads=[option], local=(0.4, "top1"))
+    assert after.offloads == (option,)
+    assert OFFLOADS in {p.path for p in after.manifest.device_parts()}
+    assert after.manifest.local is None or (after.manifest.local.accuracy, after.manifest.local.accuracy_metric) == (0.4, "top1")
+    assert rewrite_points(after, after.points).offloads == (option,), "left as they are where nothing new is given"
+    (bundle.path / OFFLOADS).write_text("[]")
+    with pytest.raises(BundleError, match="offloads"):
+        open_bundle(bundle.path, side="device")

@@ -23,6 +23,8 @@ from edge_client.control import (
     Skip,
     Split,
 )
+from edge_client.control.options import Option
+from edge_client.control.scoring import Score, device_price
 from protos.errors import ConfigError
 from splitters.operating_point import OperatingPoint, Quantiles
 
@@ -144,6 +146,80 @@ def test_offload_is_chosen_where_the_head_is_too_slow() -> None:
     d = c.decide(0, 0, 200 * MS)
     assert isinstance(d, Offload)
     assert (d.format, d.quality, d.size_px) == ("jpeg", 60, 192)
+
+
+def test_a_server_without_a_whole_model_is_offered_no_images_again() -> None:
+    jpeg = OffloadOption(format="jpeg", quality=60, payload_bytes=q(3000), accuracy=0.9, encode_ms=q(2))
+    c = Controller(ControlConfig(initial_bps=20e6), POINTS, offloads=[jpeg])
+    c.estimator.on_connect(0)
+    assert isinstance(c.decide(0, 0, 200 * MS), Offload)
+    assert c.withdraw_offloads()
+    assert not c.withdraw_offloads(), "they are gone already"
+    assert isinstance(c.decide(1, 100 * MS, 300 * MS), Split)
+
+
+def test_an_offload_is_found_again_by_its_name() -> None:
+    for choice in (Offload(format="jpeg", quality=60), Offload(format="webp", quality=5, size_px=192)):
+        assert Offload.named(choice.name) == choice
+
+
+def lossy(c: Controller, *, every: int, frames: int, deadline_ms: float) -> list[object]:
+    """A wide link of 80 ms that loses one frame in ``every``: its answer, and the next one's, are 150 ms late."""
+    out: list[object] = []
+    late = {k + d for k in range(every, frames, every) for d in (0, 1)}
+    for i in range(frames):
+        now = int(i * 1e9 / c.config.fps)
+        d = c.decide(i, now, now + int(deadline_ms * MS))
+        out.append(d)
+        if isinstance(d, Split) and c.may_send(i, 900, now + 5 * MS, now + int(deadline_ms * MS)):
+            c.on_sent(i, 900, now + 5 * MS)
+            c.estimator.on_ack(i, now + (240 if i in late else 90) * MS, 4 * MS)
+    return out
+
+
+def test_a_loss_rate_is_remembered_longer_than_a_fade() -> None:
+    c = controller(fps=10.0)
+    lossy(c, every=8, frames=100, deadline_ms=200)
+    at = 10_000 * MS
+    c.estimator.expire(at)
+    before = c.estimator.p_within(100 * MS, 10 * MS, 6)
+    c.estimator.expire(at + 15_000 * MS)
+    assert c.estimator.p_within(100 * MS, 10 * MS, 6) < before + 0.05
+    c.estimator.expire(at + 600_000 * MS)
+    assert c.estimator.p_within(100 * MS, 10 * MS, 6) > before + 0.05
+
+
+def test_where_the_link_fails_often_every_frame_has_the_local_model_behind_it() -> None:
+    slow = LocalOption(accuracy=0.59, ms=Quantiles(p50=92.0, p95=96.0))
+    for d in lossy(controller(slow, fps=10.0), every=4, frames=120, deadline_ms=200)[60:]:
+        assert isinstance(d, Local) or (isinstance(d, Split) and d.fallback_ns is not None)
+
+
+def test_a_choice_longer_than_an_interval_pays_for_the_frames_it_displaces() -> None:
+    points = [
+        OperatingPoint(id=0, channels=8, bits=4, payload_bytes=q(500), accuracy=0.60, head_ms=q(80, 80)),
+        OperatingPoint(id=1, channels=9, bits=4, payload_bytes=q(500), accuracy=0.66, head_ms=q(190, 190)),
+    ]
+    c = Controller(ControlConfig(fps=10.0, initial_bps=20e6), points)
+    c.estimator.on_connect(0)
+    assert c.decide(0, 0, 400 * MS) == Split(point_id=0)
+
+
+def test_device_time_is_priced_at_the_hulls_slope() -> None:
+    def score(ms: float, value: float) -> Score:
+        return Score(Option(Local(), value, q(0), q(ms)), device_ns=ms * MS, value=value)
+
+    assert device_price([score(10, 0.5), score(30, 0.7)], 33 * MS) == 0, "even the best fits"
+    price = device_price([score(20, 0.5), score(40, 0.7), score(40, 0.55)], 30 * MS)
+    assert price == pytest.approx(0.2 / (20 * MS))
+    assert device_price([score(60, 0.6)], 30 * MS) == pytest.approx(0.6 / (60 * MS))
+
+
+def test_on_a_lossy_link_the_window_covers_a_repair() -> None:
+    clean, holed = controller(fps=30.0), controller(fps=30.0)
+    run(clean, bps=10e6, rtt_ms=80, frames=60, deadline_ms=400)
+    lossy(holed, every=6, frames=120, deadline_ms=400)
+    assert holed.window.frames > clean.window.frames
 
 
 def test_the_device_time_measured_here_replaces_the_tables() -> None:
