@@ -9,9 +9,11 @@ FROM python:${PYTHON}-slim-bookworm AS build
 RUN python -m venv /opt/headtail
 WORKDIR /src
 COPY . .
+# EXTRAS=metrics for --metrics-listen, EXTRAS=metrics,otel for traces as well.
+ARG EXTRAS=
 # Installed as a wheel into the environment that the next stage copies; readable by any user, writable by root alone.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/headtail/bin/pip install --disable-pip-version-check -c constraints.txt . \
+    /opt/headtail/bin/pip install --disable-pip-version-check -c constraints.txt ".${EXTRAS:+[${EXTRAS}]}" \
     && chmod -R a+rX,go-w /opt/headtail
 
 FROM python:${PYTHON}-slim-bookworm

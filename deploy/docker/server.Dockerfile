@@ -15,7 +15,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/headtail/bin/pip install --disable-pip-version-check --no-deps ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} \
     -c constraints.txt torch
 COPY . .
-# EXTRAS=ray for --backend ray.
+# EXTRAS=ray for --backend ray, EXTRAS=server,otel for traces.
 ARG EXTRAS=server
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/headtail/bin/pip install --disable-pip-version-check -c constraints.txt ".[${EXTRAS}]"

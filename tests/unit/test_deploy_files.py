@@ -10,13 +10,17 @@ import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 import edge_client.cli
+import edge_client.metrics
 import edge_server.cli
+from edge_client.frames import CapturedFrame, FrameReport, Outcome
+from edge_client.summary import STAGES
 from edge_server.config import ServerConfig, is_loopback, split_address
 from edge_server.metrics import PrometheusMetrics
 from protos.errors import BY_CODE, LimitError
@@ -125,8 +129,11 @@ def test_images_are_not_root_and_install_what_is_declared(image: Dockerfile) -> 
     assert image.last_json("ENTRYPOINT")[0] in project()["scripts"]
 
 
-def test_client_image_installs_no_extra() -> None:
+def test_client_image_installs_no_extra_unless_asked() -> None:
     assert ".[" not in " ".join(CLIENT_IMAGE.all("RUN"))
+    assert "EXTRAS=" in CLIENT_IMAGE.all("ARG")  # empty; compose asks for the metrics
+    asked = COMPOSE["services"]["client"]["build"]["args"]["EXTRAS"].split(",")
+    assert set(asked) <= set(project()["optional-dependencies"]) - {"server", "ray", "train", "zoo", "demo", "dev"}
     assert not any("torch" in dependency for dependency in project()["dependencies"])
 
 
@@ -190,13 +197,18 @@ def test_compose_is_wired() -> None:
         assert service["cap_drop"] == ["ALL"]
 
 
-def test_prometheus_scrapes_the_servers_metrics() -> None:
+def test_prometheus_scrapes_both_sides_metrics() -> None:
     config = load(DEPLOY / "prometheus" / "prometheus.yaml")
     server = COMPOSE["services"]["server"]
     port = server_config(server["command"]).metrics_port
-    (job,) = config["scrape_configs"]
-    assert job["static_configs"][0]["targets"] == [f"server:{port}"]
-    assert set(COMPOSE["services"]["prometheus"]["networks"]) & set(server["networks"])
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
+    client = COMPOSE["services"]["client"]
+    config_of_client, *_ = edge_client.cli.parse([interpolated(a) for a in client["command"]])
+    client_port = config_of_client.metrics_address()[1]
+    assert targets == {"headtail-server": [f"server:{port}"], "headtail-client": [f"client:{client_port}"]}
+    assert "metrics" in client["build"]["args"]["EXTRAS"].split(",")
+    for service in (server, client):
+        assert set(COMPOSE["services"]["prometheus"]["networks"]) & set(service["networks"])
     assert all((DEPLOY / "prometheus" / name).is_file() for name in config["rule_files"])
     mounted = dict(v.split(":")[:2] for v in COMPOSE["services"]["prometheus"]["volumes"])["./prometheus"]
     assert f"--config.file={mounted}/prometheus.yaml" in COMPOSE["services"]["prometheus"]["command"]
@@ -215,8 +227,12 @@ def exported() -> dict[str, set[str]]:
     metrics.on_result("m", Result(frame_id=2, error=LimitError("too many")), 1)
     metrics.on_grant()
     metrics.on_refused("limit")
+    device = edge_client.metrics.Metrics(SimpleNamespace(up=True, reconnects=0))
+    frame = CapturedFrame(index=0, image=None, captured_ns=0, captured_unix_ns=0, width_px=1, height_px=1)
+    report = FrameReport(frame=frame, model="m", bundle_sha256="", outcome=Outcome.RESULT, stages_ms=dict.fromkeys(STAGES, 1.0))
+    device.take(report)
     found: dict[str, set[str]] = {}
-    for family in metrics.registry.collect():
+    for family in (*metrics.registry.collect(), *device.registry.collect()):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(f"{k}={v}" for k, v in sample.labels.items())
     return found
