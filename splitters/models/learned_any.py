@@ -53,7 +53,7 @@ class AnyCutConfig:
     steps: tuple[float, ...] = (0.4, 0.7, 1.2, 2.0)
     width: int = 96
     depth: int = 2
-    small: tuple[int, ...] = (48, 96)
+    small: tuple[int, ...] = (48, 96, 144, 192)
     task: str = "classification"
 
 
@@ -70,18 +70,10 @@ class _Flat(nn.Module):
         super().__init__()
         self.inner = graph
 
-    def forward(self, *x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Runs the graph."""
-        found = tuple(t.contiguous() for t in self.inner(*x))
+        found = tuple(t.contiguous() for t in self.inner(x))
         return found if len(found) > 1 else found[0]
-
-
-class _Same(nn.Module):
-    """Passes on what it is given: the body of a head that has no stem of its own."""
-
-    def forward(self, *x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """One tensor, or several as a tuple."""
-        return x if len(x) > 1 else x[0]
 
 
 class FusedEncoder(OwnEncoder):
@@ -279,7 +271,7 @@ def _front(
 ) -> tuple[nn.Module, nn.Module, tuple[int, ...] | None, int]:
     """Stem, body, strides of a cheap encoder between them (None: none) and the stem's channels."""
     if not config.stem_at:
-        return _Flat(split.head), _Same(), None, 0
+        return _Flat(split.head), nn.Identity(), None, 0
     early = cutter.split(config.stem_at)
     maps = describe(early.latent_shapes, config.stem_at)
     if len(maps) != 1 or maps[0].layout != "chw":

@@ -17,8 +17,9 @@ from protos.errors import BundleError
 from splitters.bundle import Bundle, BundleWriter
 from splitters.codec import learned_spec
 from splitters.manifest import Head, parse_preprocess
+from splitters.models.crossing import Gather
 from splitters.models.learned import LearnedSplit
-from splitters.models.learned_any import AnyCutConfig, TappedTail, build_any
+from splitters.models.learned_any import AnyCutConfig, FusedEncoder, TappedTail, build_any
 from splitters.models.learned_export import (
     RECIPE_FILE,
     TABLES_FILE,
@@ -87,6 +88,38 @@ def load_run(run: Path) -> tuple[Source, LearnedSplit, dict[str, Any]]:
     return source, student.eval(), recipe
 
 
+def device_stem(student: LearnedSplit) -> nn.Module:
+    """What runs before every encoder, and gives one map.
+
+    Where the dearest encoder has nothing of its own but the projection, its fusing of several tensors belongs here.
+    """
+    own = student.ensemble.encoders[-1]
+    if isinstance(own, FusedEncoder) and isinstance(own.body, nn.Identity):
+        return _FusedStem(student.stem, own.gather)
+    return student.stem
+
+
+def device_encoder(encoder: nn.Module, width: float) -> nn.Module:
+    """An encoder at one width, from the map that ``device_stem`` gives to the latent."""
+    if isinstance(encoder, FusedEncoder) and isinstance(encoder.body, nn.Identity):
+        return encoder.project
+    return exportable(encoder, width)
+
+
+class _FusedStem(nn.Module):
+    """A head whose crossing tensors leave as one map."""
+
+    def __init__(self, stem: nn.Module, gather: Gather) -> None:
+        super().__init__()
+        self.stem, self.gather = stem, gather
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Maps images to the fused map (N, F, h, w)."""
+        crossed = self.stem(image)
+        fused: Tensor = self.gather(*(crossed if isinstance(crossed, tuple) else (crossed,)))
+        return fused
+
+
 def export_run(run: Path, out: Path) -> Bundle:
     """Writes the bundle of a finished run.
 
@@ -98,8 +131,9 @@ def export_run(run: Path, out: Path) -> Bundle:
     config = recipe["config"]
     size = config["size_px"]
     image = torch.zeros(1, 3, size, size)
+    stem = device_stem(student)
     with torch.no_grad():
-        stem_map = student.stem(image)
+        stem_map = stem(image)
         latent = student.latent(image, 0)
     rungs = [Rung(gain=r["gain"], channels=r["channels"]) for r in recipe["rungs"]]
     gains, ungains = gains_at(student, [r.gain for r in rungs])
@@ -109,12 +143,12 @@ def export_run(run: Path, out: Path) -> Bundle:
         points={f"r{i}": (i, r.channels) for i, r in enumerate(rungs)}, tables_path=TABLES_PART,
     )  # fmt: skip
     with BundleWriter(out) as writer:
-        export_onnx(student.stem, [image], writer.file("device/stem.onnx", "device"), inputs=["image"], outputs=["stem_map"])
+        export_onnx(stem, [image], writer.file("device/stem.onnx", "device"), inputs=["image"], outputs=["stem_map"])
         graphs = {}
         for index, width in dict.fromkeys(run for tier in student.ensemble.tiers for run in tier.runs):
             name = graph_name(index, width)
             graphs[name] = f"device/encoder_{name}.onnx"
-            module = exportable(student.ensemble.encoders[index], width)
+            module = device_encoder(student.ensemble.encoders[index], width)
             export_onnx(module, [stem_map], writer.file(graphs[name], "device"), inputs=["stem_map"], outputs=["latent_0"])
         server = _ServerPart(student).eval()
         outputs = [f"output_{i}" for i, _ in enumerate(server(latent))]

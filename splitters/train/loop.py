@@ -130,7 +130,8 @@ class Trainer:
             stem_map = self.base.stem(images)
             cut = self.base.body(stem_map)
             cuts = cut if isinstance(cut, tuple) else (cut,)
-            return [t.float() for t in [*cuts, *run_stages(self.base.stages, cut)]], stem_map
+            told = stem_map.float() if isinstance(stem_map, Tensor) else stem_map  # several tensors are a cut's, without a stem
+            return [t.float() for t in [*cuts, *run_stages(self.base.stages, cut)]], told
 
     def _amp(self) -> torch.autocast:
         fast = self.device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -162,6 +163,8 @@ class Trainer:
         if stage.lr_own == 0 and isinstance(own, OwnEncoder):
             with torch.no_grad(), self._amp():
                 cut = own.body(stem_map)
+            if isinstance(own, FusedEncoder):
+                return own.from_cut(tuple(t.float() for t in cut) if isinstance(cut, tuple) else cut.float())
             projected: Tensor = own.project(cut.float())
             return projected
         best: Tensor = ensemble(stem_map, dearest)
@@ -187,7 +190,7 @@ class Trainer:
         ensemble = self.student.ensemble
         own = ensemble.encoders[-1]
         if front is not None and isinstance(own, FusedEncoder):
-            stem_map, best = front[0].float(), own.from_cut(tuple(front[1]))
+            stem_map, best = front[0], own.from_cut(tuple(front[1]))
         else:
             with torch.no_grad():
                 stem_map = self.student.stem(images)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from protos.errors import ConfigError, SourceError
+from splitters.cli import main
 from splitters.models.bottleneck import Decoder, GainQuantiser
 from splitters.models.ensemble import EncoderEnsemble, OwnEncoder, SmallEncoder, SmallEncoderConfig, Tier
 from splitters.models.learned import LearnedSplit, StagedModel, run_stages
@@ -129,6 +130,29 @@ def test_frozen_parts_stay_as_they_were(make: Callable[..., Trainer]) -> None:
     assert not torch.equal(decoder, torch.cat([p.detach().flatten() for p in trainer.student.decoder.parameters()]))
 
 
+def test_half_precision_runs_the_student_and_leaves_quantiser_and_losses_alone(make: Callable[..., Trainer]) -> None:
+    seen: dict[str, set[torch.dtype]] = {"decoder": set(), "tail": set(), "quantiser": set()}
+
+    def watched(amp: bool) -> list[StepReport]:
+        trainer = make(f"amp {amp}", replace(CONFIG, amp=amp))
+        trainer.student.decoder.linear.register_forward_hook(lambda _m, _x, y: seen["decoder"].add(y.dtype))
+        trainer.student.stages[1][2].register_forward_hook(lambda _m, _x, y: seen["tail"].add(y.dtype))
+        trainer.student.quantiser.register_forward_hook(
+            lambda _m, x, y: seen["quantiser"].update({x[0].dtype, y[0].dtype, y[1].dtype})
+        )
+        told: list[StepReport] = []
+        trainer.run(told.append)
+        assert all(p.dtype == torch.float32 for p in trainer.student.parameters())
+        return told
+
+    half = watched(True)
+    assert seen == {"decoder": {torch.bfloat16}, "tail": {torch.bfloat16}, "quantiser": {torch.float32}}
+    whole = watched(False)
+    assert all(abs(a.loss - b.loss) < 0.05 * b.loss for a, b in zip(half, whole, strict=True)), (
+        "the same training, a little coarser"
+    )
+
+
 def test_the_latent_only_stage_teaches_the_cheap_encoder_alone(make: Callable[..., Trainer]) -> None:
     stage = Stage(steps=40, lr=1e-2, tiers=(1.0, 0.0), latent_only=True, warmup_steps=1)
     trainer = make("a", replace(CONFIG, stages=(stage,)))
@@ -188,6 +212,31 @@ def test_the_held_out_photos_are_the_same_each_time(tmp_path: Path) -> None:
     assert not set(train) & set(dev)
     assert set(train) | set(dev) == set(files)
     assert hold_out(files, 10, seed=1)[1] != dev
+
+
+def test_detectors_see_whole_photos_letterboxed(photos: PhotoCache) -> None:
+    crops = Crops(size_px=32, area=1.0, mean=(0.0,) * 3, std=(1.0,) * 3, letterbox=True)
+    batch = photos.batch([0, 1, 2, 3], crops, np.random.default_rng(5))
+    assert batch.shape == (4, 3, 32, 32)
+    for image, index in zip(batch, range(4), strict=True):
+        h, w = photos.photo(index).shape[:2]
+        rows = round(32 * h / w)
+        assert torch.allclose(image[:, rows:], torch.tensor(114 / 255)), "grey below the photo"
+        assert float(image[:, :rows].std()) > 0.05
+    again = photos.batch([0, 1, 2, 3], crops, np.random.default_rng(5))
+    assert torch.equal(batch, again)
+
+
+def test_a_cache_of_whole_photos_cuts_nothing_off(tmp_path: Path) -> None:
+    file = tmp_path / "wide.png"
+    Image.fromarray(np.zeros((40, 160, 3), np.uint8)).save(file)
+    assert PhotoCache([file], tmp_path / "c", longest_px=80).photo(0).shape == (20, 80, 3)
+
+
+def test_detection_without_a_way_to_read_the_boxes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["train", "any", "--model", "py:tests.fakes.any_models:detector", "--at", "c4", "--task", "detection"]
+    assert main([*options, "--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    assert "--output yolox" in capsys.readouterr().err
 
 
 def test_an_empty_folder_is_said_plainly(tmp_path: Path) -> None:
