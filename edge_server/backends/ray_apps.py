@@ -1,8 +1,9 @@
 """Ray's own way: applications for ``serve run`` and ``serve deploy deploy/ray/serve.yaml``, without our door.
 
-``tails`` starts a bundle's tail under the name our own door looks for, so an `edge-server --backend ray` that joins the
-cluster later shares it. ``unary`` puts the unary call `Infer` behind Serve's gRPC proxy, for those who want only Ray: no
-sessions, no grants, no temporal prediction, and whatever TLS and authentication the site puts in front.
+``tails`` starts a bundle's tail; as an application of the name ``headtail-<bundle's name>`` it is the one that an
+`edge-server --backend ray` of the same bundle uses when it joins the cluster (``deploy/ray/rayservice.yaml``). ``unary`` puts
+the unary call `Infer` behind Serve's gRPC proxy, for those who want only Ray: no sessions, no grants, no temporal
+prediction, and whatever TLS and authentication the site puts in front.
 """
 
 from __future__ import annotations

@@ -28,6 +28,11 @@ def app_name(bundle: Bundle) -> str:
     return f"headtail-{bundle.manifest.name}-{bundle.sha256[:12]}"
 
 
+def site_name(bundle: Bundle) -> str:
+    """The application of a bundle that the site itself deploys, by a file that cannot know the hash."""
+    return f"headtail-{bundle.manifest.name}"
+
+
 def model_id(sha256: str, path: str) -> str:
     """A bundle's name within Serve's multiplexing."""
     return f"{sha256}:{path}"
@@ -86,7 +91,12 @@ class TailReplica(_Replica):
 
     async def __init__(self, path: str, sha256: str, batch: BatchConfig, tail: TailConfig, replicas: int) -> None:  # type: ignore[misc]
         super().__init__(batch, tail, replicas)
+        self._sha256 = sha256
         await self._backend.load(_opened(path, sha256))
+
+    def holds(self) -> str:
+        """The bundle's hash, for a door that finds this application by its name alone."""
+        return self._sha256
 
     async def infer(self, call: Call) -> Reply:
         """Answers one frame; its deadline is on this process's clock from here on."""

@@ -20,7 +20,7 @@ import grpc.aio
 from edge_server.backends import Load, TailAnswer, TailWork
 from edge_server.backends.packing import Reply, pack_call, unpack_reply
 from edge_server.backends.ray_import import ray, serve
-from edge_server.backends.ray_replica import SHELF_APP, app_name, deployment, model_id, shelf
+from edge_server.backends.ray_replica import SHELF_APP, app_name, deployment, model_id, shelf, site_name
 from edge_server.config import BatchConfig, RayConfig, TailConfig
 from edge_server.recent import Recent
 from protos.errors import ConfigError, HeadtailError, ModelError, OverloadedError, UnknownModelError
@@ -113,6 +113,10 @@ class RayBackend:
                 unpack_reply(failed)
             self._routes[bundle.sha256] = _Route(handle, path, name)
             return
+        handle = await loop.run_in_executor(None, self._deployed, site_name(bundle))
+        if handle is not None and await handle.options(method_name="holds").remote() == bundle.sha256:
+            self._routes[bundle.sha256] = _Route(handle, path)
+            return
         build = functools.partial(deployment, bundle, self._batch, self._tail, self._config)
         handle = await loop.run_in_executor(None, self._deploy, app_name(bundle), build)
         self._routes[bundle.sha256] = _Route(handle, path)
@@ -121,7 +125,8 @@ class RayBackend:
     def _shelf(self) -> serve.Application:
         return shelf(self._batch, self._tail, self._config)
 
-    def _deploy(self, name: str, build: Callable[[], serve.Application]) -> Any:
+    def _deployed(self, name: str) -> Any:
+        """The handle of an application that someone else has deployed; None: there is none."""
         until_s = time.monotonic() + _SHARED_S
         while (known := serve.status().applications.get(name)) is not None and known.status.value in _SHARED:
             if known.status.value != "DEPLOYING":
@@ -129,6 +134,12 @@ class RayBackend:
             if time.monotonic() > until_s:
                 break
             time.sleep(0.2)
+        return None
+
+    def _deploy(self, name: str, build: Callable[[], serve.Application]) -> Any:
+        handle = self._deployed(name)
+        if handle is not None:
+            return handle
         try:
             return serve.run(build(), name=name, route_prefix=None)
         except (serve.exceptions.RayServeException, ray.exceptions.RayError, RuntimeError) as error:

@@ -83,13 +83,13 @@ class Measured:
         self._pulses: list[dict[str, Any]] = []
         self._alone: list[float] = []
 
-    def turn(self, replay: Any, seconds: float) -> None:
+    def turn(self, replay: Any, seconds: float, direct_s: float) -> None:
         """A pulse, then the direct loop with the batches it made."""
         with self.system.awake():
             pulse = replay.pulse(seconds)
         self._pulses.append(pulse)
         batches = {int(size): frames for size, frames in pulse["batches"].items()}
-        self._alone.append(self._direct.frames_per_s(batches, seconds) if batches else float("nan"))
+        self._alone.append(self._direct.frames_per_s(batches, direct_s) if batches else float("nan"))
 
     def series(self, figure: str) -> np.ndarray[Any, Any]:
         """A figure of every pulse."""
@@ -158,18 +158,19 @@ def one_load(
     args: argparse.Namespace, systems: tuple[System, System | None], direct: Direct, bundle: Bundle, frames: Path,
     streams: int, window: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Both systems in turns under one load."""
+    """Both systems in turns under one load. Where more frames are in flight a pulse has to be longer to be steady."""
+    seconds = args.seconds * (1 if streams * window <= 32 else 2 if streams * window <= 64 else 4)
     pairs = []
     for system in systems:
         if system is not None:
             with system.awake():
                 replay = system.load(frames, bundle, streams, window, LOAD_CORE)
-                replay.pulse(args.seconds)  # every batch size has been run once
+                replay.pulse(seconds)  # every batch size has been run once
             pairs.append((Measured(system, direct), replay))
     meter = CpuMeter()
     for _ in range(args.rounds):
         for measured, replay in pairs:
-            measured.turn(replay, args.seconds)
+            measured.turn(replay, seconds, args.seconds)
     others = meter.lap()["others"]
     for measured, replay in pairs:
         with measured.system.awake():

@@ -129,9 +129,9 @@ def _other(name: str, bundle: Bundle, core: int, max_batch: int, tmp: Path) -> I
         _wait(process, port, Path(log.name))
         yield System(name, f"127.0.0.1:{port}", psutil.Process(process.pid) if name == "litserve" else None)
     finally:
-        tree = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
-        for pid in tree:
-            kill_if_alive(pid)
+        if process.poll() is None:
+            for pid in [process.pid, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]:
+                kill_if_alive(pid)
         process.wait(30)
 
 

@@ -9,7 +9,6 @@ the given core on one thread. The payload is decoded where the framework has it 
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import os
 import time
@@ -64,33 +63,16 @@ class PinnedTail:
 def litserve(args: argparse.Namespace) -> None:
     """Blocks until it is killed."""
     import litserve as ls
-    from fastapi import Request
 
-    class Api(ls.LitAPI):
-        def setup(self, device: str) -> None:
-            self.model = PinnedTail(args.bundle, args.core)
+    from tests.fakes.litserve_tail import Api
 
-        def decode_request(self, request: Request) -> Any:
-            return self.model.decode(base64.b64decode(request["payload"]))  # type: ignore[index]  # LitServe passes the JSON
-
-        def batch(self, inputs: list[Any]) -> list[Any]:
-            return inputs
-
-        def predict(self, batch: Any) -> list[dict[str, Any]]:
-            return self.model.run(batch)
-
-        def unbatch(self, output: list[Any]) -> list[Any]:
-            return output
-
-        def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-            return output
-
-    server = ls.LitServer(Api(max_batch_size=args.max_batch), accelerator="cpu", fast_queue=args.fast_queue)
+    server = ls.LitServer(Api(args.bundle, args.core, args.max_batch), accelerator="cpu", fast_queue=args.fast_queue)
     server.run(host="127.0.0.1", port=args.port, generate_client_file=False, log_level="warning", num_api_servers=1)
 
 
 def serve_http(args: argparse.Namespace) -> None:
-    """Blocks until it is killed."""
+    """Blocks until it is killed. Ray's workers get the priority that ours have; all else is as Serve has it."""
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - as Ray spells it
     import ray
     from ray import serve
     from starlette.requests import Request

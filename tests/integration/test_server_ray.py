@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from splitters.bundle import Bundle
 from splitters.tails import load_tail
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, Stream, picture, session
-from tests.fakes.server_running import Child, child
+from tests.fakes.server_running import Child, child, environment
 
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'headtail[ray]'")
 pytest.importorskip("psutil")
@@ -108,6 +110,32 @@ async def test_a_second_ingress_shares_the_tails_and_the_address(
     for number in range(4):  # whoever connects now reaches the one that is left
         assert len(await camera(server.address, bundles[0], number, 3)) == 3
     assert set(joined.replicas()) == tails
+
+
+async def test_a_site_that_deploys_the_tails_itself_has_them_used(joined: Cluster, bundles: list[Bundle], tmp_path: Path) -> None:
+    """By name, as deploy/ray/rayservice.yaml does; the door starts none of its own."""
+    before = set(joined.replicas())
+    deployed = subprocess.run(
+        [sys.executable, "-c", DEPLOY, joined.address, str(bundles[1].path), bundles[1].manifest.name],
+        env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert deployed.returncode == 0, deployed.stderr
+    tails = set(joined.replicas())
+    assert len(tails - before) == 1
+    with child(tmp_path, bundles[1].path, arguments=arguments(joined)) as door:
+        assert len(await camera(door.address, bundles[1], 0, 3)) == 3
+        assert set(joined.replicas()) == tails
+
+
+DEPLOY = """
+import sys
+from edge_server.backends.ray_import import ray, serve
+from edge_server.backends.ray_apps import tails
+address, model, name = sys.argv[1:]
+ray.init(address=address, namespace="headtail", log_to_driver=False)
+serve.start(proxy_location="Disabled")
+serve.run(tails({"model": model, "cpus": "0.5"}), name=f"headtail-{name}", route_prefix=None)
+"""
 
 
 async def test_three_bundles_on_a_shelf_for_two(joined: Cluster, bundles: list[Bundle], tmp_path: Path) -> None:
