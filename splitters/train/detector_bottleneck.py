@@ -10,7 +10,6 @@ the learning rates follow; started again with the same ``--out`` it goes on wher
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import shlex
 import sys
@@ -20,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from splitters.models.detector import INPUT_SIZE_PX, load_detector
 from splitters.models.detector import WEIGHTS as DETECTOR
-from splitters.models.detector_learned import C_LATENT, build_learned_detector, load_learned_detector
+from splitters.models.detector_learned import C_LATENT, build_learned_detector, load_learned_detector, take_over_small
 from splitters.models.efficientnet_lite import INPUT_MEAN, INPUT_STD
 from splitters.models.learned_export import Rung
 from splitters.train.checkpoint import save_checkpoint
@@ -40,6 +38,8 @@ DATA = ("coco/train/images", "photos", "imagenette160/train")
 TARGET_BYTES = (6500.0, 4000.0, 2500.0, 1500.0, 900.0)  # at the detector's own input size, finest tier first
 RUNGS = tuple(i / 2 for i in range(2 * len(TARGET_BYTES) - 1))
 _SAMPLE, _HOLD_OUT = 96, 200
+_GENTLE = 2e-4
+_TIERS = (0.25, 0.25, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +50,8 @@ class Plan:
         minutes: wall-clock time of the run.
         size_px: side of the training pictures.
         batch: photos a step.
-        start: a trained bottleneck to go on from, its tail begun anew from the detector's (the bottleneck may have been trained
-            around another detector of the same first blocks); a fresh one when empty.
+        small: a trained bottleneck (around any detector of the same first blocks) whose small encoders are taken over; fresh ones
+            when empty.
         detector: the detector's weights.
         tail_from: share of the run after which the tail's backbone trains too.
         fit: photos the probability tables are fitted on.
@@ -61,9 +61,9 @@ class Plan:
     minutes: float = 40.0
     size_px: int = 256
     batch: int = 12
-    start: str = ""
+    small: str = ""
     detector: str = str(DETECTOR)
-    tail_from: float = 0.55
+    tail_from: float = 0.4
     fit: int = 240
     seed: int = 0
 
@@ -71,20 +71,20 @@ class Plan:
 def configuration(plan: Plan) -> TrainConfig:
     """The loop's configuration; its steps are the clock's ticks.
 
-    First the bottleneck alone, half of every batch through the small encoders, which also learn the dearest one's latent; then the
-    backbone behind it as well.
+    The small encoders learn fast, what all tiers share slowly: its start is good already. First the tail is as it was, then the
+    backbone behind the cut trains too.
     """
     area = (plan.size_px / INPUT_SIZE_PX) ** 2
     alone = round(plan.tail_from * TICKS)
-    tiers = (0.25, 0.25, 0.5)
-    stages = [Stage(steps=alone, lr=1.5e-3, tiers=tiers, warmup_steps=TICKS // 50)] if alone else []
+    stages = [Stage(steps=alone, lr=2e-3, lr_shared=_GENTLE, tiers=_TIERS, warmup_steps=TICKS // 50)] if alone else []
     if alone < TICKS:
-        stages.append(Stage(steps=TICKS - alone, lr=8e-4, lr_tail=1e-4, tiers=tiers, warmup_steps=TICKS // 100))
+        last = Stage(steps=TICKS - alone, lr=1e-3, lr_shared=_GENTLE, lr_tail=5e-5, tiers=_TIERS, warmup_steps=TICKS // 100)
+        stages.append(last)
     return TrainConfig(
-        model="detector", size_px=plan.size_px, batch=plan.batch, seed=plan.seed, start=plan.start, data=DATA, rungs=RUNGS,
+        model="detector", size_px=plan.size_px, batch=plan.batch, seed=plan.seed, data=DATA, rungs=RUNGS,
         target_bytes=tuple(area * b for b in TARGET_BYTES), letterbox=True, amp=True, area=0.4, truncate=0.1, first_weight=0.5,
         prefixes=(16, 24, 32, 48), groups=(0, 24), mean=(INPUT_MEAN,) * 3, std=(INPUT_STD,) * 3, hold_out=_HOLD_OUT, ema=0.99,
-        loss=LossWeights(stages=(1.0,)), stages=tuple(stages),
+        loss=LossWeights(cut=0.05, stages=(0.2,)), stages=tuple(stages),
     )  # fmt: skip
 
 
@@ -105,12 +105,10 @@ def train(plan: Plan, data: Path, out: Path, *, cache: Path | None = None) -> No
     whole = Crops(size_px=config.size_px, area=0.5, mean=config.mean, std=config.std, letterbox=True)
     rng = np.random.default_rng(config.seed)
     detector = load_detector(Path(plan.detector))
-    if plan.start:
-        base, student = load_learned_detector(Path(plan.start), config.size_px, detector)
-        student.stages = copy.deepcopy(nn.ModuleList(base.stages))
-    else:
-        sample = photos.batch(rng.choice(len(photos), min(_SAMPLE, len(photos)), replace=False), whole, rng)
-        base, student = build_learned_detector(sample, len(config.target_bytes), detector)
+    sample = photos.batch(rng.choice(len(photos), min(_SAMPLE, len(photos)), replace=False), whole, rng)
+    base, student = build_learned_detector(sample, [8 * b for b in config.target_bytes], detector)
+    if plan.small:
+        take_over_small(student, load_learned_detector(Path(plan.small), config.size_px, detector)[1])
     speed_up(base.modules())
     speed_up(student)
     trainer = Trainer(config, base, student, photos, out=out, device=torch.device("cpu"), clock_s=time.monotonic)
