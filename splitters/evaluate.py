@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.codec import LatentCodec, codec_from_spec
 from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
+from splitters.evaluation.cache import describe, load, photos_key, store
 from splitters.evaluation.choices import measure_local, measure_offloads
 from splitters.evaluation.image_codecs import Setting, ladder
 from splitters.evaluation.measure import (
@@ -35,6 +37,7 @@ from splitters.evaluation.measure import (
 )
 from splitters.evaluation.report import Gap, Jpeg95, Report, dump
 from splitters.evaluation.tasks import AveragePrecision, Judge, Score, TopOne, list_images, read_labels
+from splitters.offload import OffloadOption
 from splitters.operating_point import OperatingPoint, mark_pareto
 from splitters.tails import Tail, load_tail
 
@@ -120,8 +123,8 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info) -
     whole = bench.score(run_whole(tail, photos)) if tail.takes_images else None
     points, curve, also = _measure_points(bench)
     curves = [_image_curve(bench, codec) for codec in config.against]
-    local = measure_local(bundle, bench.judge.files, lambda answers: bench.score(answers).value)
-    offloads = measure_offloads(tail, photos, lambda answers: bench.score(answers).value, tick=tick) if config.against else []
+    local = measure_local(bench.bundle, bench.judge.files, lambda answers: bench.score(answers).value)
+    offloads = _offloads(bench) if config.against else []
     rates = {name: {c.name: _try_compare(c, mine) for c in curves} for name, mine in _tier_curves(points, curve).items()}
     detector = bundle.manifest.task == "detection"
     middle = [ladder(codec, photos.input_px, detector=detector)[-3] for codec in config.against]
@@ -217,6 +220,13 @@ def _image_curve(bench: _Bench, codec: str) -> Curve:
     return bench.curve(codec, [str(s) for s in settings], sizes, scores)
 
 
+def _offloads(bench: _Bench) -> list[OffloadOption]:
+    def value(answers: Sequence[Answer]) -> float:
+        return bench.score(answers).value
+
+    return measure_offloads(bench.tail, bench.photos, value, tick=bench.tick, remember=partial(_remembered, bench))
+
+
 def _jpeg95(bench: _Bench, curve: Curve, points: Sequence[OperatingPoint], whole: Score) -> Jpeg95:
     measured = _cached(bench, Setting(codec="jpeg", quality=95, size_px=bench.photos.input_px))
     jpeg, size = bench.score(measured.answers), float(measured.sizes.mean())
@@ -237,14 +247,17 @@ def _minus(gap: Gap) -> Gap:
 
 
 def _cached(bench: _Bench, setting: Setting) -> Measured:
+    return _remembered(bench, describe(setting), lambda: run_image_codec(bench.tail, bench.photos, setting))
+
+
+def _remembered(bench: _Bench, what: Mapping[str, object], run: Callable[[], Measured]) -> Measured:
+    """What ``run`` measures, or measured on an earlier call for the same photos and whole model."""
     cache = bench.config.cache
     if cache is None:
-        return run_image_codec(bench.tail, bench.photos, setting)
-    from splitters.evaluation.cache import load, photos_key, store
-
-    key = photos_key(bench.bundle, bench.photos, setting)
+        return run()
+    key = photos_key(bench.bundle, bench.photos, what)
     found = load(cache, key)
     if found is None:
-        found = run_image_codec(bench.tail, bench.photos, setting)
+        found = run()
         store(cache, key, found)
     return found

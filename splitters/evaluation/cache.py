@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,8 +17,13 @@ from splitters.evaluation.image_codecs import OPTIONS, Setting
 from splitters.evaluation.measure import Measured, Photos
 
 
-def photos_key(bundle: Bundle, photos: Photos, setting: Setting) -> str:
-    """A name for one result: photos, whole model and its postprocess, codec with its options, Pillow's version."""
+def describe(setting: Setting) -> dict[str, object]:
+    """All that decides what an image codec makes of a picture."""
+    return {**asdict(setting), "options": dict(OPTIONS[setting.codec]), "pillow": pillow}
+
+
+def photos_key(bundle: Bundle, photos: Photos, what: Mapping[str, object]) -> str:
+    """A name for one result: photos, whole model and its postprocess, and what was done to the photos."""
     digest = hashlib.sha256(photos.pictures.tobytes())
     digest.update(repr((photos.sizes_px, photos.content)).encode())
     digest.update(json.dumps(dict(bundle.manifest.postprocess), sort_keys=True).encode())
@@ -25,7 +31,7 @@ def photos_key(bundle: Bundle, photos: Photos, setting: Setting) -> str:
     # The whole model's own weights decide, not the bottleneck's.
     for path in tail.get("base_weights", tail.get("weights", [tail.get("whole", tail.get("path"))])):
         digest.update(bundle.manifest.part(path).sha256.encode())
-    digest.update(json.dumps([asdict(setting), dict(OPTIONS[setting.codec]), pillow], sort_keys=True).encode())
+    digest.update(json.dumps(dict(what), sort_keys=True).encode())
     return digest.hexdigest()[:24]
 
 

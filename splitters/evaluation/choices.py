@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -13,17 +14,25 @@ import onnxruntime as ort
 from protos.errors import SourceError
 from protos.messages import Answer
 from splitters.bundle import Bundle
-from splitters.evaluation.measure import Photos, quantiles, run_whole
+from splitters.evaluation.measure import Measured, Photos, quantiles, run_whole
 from splitters.offload import OffloadOption, compress, ladder, pareto_offloads, restore
 from splitters.postprocess import build_postprocess
 from splitters.preprocess import preprocess
 from splitters.tails import Tail
 
 Value = Callable[[Sequence[Answer]], float]
+Remember = Callable[[Mapping[str, object], Callable[[], Measured]], Measured]
 _CLOCKED = 40
 
 
-def measure_offloads(tail: Tail, photos: Photos, value: Value, *, tick: Callable[[str], None]) -> list[OffloadOption]:
+def measure_offloads(
+    tail: Tail,
+    photos: Photos,
+    value: Value,
+    *,
+    tick: Callable[[str], None],
+    remember: Remember = lambda _what, run: run(),
+) -> list[OffloadOption]:
     """The Pareto frontier of the offload ladder, through the compressor the device uses and the decoder the server uses.
 
     Args:
@@ -31,27 +40,33 @@ def measure_offloads(tail: Tail, photos: Photos, value: Value, *, tick: Callable
         photos: the photos, at the model's input size.
         value: accuracy of the answers, 0..1.
         tick: told of every finished setting.
+        remember: gives what an earlier call measured for the same setting, or measures now.
     """
-    size_px = (photos.pictures.shape[1], photos.pictures.shape[2])
     found = []
-    for image_format, quality, side in ladder(min(size_px)):
-        payloads, taken = [], []
-        for i, picture in enumerate(photos.pictures):
+    for image_format, quality, side in ladder(photos.input_px):
+        what = {"offload": image_format, "quality": quality, "size_px": side, "opencv": cv2.__version__}
+        measured = remember(what, partial(_run, tail, photos, image_format, quality, side))
+        taken = []
+        for picture in photos.pictures[:_CLOCKED]:
             start = time.thread_time_ns()
-            payloads.append(compress(picture, image_format=image_format, quality=quality, size_px=side))
-            if 2 <= i < _CLOCKED:
-                taken.append((time.thread_time_ns() - start) / 1e6)
-        decoded = [cv2.imdecode(np.frombuffer(p, np.uint8), cv2.IMREAD_COLOR) for p in payloads]
-        pictures = [restore(d.astype(np.uint8, copy=False), size_px) for d in decoded if d is not None]
+            compress(picture, image_format=image_format, quality=quality, size_px=side)
+            taken.append((time.thread_time_ns() - start) / 1e6)
         found.append(
             OffloadOption(
-                format=image_format, quality=quality, size_px=0 if side >= min(size_px) else side,
-                payload_bytes=quantiles(np.array([len(p) for p in payloads], np.float64)),
-                accuracy=value(run_whole(tail, photos, pictures)), encode_ms=quantiles(np.array(taken)),
+                format=image_format, quality=quality, size_px=0 if side >= photos.input_px else side,
+                payload_bytes=quantiles(measured.sizes), accuracy=value(measured.answers), encode_ms=quantiles(np.array(taken[2:] or taken)),
             )
         )  # fmt: skip
         tick(f"offload {image_format} q{quality} {side} px")
     return pareto_offloads(found)
+
+
+def _run(tail: Tail, photos: Photos, image_format: str, quality: int, side: int) -> Measured:
+    size_px = (photos.pictures.shape[1], photos.pictures.shape[2])
+    payloads = [compress(p, image_format=image_format, quality=quality, size_px=side) for p in photos.pictures]
+    decoded = [cv2.imdecode(np.frombuffer(p, np.uint8), cv2.IMREAD_COLOR) for p in payloads]
+    pictures = [restore(d.astype(np.uint8, copy=False), size_px) for d in decoded if d is not None]
+    return Measured(sizes=np.array([len(p) for p in payloads], np.float64), answers=run_whole(tail, photos, pictures))
 
 
 def measure_local(bundle: Bundle, files: Sequence[Path], value: Value) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,24 @@ def test_fewer_photos_are_the_same_for_every_figure(cells: tuple[Path, Path, Pat
     report = evaluate(open_bundle(bundle), EvaluateConfig(images=images, labels=labels, against=("jpeg",), limit=5, draws=20))
     assert report.photos == 5
     assert all(curve.sizes.shape[1] == 5 for curve in report.curves)
+
+
+def test_image_codecs_are_not_run_again_for_the_same_photos_and_model(
+    cells: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, images, labels = cells
+    config = EvaluateConfig(images=images, labels=labels, against=("jpeg",), draws=20, cache=tmp_path / "results")
+    first = evaluate(open_bundle(bundle), config)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("splitters.evaluate.run_image_codec", refuse)
+    monkeypatch.setattr("splitters.evaluation.choices._run", refuse)
+    again = evaluate(open_bundle(bundle), config)
+    assert again.to_json()["baselines"] == first.to_json()["baselines"]
+    with pytest.raises(AssertionError, match="measured again"):
+        evaluate(open_bundle(bundle), replace(config, score_min=0.2))  # other boxes count: another result
 
 
 def test_what_cannot_be_measured_is_said(cells: tuple[Path, Path, Path], tmp_path: Path) -> None:
