@@ -36,6 +36,7 @@ _SCHEDULING_NS = 5 * NS_PER_MS
 _HISTORY = 16  # frames back that a latent may be predicted from; every server remembers so many
 _FORGET_NS = 3 * NS_PER_S
 _UNANSWERED_NS = 60 * NS_PER_S
+_FETCH_AGAIN_S = 2.0
 
 
 class Pipeline:
@@ -60,7 +61,7 @@ class Pipeline:
         self.interest = parts.interest(engine)
         self._flights: dict[int, Flight] = {}
         self._orphans: list[Flight] = []
-        self._server_sha256 = ""
+        self._server_sha256 = self._wanted = ""
         self._welcome_limit = 0
         self._draining = False
         self._next_engine: Engine | None = None
@@ -358,22 +359,26 @@ class Pipeline:
             self.link.restart()
 
     def _want_bundle(self, sha256: str) -> None:
-        if sha256 == self.engine.sha256 or self._update is not None:
-            return
-        self.note = f"fetching bundle {sha256[:12]}"
-        self._update = asyncio.create_task(self._fetch(sha256))
+        self._wanted = sha256 if sha256 != self.engine.sha256 else ""
+        if self._wanted and self._update is None:
+            self.note = f"fetching bundle {sha256[:12]}"
+            self._update = asyncio.create_task(self._fetch())
 
-    async def _fetch(self, sha256: str) -> None:
+    async def _fetch(self) -> None:
+        wait_s = _FETCH_AGAIN_S
         try:
-            self._next_engine = await self._parts.fetch(sha256)
-        except HeadtailError as error:
-            self.note = f"the server's bundle cannot be had: {error.message}"
-            log.warning("%s", self.note)
-            await asyncio.sleep(2.0)
+            while self._wanted and self._next_engine is None:
+                try:
+                    self._next_engine = await self._parts.fetch(self._wanted)
+                except HeadtailError as error:
+                    self.note = f"the server's bundle cannot be had: {error.message}"
+                    log.warning("%s", self.note)
+                    await asyncio.sleep(wait_s)
+                    wait_s = min(2 * wait_s, 16 * _FETCH_AGAIN_S)  # a full disk does not empty itself
+                    self._wanted = self._wanted if self.link.up else ""  # the next welcome names it
         finally:
             self._update = None
-        if self._next_engine is None and self.link.up and self._server_sha256 == sha256:
-            self._want_bundle(sha256)
+            self.note = self.note if self._wanted else ""
         self._notify()
 
     # ------------------------------------------------------------------ SessionEvents
@@ -398,8 +403,7 @@ class Pipeline:
         if welcome.bundle_sha256 == self.engine.sha256:
             self.controller.estimator.on_connect(self._clock())
             log.info("connected: model %s, session %s", welcome.model, welcome.session_id)
-        else:
-            self._want_bundle(welcome.bundle_sha256)
+        self._want_bundle(welcome.bundle_sha256)
         self._notify()
 
     def on_down(self, error: HeadtailError) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from edge_client.frames import FrameReport, Ledger, Outcome
 from edge_client.live import LivePipeline
 from edge_client.parts import Parts, PipelineConfig
 from edge_client.pipeline import LATE_GRACE_NS, Pipeline
-from protos.errors import InternalError, UnknownModelError, UnreachableError
+from protos.errors import InternalError, StorageError, UnknownModelError, UnreachableError
 from tests.fakes.client_loop import VirtualLoop, run_virtual
 from tests.fakes.client_parts import FakeDevice, FakeEngine, FakeFrames, FakeLink, Fault, fake_controller
 
@@ -46,6 +47,8 @@ def run(
     rtt_s: float = 0.02,
     fatal: Any = None,
     stop_at_s: float | None = None,
+    fetches: list[float] | None = None,
+    refuse_fetches: int = 0,
 ) -> Run:
     async def main(loop: VirtualLoop) -> Run:
         device = FakeDevice()
@@ -53,6 +56,10 @@ def run(
         reports: list[FrameReport] = []
 
         async def fetch(sha256: str) -> Any:
+            if fetches is not None:
+                fetches.append(loop.time())
+                if len(fetches) <= refuse_fetches:
+                    raise StorageError("the disk is full")
             await asyncio.sleep(0.4)
             return FakeEngine(device, sha256, head_ms=head_ms, local_ms=local_ms, local=local)
 
@@ -141,6 +148,16 @@ def test_a_new_bundle_is_fetched_and_taken_between_two_frames() -> None:
     hashes = [report.bundle_sha256[0] for report in r.reports]
     assert hashes == sorted(hashes)
     assert r.count(Outcome.RESULT, first=130) > 100
+
+
+def test_a_bundle_that_cannot_be_stored_is_tried_ever_more_seldom_and_taken_when_there_is_room() -> None:
+    fetches: list[float] = []
+    r = run(frames=1200, faults=[Fault(at_s=1.0, for_s=1, kind="bundle")], fetches=fetches, refuse_fetches=3)
+    check(r, frames=1200)
+    assert [round(b - a) for a, b in itertools.pairwise(fetches)] == [2, 4, 8]
+    assert r.pipeline.bundle_switches == 1
+    assert r.pipeline.note == ""
+    assert r.count(Outcome.RESULT, first=600) >= 500
 
 
 def test_a_server_that_returns_with_another_bundle() -> None:
