@@ -54,7 +54,8 @@ def measure_offloads(
         found.append(
             OffloadOption(
                 format=image_format, quality=quality, size_px=0 if side >= photos.input_px else side,
-                payload_bytes=quantiles(measured.sizes), accuracy=value(measured.answers), encode_ms=quantiles(np.array(taken[2:] or taken)),
+                payload_bytes=quantiles(measured.sizes), accuracy=value(measured.answers),
+                encode_ms=quantiles(np.array(taken[2:] or taken)),
             )
         )  # fmt: skip
         tick(f"offload {image_format} q{quality} {side} px")
