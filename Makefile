@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint types imports proto proto-check check clean help
+.PHONY: demo test test-triton lint types imports proto proto-check check clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -14,6 +14,14 @@ demo: $(VENV)/.demo   ## set up, export, and run head and tail in two processes 
 
 test: $(VENV)/.dev    ## set up and run all tests
 	$(BIN)/python -m pytest
+
+test-triton: $(VENV)/.dev .venvs/triton/.ok   ## the Open Inference tests with the real tritonclient, in an environment of its own
+	$(BIN)/python -m pytest tests/integration/test_server_open_inference.py
+
+.venvs/triton/.ok:
+	$(PYTHON) -m venv .venvs/triton
+	.venvs/triton/bin/pip install --quiet --disable-pip-version-check 'tritonclient[grpc]'
+	touch $@
 
 check: lint types imports proto-check   ## everything .ci/run checks beside the tests
 

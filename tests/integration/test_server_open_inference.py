@@ -109,9 +109,7 @@ async def test_what_does_not_fit_is_a_mapped_error(stub: oip_grpc.GRPCInferenceS
 
 async def test_tritonclient_agrees_with_our_own_stream(server: EdgeServer, bundle: Bundle, tmp_path: Path) -> None:
     if not TRITON.exists():
-        pytest.skip(
-            f"no tritonclient: python -m venv .venvs/triton && .venvs/triton/bin/pip install 'tritonclient[grpc]' ({TRITON})"
-        )
+        pytest.skip(f"no tritonclient at {TRITON}: make test-triton")
     np.save(tmp_path / "pixels.npy", pixels(bundle, 4))
     np.save(tmp_path / "latent.npy", Device(bundle).latents(picture(4))[0][None])
     process = await asyncio.create_subprocess_exec(
