@@ -51,26 +51,27 @@ def build_parser() -> argparse.ArgumentParser:
         prog="edge-client", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
-    add = parser.add_argument
+    add = parser.add_argument_group("where frames come from").add_argument
     add("--camera", metavar="SOURCE", help=_CAMERA_HELP)
+    add("--frames", type=int, metavar="N", help="end after N captured frames (default 0: no limit)")
+    add("--loop", action="store_true", help="begin a file again at its end")
+    add("--realtime", action="store_true", help="play a file at its own pace and treat it as a camera: newest frame wins")
+    add("--fps", type=float, metavar="F", help="the pace of --realtime (default: the file's own, 25 for pictures)")
+    add = parser.add_argument_group("where they are answered").add_argument
     add("--server", metavar="HOST:PORT", help="the server, or 'embedded' to start one as a child (default 127.0.0.1:50051)")
     add("--model", metavar="NAME", help="one of the server's models (default: its first); with embedded: a bundle or its name")
     add("--deadline-ms", type=float, metavar="MS", help="from capture to answer, 0: none (default 500 live, none for files)")
+    add("--wait-for-server-s", type=float, metavar="S", help="go on without a server after so long (default 0 live, 30 for files)")
     add(
         "--max-in-flight",
         type=int,
         metavar="N",
         help="frames unanswered at a time (default 0: as many as the network is ready for)",
     )
-    add("--frames", type=int, metavar="N", help="end after N captured frames (default 0: no limit)")
-    add("--loop", action="store_true", help="begin a file again at its end")
-    add("--realtime", action="store_true", help="play a file at its own pace and treat it as a camera: newest frame wins")
-    add("--fps", type=float, metavar="F", help="the pace of --realtime (default: the file's own, 25 for pictures)")
-    add("--output", metavar="FILE", help="results as JSON lines, one a frame; - is standard output")
-    add("--wait-for-server-s", type=float, metavar="S", help="go on without a server after so long (default 0 live, 30 for files)")
-    add("--display", action="store_true", help="show annotated frames in a window")
-    add("--save-video", metavar="PATH", help="write annotated frames: a .mp4, a .jpg for one picture, or a directory")
     add("--operating-point", type=int, metavar="ID", help="always send at this operating point instead of choosing")
+    add("--group", metavar="NAME", help="cameras of the same group share a link; the server divides it fairly")
+    add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
+    add = parser.add_argument_group("which frames need no answer").add_argument
     add(
         "--change-gate",
         choices=("on", "off", "auto"),
@@ -80,17 +81,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--interest", metavar="CLASSES", help="what the prefilter looks for, comma separated, e.g. person,car")
     add("--recall", type=float, metavar="R", help="the prefilter's promised recall, e.g. 0.98 (default: the bundle's)")
     add("--track", action="store_true", help="carry the last boxes along on frames without an answer, each marked with its age")
-    add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
-    add("--group", metavar="NAME", help="cameras of the same group share a link; the server divides it fairly")
+    add = parser.add_argument_group("where answers go").add_argument
+    add("--output", metavar="FILE", help="results as JSON lines, one a frame; - is standard output")
+    add("--save-video", metavar="PATH", help="write annotated frames: a .mp4, a .jpg for one picture, or a directory")
+    add("--display", action="store_true", help="show annotated frames in a window")
+    add("--json", action="store_true", help="the summary as one JSON object on the last line of standard output")
+    add = parser.add_argument_group("encryption (the token stands in HEADTAIL_TOKEN)").add_argument
     add("--tls", action="store_true", help="encrypt with the system's certificate authorities")
     add("--tls-ca", metavar="FILE", help="encrypt, trusting this certificate authority (PEM)")
     add("--tls-cert", metavar="FILE", help="this client's certificate, for mutual TLS (PEM)")
     add("--tls-key", metavar="FILE", help="its key (PEM)")
+    add = parser.add_argument_group("settings and what is told of the run").add_argument
+    add("--config", metavar="FILE.toml", help="options from a TOML file; the command line wins")
     add("--metrics-listen", metavar="HOST:PORT", help="serve Prometheus metrics there, e.g. 127.0.0.1:9465")
     add("--otel-endpoint", metavar="URL", help="send traces to this OpenTelemetry collector, e.g. http://127.0.0.1:4317")
     add("--explain", action="store_true", help="log every decision with its inputs and candidates")
-    add("--json", action="store_true", help="the summary as one JSON object on the last line of standard output")
-    add("--config", metavar="FILE.toml", help="options from a TOML file; the command line wins")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="to standard error (default warning)")
     add("--log-format", choices=FORMATS, default="text", help="json: one object a line, the status included (default text)")
     return parser
