@@ -200,10 +200,14 @@ def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, devi
         return _OwnAnswers(bundle, module)
 
     def fast(name: str, shapes: Sequence[Sequence[int]]) -> Runner:
-        plain = runner(getattr(module, name))
-        if device != "cpu":
-            return plain
-        return Later(lambda: runner(accelerate(module, name, shapes)), plain if ready_soon else None)
+        def make() -> Runner:
+            if device == "cpu":
+                return runner(accelerate(module, name, shapes))
+            from splitters.models.device_form import fastest
+
+            return cast("Runner", fastest(module, name, shapes, torch.device(device)))
+
+        return Later(make, runner(getattr(module, name)) if ready_soon else None)
 
     manifest = bundle.manifest
     whole = fast("whole", [(3, *manifest.preprocess.size_px)]) if hasattr(module, "whole") else None

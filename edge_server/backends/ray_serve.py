@@ -12,7 +12,7 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import grpc.aio
@@ -178,8 +178,7 @@ class RayBackend:
         attempt = 0
         while (remaining_ns := until_ns - self._clock()) > 0:
             try:
-                async with asyncio.timeout(remaining_ns / 1e9):
-                    return unpack_reply(await _called(route, work, None if work.deadline_ns is None else remaining_ns))
+                reply = await _within(_called(route, work, None if work.deadline_ns is None else remaining_ns), remaining_ns / 1e9)
             except TimeoutError:
                 break
             except _GoneError as gone:
@@ -188,6 +187,8 @@ class RayBackend:
                 log.warning("a replica went away (%s); attempt %d", gone, attempt)
                 pause_s = min(_RETRY_S * 2 ** (attempt - 1), _RETRY_MOST_S)
                 await asyncio.sleep(min(pause_s, max(0.0, (until_ns - self._clock()) / 1e9)))
+            else:
+                return unpack_reply(reply)
         raise OverloadedError("no replica could answer this frame before its deadline")
 
     def load_now(self) -> Load:
@@ -204,6 +205,30 @@ class RayBackend:
     def _shutdown(self) -> None:
         serve.shutdown()
         ray.shutdown()
+
+
+async def _within(call: Coroutine[Any, Any, Reply], seconds: float) -> Reply:
+    """The call's reply in time, whatever Serve makes of a cancellation: after a replica's death it may not heed one.
+
+    Raises:
+        TimeoutError: none came.
+    """
+    task = asyncio.create_task(call)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+    except asyncio.CancelledError:
+        _dropped(task)
+        raise
+    if not done:
+        _dropped(task)
+        raise TimeoutError
+    return task.result()
+
+
+def _dropped(task: asyncio.Task[Reply]) -> None:
+    """Cancels a call that nobody waits for any more; how it ends is of no interest."""
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    task.cancel()
 
 
 async def _called(route: _Route, work: TailWork, remaining_ns: int | None) -> Reply:

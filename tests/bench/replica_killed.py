@@ -59,7 +59,7 @@ async def camera(
                 await stream.send(layer=layer)
             frame_id += 1
             await asyncio.sleep(max(0.0, sent[frame_id - 1] + 1 / args.fps - time.monotonic()))
-        await asyncio.wait_for(_all_answered(fates, frame_id), args.deadline_ms / 1e3 + 10)
+        await asyncio.wait_for(_all_answered(fates, frame_id, reader), args.deadline_ms / 1e3 + 10)
         reader.cancel()
     return frame_id, fates
 
@@ -71,9 +71,11 @@ async def _read(stream: Stream, sent: dict[int, float], fates: list[Frame]) -> N
         fates.append(Frame(at, time.monotonic() - at, "result" if result.error is None else result.error.code))
 
 
-async def _all_answered(fates: list[Frame], count: int) -> None:
-    """Until every frame has its outcome."""
+async def _all_answered(fates: list[Frame], count: int, reader: asyncio.Task[None]) -> None:
+    """Until every frame has its outcome, or none can come any more."""
     while len(fates) < count:
+        if reader.done():
+            reader.result()
         await asyncio.sleep(0.02)
 
 

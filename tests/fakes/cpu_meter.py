@@ -25,7 +25,7 @@ def _machine_s() -> tuple[float, float]:
 def _label(process: psutil.Process) -> str:
     line = " ".join(process.cmdline())
     for word, name in (
-        ("ray::ServeReplica", "replica"), ("ray::", "ray system"), ("/ray/", "ray system"), ("edge_server", "server"),
+        ("ray::ServeReplica", "replica"), ("ray::", "ray system"), ("site-packages/ray/", "ray system"), ("edge_server", "server"),
         ("server_load", "load"), ("http_load", "load"), ("http_tails", "server"), ("edge_client", "client"),
     ):  # fmt: skip
         if word in line:

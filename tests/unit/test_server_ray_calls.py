@@ -1,6 +1,7 @@
 """What a dying replica can show is told apart from everything else, and the frame is asked again."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,11 @@ class FakeHandle:
             raise reply
         if reply == "hangs":
             await asyncio.sleep(60)
+        if reply == "heeds no cancellation":
+            until = time.monotonic() + 1.5
+            while time.monotonic() < until:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.1)
         return reply
 
 
@@ -84,9 +90,12 @@ async def test_no_replica_before_the_deadline_is_an_overload() -> None:
     assert handle.calls >= 2
 
 
-async def test_a_call_that_hangs_ends_at_the_deadline() -> None:
+@pytest.mark.parametrize("how", ["hangs", "heeds no cancellation"])
+async def test_a_call_that_hangs_ends_at_the_deadline(how: str) -> None:
+    begun = time.monotonic()
     with pytest.raises(OverloadedError, match="before its deadline"):
-        await backend(FakeHandle("hangs")).run(work(0.1))
+        await backend(FakeHandle(how)).run(work(0.1))
+    assert time.monotonic() - begun < 1
 
 
 async def test_a_client_that_leaves_cancels_and_is_not_taken_for_a_death() -> None:
