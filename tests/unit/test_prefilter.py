@@ -179,3 +179,32 @@ def test_promises_count_only_photos_with_something_of_interest() -> None:
     assert [c.units for c in found] == [300] * 8
     assert all(c.kept for c in found)
     assert [c.threshold for c in found] == sorted((c.threshold for c in found), reverse=True)
+
+
+def test_what_was_measured_of_other_weights_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    from splitters.bundle import sha256_file
+    from splitters.models import prefilter_export
+    from splitters.models.prefilter_promise import SURE
+
+    file = tmp_path / "sure.json"
+    monkeypatch.setattr(prefilter_export, "SURE_OF_DETECTOR", file)
+    assert prefilter_export.sure_score() == SURE
+    file.write_text(json.dumps({"score": 0.31, "weights_sha256": "0" * 64}))
+    assert prefilter_export.sure_score() == SURE
+    file.write_text(json.dumps({"score": 0.31, "weights_sha256": sha256_file(prefilter_export.DETECTOR_WEIGHTS)}))
+    assert prefilter_export.sure_score() == 0.31
+
+
+def test_a_detectors_boxes_are_right_where_an_object_of_their_class_lies() -> None:
+    from splitters.models.boxes import Detections
+    from splitters.train.detector_data import Example
+    from splitters.train.prefilter_sure import judged
+
+    boxes = np.array([[10, 10, 50, 50], [10, 10, 50, 50], [100, 100, 140, 140], [60, 60, 90, 90]], np.float32)
+    found = Detections(boxes, np.array([0.9, 0.8, 0.7, 0.6], np.float32), np.array([1, 3, 1, 44]))
+    truth = np.array([[12, 12, 50, 52, 0, 1.0], [100, 100, 140, 140, 0, 0.3]], np.float32)  # persons; the second is only suspected
+    example = Example(image=np.zeros((200, 200, 3), np.uint8), boxes=truth, source="coco/train")
+    rows = judged(lambda _image: found, example)
+    assert rows == [(pytest.approx(0.9), True), (pytest.approx(0.8), False), (pytest.approx(0.7), False)]
