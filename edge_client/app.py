@@ -263,7 +263,7 @@ class Client:
         if self._config.output == "-":
             sinks.append(JsonLines(self._console.results, self._labels))
         elif self._config.output is not None:
-            sinks.append(open_json_file(Path(self._config.output), self._labels))
+            sinks.append(open_json_file(Path(self._config.output), self._labels, append=self._config.append))
         if self._config.save_video is not None:
             fps = self._config.fps or capture.fps or DEFAULT_FPS
             many = source.kind != "picture"

@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--track", action="store_true", help="carry the last boxes along on frames without an answer, each marked with its age")
     add = parser.add_argument_group("where answers go").add_argument
     add("--output", metavar="FILE", help="results as JSON lines, one a frame; - is standard output")
+    add("--append", action="store_true", help="go on with the file of --output instead of beginning it anew")
     add("--save-video", metavar="PATH", help="write annotated frames: a .mp4, a .jpg for one picture, or a directory")
     add("--display", action="store_true", help="show annotated frames in a window")
     add("--json", action="store_true", help="the summary as one JSON object on the last line of standard output")

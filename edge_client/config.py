@@ -30,6 +30,7 @@ class ClientConfig:
         frames: end after so many captured frames; 0: no limit.
         fps: pace of ``realtime``; 0: the file's own.
         output: where results go; ``-``: standard output; None: nowhere.
+        append: ``output`` is gone on with instead of begun anew.
         wait_for_server_s: None: 0 live, 30 for files.
         operating_point: always this one; None: chosen frame by frame.
         threads: of the head.
@@ -54,6 +55,7 @@ class ClientConfig:
     realtime: bool = False
     fps: float = 0.0
     output: str | None = None
+    append: bool = False
     wait_for_server_s: float | None = None
     display: bool = False
     save_video: str | None = None

@@ -6,6 +6,7 @@ frame to the end, and the run ends with the error.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -134,12 +135,12 @@ class JsonLines:
 class JsonFile:
     """``results.jsonl``: a line a frame, each written at once; however the run ends, the file ends with a whole line."""
 
-    def __init__(self, path: Path, file: BinaryIO, labels: Labels) -> None:
-        """``file`` is unbuffered."""
+    def __init__(self, path: Path, file: BinaryIO, labels: Labels, *, whole_bytes: int = 0) -> None:
+        """``file`` is unbuffered and stands at its end, which is ``whole_bytes`` from its beginning."""
         self._path = path
         self._file = file
         self._labels = labels
-        self._whole_bytes = 0
+        self._whole_bytes = whole_bytes
 
     def take(self, report: FrameReport) -> None:
         """See ``Sink``.
@@ -165,16 +166,37 @@ class JsonFile:
         self._file.close()
 
 
-def open_json_file(path: Path, labels: Labels) -> JsonFile:
-    """Creates the file.
+def open_json_file(path: Path, labels: Labels, *, append: bool = False) -> JsonFile:
+    """Creates the file, or goes on with it: behind its last whole line, should an earlier run have been cut off.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
-        return JsonFile(path, path.open("wb", buffering=0), labels)
+        if not append:
+            return JsonFile(path, path.open("wb", buffering=0), labels)
+        file = path.open("r+b" if path.is_file() else "wb", buffering=0)
+        return JsonFile(path, file, labels, whole_bytes=_to_last_line(file))
     except OSError as error:
         raise ConfigError(f"--output {path} cannot be written: {error.strerror}") from error
+
+
+def _to_last_line(file: BinaryIO) -> int:
+    """Cuts off what stands behind the last line's end and goes there; how many bytes remain."""
+    end = file.seek(0, 2)
+    while end:
+        start = max(0, end - 65536)
+        file.seek(start)
+        at = file.read(end - start).rfind(b"\n")
+        if at >= 0:
+            end = start + at + 1
+            break
+        end = start
+    file.seek(end)
+    if file.read(1) not in (b"", b"{"):
+        raise OSError(errno.EINVAL, "what stands behind its last line is no result; it is left as it is")
+    file.truncate(end)
+    return file.seek(end)
 
 
 def to_line(report: FrameReport, labels: Mapping[int, str]) -> str:

@@ -16,7 +16,7 @@ from edge_client.config import ClientConfig, read_toml
 from edge_client.flights import Flight, latest_start
 from edge_client.frames import CapturedFrame, FrameReport, Ledger, Outcome
 from edge_client.rpc import Endpoint
-from edge_client.sinks import InOrder, JsonLines, to_json
+from edge_client.sinks import InOrder, JsonLines, open_json_file, to_json
 from edge_client.sources import parse_source
 from edge_client.status import Status
 from edge_client.summary import JpegSampler, Summary
@@ -237,6 +237,25 @@ def test_a_cameras_password_is_never_shown(url: str, shown: str) -> None:
 
 def test_a_token_is_not_part_of_what_is_printed() -> None:
     assert "secret" not in repr(Endpoint(address="h:1", token="secret-0123456789"))
+
+
+def test_an_output_is_gone_on_with_behind_its_last_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    for run, torn in enumerate(("", '{"frame":99,"sou', "{" + "x" * 200_000)):
+        with path.open("a") as file:
+            file.write(torn)
+        sink = open_json_file(path, lambda: LABELS, append=True)
+        for index in range(3):
+            sink.take(report(index))
+        sink.close()
+        frames = [json.loads(line)["frame"] for line in path.read_text().splitlines()]
+        assert frames == [0, 1, 2] * (run + 1)
+    open_json_file(path, lambda: LABELS).close()
+    assert path.read_text() == ""
+    path.write_text("a letter to grandmother")
+    with pytest.raises(ConfigError, match="no result"):
+        open_json_file(path, lambda: LABELS, append=True)
+    assert path.read_text() == "a letter to grandmother"
 
 
 class Failing:
