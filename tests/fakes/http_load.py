@@ -65,6 +65,10 @@ class Connection:
         await self._reader.readline()
         return status, body
 
+    def close(self) -> None:
+        """Hangs up."""
+        self._writer.close()
+
     async def pulse(self, requests: list[bytes], number: int, until_s: float) -> list[Row]:
         """Asks without a pause until then."""
         rows, at = [], 0
@@ -84,13 +88,16 @@ async def run(args: argparse.Namespace) -> None:
     host, _, port = args.address.rpartition(":")
     bodies = [joined([layer.payload for layer in layers]) for layers in read_frames(args.frames)]
     requests = [request(args.address, args.path, body, args.format) for body in bodies]
-    connections = [Connection(*await asyncio.open_connection(host, int(port))) for _ in range(args.streams * args.window)]
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
+        # Anew for each pulse, ahead of its time: between two pulses a server may close what is idle.
+        connections = [Connection(*await asyncio.open_connection(host, int(port))) for _ in range(args.streams * args.window)]
         until_s = time.perf_counter() + float(line)
         rows = await asyncio.gather(*(c.pulse(requests, n, until_s) for n, c in enumerate(connections)))
         sys.stdout.write(json.dumps(summary([row for some in rows for row in some], until_s)) + "\n")
         sys.stdout.flush()
+        for connection in connections:
+            connection.close()
 
 
 def parser() -> argparse.ArgumentParser:
