@@ -42,7 +42,7 @@ class OperatingPoint:
             outputs are the latents.
         payload_bytes: of one frame, header and all layers included.
         accuracy: 0..1, in ``accuracy_metric``; measured on real payloads, or 0 where not measured yet.
-        accuracy_metric: e.g. ``top1`` or ``AP``.
+        accuracy_metric: e.g. ``top1`` or ``ap``.
         head_ms: stem and encoders on the machine that measured the table; a prior, the client measures its own.
         pareto: on the frontier of (payload_bytes, head_ms, accuracy).
     """
