@@ -92,7 +92,7 @@ class RayBackend:
             )
             try:
                 ray.init(log_to_driver=False, configure_logging=False, namespace="headtail", **options)
-            except (ConnectionError, ray.exceptions.RayError, ValueError, RuntimeError) as error:
+            except Exception as error:  # Ray raises bare ones as well, for a cluster that takes too long to start
                 raise ConfigError(
                     f"no Ray cluster can be joined at {self._config.address or 'this machine'}: {error}; a cluster's token goes "
                     "into RAY_AUTH_TOKEN"
@@ -114,7 +114,7 @@ class RayBackend:
             self._routes[bundle.sha256] = _Route(handle, path, name)
             return
         handle = await loop.run_in_executor(None, self._deployed, site_name(bundle))
-        if handle is not None and await handle.options(method_name="holds").remote() == bundle.sha256:
+        if handle is not None and await _held(handle) == bundle.sha256:
             self._routes[bundle.sha256] = _Route(handle, path)
             return
         build = functools.partial(deployment, bundle, self._batch, self._tail, self._config)
@@ -205,6 +205,15 @@ class RayBackend:
     def _shutdown(self) -> None:
         serve.shutdown()
         ray.shutdown()
+
+
+async def _held(handle: Any) -> str:
+    """The hash of the bundle whose tail an application of the site's is; empty: it is something else."""
+    try:
+        return str(await handle.options(method_name="holds").remote())
+    except (ray.exceptions.RayError, serve.exceptions.RayServeException, AttributeError) as error:
+        log.warning("%s is no tail of ours: %s", handle.app_name, str(error).split("\n", 1)[0])
+        return ""
 
 
 async def _within(call: Coroutine[Any, Any, Reply], seconds: float) -> Reply:
