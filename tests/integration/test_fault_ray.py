@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.bundles import write_tiny_bundle
+from tests.fakes.ray_cluster import cluster
 from tests.fakes.server_client import Device, picture, session
 from tests.fakes.server_running import child
 
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'headtail[ray]'")
-psutil = pytest.importorskip("psutil")
-
-from tests.fakes.ray_cluster import cluster
 
 pytestmark = pytest.mark.timeout(280)
 
