@@ -1,7 +1,8 @@
 """Grants: the bitrate each session may send.
 
 A session alone on its link is only held back while it fills a queue; its own controller does the rest. Sessions that
-share a bottleneck (a group named by the clients) are given what maximises their summed accuracy above a fairness floor.
+share a bottleneck (a group named by the clients, or one detected by delays that move together) are given what maximises
+their summed accuracy above a fairness floor.
 Pure: time comes in as an argument.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 
 from edge_server.allocation import Segment, concave_hull, share
 from edge_server.arrivals import Arrivals, LinkRate
+from edge_server.bottlenecks import BottleneckConfig, Bottlenecks
 from protos.errors import ConfigError
 from protos.messages import Grant
 
@@ -29,6 +31,8 @@ class BandwidthConfig:
         increase_per_s: factor by which a grant may grow in a second, above 1.
         idle_ns: a session silent for this long takes no part in the sharing.
         min_bps: no grant is smaller.
+        min_link_samples: arrivals after which a group's bottleneck counts as measured.
+        bottlenecks: how sessions without a named group are found to share one; None: they are not.
     """
 
     fairness_floor: float = 0.5
@@ -40,6 +44,8 @@ class BandwidthConfig:
     increase_per_s: float = 1.5
     idle_ns: int = 2_000_000_000
     min_bps: int = 16_000
+    min_link_samples: int = 20
+    bottlenecks: BottleneckConfig | None = field(default_factory=BottleneckConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.fairness_floor <= 1 or not 0 < self.utilisation <= 1 or not 0 < self.decrease < 1:
@@ -50,7 +56,7 @@ class BandwidthConfig:
 
 @dataclass(slots=True)
 class _Session:
-    group: str
+    group: str  # as it is now
     fps: float
     utility: tuple[Segment, ...]
     arrivals: Arrivals = field(default_factory=Arrivals)
@@ -58,6 +64,7 @@ class _Session:
     told_ns: int | None = None
     credit_bytes: float = 0.0
     credit_ns: int = 0
+    named: bool = False  # the client said which group
 
 
 class BandwidthManager:
@@ -68,31 +75,41 @@ class BandwidthManager:
         self._sessions: dict[str, _Session] = {}
         self._links: dict[str, LinkRate] = {}
         self._shares: dict[str, tuple[int, dict[str, float]]] = {}
+        self._members: dict[str, dict[str, _Session]] = {}
+        self._bottlenecks = Bottlenecks(self.config.bottlenecks) if self.config.bottlenecks is not None else None
         self._queue_ns = 0
         self._tail_ns = 0
 
-    def open(self, session_id: str, group: str = "", *, fps: float = 0.0, points: Sequence[tuple[float, float]] = ()) -> None:
+    def open(
+        self, session_id: str, group: str = "", *, owner: str = "", fps: float = 0.0, points: Sequence[tuple[float, float]] = ()
+    ) -> None:
         """A session begins.
 
         Args:
             session_id: unique among the open ones.
-            group: sessions of one name share a bottleneck; empty: not known.
+            group: sessions of one owner and one name share a bottleneck; empty: not known, it may be detected.
+            owner: whose session it is, without white space; a name means nothing among another owner's.
             fps: frames/s it means to send; 0: unknown (10 is assumed).
             points: (payload bytes, accuracy 0..1) of the operating points it can choose from; empty: unknown, the
                 session then counts as gaining from any bitrate, ever less.
         """
         rate = fps if fps > 0 else 10.0
         curve = points or [(1e3 * 2**i, 1 - 0.5 ** (i + 1)) for i in range(8)]
-        self._sessions[session_id] = _Session(group, rate, concave_hull([(8 * b * rate, a) for b, a in curve]))
-        self._shares.pop(group, None)
+        self.close(session_id)
+        key = f"{owner} {group}" if group else ""
+        session = self._sessions[session_id] = _Session(key, rate, concave_hull([(8 * b * rate, a) for b, a in curve]))
+        session.named = bool(key)
+        self._move(session_id, session, key)
+        if not key and self._bottlenecks is not None:
+            self._bottlenecks.open(session_id, owner)
 
     def close(self, session_id: str) -> None:
         """A session ended; unknown ids are ignored."""
         session = self._sessions.pop(session_id, None)
         if session is not None:
-            self._shares.pop(session.group, None)
-            if not any(s.group == session.group for s in self._sessions.values()):
-                self._links.pop(session.group, None)
+            self._move(session_id, session, "")
+            if self._bottlenecks is not None:
+                self._bottlenecks.close(session_id)
 
     def on_layer(self, session_id: str, n_bytes: int, sent_ns: int, now_ns: int) -> None:
         """A layer arrived. ``sent_ns`` is the device's monotonic clock, ``now_ns`` ours."""
@@ -102,7 +119,28 @@ class BandwidthManager:
         earliest_ns = session.arrivals.add(n_bytes, sent_ns, now_ns)
         if session.group:
             self._links.setdefault(session.group, LinkRate()).add(n_bytes, earliest_ns, now_ns)
+        if self._bottlenecks is not None and not session.named:
+            self._bottlenecks.add(session_id, session.arrivals.queue_ns, now_ns)
+            if self._bottlenecks.update(now_ns):
+                for name, other in self._sessions.items():
+                    if not other.named:
+                        self._move(name, other, self._bottlenecks.group(name))
         self._charge(session, n_bytes, now_ns)
+
+    def on_late(self, since_ns: int, now_ns: int) -> None:
+        """The server read nothing in between although it should have: delays of that time are not any link's."""
+        if self._bottlenecks is not None:
+            self._bottlenecks.spoil(since_ns, now_ns)
+
+    def queue_ns(self, session_id: str) -> int:
+        """How much longer the session's newest layer was on its way than the fastest lately; 0 where nothing is known."""
+        session = self._sessions.get(session_id)
+        return max(0, session.arrivals.queue_ns) if session is not None else 0
+
+    def group(self, session_id: str) -> str:
+        """Key of the group the session is in, named or detected; empty: it is in none."""
+        session = self._sessions.get(session_id)
+        return session.group if session is not None else ""
 
     def on_tail(self, queue_ns: int, tail_ns: int) -> None:
         """The tail's recent p95 wait and time, passed on with every grant."""
@@ -136,11 +174,12 @@ class BandwidthManager:
     def pause_ns(self, session_id: str, now_ns: int) -> int:
         """How long the server should wait before it reads this session's next message.
 
-        0 for who keeps to its grant. One who does not is read no faster than granted: its transport's flow control
-        then holds it back, and the others' share of the link stays theirs.
+        0 for who keeps to its grant, and for who shares its link with nobody: alone, a client that overruns its grant
+        harms no one, and the pause itself would look like a queue on its link. One of a group that does not is read no
+        faster than granted: its transport's flow control then holds it back, and the others' share stays theirs.
         """
         session = self._sessions.get(session_id)
-        if session is None or session.granted_bps <= 0 or session.credit_bytes >= 0:
+        if session is None or not session.group or session.granted_bps <= 0 or session.credit_bytes >= 0:
             return 0
         owed_s = -session.credit_bytes * 8 / session.granted_bps - (now_ns - session.credit_ns) / 1e9
         return max(0, min(int(owed_s * 1e9), 5_000_000_000))
@@ -155,20 +194,22 @@ class BandwidthManager:
         session.credit_ns = now_ns
 
     def _target_bps(self, session_id: str, session: _Session, now_ns: int) -> float:
-        if session.group:
-            peers = self._active(session.group, now_ns)
-            if len(peers) > 1:
-                return self._shared(session.group, peers, now_ns).get(session_id, 0.0)
+        link = self._links.get(session.group) if session.group else None
+        if link is not None and (session.named or link.samples >= self.config.min_link_samples):
+            shares = self._shared(session_id, session.group, link, now_ns)
+            if len(shares) > 1:
+                return shares.get(session_id, 0.0)
         c, arrivals = self.config, session.arrivals
         if arrivals.queue_ns > c.overuse_queue_ns and arrivals.trend_ms_per_s > c.overuse_trend_ms_per_s:
             return c.decrease * max(arrivals.delivery_bps(now_ns), arrivals.link.bps * c.decrease)
         return 0.0
 
-    def _shared(self, group: str, peers: dict[str, _Session], now_ns: int) -> dict[str, float]:
+    def _shared(self, session_id: str, group: str, link: LinkRate, now_ns: int) -> dict[str, float]:
         at_ns, shares = self._shares.get(group, (0, {}))
-        if shares and 0 <= now_ns - at_ns < self.config.interval_ns and shares.keys() == peers.keys():
+        if session_id in shares and 0 <= now_ns - at_ns < self.config.interval_ns:
             return shares
-        capacity_bps = self._links[group].bps * self.config.utilisation
+        peers = self._active(group, now_ns)
+        capacity_bps = link.bps * self.config.utilisation
         over = sum(
             s.arrivals.queue_ns > self.config.overuse_queue_ns and s.arrivals.trend_ms_per_s > self.config.overuse_trend_ms_per_s
             for s in peers.values()
@@ -181,4 +222,17 @@ class BandwidthManager:
 
     def _active(self, group: str, now_ns: int) -> dict[str, _Session]:
         idle_ns = self.config.idle_ns
-        return {k: s for k, s in self._sessions.items() if s.group == group and now_ns - s.arrivals.last_ns < idle_ns}
+        return {k: s for k, s in self._members.get(group, {}).items() if now_ns - s.arrivals.last_ns < idle_ns}
+
+    def _move(self, session_id: str, session: _Session, group: str) -> None:
+        """Into another group; empty: into none."""
+        old, session.group = session.group, group
+        if old and session_id in (members := self._members.get(old, {})) and old != group:
+            del members[session_id]
+            self._shares.pop(old, None)
+            if not members:
+                self._members.pop(old, None)
+                self._links.pop(old, None)
+        if group:
+            self._members.setdefault(group, {})[session_id] = session
+            self._shares.pop(group, None)

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _TOKEN_POLL_S = 0.5
+_LAG_POLL_S = 0.05
+_LATE_S = 0.01
 
 
 def _version() -> str:
@@ -121,8 +123,10 @@ class EdgeServer:
             metrics=self._metrics,
             tracing=self.tracing,
         )
+        bandwidth = BandwidthManager()
+        self._spawn(_watch_lag(bandwidth))
         services = Services(
-            store=store, backend=backend, answerer=self._answerer, bandwidth=BandwidthManager(), limits=self.config.limits,
+            store=store, backend=backend, answerer=self._answerer, bandwidth=bandwidth, limits=self.config.limits,
             metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=_version(),
         )  # fmt: skip
         self._anyone = Client(max_unary=self.config.limits.max_unary_in_flight)
@@ -255,6 +259,16 @@ async def _refresh(tokens: Tokens) -> None:
     while True:
         await asyncio.sleep(_TOKEN_POLL_S)
         tokens.refresh()
+
+
+async def _watch_lag(bandwidth: BandwidthManager) -> None:
+    """Tells the grants when this process itself was late: then every session's frames seem delayed, and by no link."""
+    while True:
+        before_ns = time.monotonic_ns()
+        await asyncio.sleep(_LAG_POLL_S)
+        now_ns = time.monotonic_ns()
+        if now_ns - before_ns > (_LAG_POLL_S + _LATE_S) * 1e9:
+            bandwidth.on_late(before_ns, now_ns)
 
 
 def _alive(pid: int) -> bool:

@@ -41,6 +41,9 @@ _PAUSE_NS = 200_000_000  # longest a session that overruns its grant is left unr
 class Quota(Protocol):
     """What one client may use; shared by all who hold the same token."""
 
+    name: str
+    """The token's, without white space; empty: there are no tokens."""
+
     def admit_frame(self, n_bytes: int, now_ns: int) -> HeadtailError | None:
         """Counts a frame, or says why it is refused."""
         ...
@@ -77,7 +80,6 @@ class Session:
         self._context = context
         self._quota = quota
         self._client_sha256 = ""
-        self._group = ""
         self._max_in_flight = _DEFAULT_IN_FLIGHT
         self._assembler = self._new_assembler()
         self._references = ReferenceStore()
@@ -162,9 +164,8 @@ class Session:
         self._references = ReferenceStore()
         points = [(p.payload_bytes.p50, p.accuracy) for p in model.bundle.points if p.payload_bytes.p50 > 0 and p.accuracy > 0]
         fps = hello.fps if 0 < hello.fps < 10_000 else 0.0
-        self._s.bandwidth.close(self.id)
-        self._group = hello.group[:64]
-        self._s.bandwidth.open(self.id, self._group, fps=fps, points=points)
+        owner = self._quota.name if self._quota is not None else ""
+        self._s.bandwidth.open(self.id, hello.group[:64], owner=owner, fps=fps, points=points)
         log.info("session %s: %s, client %r", self.id, model.name, hello.client_version[:32])
         return pb.ServerMessage(
             welcome=pb.Welcome(
@@ -198,9 +199,7 @@ class Session:
         match message.WhichOneof("content"):
             case "layer":
                 self._on_layer(message.layer)
-                # Only who shares a link is held to its grant: alone, a client that overruns it harms no one, and the
-                # pause itself would look like a queue on its link.
-                if self._group and (pause_ns := self._s.bandwidth.pause_ns(self.id, self._s.clock())):
+                if pause_ns := self._s.bandwidth.pause_ns(self.id, self._s.clock()):
                     await asyncio.sleep(min(pause_ns, _PAUSE_NS) / 1e9)
             case "ping":
                 self._send(pb.ServerMessage(pong=pb.Pong(echo_sent_ns=message.ping.sent_ns)))
@@ -223,7 +222,7 @@ class Session:
         except HeadtailError as error:
             ready = self._assembler.damaged(message.frame_id, message.layer, error, now_ns)
         else:
-            ready = self._assembler.add(layer, now_ns)
+            ready = self._assembler.add(layer, now_ns, self._s.bandwidth.queue_ns(self.id))
         for frame in ready:
             self._begin(frame)
         self._set_timer(now_ns)
