@@ -129,6 +129,7 @@ class Session:
         self._clock = clock
         self._config = config or SessionConfig()
         self._random = random.Random(seed)  # noqa: S311 - jitter, no secret
+        self._least_rtt_ns: int | None = None  # of this stream, the server's own time not counted
         self._queue: deque[_Outgoing | pb.ClientMessage] = deque()
         self._wake = asyncio.Event()
         self._next_id = 0
@@ -245,6 +246,7 @@ class Session:
         self.reconnects += self.welcomed.is_set()
         self.welcomed.set()
         self._heard_ns, self._unanswered_ns = self._clock(), None
+        self._least_rtt_ns = None
         self.error = None
         self._events.on_up(welcome)
 
@@ -267,10 +269,14 @@ class Session:
             self._unanswered_ns = None
             match message.WhichOneof("content"):
                 case "result":
-                    self._events.on_result(Result.from_proto(message.result), now_ns)
+                    result = Result.from_proto(message.result)
+                    if result.echo_sent_ns:
+                        self._note_round_trip(now_ns - result.echo_sent_ns - result.timings.total_ns)
+                    self._events.on_result(result, now_ns)
                 case "grant":
                     self._events.on_grant(Grant.from_proto(message.grant), now_ns)
                 case "pong":
+                    self._note_round_trip(now_ns - message.pong.echo_sent_ns)
                     self._events.on_pong(max(0, now_ns - message.pong.echo_sent_ns), now_ns)
                 case "bundle_changed":
                     self._events.on_bundle_changed(message.bundle_changed.bundle_sha256)
@@ -309,7 +315,13 @@ class Session:
                 return
             # Told before the write: once gRPC has the bytes, the answer may be faster than this task.
             self._events.on_sent(layer.frame_id, layer.layer, len(layer.payload), now_ns)
-            await call.write(pb.ClientMessage(layer=replace(layer, sent_ns=now_ns, deadline_remaining_ns=left_ns).to_proto()))
+            # The server has what the way there and back leaves of it; 0 would mean that there is no deadline.
+            there_ns = max(1, left_ns - (self._least_rtt_ns or 0)) if item.deadline_ns is not None else 0
+            await call.write(pb.ClientMessage(layer=replace(layer, sent_ns=now_ns, deadline_remaining_ns=there_ns).to_proto()))
+
+    def _note_round_trip(self, rtt_ns: int) -> None:
+        if rtt_ns > 0 and (self._least_rtt_ns is None or rtt_ns < self._least_rtt_ns):
+            self._least_rtt_ns = rtt_ns
 
     async def _watch(self, call: Call) -> None:
         del call

@@ -46,9 +46,9 @@ class Frame:
         return sum(map(len, self.layers))
 
 
-def deadline_of(layer: FrameLayer, now_ns: int) -> int | None:
-    """The layer's remaining time as a deadline on this machine's clock."""
-    return now_ns + layer.deadline_remaining_ns if layer.deadline_remaining_ns else None
+def deadline_of(layer: FrameLayer, now_ns: int, waited_ns: int = 0) -> int | None:
+    """The layer's remaining time as a deadline on this machine's clock; it ran while the layer waited in queues on its way."""
+    return now_ns - waited_ns + layer.deadline_remaining_ns if layer.deadline_remaining_ns else None
 
 
 def frame_of(layers: list[FrameLayer], begun_ns: int, now_ns: int, deadline_ns: int | None) -> Frame:
@@ -91,8 +91,13 @@ class Assembler:
         self._partial: _Partial | None = None
         self._last_id = -1
 
-    def add(self, layer: FrameLayer, now_ns: int) -> list[Frame]:
+    def add(self, layer: FrameLayer, now_ns: int, waited_ns: int = 0) -> list[Frame]:
         """Takes a checked layer; returns the frames that are ready because of it, oldest first.
+
+        Args:
+            layer: base first.
+            now_ns: when it was read.
+            waited_ns: how much longer it was on its way than the fastest lately.
 
         Raises:
             ProtocolError: a new frame's id does not exceed the last one's.
@@ -100,7 +105,7 @@ class Assembler:
         ready = []
         partial = self._partial
         if partial is not None and partial.layers[0].frame_id == layer.frame_id:
-            return self._extend(partial, layer, now_ns)
+            return self._extend(partial, layer, now_ns, waited_ns)
         if layer.frame_id <= self._last_id:
             if layer.layer > 0:
                 return []  # a layer that comes after its frame was run without it
@@ -115,7 +120,7 @@ class Assembler:
                 *ready,
                 Frame(frame_id=layer.frame_id, arrived_ns=now_ns, begun_ns=now_ns, echo_sent_ns=layer.sent_ns, error=error),
             ]
-        fresh = _Partial(begun_ns=now_ns, deadline_ns=deadline_of(layer, now_ns), layers=[layer], last_ns=now_ns)
+        fresh = _Partial(begun_ns=now_ns, deadline_ns=deadline_of(layer, now_ns, waited_ns), layers=[layer], last_ns=now_ns)
         if layer.layer_count == 1:
             return [*ready, fresh.frame()]
         self._partial = fresh
@@ -152,7 +157,7 @@ class Assembler:
         latest_ns = partial.begun_ns + self._wait_ns
         return latest_ns if partial.deadline_ns is None else max(partial.begun_ns, min(latest_ns, partial.deadline_ns - tail_ns))
 
-    def _extend(self, partial: _Partial, layer: FrameLayer, now_ns: int) -> list[Frame]:
+    def _extend(self, partial: _Partial, layer: FrameLayer, now_ns: int, waited_ns: int) -> list[Frame]:
         first = partial.layers[0]
         partial.last_ns = now_ns
         if layer.layer != len(partial.layers) or (layer.layer_count, layer.kind) != (first.layer_count, first.kind):
@@ -166,7 +171,7 @@ class Assembler:
                 )
             ]
         partial.layers.append(layer)
-        later_ns = deadline_of(layer, now_ns)
+        later_ns = deadline_of(layer, now_ns, waited_ns)
         if later_ns is not None:
             partial.deadline_ns = later_ns if partial.deadline_ns is None else min(partial.deadline_ns, later_ns)
         return self.flush() if len(partial.layers) == first.layer_count else []

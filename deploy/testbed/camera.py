@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
 
+from deploy.testbed.layering import Layer, Layers, split_bytes
 from deploy.testbed.loop import Loop
 from deploy.testbed.path import Pipe
 from deploy.testbed.policies import Policy
@@ -32,6 +34,7 @@ class Frame:
         "choice",
         "deadline_ns",
         "frame_id",
+        "layers",
         "outcome",
         "payload_bytes",
         "read_ns",
@@ -39,6 +42,7 @@ class Frame:
         "refused",
         "remaining_ns",
         "sent_ns",
+        "taken",
         "value",
         "whole",
     )  # fmt: skip
@@ -58,6 +62,8 @@ class Frame:
         self.sent_ns = self.read_ns = self.remaining_ns = 0
         self.whole = False
         self.refused = False
+        self.layers: tuple[float, ...] = ()  # accuracy with the first one, two ... of its layers; empty: it travels whole
+        self.taken = False  # by the server, with what had arrived
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,15 +75,25 @@ class CameraConfig:
     start_ns: int
     stop_ns: int
     seed: str
+    base_rtt_ns: int = 0
 
 
 class Camera:
     """One device. Its inference thread does one thing at a time; a due fallback goes first, then the newest frame."""
 
     def __init__(
-        self, loop: Loop, config: CameraConfig, workload: Workload, policy: Policy, up: Pipe, down: Pipe, server: Server
+        self,
+        loop: Loop,
+        config: CameraConfig,
+        workload: Workload,
+        policy: Policy,
+        up: Pipe,
+        down: Pipe,
+        server: Server,
+        layers: Layers | None = None,
     ) -> None:
         """``workload`` has the device's own times, slowdown included."""
+        self._layers: Layers = layers or {}
         self.loop, self.config, self.policy = loop, config, policy
         self.up, self.down, self.server = up, down, server
         self.result_bytes = workload.result_bytes
@@ -140,11 +156,8 @@ class Camera:
             self._answer(
                 frame, "local", frame.value if not frame.choice.startswith(("split", "jpeg", "webp")) else self._costs["local"][1]
             )
-        elif self.policy.may_send(frame.frame_id, frame.payload_bytes, now, frame.deadline_ns):
+        elif self._send(frame, self._layers.get(frame.choice, ())):
             frame.whole = isinstance(decision, Offload)
-            frame.sent_ns, frame.remaining_ns = now, max(0, frame.deadline_ns - now)
-            self.policy.on_sent(frame.frame_id, frame.payload_bytes, now)
-            self.up.send(frame.payload_bytes + OVERHEAD_BYTES, self.server.arrived, frame)
             if isinstance(decision, Split | Offload) and decision.fallback_ns is not None:
                 self.loop.at(decision.fallback_ns, self._fall_back, frame)
         elif isinstance(decision, Split | Offload) and decision.fallback_ns is not None:
@@ -152,6 +165,25 @@ class Camera:
         else:
             self._drop(frame, "window")
         self._next()
+
+    def _send(self, frame: Frame, layers: Sequence[Layer]) -> bool:
+        """The base first, each further layer while it may; whether the base left."""
+        now = self.loop.now_ns
+        sizes = split_bytes(frame.payload_bytes, layers) if layers else [frame.payload_bytes]
+        for i, n_bytes in enumerate(sizes):
+            if not self.policy.may_send(frame.frame_id, n_bytes, now, frame.deadline_ns, layer=i):
+                break
+            if i == 0:
+                frame.sent_ns, frame.payload_bytes = now, 0
+                frame.remaining_ns = max(0, frame.deadline_ns - now - self.config.base_rtt_ns)
+                frame.layers = tuple(layer.accuracy for layer in layers)
+            frame.payload_bytes += n_bytes
+            self.policy.on_sent(frame.frame_id, n_bytes, now)
+            if layers:
+                self.up.send(n_bytes + OVERHEAD_BYTES, self.server.layer_arrived, (frame, i, n_bytes))
+            else:
+                self.up.send(n_bytes + OVERHEAD_BYTES, self.server.arrived, frame)
+        return bool(frame.sent_ns)
 
     def _next(self) -> None:
         while not self.busy and self._fallbacks:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from deploy.testbed.loop import Loop
 from deploy.testbed.workload import ServerTimes
 from edge_server.admission import Work, shed
+from edge_server.arrivals import Arrivals
 from edge_server.bandwidth import BandwidthManager
 from protos.messages import Grant
 from splitters.operating_point import Quantiles
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from deploy.testbed.camera import Camera, Frame
 
 _GRANT_BYTES = 60
+_MARGIN_NS = 5_000_000  # as the real server's
 
 
 class Server:
@@ -30,6 +32,8 @@ class Server:
         self._busy = False
         self._bandwidth = bandwidth
         self._sessions: dict[int, str] = {}
+        self._arrivals: dict[int, Arrivals] = {}
+        self._partial: dict[int, tuple[Frame, int]] = {}  # by camera: a frame of which layers are missing, its deadline
         self.refused = 0
 
     def open(self, camera: Camera, session_id: str, group: str, points: list[tuple[float, float]]) -> None:
@@ -40,14 +44,52 @@ class Server:
 
     def arrived(self, frame: Frame) -> None:
         """A whole frame was read."""
+        now, waited_ns = self._loop.now_ns, self._note(frame, frame.payload_bytes)
+        self._take(frame, now - waited_ns + frame.remaining_ns, now)
+
+    def layer_arrived(self, row: tuple[Frame, int, int]) -> None:
+        """A layer was read. Its frame runs when it is whole, when the next one begins, or when its time is up."""
+        frame, layer, n_bytes = row
+        now, key = self._loop.now_ns, id(frame.camera)
+        waited_ns = self._note(frame, n_bytes)
+        if frame.taken:
+            return
+        if layer == 0:
+            self._cut((key, None))
+            due_ns = now - waited_ns + frame.remaining_ns
+            self._partial[key] = (frame, due_ns)
+            tail_ns = int((self._times.tail_ms.p95 + self._times.decode_ms) * 1e6)
+            self._loop.at(due_ns - tail_ns - _MARGIN_NS, self._cut, (key, frame))
+        frame.value, frame.read_ns = frame.layers[layer], now
+        if layer == len(frame.layers) - 1:
+            self._cut((key, frame))
+
+    def _cut(self, row: tuple[int, Frame | None]) -> None:
+        """Takes the camera's unfinished frame as far as it arrived, should it (still) be the one meant; None: any."""
+        key, meant = row
+        frame, due_ns = self._partial.get(key, (None, 0))
+        if frame is not None and (meant is None or meant is frame):
+            del self._partial[key]
+            frame.taken = True
+            self._take(frame, due_ns, frame.read_ns)
+
+    def _note(self, frame: Frame, n_bytes: int) -> int:
+        """Tells the grants; returns how long the layer waited in queues, as the server can know it."""
         now = self._loop.now_ns
-        if self._bandwidth is not None:
-            session = self._sessions[id(frame.camera)]
-            self._bandwidth.on_layer(session, frame.payload_bytes, frame.sent_ns, now)
-            grant = self._bandwidth.grant(session, now)
-            if grant is not None:
-                frame.camera.down.send(_GRANT_BYTES, _granted, (frame.camera, grant))
-        self._queue.append((now + frame.remaining_ns, frame, now))
+        if self._bandwidth is None:
+            arrivals = self._arrivals.setdefault(id(frame.camera), Arrivals())
+            arrivals.add(n_bytes, frame.sent_ns, now)
+            return arrivals.queue_ns
+        session = self._sessions[id(frame.camera)]
+        self._bandwidth.on_layer(session, n_bytes, frame.sent_ns, now)
+        waited_ns = self._bandwidth.queue_ns(session)
+        grant = self._bandwidth.grant(session, now)
+        if grant is not None:
+            frame.camera.down.send(_GRANT_BYTES, _granted, (frame.camera, grant))
+        return waited_ns
+
+    def _take(self, frame: Frame, due_ns: int, arrived_ns: int) -> None:
+        self._queue.append((due_ns, frame, arrived_ns))
         if not self._busy:
             self._start()
 

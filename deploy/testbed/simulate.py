@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploy.testbed.camera import Camera, CameraConfig
+from deploy.testbed.layering import Layers, checked
 from deploy.testbed.link import Link
 from deploy.testbed.loop import Loop
 from deploy.testbed.path import Pipe
@@ -43,8 +44,22 @@ class Run:
                 yield {"camera": number, **asdict(record)}
 
 
-def simulate(scenario: Scenario, workload: Workload, policy: str = "ours", *, explain: bool = False) -> Run:
-    """Runs a scenario. The same arguments give the same result, to the byte."""
+def simulate(
+    scenario: Scenario, workload: Workload, policy: str = "ours", *, explain: bool = False, layers: Layers | None = None
+) -> Run:
+    """Runs a scenario. The same arguments give the same result, to the byte.
+
+    Args:
+        scenario: what happens.
+        workload: what the cameras can choose from.
+        policy: who decides.
+        explain: keep a record of every decision.
+        layers: of the choices whose frames travel in several.
+
+    Raises:
+        ConfigError: the workload lacks what the policy needs, or the layers are none.
+    """
+    layers = checked(layers or {})
     loop = Loop()
     duration_ns = int(scenario.duration_s * 1e9)
     server = Server(loop, workload.server, seed=str(scenario.seed), bandwidth=BandwidthManager() if scenario.grants else None)
@@ -70,12 +85,14 @@ def simulate(scenario: Scenario, workload: Workload, policy: str = "ours", *, ex
                 start_ns=int(i * scenario.start_spread_ms * 1e6 / scenario.cameras),
                 stop_ns=duration_ns,
                 seed=seed,
+                base_rtt_ns=up.delay_ns + down.delay_ns,
             ),
             slowed,
             make_policy("split_fixed" if greedy else policy, slowed, control),
             Pipe(loop, up, reverse_delay_ns=down.delay_ns, ack_loss=down_config.loss.loss, seed=f"up/{seed}"),
             Pipe(loop, down, reverse_delay_ns=up.delay_ns, ack_loss=up_config.loss.loss, seed=f"down/{seed}"),
             server,
+            layers,
         )
         server.open(camera, str(i), scenario.group, utility)
         cameras.append(camera)

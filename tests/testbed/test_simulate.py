@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.testbed.cli import main
+from deploy.testbed.layering import Layer
 from deploy.testbed.oracle import oracle
 from deploy.testbed.policies import POLICIES
 from deploy.testbed.report import jain, summarise
@@ -88,6 +89,12 @@ def test_after_a_collapse_no_more_than_a_credit_window_is_queued(workload: Workl
     assert sum(in_outage) <= 3 * largest
 
 
+OWN_SHARE = Scenario(
+    duration_s=40, fps=10, deadline_ms=200, device_slowdown=3,
+    uplink=Direction(mbps=0.5, delay_ms=10), downlink=Direction(mbps=50, delay_ms=10),
+)  # fmt: skip
+
+
 def test_twenty_cameras_share_a_link_fairly_and_gain_by_it(workload: Workload) -> None:
     workload = replace(workload, server=replace(workload.server, marginal=0.05))  # the link, not the server, is shared
     scenario = replace(load_scenario(SCENARIOS / "cameras20.toml"), duration_s=15)
@@ -100,12 +107,71 @@ def test_twenty_cameras_share_a_link_fairly_and_gain_by_it(workload: Workload) -
     assert sum(scores) >= 20 * simulate(alone, workload).summary().score
 
 
+def test_twenty_cameras_that_name_no_group_are_found_to_share_a_link(workload: Workload) -> None:
+    workload = replace(workload, server=replace(workload.server, marginal=0.05))
+    scenario = replace(load_scenario(SCENARIOS / "cameras20.toml"), group="", duration_s=40)
+    run, alone = simulate(scenario, workload), simulate(OWN_SHARE, workload).cameras[0]
+    detected = [summarise(c.frames).score for c in run.cameras]
+    assert jain(detected) >= 0.95
+    left = [summarise(c.frames).score for c in simulate(replace(scenario, grants=False), workload).cameras]
+    assert sum(detected) > 1.01 * sum(left), "left to themselves they take equal shares too, and queue for them"
+    after = [summarise([f for f in c.frames if f.captured_ns >= 20 * S]).score for c in run.cameras]
+    assert sum(after) >= 20 * summarise([f for f in alone.frames if f.captured_ns >= 20 * S]).score, "once it is found"
+
+
 def test_a_greedy_camera_starves_nobody(workload: Workload) -> None:
     scenario = replace(load_scenario(SCENARIOS / "greedy.toml"), duration_s=15)
     modest = [summarise(c.frames) for c in simulate(scenario, workload).cameras][1:]
     peaceful = simulate(replace(scenario, greedy=0), workload).summary()
     assert min(s.score for s in modest) >= 0.85 * peaceful.score
     assert min(s.on_time for s in modest) >= 0.9
+
+
+GUSTS = Scenario(
+    duration_s=20, fps=5, deadline_ms=300, device_slowdown=1, grants=False,
+    uplink=Direction(trace="gusts.csv", delay_ms=20), downlink=Direction(mbps=20, delay_ms=20),
+)  # fmt: skip
+
+
+def test_in_a_collapse_the_base_layer_is_answered_in_time(workload: Workload, tmp_path: Path) -> None:
+    """The link falls to a twentieth again and again; without layers a frame that meets that is late, with them it is coarse."""
+    rows = [(0.35 * i, 3.0 if i % 2 == 0 else 0.15) for i in range(80)]
+    (tmp_path / "gusts.csv").write_text("seconds,mbps\n" + "".join(f"{t:.2f},{m}\n" for t, m in rows))
+    scenario = replace(GUSTS, folder=tmp_path)
+    best = max(workload.points, key=lambda p: p.accuracy)
+    name = f"split {best.id}"
+    layers = {name: [Layer(share=0.2, accuracy=0.5 * best.accuracy), Layer(share=0.8, accuracy=best.accuracy)]}
+    whole = simulate(scenario, workload, "split_fixed").summary()
+    run = simulate(scenario, workload, "split_fixed", layers=layers)
+    assert run.summary().on_time > whole.on_time + 0.05
+    assert run.summary().score > whole.score
+    coarse = [f for f in run.cameras[0].frames if f.outcome == "result" and f.accuracy == 0.5 * best.accuracy]
+    assert coarse, "some frames were answered from the base alone"
+    assert all(f.answered_ns <= f.deadline_ns for f in coarse)
+    assert any(f.accuracy == best.accuracy for f in run.cameras[0].frames), "and others had time for everything"
+    assert sum(run.summary().outcomes.values()) == run.summary().captured
+
+
+def test_layers_are_sent_only_while_there_is_time(workload: Workload) -> None:
+    """Our controller holds refining layers back that would come too late; the base is on its way all the same."""
+    scenario = Scenario(
+        duration_s=12, fps=10, deadline_ms=150, device_slowdown=1, grants=False,
+        uplink=Direction(trace="synthetic:3g:3", delay_ms=20), downlink=Direction(mbps=20, delay_ms=20),
+    )  # fmt: skip
+    layers = {
+        f"split {p.id}": [Layer(share=0.3, accuracy=0.6 * p.accuracy), Layer(share=0.7, accuracy=p.accuracy)]
+        for p in workload.points
+    }
+    frames = [f for f in simulate(scenario, workload, layers=layers).cameras[0].frames if f.sent_ns]
+    again = [f for f in simulate(scenario, workload, layers=layers).cameras[0].frames if f.sent_ns]
+    assert [(f.payload_bytes, f.answered_ns) for f in frames] == [(f.payload_bytes, f.answered_ns) for f in again]
+    assert frames
+
+
+def test_layers_that_are_none_are_refused(workload: Workload) -> None:
+    for shares in ([0.5, 0.4], [], [1.5, -0.5]):
+        with pytest.raises(ConfigError, match="split 0"):
+            simulate(LOSSY, workload, layers={"split 0": [Layer(share=s, accuracy=0.5) for s in shares]})
 
 
 def test_without_loss_the_oracle_bounds_every_policy(workload: Workload) -> None:
