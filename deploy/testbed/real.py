@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.testbed.plots import Dot, plot_run
-from deploy.testbed.relay import SERVER_ADDRESS, Relay
+from deploy.testbed.relay import SERVER_ADDRESS, open_relay
 from deploy.testbed.report import quantile
 from deploy.testbed.scenario import Scenario
 from deploy.testbed.shape import Shaper
@@ -69,7 +69,9 @@ async def _run(scenario: Scenario, mode: str, model: str, source: str) -> tuple[
             *("--change-gate", "off", "--output", str(results), "--log-level", "warning"),
         ]
         if mode == "relay":
-            relay = await stack.enter_async_context(Relay(up, down, seed=scenario.seed))
+            relay = open_relay(up, down, seed=scenario.seed)
+            await stack.enter_async_context(relay)
+            log.info("relay: %s", relay.name)
             server += ["--listen", f"{SERVER_ADDRESS}:{_PORT}"]
             await _start(stack, relay.command("server", server), port_file)
             link_time = relay.time

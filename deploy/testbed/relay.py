@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from deploy.testbed.link import LOST, Link, LinkConfig
+from deploy.testbed.netem import NetemRelay, has_netem, ip
 from deploy.testbed.shape import RealTime
 from protos.errors import ConfigError
 
@@ -56,6 +57,8 @@ class Relay:
     Raises:
         ConfigError: on entering, where it cannot run.
     """
+
+    name = "tun"
 
     def __init__(self, up: LinkConfig, down: LinkConfig, *, seed: int = 0, congestion: str = "cubic") -> None:
         self.up, self.down = Link(up, f"up/{seed}"), Link(down, f"down/{seed}")
@@ -107,18 +110,18 @@ class Relay:
         self._remove()
 
     def _add(self, space: str, device: str, own: str, other: str) -> None:
-        _ip("netns", "add", space)
+        ip("netns", "add", space)
         self._made.append(space)
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         self._fds.append(fd)
         fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", device.encode(), _IFF_TUN | _IFF_NO_PI))
-        _ip("link", "set", device, "netns", space)
-        _ip("-n", space, "addr", "add", own, "peer", other, "dev", device)
-        _ip("-n", space, "link", "set", device, "mtu", str(_MTU_BYTES), "txqueuelen", "1000", "up")
-        _ip("-n", space, "link", "set", "lo", "up")
+        ip("link", "set", device, "netns", space)
+        ip("-n", space, "addr", "add", own, "peer", other, "dev", device)
+        ip("-n", space, "link", "set", device, "mtu", str(_MTU_BYTES), "txqueuelen", "1000", "up")
+        ip("-n", space, "link", "set", "lo", "up")
         # Not the sysctl: a namespace may set that only to what the whole machine allows everyone; a route may name any.
         try:
-            _ip("-n", space, "route", "replace", other, "dev", device, "src", own, "congctl", self._congestion)
+            ip("-n", space, "route", "replace", other, "dev", device, "src", own, "congctl", self._congestion)
         except subprocess.CalledProcessError as error:
             log.warning("the kernel keeps its own congestion control: %s", error.stderr.decode(errors="replace").strip())
 
@@ -128,7 +131,7 @@ class Relay:
                 os.close(fd)
         for space in self._made:
             with suppress(OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
-                _ip("netns", "del", space)
+                ip("netns", "del", space)
         self._fds, self._made = [], []
 
     def _forward(self, source: int, target: int, link: Link) -> None:
@@ -161,5 +164,14 @@ class Relay:
         """A packet was handed to the server's end; for who wants to listen in."""
 
 
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=10)
+def open_relay(up: LinkConfig, down: LinkConfig, *, seed: int = 0) -> Relay | NetemRelay:
+    """The kernel's own ``tc netem`` where there is one, else the TUN relay.
+
+    Raises:
+        ConfigError: neither can run here.
+    """
+    if reason := why_not():
+        raise ConfigError(f"relay mode is not possible here: {reason}; use --mode shape")
+    if has_netem():
+        return NetemRelay(up, down, addresses=(CLIENT_ADDRESS, SERVER_ADDRESS))
+    return Relay(up, down, seed=seed)
