@@ -185,7 +185,9 @@ def _options(batch: BatchConfig, config: RayConfig) -> dict[str, Any]:
     lowest, highest = config.replicas
     options: dict[str, Any] = {
         "name": "tail",
-        "max_ongoing_requests": 2 * batch.max_batch,  # one batch runs, one gathers
+        # Frames wait in the replica, where the most urgent goes first and latecomers are shed. With a tighter bound they wait in
+        # the router, which tries again only every 25..500 ms: a replica that took 2 at a time stood idle half of the time.
+        "max_ongoing_requests": batch.max_queue,
         "max_queued_requests": batch.max_queue,
         "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         "logging_config": {"enable_access_log": False},
