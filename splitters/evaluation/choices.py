@@ -23,6 +23,7 @@ from splitters.tails import Tail
 Value = Callable[[Sequence[Answer]], float]
 Remember = Callable[[Mapping[str, object], Callable[[], Measured]], Measured]
 _CLOCKED = 40
+_DETECTOR_QUALITY = 28
 
 
 def measure_offloads(
@@ -43,7 +44,7 @@ def measure_offloads(
         remember: gives what an earlier call measured for the same setting, or measures now.
     """
     found = []
-    for image_format, quality, side in ladder(photos.input_px):
+    for image_format, quality, side in _ladder(tail, photos):
         what = {"offload": image_format, "quality": quality, "size_px": side, "opencv": cv2.__version__}
         measured = remember(what, partial(_run, tail, photos, image_format, quality, side))
         taken = []
@@ -60,6 +61,15 @@ def measure_offloads(
         )  # fmt: skip
         tick(f"offload {image_format} q{quality} {side} px")
     return pareto_offloads(found)
+
+
+def _ladder(tail: Tail, photos: Photos) -> list[tuple[str, int, int]]:
+    """A detector takes seconds a setting and needs its resolution: the coarse half of the ladder is left out."""
+    settings = ladder(photos.input_px)
+    if tail.bundle.manifest.task != "detection":
+        return settings
+    sides = sorted({side for _, _, side in settings})
+    return [s for s in settings if s[1] >= _DETECTOR_QUALITY and s[2] in (sides[1], sides[-1])]
 
 
 def _run(tail: Tail, photos: Photos, image_format: str, quality: int, side: int) -> Measured:
