@@ -69,7 +69,7 @@ def _measure(engine: Engine, clock: Clock) -> DeviceTimes:
     until_ns = clock() + _BUDGET_NS
     heads = {p.graphs: p for p in engine.bundle.points}  # points with the same graphs cost the same
     samples: dict[tuple[str, ...], list[float]] = {graphs: [] for graphs in heads}
-    offloads: dict[str, list[float]] = {_choice(o).name: [] for o in engine.bundle.offloads}
+    offloads: dict[str, list[float]] = {name_of(o): [] for o in engine.bundle.offloads}
     local: list[float] = []
     for turn in range(8):
         if engine.local is not None:
@@ -87,7 +87,7 @@ def _measure(engine: Engine, clock: Clock) -> DeviceTimes:
             start_ns = clock()
             engine.compress(engine.picture(picture), o.format, o.quality, o.size_px)
             if turn:
-                offloads[_choice(o).name].append((clock() - start_ns) / NS_PER_MS)
+                offloads[name_of(o)].append((clock() - start_ns) / NS_PER_MS)
         if clock() > until_ns:
             break
     head = {p.id: _quantiles(samples[p.graphs]) for p in engine.bundle.points if samples[p.graphs]}
@@ -98,8 +98,9 @@ def _measure(engine: Engine, clock: Clock) -> DeviceTimes:
     )
 
 
-def _choice(o: OffloadOption) -> Offload:
-    return Offload(format=o.format, quality=o.quality, size_px=o.size_px)
+def name_of(o: OffloadOption) -> str:
+    """The name of the controller's choice that an option is offered as."""
+    return Offload(format=o.format, quality=o.quality, size_px=o.size_px).name
 
 
 def _quantiles(values: list[float]) -> Quantiles:
@@ -139,7 +140,7 @@ def make_controller(engine: Engine, times: DeviceTimes, *, fps: float, explain: 
         worst = min(p.accuracy for p in points)
         option = LocalOption(accuracy=local.accuracy or 0.8 * worst, ms=times.local_ms or Quantiles(p50=30.0, p95=60.0))
     config = ControlConfig(fps=min(max(fps, 1.0), 1000.0) if fps else 30.0, initial_bps=_INITIAL_BPS, explain=explain)
-    offloads = [replace(o, encode_ms=times.offload_ms.get(_choice(o).name, o.encode_ms)) for o in engine.bundle.offloads]
+    offloads = [replace(o, encode_ms=times.offload_ms.get(name_of(o), o.encode_ms)) for o in engine.bundle.offloads]
     return Controller(config, points, local=option, offloads=offloads, head_ms=times.head_ms)
 
 

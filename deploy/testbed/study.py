@@ -140,7 +140,8 @@ def pool_rows(rows: Iterable[Row]) -> Summary:
 def sample_traces(folder: Path | None, per_family: int, seed: int = 0) -> dict[str, list[str]]:
     """Trace names by family: 3G by vehicle, Oboe (both from ``folder``) and the project's own.
 
-    The 3G sample takes the vehicles in turn, so that none is missing; ``per_family`` 0 takes everything.
+    The 3G sample takes the vehicles in turn, so that none is missing; ``per_family`` 0 takes everything. Synthetic traces are
+    made from other seeds for each ``seed``.
     """
     from deploy.testbed.synthetic import KINDS
 
@@ -162,6 +163,6 @@ def sample_traces(folder: Path | None, per_family: int, seed: int = 0) -> dict[s
         oboe = sorted(str(p.resolve()) for p in (folder / "traces_oboe").glob("*.txt"))
         rng.shuffle(oboe)
         families["oboe"] = oboe[:per_family] if per_family else oboe
-    synthetic = [f"synthetic:{kind}:{i}" for i in range(4) for kind in KINDS]
+    synthetic = [f"synthetic:{kind}:{i}" for i in range(4 * seed, 4 * seed + 4) for kind in KINDS]
     families["synthetic"] = synthetic[:per_family] if per_family else synthetic
     return {k: v for k, v in families.items() if v}

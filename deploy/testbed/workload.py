@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edge_client.choices import believable, measure, name_of
 from edge_client.control import LocalOption, OffloadOption
+from edge_client.engine import Engine
 from protos.errors import ConfigError
+from splitters.bundle import cache_dir, open_bundle
 from splitters.offload import offload_from_json
 from splitters.operating_point import OperatingPoint, Quantiles
 
@@ -66,22 +70,35 @@ def _times(q: Quantiles, factor: float) -> Quantiles:
 def load_workload(path: Path) -> Workload:
     """Reads a workload: a bundle directory, or a JSON file of ``Workload``'s fields.
 
-    From a bundle come ``operating_points.json`` and, where it holds one, ``control.json`` with the fields a bundle's
-    manifest does not have: ``offloads``, ``local``, ``server``.
+    A bundle's operating points, offload options and local model come with their measured bytes and accuracy; what each takes
+    on this machine is measured now, as the client does at its start, and kept in the same cache.
 
     Raises:
         ConfigError: missing or malformed.
+        BundleError: no bundle, or an altered one.
     """
+    if path.is_dir():
+        return _of_bundle(path)
     try:
-        if path.is_dir():
-            extra = path / "control.json"
-            data: dict[str, Any] = json.loads(extra.read_text()) if extra.exists() else {}
-            data = {"name": path.name, **data, "points": json.loads((path / "operating_points.json").read_text())}
-        else:
-            data = json.loads(path.read_text())
-        return parse_workload(data)
+        return parse_workload(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"workload {path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _of_bundle(path: Path) -> Workload:
+    engine = Engine(open_bundle(path, side="device"), clock=time.monotonic_ns)
+    times = measure(engine, cache=cache_dir() / "times")
+    bundle, points = engine.bundle, believable(engine.bundle.points, engine)
+    spec = bundle.manifest.local
+    local = None
+    if spec is not None and times.local_ms is not None:
+        local = LocalOption(accuracy=spec.accuracy or 0.8 * min(p.accuracy for p in points), ms=times.local_ms)
+    return Workload(
+        name=bundle.manifest.name,
+        points=tuple(replace(p, head_ms=times.head_ms.get(p.id, p.head_ms)) for p in points),
+        offloads=tuple(replace(o, encode_ms=times.offload_ms.get(name_of(o), o.encode_ms)) for o in bundle.offloads),
+        local=local,
+    )
 
 
 def parse_workload(data: Mapping[str, Any]) -> Workload:

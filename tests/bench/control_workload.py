@@ -6,7 +6,8 @@
 Bytes and accuracies are the bundle's own measurements. Measured here, on one thread and in turns so that disturbances hit all
 alike, is time: every choice of the device through the client's own code, captured frame to payload or answer, and the server's
 decoding, tail and whole model, one frame at a time. It is processor time of the lower decile, so that other work on the machine
-counts as little as may be (it still fights for caches and for the other half of a core); the spread is that of all samples.
+counts as little as may be; it still fights for caches and for the other half of a core. Where the bundle's table was measured on
+a quieter machine, the device's times are scaled to it: the heads alone are clocked beside the rest, and tell the factor.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from edge_server.decode import decode_image
 from protos.errors import ConfigError
 from splitters.bundle import Bundle, open_bundle
 from splitters.operating_point import OperatingPoint
-from splitters.preprocess import Frame
+from splitters.preprocess import Frame, normalise
 
-_WARM, _ROUNDS = 3, 3
+_WARM, _ROUNDS = 3, 2
+_ALONE = " alone"
 
 
 def quantiles(ms: list[float]) -> dict[str, float]:
@@ -53,7 +55,9 @@ def clocked(jobs: dict[str, Callable[[Frame], object]], frames: list[Frame]) -> 
 def device_jobs(engine: Engine) -> dict[str, Callable[[Frame], object]]:
     """What the device may have to do with a frame, by the controller's names; points with the same graphs cost the same."""
     jobs: dict[str, Callable[[Frame], object]] = {}
+    image = normalise(np.zeros((*engine.bundle.manifest.preprocess.size_px, 3), np.uint8), engine.bundle.manifest.preprocess)
     for point in {p.graphs: p for p in engine.bundle.points}.values():
+        jobs["+".join(point.graphs) + _ALONE] = lambda _, p=point: engine.head.latents(engine.head.stem(image), p)  # type: ignore[misc]
         jobs["+".join(point.graphs)] = lambda f, p=point: engine.encode(engine.features(f), p)  # type: ignore[misc]
     for o in engine.bundle.offloads:
         jobs[f"{o.format} {o.quality} {o.size_px}"] = lambda f, o=o: engine.compress(  # type: ignore[misc]
@@ -63,6 +67,20 @@ def device_jobs(engine: Engine) -> dict[str, Callable[[Frame], object]]:
     if local is not None:
         jobs["local"] = lambda f: local.answer(local.prepare(f), (f.shape[1], f.shape[0]))
     return jobs
+
+
+def scaled(times: dict[str, dict[str, float]], points: tuple[OperatingPoint, ...]) -> tuple[dict[str, dict[str, float]], float]:
+    """Times as on the machine that measured the table, and the median's factor; each quantile has its own, the heads' median."""
+    factors = {}
+    for quantile in ("p50", "p95"):
+        heads = [(getattr(p.head_ms, quantile), times["+".join(p.graphs) + _ALONE][quantile]) for p in points]
+        factors[quantile] = min(1.0, float(np.median([told / found for told, found in heads]))) if heads[0][0] > 0 else 1.0
+    rows = {
+        name: {quantile: round(ms * factors[quantile], 3) for quantile, ms in q.items()}
+        for name, q in times.items()
+        if not name.endswith(_ALONE)
+    }
+    return {name: {"p50": q["p50"], "p95": max(q.values())} for name, q in rows.items()}, factors["p50"]
 
 
 def server_times(bundle: Bundle, engine: Engine, frames: list[Frame]) -> dict[str, object]:
@@ -110,11 +128,16 @@ def main() -> None:
     files = sorted(f for f in args.images.rglob("*") if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
     chosen = [files[i * len(files) // args.frames] for i in range(min(args.frames, len(files)))]
     frames = [f.astype(np.uint8, copy=False) for c in chosen if (f := cv2.imread(str(c))) is not None]
-    times = clocked(device_jobs(engine), frames)
+    times, factor = scaled(clocked(device_jobs(engine), frames), bundle.points)
     local = bundle.manifest.local
     workload = {
         "name": bundle.manifest.name,
-        "_measured": {"bundle_sha256": bundle.sha256, "command": "python -m tests.bench.control_workload", "frames": len(frames)},
+        "_measured": {
+            "bundle_sha256": bundle.sha256,
+            "command": "python -m tests.bench.control_workload",
+            "frames": len(frames),
+            "device_factor": round(factor, 3),
+        },
         "points": [_point(p, times) for p in believable(bundle.points, engine)],
         "offloads": [{**asdict(o), "encode_ms": times[f"{o.format} {o.quality} {o.size_px}"]} for o in bundle.offloads],
         "local": {"accuracy": local.accuracy, "ms": times["local"]} if local is not None and local.accuracy > 0 else None,
