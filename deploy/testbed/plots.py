@@ -18,6 +18,7 @@ _STYLE = {
     "legend.frameon": False, "figure.dpi": 200, "savefig.bbox": "tight",
 }  # fmt: skip
 _BIN_S = 0.5
+_FAR_APART = 6.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +56,7 @@ def plot_run(
     duration_s: float,
     out: Path,
 ) -> None:
-    """Capacity and bitrate sent, choices, latencies under the deadline, outcomes, all over one time axis.
+    """Capacity and bitrate sent, choices, latencies under the deadline, outcomes, all over one time axis; outages shaded.
 
     Args:
         dots: frames of one camera.
@@ -68,7 +69,9 @@ def plot_run(
     """
     plt = _pyplot()
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(4, 1, sharex=True, figsize=(7.0, 6.6), height_ratios=(1.25, 1.35, 1.25, 0.75))
+        rows = max(2, len({d.choice for d in dots if d.choice}))
+        heights = (1.25, 0.3 + 0.16 * rows, 1.25, 0.6)
+        figure, axes = plt.subplots(4, 1, sharex=True, figsize=(7.0, 1.5 * sum(heights)), height_ratios=heights)
         _bitrates(axes[0], dots, capacity, duration_s)
         _choices(axes[1], dots, choices)
         _latencies(axes[2], dots, deadline_ms)
@@ -76,24 +79,40 @@ def plot_run(
         axes[3].set_xlabel("time (s)")
         axes[3].set_xlim(0, duration_s)
         axes[0].set_title(title, loc="left")
+        for begin, end in _outages(capacity, duration_s):
+            for ax in axes[:3]:
+                ax.axvspan(begin, end, color="#f1efe9", lw=0, zorder=-1)
+        for letter, ax in zip("abcd", axes, strict=True):
+            ax.annotate(f"({letter})", (0, 1), xycoords="axes fraction", xytext=(-56, 1), textcoords="offset points", weight="bold")
         figure.align_ylabels(axes)
         figure.subplots_adjust(hspace=0.16)
         figure.savefig(out)
         plt.close(figure)
 
 
+def _outages(capacity: Sequence[tuple[float, float]], duration_s: float) -> list[tuple[float, float]]:
+    ends = [t for t, _ in capacity[1:]] + [duration_s]
+    return [(begin, end) for (begin, rate), end in zip(capacity, ends, strict=True) if rate <= 0 < end - begin]
+
+
 def _bitrates(ax: Any, dots: Sequence[Dot], capacity: Sequence[tuple[float, float]], duration_s: float) -> None:
     times = [t for t, _ in capacity] + [duration_s]
     rates = [r for _, r in capacity] + [capacity[-1][1]]
-    ax.fill_between(times, rates, step="post", color="#dddddd", lw=0, label="link capacity")
     n = int(duration_s / _BIN_S)
     sent = [0.0] * (n + 1)
     for d in dots:
         if d.payload_bytes and d.sent_s < duration_s:
             sent[int(d.sent_s / _BIN_S)] += d.payload_bytes * 8e-6 / _BIN_S
+    high, most = sorted(rates)[int(0.9 * (len(rates) - 1))], max(sent)
+    low = 0.0
+    if most and high > _FAR_APART * most:  # on a linear axis the one would lie on the ground
+        ax.set_yscale("log", nonpositive="clip")
+        low = 0.5 * min(s for s in sent if s)
+        ax.set_ylim(low, 8 * max(rates))
+    else:
+        ax.set_ylim(0, max(1.35 * most, 1.35 * high, 0.1))
+    ax.fill_between(times, rates, low, step="post", color="#dddddd", lw=0, label="link capacity")
     ax.step([i * _BIN_S for i in range(n + 1)], sent, where="post", color=COLOURS["result"], lw=1.0, label="payload sent")
-    top = 1.25 * max(*sent, sorted(rates)[int(0.9 * (len(rates) - 1))])
-    ax.set_ylim(0, max(top, 0.1))
     ax.set_ylabel("Mbit/s")
     ax.legend(loc="upper right", ncols=2, borderaxespad=0.1)
 
@@ -141,9 +160,9 @@ def _outcomes(ax: Any, dots: Sequence[Dot], duration_s: float) -> None:
             ax.bar([i + 0.5 for i in range(n)], share, 1.0, bottom=floor, color=colour, label=labels[kind], lw=0)
         floor = [a + b for a, b in zip(floor, share, strict=True)]
     ax.set_ylim(0, 1)
-    ax.set_yticks((0, 0.5, 1))
-    ax.set_ylabel("outcomes")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.42), ncols=5, handlelength=1.0)
+    ax.set_yticks((0, 0.5, 1), ("0", ".5", "1"))
+    ax.set_ylabel("outcomes\n(share)")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5), ncols=5, handlelength=1.0)
 
 
 def plot_policies(table: Mapping[str, Mapping[str, float]], *, title: str, metric: str, out: Path) -> None:

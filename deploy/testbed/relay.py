@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import re
 import struct
 import subprocess
 from collections import deque
@@ -85,6 +86,7 @@ class Relay:
         reason = why_not()
         if reason:
             raise ConfigError(f"relay mode is not possible here: {reason}; use --mode shape")
+        _sweep()
         try:
             for space, device, own, other in (
                 (self._spaces[0], f"{self._tag}a", CLIENT_ADDRESS, SERVER_ADDRESS),
@@ -162,6 +164,23 @@ class Relay:
 
     def delivered(self, packet: bytes) -> None:
         """A packet was handed to the server's end; for who wants to listen in."""
+
+
+def _sweep() -> None:
+    """Removes what relays left behind that were killed."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False, timeout=10).stdout
+    for line in listed.splitlines():
+        space = line.split()[0]
+        if (found := re.fullmatch(r"ht(\d+)[cs]", space)) and not any(
+            Path(f"/proc/{pid}").exists() for pid in _pids(int(found[1]))
+        ):
+            with suppress(OSError, subprocess.SubprocessError):
+                ip("netns", "del", space)
+
+
+def _pids(tag: int) -> list[int]:
+    """Process ids whose relays carry that tag, up to the largest there can be."""
+    return list(range(tag, 1 << 22, 100_000))
 
 
 def open_relay(up: LinkConfig, down: LinkConfig, *, seed: int = 0) -> Relay | NetemRelay:

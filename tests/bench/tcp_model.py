@@ -242,14 +242,16 @@ def pooled(runs: Sequence[dict[str, Any]]) -> Found:
     )  # fmt: skip
 
 
-async def measured(seconds: float, seeds: Sequence[int], parallel: int) -> list[dict[str, Any]]:
-    """Every cell once with each seed."""
+async def measured(runs: list[dict[str, Any]], seconds: float, seeds: Sequence[int], parallel: int, keep: Path | None) -> None:
+    """Every cell once with each seed, added to ``runs`` as they come."""
     gate = asyncio.Semaphore(parallel)
 
-    async def one(cell: tuple[float, float], seed: int) -> dict[str, Any]:
-        return {"cell": cell, "seed": seed, **await kernel(cell, seconds, seed, gate)}
+    async def one(cell: tuple[float, float], seed: int) -> None:
+        runs.append({"cell": cell, "seed": seed, **await kernel(cell, seconds, seed, gate)})
+        if keep is not None:
+            keep.write_text(json.dumps(runs))
 
-    return list(await asyncio.gather(*(one(c, seed) for seed in seeds for c in CELLS)))
+    await asyncio.gather(*(one(c, seed) for seed in seeds for c in CELLS))
 
 
 def table(runs: Sequence[dict[str, Any]], seconds: float, model_runs: int) -> list[dict[str, float]]:
@@ -306,9 +308,7 @@ def main() -> None:
     else:
         runs = json.loads(args.runs.read_text()) if args.runs and args.runs.exists() else []
         seen = max((r["seed"] + 1 for r in runs), default=0)
-        runs += asyncio.run(measured(args.seconds, range(seen, seen + args.repeats), args.parallel))
-        if args.runs:
-            args.runs.write_text(json.dumps(runs))
+        asyncio.run(measured(runs, args.seconds, range(seen, seen + args.repeats), args.parallel, args.runs))
         punctual = [r for r in runs if r["late_p95_ms"] <= LATE_MS]
         print(f"{len(runs)} measurements, {len(runs) - len(punctual)} of them left out because the relay itself was late")
         rows = table(punctual, args.seconds, args.model_runs)

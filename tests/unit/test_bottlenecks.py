@@ -164,7 +164,8 @@ def test_whatever_it_is_told_groups_are_of_open_sessions_of_one_owner_and_of_two
 ) -> None:
     found = Bottlenecks(BottleneckConfig(max_sessions=6, slots=10, min_common=3, joins=1, parts=1, join=0.2, join_changes=-1.0))
     again = Bottlenecks(found.config)
-    now, open_ = 0, set()
+    now = 0
+    open_: set[str] = set()
     for what, who, value, step in rows:
         now = max(0, now + step)
         name = f"s{who}"
