@@ -22,7 +22,7 @@ import torch
 
 from splitters.models.detector import INPUT_SIZE_PX, load_detector
 from splitters.models.detector import WEIGHTS as DETECTOR
-from splitters.models.detector_learned import C_LATENT, build_learned_detector, load_learned_detector, take_over_small
+from splitters.models.detector_learned import C_LATENT, build_learned_detector, load_learned_detector
 from splitters.models.efficientnet_lite import INPUT_MEAN, INPUT_STD
 from splitters.models.learned_export import Rung
 from splitters.train.checkpoint import save_checkpoint
@@ -39,7 +39,7 @@ TARGET_BYTES = (6500.0, 4000.0, 2500.0, 1500.0, 900.0)  # at the detector's own 
 RUNGS = tuple(i / 2 for i in range(2 * len(TARGET_BYTES) - 1))
 _SAMPLE, _HOLD_OUT = 96, 200
 _GENTLE = 2e-4
-_TIERS = (0.25, 0.25, 0.5)
+_TIERS = (0.2, 0.2, 0.6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +50,8 @@ class Plan:
         minutes: wall-clock time of the run.
         size_px: side of the training pictures.
         batch: photos a step.
-        small: a trained bottleneck (around any detector of the same first blocks) whose small encoders are taken over; fresh ones
-            when empty.
         detector: the detector's weights.
+        light_until: share of the run in which the light encoders only learn the dearest one's latent.
         tail_from: share of the run after which the tail's backbone trains too.
         fit: photos the probability tables are fitted on.
         seed: of all chance.
@@ -61,9 +60,9 @@ class Plan:
     minutes: float = 40.0
     size_px: int = 256
     batch: int = 12
-    small: str = ""
     detector: str = str(DETECTOR)
-    tail_from: float = 0.4
+    light_until: float = 0.12
+    tail_from: float = 0.5
     fit: int = 240
     seed: int = 0
 
@@ -71,20 +70,21 @@ class Plan:
 def configuration(plan: Plan) -> TrainConfig:
     """The loop's configuration; its steps are the clock's ticks.
 
-    The small encoders learn fast, what all tiers share slowly: its start is good already. First the tail is as it was, then the
-    backbone behind the cut trains too.
+    First the light encoders learn the dearest one's latent, then all learn together, slowly in what they share: its start is good
+    already. At last the backbone behind the cut trains too.
     """
     area = (plan.size_px / INPUT_SIZE_PX) ** 2
-    alone = round(plan.tail_from * TICKS)
-    stages = [Stage(steps=alone, lr=2e-3, lr_shared=_GENTLE, tiers=_TIERS, warmup_steps=TICKS // 50)] if alone else []
-    if alone < TICKS:
-        last = Stage(steps=TICKS - alone, lr=1e-3, lr_shared=_GENTLE, lr_tail=5e-5, tiers=_TIERS, warmup_steps=TICKS // 100)
-        stages.append(last)
+    light, alone = round(plan.light_until * TICKS), round(plan.tail_from * TICKS)
+    stages = (
+        Stage(steps=light, lr=2e-3, tiers=(0.5, 0.5, 0.0), latent_only=True, warmup_steps=TICKS // 100),
+        Stage(steps=alone - light, lr=8e-4, lr_shared=_GENTLE, tiers=_TIERS, warmup_steps=TICKS // 100),
+        Stage(steps=TICKS - alone, lr=8e-4, lr_shared=_GENTLE, lr_tail=5e-5, tiers=_TIERS, warmup_steps=TICKS // 100),
+    )
     return TrainConfig(
         model="detector", size_px=plan.size_px, batch=plan.batch, seed=plan.seed, data=DATA, rungs=RUNGS,
         target_bytes=tuple(area * b for b in TARGET_BYTES), letterbox=True, amp=True, area=0.4, truncate=0.1, first_weight=0.5,
         prefixes=(16, 24, 32, 48), groups=(0, 24), mean=(INPUT_MEAN,) * 3, std=(INPUT_STD,) * 3, hold_out=_HOLD_OUT, ema=0.99,
-        loss=LossWeights(cut=0.05, stages=(0.2,)), stages=tuple(stages),
+        loss=LossWeights(cut=0.05, stages=(0.2,)), stages=stages,
     )  # fmt: skip
 
 
@@ -107,8 +107,6 @@ def train(plan: Plan, data: Path, out: Path, *, cache: Path | None = None) -> No
     detector = load_detector(Path(plan.detector))
     sample = photos.batch(rng.choice(len(photos), min(_SAMPLE, len(photos)), replace=False), whole, rng)
     base, student = build_learned_detector(sample, [8 * b for b in config.target_bytes], detector)
-    if plan.small:
-        take_over_small(student, load_learned_detector(Path(plan.small), config.size_px, detector)[1])
     speed_up(base.modules())
     speed_up(student)
     trainer = Trainer(config, base, student, photos, out=out, device=torch.device("cpu"), clock_s=time.monotonic)
