@@ -29,7 +29,7 @@ TIERS = (
     Tier(name="l", runs=((0, 0.5), (1, 1.0))),
     Tier(name="own", runs=((2, 1.0),)),
 )
-# Residual blocks that joined the two small encoders late: where most of their accuracy per millisecond lies.
+# Residual blocks that the two small encoders grow when training goes on; the shipped ones have none.
 DEEP = (3, 1)
 STEPS = (4.0, 6.0, 9.0, 13.0, 19.0, 28.0)
 
@@ -62,7 +62,7 @@ def staged(model: EfficientNetLite0) -> StagedModel:
 
 
 def skeleton(
-    pruned: nn.Sequential, base: StagedModel, steps: tuple[float, ...] = STEPS, deep: tuple[int, int] = DEEP
+    pruned: nn.Sequential, base: StagedModel, steps: tuple[float, ...] = STEPS, deep: tuple[int, int] = (0, 0)
 ) -> LearnedSplit:
     """The student's modules around an already pruned own body; bottleneck and small encoders untrained."""
     small = SmallEncoderConfig(channels=(64, 128, 224), widths=(0.5, 1.0), deep=deep[0])

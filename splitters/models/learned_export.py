@@ -24,7 +24,7 @@ from splitters.models.efficientnet_export import common_fields, write_local
 from splitters.models.efficientnet_lite import DEFAULT_SIZE_PX, EfficientNetLite0, MBConv, load_efficientnet_lite0
 from splitters.models.ensemble import EncoderEnsemble, OwnEncoder, Tier
 from splitters.models.learned import LearnedSplit
-from splitters.models.learned_efficientnet import C_LATENT, DEEP, PRUNED, fuse_norms, skeleton, staged
+from splitters.models.learned_efficientnet import C_LATENT, PRUNED, fuse_norms, skeleton, staged
 from splitters.models.narrow import narrow
 from splitters.models.slimmable import at_width, frozen_copy
 from splitters.offload import offload_from_json
@@ -55,7 +55,7 @@ def _hollow(block: MBConv, keep: int) -> None:
             getattr(norm, name).data = getattr(norm, name).data[:keep].clone()
 
 
-def blank_student(tiers: int, deep: tuple[int, int] = DEEP) -> LearnedSplit:
+def blank_student(tiers: int, deep: tuple[int, int] = (0, 0)) -> LearnedSplit:
     """The student's modules with the published weights where it has them, the rest to be loaded.
 
     Args:

@@ -74,6 +74,7 @@ class TrainConfig:
         first_weight: of the bits in the loss, relative to a bit's share of the finest tier's target, at the start.
         single_layer_from: rungs from this gain on are so small that a frame fits one packet, and travel in one layer.
         start: folder with trained weights to go on from (``efficientnet-lite0`` only); empty: the published model.
+        deepen: the small encoders of ``start`` grow residual blocks, which begin as the identity.
         single: ``TIER:GAIN``: train for this one operating point alone, from ``start`` (see `splitters.train.single`).
         data: sub-folders of the data directory to learn from; empty for all of it.
         target_bytes: estimated payload of each gain tier in the dearest encoder tier, finest first: the trade-off
@@ -99,6 +100,7 @@ class TrainConfig:
     first_weight: float = 0.0
     single_layer_from: float = 1e9
     start: str = ""
+    deepen: bool = False
     single: str = ""
     data: tuple[str, ...] = ()
     size_px: int = 224

@@ -41,14 +41,14 @@ def efficientnet_lite0_joint() -> TrainConfig:
     """Goes on from shipped weights with all tiers and the tail's first blocks at once; only the own encoder's blocks rest."""
     return replace(
         efficientnet_lite0(), start=str(WEIGHTS / "efficientnet-lite0"), amp=True,
-        stages=(Stage(steps=200, lr=1e-3, lr_shared=4e-4, lr_tail=1e-4, tiers=(0.4, 0.18, 0.14, 0.28)),),
+        stages=(Stage(steps=120, lr=1e-3, lr_shared=4e-4, lr_tail=1e-4, tiers=(0.4, 0.18, 0.14, 0.28)),),
     )  # fmt: skip
 
 
 def efficientnet_lite0_cheap() -> TrainConfig:
-    """Goes on from shipped weights with the small encoders; what they share with the dearest tier moves slowly."""
+    """Goes on from shipped weights with the small encoders, deepened; what they share with the dearest tier moves slowly."""
     return replace(
-        efficientnet_lite0(), start=str(WEIGHTS / "efficientnet-lite0"), truncate=0.15, amp=True,
+        efficientnet_lite0(), start=str(WEIGHTS / "efficientnet-lite0"), truncate=0.15, amp=True, deepen=True,
         stages=(Stage(steps=480, lr=2e-3, lr_shared=2e-4, tiers=(0.4, 0.22, 0.16, 0.22)),),
     )  # fmt: skip
 

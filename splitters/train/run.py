@@ -46,7 +46,7 @@ def build(config: TrainConfig, sample: Tensor) -> tuple[StagedModel, LearnedSpli
         from splitters.models.learned_efficientnet import DEEP, build_learned_efficientnet, staged
 
         if config.start:
-            return staged(load_efficientnet_lite0()), load_student(Path(config.start), DEEP)
+            return staged(load_efficientnet_lite0()), load_student(Path(config.start), DEEP if config.deepen else None)
         return build_learned_efficientnet(sample)
     from splitters.models.learned_any import build_any
     from splitters.sources import load_source
