@@ -21,6 +21,7 @@ from protos.errors import OverloadedError
 T = TypeVar("T")
 
 _SMOOTHING = 0.2  # weight of the newest of the tail's times
+_STALE_NS = 500_000_000  # a time that nothing has confirmed for so long refuses no frame: one slow run must not do so for ever
 
 
 @dataclass(slots=True)
@@ -44,20 +45,23 @@ class TailTimes:
 
     def __init__(self) -> None:
         self._by_key: dict[Hashable, dict[int, float]] = {}
+        self._run_ns: dict[Hashable, int] = {}
 
-    def add(self, key: Hashable, size: int, tail_ns: int) -> None:
-        """Records one run of the tail."""
+    def add(self, key: Hashable, size: int, tail_ns: int, now_ns: int) -> None:
+        """Records one run of the tail, over at ``now_ns``."""
+        self._run_ns[key] = now_ns
         times = self._by_key.setdefault(key, {})
         times[size] = tail_ns if size not in times else times[size] + _SMOOTHING * (tail_ns - times[size])
 
     def forget(self, key: Hashable) -> None:
         """A model left."""
         self._by_key.pop(key, None)
+        self._run_ns.pop(key, None)
 
-    def estimate_ns(self, key: Hashable, size: int) -> int:
-        """Expected time of a batch of ``size``; 0 while nothing is known."""
+    def estimate_ns(self, key: Hashable, size: int, now_ns: int) -> int:
+        """Expected time of a batch of ``size``; 0 while nothing is known, or nothing recent."""
         times = self._by_key.get(key)
-        if not times:
+        if not times or now_ns - self._run_ns[key] > _STALE_NS:
             return 0
         if size in times:
             return int(times[size])
@@ -100,8 +104,8 @@ class BatchQueue(Generic[T]):
         """
         if len(self._waiting) >= self.config.max_queue:
             raise OverloadedError(f"{len(self._waiting)} frames wait for the tail already")
-        if deadline_ns is not None and now_ns + self.times.estimate_ns(key, 1) + self.config.margin_ns > deadline_ns:
-            raise OverloadedError(self._too_late(key))
+        if deadline_ns is not None and now_ns + self.times.estimate_ns(key, 1, now_ns) + self.config.margin_ns > deadline_ns:
+            raise OverloadedError(self._too_late(key, now_ns))
         self._waiting.append(Waiting(key, deadline_ns, now_ns, item, next(self._order)))
 
     def remove(self, items: set[int]) -> None:
@@ -122,7 +126,7 @@ class BatchQueue(Generic[T]):
         for w in self._waiting:
             if w.deadline_ns is not None:
                 until_ns = min(
-                    until_ns, w.deadline_ns - self.times.estimate_ns(w.key, len(self._waiting)) - 2 * self.config.margin_ns
+                    until_ns, w.deadline_ns - self.times.estimate_ns(w.key, len(self._waiting), now_ns) - 2 * self.config.margin_ns
                 )
         return max(0, until_ns - now_ns)
 
@@ -146,12 +150,12 @@ class BatchQueue(Generic[T]):
             return len(same)
         left_ns = deadline_ns - now_ns - self.config.margin_ns
         size = len(same)
-        while size > 1 and self.times.estimate_ns(same[0].key, size) > left_ns:
+        while size > 1 and self.times.estimate_ns(same[0].key, size, now_ns) > left_ns:
             size -= 1
         return size
 
     def _shed(self, now_ns: int) -> list[Waiting[T]]:
-        costs = {key: self._cost_ns(key) for key in {w.key for w in self._waiting}}
+        costs = {key: self._cost_ns(key, now_ns) for key in {w.key for w in self._waiting}}
         at_ns, late = now_ns + self.config.margin_ns, False
         for w in self._waiting:
             at_ns += costs[w.key]
@@ -166,16 +170,18 @@ class BatchQueue(Generic[T]):
         self._waiting = kept
         return out
 
-    def _cost_ns(self, key: Hashable) -> int:
+    def _cost_ns(self, key: Hashable, now_ns: int) -> int:
         """A frame's share of the batch it is likely to be in."""
         size = min(self.config.max_batch, sum(w.key == key for w in self._waiting))
-        return self.times.estimate_ns(key, size) // size
+        return self.times.estimate_ns(key, size, now_ns) // size
 
-    def _too_late(self, key: Hashable) -> str:
-        return f"the tail takes about {self.times.estimate_ns(key, 1) / 1e6:.1f} ms, longer than this frame's deadline leaves"
+    def _too_late(self, key: Hashable, now_ns: int) -> str:
+        return (
+            f"the tail takes about {self.times.estimate_ns(key, 1, now_ns) / 1e6:.1f} ms, longer than this frame's deadline leaves"
+        )
 
-    def refusal(self, waiting: Waiting[T]) -> OverloadedError:
+    def refusal(self, waiting: Waiting[T], now_ns: int) -> OverloadedError:
         """Why a refused frame was refused."""
         return OverloadedError(
-            f"{len(self._waiting)} frames wait; this one would miss its deadline ({self._too_late(waiting.key)})"
+            f"{len(self._waiting)} frames wait; this one would miss its deadline ({self._too_late(waiting.key, now_ns)})"
         )

@@ -154,7 +154,7 @@ class EmbeddedBackend:
                 if self._closing:
                     break
                 batch = self._queue.take(self._clock())
-                refusals: list[tuple[_Job, Outcome]] = [(w.item, self._queue.refusal(w)) for w in batch.refused]
+                refusals: list[tuple[_Job, Outcome]] = [(w.item, self._queue.refusal(w, self._clock())) for w in batch.refused]
             self._deliver(refusals)
             if batch.run:
                 self._deliver(self._answer(batch.run))
@@ -189,7 +189,7 @@ class EmbeddedBackend:
             return [(jobs[0], ModelError("the tail failed on this frame; the server's log says why"))]
         tail_ns = self._clock() - start_ns
         with self._wake:
-            self._queue.times.add(waiting[0].key, len(jobs), tail_ns)
+            self._queue.times.add(waiting[0].key, len(jobs), tail_ns, start_ns + tail_ns)
             backlog = len(self._queue)
         self._remember(waiting, start_ns, tail_ns, backlog)
         return [

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -53,13 +54,14 @@ async def camera(
         await asyncio.sleep(phase / args.fps)
         frame_id = 0
         while not end.is_set():
-            sent[frame_id] = time.monotonic()
+            begun = sent[frame_id] = time.monotonic()
             for layer in shots[frame_id % len(shots)]:
                 layer.frame_id, layer.deadline_remaining_ns = frame_id, int(args.deadline_ms * 1e6)
                 await stream.send(layer=layer)
             frame_id += 1
-            await asyncio.sleep(max(0.0, sent[frame_id - 1] + 1 / args.fps - time.monotonic()))
-        await asyncio.wait_for(_all_answered(fates, frame_id, reader), args.deadline_ms / 1e3 + 10)
+            await asyncio.sleep(max(0.0, begun + 1 / args.fps - time.monotonic()))
+        with contextlib.suppress(TimeoutError):  # what has no outcome by then has none
+            await asyncio.wait_for(_all_answered(fates, frame_id, reader), args.deadline_ms / 1e3 + 10)
         reader.cancel()
     return frame_id, fates
 
@@ -67,7 +69,7 @@ async def camera(
 async def _read(stream: Stream, sent: dict[int, float], fates: list[Frame]) -> None:
     while True:
         result = await stream.result()
-        at = sent[result.frame_id]
+        at = sent.pop(result.frame_id)
         fates.append(Frame(at, time.monotonic() - at, "result" if result.error is None else result.error.code))
 
 
