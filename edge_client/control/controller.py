@@ -170,7 +170,8 @@ class Controller:
             return False
         gain = (1 - self.estimator.p_still(frame_id, now_ns, deadline_ns)) * local.accuracy
         since_ns = max(0.0, now_ns - self._captured_ns) % self._interval_ns
-        return gain > max(self._displaced(since_ns, local.mid_ns), self._price * local.mid_ns) + 0.05 * local.accuracy
+        displaced = self._superseded(since_ns, local.mid_ns) * self._typical
+        return gain > max(displaced, self._price * local.mid_ns) + 0.05 * local.accuracy
 
     # ------------------------------------------------------------------ inside
 
@@ -185,18 +186,15 @@ class Controller:
         moment = Moment(e, self._local, now_ns, deadline_ns, self._interval_ns, late_ns)
         scores = [moment.score_local(self._local)] if self._local else []
         closed = e.connected and self._score_remotes(scores, moment, tokens)
-        self._price = device_price(scores, self._interval_ns)
+        self._price, overloaded = device_price(scores, self._interval_ns)
         soon = e.p_unblocked(now_ns, deadline_ns) if moment.waited else 1.0
         for s in scores:
-            s.p_all *= min(1.0, self._interval_ns / max(1.0, s.device_ns))
+            superseded = self._superseded(late_ns, s.option.mid_ns)
+            s.p_all *= (min(1.0, self._interval_ns / s.device_ns) if overloaded and s.device_ns > 0 else 1.0) / (1.0 + superseded)
+            s.displaced = soon * superseded * self._typical
             missed = max(0.0, self.config.target_on_time - s.p_all)
-            s.displaced = soon * self._displaced(late_ns, s.option.mid_ns)
-            s.net = (
-                s.value
-                - self.config.miss_price * missed
-                - self._price * max(0.0, late_ns + s.device_ns - self._interval_ns)
-                - s.displaced
-            )
+            behind_ns = max(0.0, late_ns + s.device_ns - self._interval_ns)
+            s.net = s.value - self.config.miss_price * missed - self._price * behind_ns - s.displaced
         if not e.connected:
             return scores, "offline"
         return scores, "window" if closed else "worthless"
@@ -225,9 +223,9 @@ class Controller:
                 enough = max(enough, score.value - self.config.switch_margin)
         return closed
 
-    def _displaced(self, late_ns: float, job_ns: float) -> float:
-        """What frames superseded during a job would have brought: of those captured meanwhile the newest waits."""
-        return max(0.0, (late_ns + job_ns) // self._interval_ns - 1.0) * self._typical
+    def _superseded(self, late_ns: float, job_ns: float) -> float:
+        """Frames superseded during a job: of those captured meanwhile the newest waits."""
+        return max(0.0, (late_ns + job_ns) // self._interval_ns - 1.0)
 
     def _choose(self, scores: list[Score], now_ns: int) -> Score | None:
         best, last = None, None

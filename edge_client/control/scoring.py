@@ -135,11 +135,14 @@ class Moment:
         score.device_ns += extra_ns
 
 
-def device_price(scores: Sequence[Score], interval_ns: float) -> float:
-    """Value per ns of device time: 0 while the best choice takes less than an interval, else the hull's slope there."""
+def device_price(scores: Sequence[Score], interval_ns: float) -> tuple[float, bool]:
+    """Value per ns of device time: 0 while the best choice takes less than an interval, else the hull's slope there.
+
+    Also whether frames must be left out, because every choice worth having takes longer than an interval.
+    """
     best = max(scores, key=lambda s: s.value, default=None)
     if best is None or best.device_ns <= interval_ns:
-        return 0.0
+        return 0.0, False
     # The hull from (0, 0) upwards; the segment that crosses one interval.
     at_ns, at_value = 0.0, 0.0
     rest = [s for s in scores if s.value > 0 and s.device_ns > 0]
@@ -147,9 +150,9 @@ def device_price(scores: Sequence[Score], interval_ns: float) -> float:
         steepest = max(rest, key=lambda s: ((s.value - at_value) / (s.device_ns - at_ns), s.device_ns))
         slope = (steepest.value - at_value) / (steepest.device_ns - at_ns)
         if slope <= 0:
-            return 0.0
+            return 0.0, False
         if steepest.device_ns >= interval_ns:
-            return slope
+            return slope, at_ns == 0.0
         at_ns, at_value = steepest.device_ns, steepest.value
         rest = [s for s in rest if s.device_ns > at_ns]
-    return 0.0
+    return 0.0, False

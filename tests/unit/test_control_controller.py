@@ -202,17 +202,23 @@ def test_a_choice_longer_than_an_interval_pays_for_the_frames_it_displaces() -> 
     ]
     c = Controller(ControlConfig(fps=10.0, initial_bps=20e6), points)
     c.estimator.on_connect(0)
-    assert c.decide(0, 0, 400 * MS) == Split(point_id=0)
+    c.decide(0, 0, 400 * MS)
+    late = c.decide(1, 190 * MS, 500 * MS)  # 90 ms after its capture: the long choice would let a frame be superseded
+    assert isinstance(late, Split)
+    assert late.point_id == 0
 
 
 def test_device_time_is_priced_at_the_hulls_slope() -> None:
     def score(ms: float, value: float) -> Score:
         return Score(Option(Local(), value, q(0), q(ms)), device_ns=ms * MS, value=value)
 
-    assert device_price([score(10, 0.5), score(30, 0.7)], 33 * MS) == 0, "even the best fits"
-    price = device_price([score(20, 0.5), score(40, 0.7), score(40, 0.55)], 30 * MS)
+    assert device_price([score(10, 0.5), score(30, 0.7)], 33 * MS) == (0, False), "even the best fits"
+    price, overloaded = device_price([score(20, 0.5), score(40, 0.7), score(40, 0.55)], 30 * MS)
     assert price == pytest.approx(0.2 / (20 * MS))
-    assert device_price([score(60, 0.6)], 30 * MS) == pytest.approx(0.6 / (60 * MS))
+    assert not overloaded, "two choices share the device"
+    price, overloaded = device_price([score(60, 0.6)], 30 * MS)
+    assert price == pytest.approx(0.6 / (60 * MS))
+    assert overloaded
 
 
 def test_on_a_lossy_link_the_window_covers_a_repair() -> None:
