@@ -207,7 +207,7 @@ def fit(scene: Scene, columns: Sequence[int], recall: float, *, sure: float, unt
     boxes, right, at = scene.own
     early = at < until
     return Fit(
-        asked=found[0], others=tuple(found[1:]), sure=score_at_precision(boxes[early], right[early]) if early.any() else None,
+        asked=found[0], others=tuple(found[1:]), sure=score_at_precision(boxes[early], right[early]),
         frames=until, frames_positive=int(positive[:until].sum()),
     )  # fmt: skip
 

@@ -125,8 +125,8 @@ def promises(scores: Array, confidence: Array, columns: Sequence[int], recalls: 
     return [calibrate(best, recall) for recall in recalls]
 
 
-def score_at_precision(scores: Array, right: NDArray[np.bool_], precision: float = PRECISION) -> float:
-    """The lowest score from which on a detector's boxes are right with at least this share; ``SURE`` with too few boxes to tell.
+def score_at_precision(scores: Array, right: NDArray[np.bool_], precision: float = PRECISION) -> float | None:
+    """The lowest score from which on a detector's boxes are right with at least this share; None with too few boxes to tell.
 
     Args:
         scores: (B,) of boxes.
@@ -137,4 +137,4 @@ def score_at_precision(scores: Array, right: NDArray[np.bool_], precision: float
     share = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
     last = np.append(np.diff(scores[order]) != 0, True)  # equal scores count together
     fitting = np.flatnonzero((share >= precision) & last & (np.arange(len(order)) + 1 >= _LEAST_BOXES))
-    return float(scores[order][fitting[-1]]) if fitting.size else SURE
+    return float(scores[order][fitting[-1]]) if fitting.size else None

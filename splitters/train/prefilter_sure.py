@@ -21,7 +21,7 @@ from splitters.models.coco_classes import INDEX_OF
 from splitters.models.detector import INPUT_SIZE_PX, WEIGHTS, PhotoDetector, load_detector
 from splitters.models.prefilter import CATEGORY_IDS
 from splitters.models.prefilter_export import SURE_OF_DETECTOR
-from splitters.models.prefilter_promise import PRECISION, score_at_precision
+from splitters.models.prefilter_promise import PRECISION, SURE, score_at_precision
 from splitters.train.detector_data import Example, build_examples, held_out
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def main() -> None:
     chosen = [e for e, out in zip(examples, held_out(examples), strict=True) if out]
     rows = [row for example in chosen for row in judged(detector, example)]
     scores, right = np.array([r[0] for r in rows]), np.array([r[1] for r in rows], bool)
-    score = score_at_precision(scores, right)
+    score = score_at_precision(scores, right) or SURE
     told = {
         "score": round(score, 4), "precision_asked": PRECISION, "precision": round(float(right[scores >= score].mean()), 4),
         "boxes": int((scores >= score).sum()), "photos": len(chosen), "weights_sha256": sha256_file(args.weights),

@@ -107,7 +107,7 @@ def car_park(data: Path, bundle: Bundle, recall: float, sures: list[float]) -> t
     assert promise is not None
     report: dict[str, object] = {"frames": len(scene), "sure_of_detector_on_photos": promise.sure}
     scores, there = interesting(scene, columns, sures[0])
-    on_this_scene = score_at_precision(*scene.own[:2])
+    on_this_scene = score_at_precision(*scene.own[:2]) or promise.sure
     report["live"] = {
         **{f"own detector, {s:.2f}": live(scene, replace(promise, sure=s), there, scene.answered) for s in (0.5, on_this_scene)},
         "YOLOX-nano at the server, 0.40": live(scene, replace(promise, sure=0.4), there, scene.confidence),
