@@ -89,6 +89,11 @@ def _any(args: argparse.Namespace) -> TrainConfig:
     if detects != (args.output != "softmax"):
         raise ConfigError("--task detection and --output yolox (or boxes) go together: the bundle must say how to read the boxes")
     source = load_source(args.model, weights=args.weights, size_px=(args.size, args.size) if args.size else None)
+    if args.model.startswith("torchvision:"):
+        from splitters.models.detectors import is_detector
+
+        if is_detector(source.model):
+            raise ConfigError(f"{args.model} makes its own anchors and boxes; export it to ONNX with boxes and scores as outputs")
     height, width = source.example.shape[-2:]
     if height != width:
         raise ConfigError(f"the model's input is {height}x{width}; training crops are square: give --size")

@@ -22,7 +22,7 @@ from protos.errors import ConfigError
 Layout = Literal["chw", "hwc", "tokens", "vector"]
 _EXTRA_TOKENS = 8  # class, distillation and register tokens at most
 _FEWEST = 3  # cells along a side: any length is some square and a rest
-MAX_FUSED = 8192
+MAX_FUSED = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

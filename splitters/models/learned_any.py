@@ -210,14 +210,14 @@ def _raw(cutter: Cutter, tail: fx.GraphModule) -> tuple[RawOutput, ...]:
     return tuple(r for r in raw_outputs(nodes, shapes) if r.node in inside)
 
 
-def build_any(model: nn.Module, example: Tensor, config: AnyCutConfig, sample: Tensor) -> tuple[StagedModel, LearnedSplit]:
+def build_any(model: nn.Module, example: Tensor, config: AnyCutConfig, sample: Tensor | None) -> tuple[StagedModel, LearnedSplit]:
     """Teacher and untrained student around any cut.
 
     Args:
         model: any model.
         example: (N, 3, H, W), to trace it with.
         config: the cut and the bottleneck.
-        sample: some tens of normalised photos, for the latent's first basis.
+        sample: some tens of normalised photos, for the latent's first basis; None where trained weights will be loaded.
 
     Raises:
         ConfigError: what crosses the cut has no grid; a match lies before the cut.
@@ -244,17 +244,27 @@ def build_any(model: nn.Module, example: Tensor, config: AnyCutConfig, sample: T
         encoders = [SmallEncoder(small, c_stem, config.channels), own]
         tiers = [Tier(name="s", runs=((0, 0.5),)), Tier(name="m", runs=((0, 1.0),)), Tier(name="own", runs=((1, 1.0),))]
     decoder = FusedDecoder(config.channels, gather, config.width, config.depth)
-    with torch.no_grad():
-        parts = [_tuple(body(stem(sample[i : i + _CHUNK]))) for i in range(0, len(sample), _CHUNK)]
-        crossed = [torch.cat(t) for t in zip(*parts, strict=True)]
-        gather.measure(crossed)
-        metric = output_metric(base, [t[:_METRIC_PHOTOS] for t in crossed], gather)
-        spread = sensitive_start(own.project, decoder.linear, gather(*crossed), metric)
-        scale = float(spread.square().mean().sqrt())
-        quantiser = GainQuantiser(config.channels, tuple(s * scale for s in config.steps), scale)
-        # Later channels hold less: a prior as wide as the first one's would charge them several times their bits at the start.
-        quantiser.prior_log_scale.add_((spread / scale).clamp_min(1e-3).log())
+    quantiser = GainQuantiser(config.channels, config.steps)
+    if sample is not None:
+        _start(base, own, decoder, quantiser, sample)
     return base, LearnedSplit(copy.deepcopy(stem), EncoderEnsemble(encoders, tiers), quantiser, decoder, copy.deepcopy(stages))
+
+
+@torch.no_grad()
+def _start(base: StagedModel, own: FusedEncoder, decoder: FusedDecoder, quantiser: GainQuantiser, sample: Tensor) -> None:
+    """Scales, first basis and first prior, from samples."""
+    parts = [_tuple(base.body(base.stem(sample[i : i + _CHUNK]))) for i in range(0, len(sample), _CHUNK)]
+    crossed = [torch.cat(t) for t in zip(*parts, strict=True)]
+    own.gather.measure(crossed)
+    decoder.scatter.scale.copy_(own.gather.scale)
+    metric = output_metric(base, [t[:_METRIC_PHOTOS] for t in crossed], own.gather)
+    spread = sensitive_start(own.project, decoder.linear, own.gather(*crossed), metric)
+    scale = spread.square().mean().sqrt()
+    for log in (quantiser.log_gain, quantiser.prior_log_scale):
+        log.sub_(scale.log())
+    quantiser.log_ungain.add_(scale.log())
+    # Later channels hold less: a prior as wide as the first one's would charge them several times their bits at the start.
+    quantiser.prior_log_scale.add_(spread.clamp_min(1e-3 * float(scale)).log())
 
 
 def _shrink(crossings: Sequence[Crossing], input_px: int) -> int:

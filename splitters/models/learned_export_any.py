@@ -78,7 +78,7 @@ def load_run(run: Path) -> tuple[Source, LearnedSplit, dict[str, Any]]:
         raise BundleError(f"{run} holds no finished training: {error}; run splitters train to its end") from error
     model = narrow(source.model, nn.Module)
     example = torch.zeros(2, 3, *size)
-    _, student = build_any(model, example, cut, torch.randn(4, 3, *size))
+    _, student = build_any(model, example, cut, None)
     missing, unknown = student.load_state_dict(
         {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False
     )
