@@ -57,6 +57,7 @@ async def camera(
             begun = sent[frame_id] = time.monotonic()
             for layer in shots[frame_id % len(shots)]:
                 layer.frame_id, layer.deadline_remaining_ns = frame_id, int(args.deadline_ms * 1e6)
+                layer.sent_ns = time.monotonic_ns()
                 await stream.send(layer=layer)
             frame_id += 1
             await asyncio.sleep(max(0.0, begun + 1 / args.fps - time.monotonic()))

@@ -4,7 +4,8 @@ The tail is pinned to core 0 on one thread; the ingress and the replayed, pre-en
 core 1. "Direct" is the same tail on core 0, called in a loop with the same batch sizes in the same proportions. The
 embedded server stays up throughout; each other system is started in turn and measured in pulses that alternate with the
 embedded server's and the direct loop's, so that whatever else the machine does hits all alike. What other processes took
-of the processor meanwhile is reported as ``others`` (cores): above 0.2 the latencies are not worth much.
+of the processor meanwhile is reported as ``others_cores``: above 0.2 the latencies are not worth much. ``ratio_undisturbed``
+is the ratio to direct with each side's throughput raised by what the tail's thread waited for its core while others had it.
 
     python -m tests.bench.serving [--against ray litserve serve-http] [--loads 1x1 1x2 16x2 64x1 256x1] [--rounds 3]
 
@@ -31,7 +32,7 @@ from edge_server.models import locate
 from splitters.bundle import Bundle, open_bundle
 from splitters.tails import Tail, load_tail
 from tests.bench.serving_systems import System, missing, started
-from tests.fakes.cpu_meter import CpuMeter
+from tests.fakes.cpu_meter import CpuMeter, Pinned
 from tests.fakes.server_client import Device, picture
 from tests.fakes.server_load import write_frames
 
@@ -82,14 +83,19 @@ class Measured:
         self._direct = direct
         self._pulses: list[dict[str, Any]] = []
         self._alone: list[float] = []
+        self._undisturbed: list[float] = []
 
     def turn(self, replay: Any, seconds: float, direct_s: float) -> None:
         """A pulse, then the direct loop with the batches it made."""
         with self.system.awake():
+            core = Pinned(TAIL_CORE)
             pulse = replay.pulse(seconds)
+            served = pulse["frames_per_s"] * core.lap()
         self._pulses.append(pulse)
         batches = {int(size): frames for size, frames in pulse["batches"].items()}
+        core.lap()
         self._alone.append(self._direct.frames_per_s(batches, direct_s) if batches else float("nan"))
+        self._undisturbed.append(served / (self._alone[-1] * core.lap()))
 
     def series(self, figure: str) -> np.ndarray[Any, Any]:
         """A figure of every pulse."""
@@ -106,6 +112,7 @@ class Measured:
             "system": self.system.name, **{f: round(float(np.median(self.series(f))), 2) for f in _FIGURES},
             "direct_frames_per_s": round(float(np.median(self._alone)), 1),
             "ratio_to_direct": round(float(np.median(self.series("frames_per_s") / np.array(self._alone))), 3),
+            "ratio_undisturbed": round(float(np.median(self._undisturbed)), 3),
             "mean_batch": round(sum(sizes.values()) / max(1e-9, sum(n / s for s, n in sizes.items())), 2), "errors": dict(errors),
         }  # fmt: skip
 

@@ -5,6 +5,7 @@ A share of 1.0 is one core. Timings on a machine that others use as well mean li
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -31,6 +32,38 @@ def _label(process: psutil.Process) -> str:
         if word in line:
             return name
     return "bench" if process.pid == os.getpid() else process.name()
+
+
+class Pinned:
+    """How long the threads pinned to one core, and to it alone, ran on it and waited for it since the last `lap`.
+
+    Args:
+        core: the core.
+        root: of the tree of processes; None: this process's.
+    """
+
+    def __init__(self, core: int, root: int | None = None) -> None:
+        self._core = core
+        self._root = psutil.Process(root)
+        self._before = self._times()
+
+    def _times(self) -> dict[str, tuple[int, int]]:
+        found = {}
+        for process in [self._root, *self._root.children(recursive=True)]:
+            with contextlib.suppress(OSError):
+                for task in Path(f"/proc/{process.pid}/task").iterdir():
+                    with contextlib.suppress(OSError):
+                        if os.sched_getaffinity(int(task.name)) == {self._core}:
+                            run, wait, _ = (task / "schedstat").read_text(encoding="ascii").split()
+                            found[task.name] = (int(run), int(wait))
+        return found
+
+    def lap(self) -> float:
+        """(ran + waited) / ran: by how much the work would have been quicker had no one else used the core."""
+        now = self._times()
+        ran, waited = (sum(t[i] - self._before.get(name, (0, 0))[i] for name, t in now.items()) for i in (0, 1))
+        self._before = now
+        return (ran + waited) / ran if ran > 0 else 1.0
 
 
 class CpuMeter:

@@ -110,7 +110,7 @@ class Load:
             self._next_id[number] += 1
             sent[frame_id] = time.perf_counter()
             for message in self._frames[(frame_id + number) % len(self._frames)]:
-                message.layer.frame_id = frame_id
+                message.layer.frame_id, message.layer.sent_ns = frame_id, time.monotonic_ns()
                 await call.write(message)
 
         for _ in range(self._window):
