@@ -17,7 +17,7 @@ from edge_client.control.config import ControlConfig
 from edge_client.control.decision import Candidate, Decision, Explanation, Local, LocalOption, Offload, Skip, Split
 from edge_client.control.estimator import Estimator
 from edge_client.control.options import Option, useful
-from edge_client.control.scoring import Moment, Score, device_price
+from edge_client.control.scoring import DEVICE_NOISE, Moment, Score, device_price
 from edge_client.control.window import CreditWindow
 from protos.errors import ConfigError
 from splitters.offload import OffloadOption
@@ -170,7 +170,7 @@ class Controller:
             return False
         gain = (1 - self.estimator.p_still(frame_id, now_ns, deadline_ns)) * local.accuracy
         since_ns = max(0.0, now_ns - self._captured_ns) % self._interval_ns
-        displaced = self._superseded(since_ns, local.mid_ns) * self._typical
+        displaced = self._superseded(since_ns, local) * self._typical
         return gain > max(displaced, self._price * local.mid_ns) + 0.05 * local.accuracy
 
     # ------------------------------------------------------------------ inside
@@ -187,9 +187,12 @@ class Controller:
         scores = [moment.score_local(self._local)] if self._local else []
         closed = e.connected and self._score_remotes(scores, moment, tokens)
         self._price, overloaded = device_price(scores, self._interval_ns)
-        soon = e.p_unblocked(now_ns, deadline_ns) if moment.waited else 1.0
+        soon = 1.0
+        if moment.waited and self._local is not None:  # what the frames behind could be answered with: nothing, while all is shut
+            shut = all(s.refused for s in scores[1:])
+            soon = e.p_unblocked(now_ns, now_ns + self._local.mid_ns if shut else deadline_ns)
         for s in scores:
-            superseded = self._superseded(late_ns, s.option.mid_ns)
+            superseded = self._superseded(late_ns, s.option)
             s.p_all *= (min(1.0, self._interval_ns / s.device_ns) if overloaded and s.device_ns > 0 else 1.0) / (1.0 + superseded)
             s.displaced = soon * superseded * self._typical
             missed = max(0.0, self.config.target_on_time - s.p_all)
@@ -205,7 +208,9 @@ class Controller:
         frames = self.window.frames if e.in_flight else 0
         room = self.window.limit_bytes - e.backlog_bytes if e.in_flight else inf
         full = 0 < frames <= e.in_flight
-        closed, enough, untried = False, 0.0, e.room_to_try_bytes
+        closed, enough = False, 0.0
+        # The smallest there is may always be tried: a model whose frames are all large would else never be.
+        untried = max(e.room_to_try_bytes, min((o.typical_bytes for o in self._remote), default=0.0))
         for o in self._remote:  # the most accurate first: what cannot beat a sure one any more need not be looked at
             if o.accuracy < enough:
                 break
@@ -223,9 +228,15 @@ class Controller:
                 enough = max(enough, score.value - self.config.switch_margin)
         return closed
 
-    def _superseded(self, late_ns: float, job_ns: float) -> float:
-        """Frames superseded during a job: of those captured meanwhile the newest waits."""
-        return max(0.0, (late_ns + job_ns) // self._interval_ns - 1.0)
+    def _superseded(self, late_ns: float, option: Option) -> float:
+        """Frames expected to be superseded during a job: of those captured meanwhile the newest waits."""
+        spread_ns, interval_ns = option.high_ns - option.mid_ns, self._interval_ns
+        if late_ns + option.mid_ns + spread_ns < 2 * interval_ns:
+            return 0.0
+        found = 0.0
+        for at, weight in DEVICE_NOISE:
+            found += weight * max(0.0, (late_ns + option.mid_ns + at * spread_ns) // interval_ns - 1.0)
+        return found
 
     def _choose(self, scores: list[Score], now_ns: int) -> Score | None:
         best, last = None, None

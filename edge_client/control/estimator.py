@@ -45,8 +45,9 @@ _WINDOW_SAMPLES = 96
 _SLOW_RUN = 3
 # A frame that is later than this, in round trips beyond its noise, lost a packet.
 _REPAIR_RTTS = 0.6
-# The bitrate is read off this quantile of the newest service times per byte: more than half, to be careful.
-_RECENT_LEAST, _RECENT_MOST, _RECENT_QUANTILE = 5, 15, 0.6
+# The bitrate is read off this quantile of the newest service times per byte: more than half, to be careful; less on a lossy
+# link, whose longer times are small repairs and belong to the residuals.
+_RECENT_LEAST, _RECENT_MOST, _RECENT_QUANTILE, _LOSSY_QUANTILE = 5, 15, 0.6, 0.45
 # From so many repairs a packet on a link counts as lossy. TCP's least time-out.
 _LOSSY, _RTO_NS = 0.003, 200_000_000
 # After this long without a sample the bitrate is believed to recover, doubling in so much time.
@@ -330,7 +331,7 @@ class Estimator:
         """Forgets what is too old: a link not used for a while is an unknown one, and worth a try."""
         if self._residuals.expire(now_ns) + self._repairs.expire(now_ns) or now_ns - self._counted_ns > _STALE_NS:
             self._count(0, now_ns)
-        idle_ns = now_ns - self._recent[-1][0] if self._recent else 0
+        idle_ns = now_ns - (self._recent[-1][0] if self._recent else self._last_delivery_ns)
         if idle_ns > _STALE_NS and not self._flight:
             least = min(8e9 / self.config.initial_bps, self._learnt_ns_per_byte)
             grown = self._learnt_ns_per_byte / 2.0 ** min(30.0, (idle_ns - _STALE_NS) / _DOUBLING_NS)
@@ -408,5 +409,6 @@ class Estimator:
         while len(recent) > _RECENT_LEAST and now_ns - recent[0][0] > self.config.rate_memory_ns:
             recent.popleft()
         ordered = sorted(cost for _, cost in recent)
-        self._learnt_ns_per_byte = self._ns_per_byte = ordered[int(_RECENT_QUANTILE * len(ordered))]
+        quantile = _LOSSY_QUANTILE if self.repair_ns > 0 else _RECENT_QUANTILE
+        self._learnt_ns_per_byte = self._ns_per_byte = ordered[int(quantile * len(ordered))]
         self._rates.add(8e9 * n_bytes / service_ns, now_ns)

@@ -20,7 +20,7 @@ LOCAL_SURE = 0.98
 # the next ones, and no more than so much may be borrowed.
 _LINK_SHARE, _BORROWED = 0.95, 0.45
 # Device time over its median, in units of (p95 - median), with weights: a log-normal's tenths.
-_DEVICE_NOISE = ((-0.18, 0.8), (0.83, 0.2))
+DEVICE_NOISE = ((-0.18, 0.8), (0.7, 0.15), (1.2, 0.05))
 
 
 @dataclass(slots=True)
@@ -106,7 +106,7 @@ class Moment:
     def _p_by(self, by_ns: float, done_ns: float, spread_ns: float, scale_ns: float, service_ns: float, packets: int) -> float:
         """P(answer by then), over the device's own noise; what is stuck in front must come loose in time, too."""
         e, slack_ns, p = self.estimator, by_ns - done_ns, 0.0
-        for at, weight in _DEVICE_NOISE:
+        for at, weight in DEVICE_NOISE:
             p += weight * e.p_within(slack_ns - at * spread_ns, scale_ns, packets)
         if self.waited and p > 0.0:
             p *= e.p_unblocked(self.now_ns, by_ns - service_ns)
