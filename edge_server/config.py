@@ -45,6 +45,7 @@ class Limits:
             no tokens, all callers together.
         max_calls: calls beside sessions and health, open at once.
         max_health_calls: health checks and watches open at once; they need no token.
+        max_health_calls_per_host: of them, from one address, so that no stranger can starve whoever probes.
         max_fetches: bundle downloads at once; further ones wait.
         hello_s: a session that says nothing for this long after opening is closed, and a call whose request is not complete.
         write_s: a client that does not read for this long is let go.
@@ -65,6 +66,7 @@ class Limits:
     max_unary_in_flight: int = 256
     max_calls: int = 1024
     max_health_calls: int = 256
+    max_health_calls_per_host: int = 32
     max_fetches: int = 16
     hello_s: float = 10.0
     write_s: float = 30.0
@@ -80,7 +82,7 @@ class Limits:
             raise ConfigError("max_pending_bytes >= max_frame_bytes >= max_payload_bytes is required")
         counts = (
             self.max_sessions, self.max_connections, self.max_in_flight, self.max_unary_in_flight, self.max_calls,
-            self.max_health_calls,
+            self.max_health_calls, self.max_health_calls_per_host,
         )  # fmt: skip
         if min(self.max_pixels, self.max_fetches, self.layer_wait_ns, *counts) < 1:
             raise ConfigError("every limit must be at least 1")

@@ -1,19 +1,22 @@
-"""What every call passes before its first byte is read: limits on how many there are, and on how long a request may take.
+"""What every call passes before its first byte is read: limits on how many there are, and on how long one may take.
 
-gRPC counts calls, but reads a unary request for as long as its sender likes: a few thousand half-sent ones would fill the
-count and lock everybody out. So unary requests are taken as what they are on the wire, streams of one message, and read
-here, in bounded time. Health, which answers without a token, has a count of its own and cannot crowd out the others.
+gRPC counts calls, but reads a unary request for as long as its sender likes, and holds an answer for as long as its receiver
+does not take it: a few thousand such calls would fill the count and lock everybody out. So unary calls are taken as what
+they are on the wire, streams of one message, read and answered here in bounded time. Health, which answers without a token,
+has a count of its own, a small part of it for each host, and crowds out neither the others nor whoever probes.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs lack it
 
 from edge_server import wire
@@ -43,6 +46,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
         self._on_refused = on_refused
         self.health_calls = 0
         self.other_calls = 0
+        self._health_hosts: Counter[str] = Counter()
 
     async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """See grpc.aio."""
@@ -70,11 +74,17 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
         try:
             self._check(health=health)
             if health:
+                host = context.peer().rpartition(":")[0]
+                if self._health_hosts[host] >= self._limits.max_health_calls_per_host:
+                    raise LimitError("this host has as many health checks and watches open as it may", retryable=True)
                 self.health_calls += 1
+                self._health_hosts[host] += 1
                 try:
                     yield
                 finally:
                     self.health_calls -= 1
+                    self._health_hosts[host] -= 1
+                    self._health_hosts += Counter()  # hosts without a call are forgotten
             else:
                 with (caller() or self._anyone).unary_frames():
                     self.other_calls += 1
@@ -92,24 +102,31 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
                 request = await context.read()
         except TimeoutError:
             raise ProtocolError(f"the request was not complete within {self._limits.hello_s:g} s") from None
-        return wire.MALFORMED if request is EOF else request
+        except (DecodeError, ValueError) as error:  # of services not ours; our own readers never raise
+            raise ProtocolError("the request is no message of this protocol") from error
+        if request is EOF:
+            raise ProtocolError("the call ended without a request")
+        return request
+
+    async def _answer(self, context: Context, answer: Any) -> None:
+        try:
+            async with asyncio.timeout(self._limits.write_s):
+                await context.write(answer)
+        except TimeoutError:
+            raise LimitError(f"the client has read nothing for {self._limits.write_s:g} s") from None
 
     def _guarded(self, handler: grpc.RpcMethodHandler[Any, Any], *, health: bool) -> grpc.RpcMethodHandler[Any, Any]:
         behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
-        async def unary(requests: Any, context: Context) -> Any:
+        async def serve(requests: Any, context: Context) -> None:
             async with self._counted(context, health=health):
-                return await behaviour(requests if handler.request_streaming else await self._request(context), context)
-
-        async def stream(requests: Any, context: Context) -> None:
-            async with self._counted(context, health=health):
-                answers = behaviour(requests if handler.request_streaming else await self._request(context), context)
+                given = requests if handler.request_streaming else await self._request(context)
+                answers = behaviour(given, context)
                 if hasattr(answers, "__aiter__"):
                     async for answer in answers:
-                        await context.write(answer)
-                else:
-                    await answers
+                        await self._answer(context, answer)
+                elif (answer := await answers) is not None:
+                    await self._answer(context, answer)
 
-        make: Any = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
-        serve: Any = stream if handler.response_streaming else unary
+        make: Any = grpc.stream_stream_rpc_method_handler
         return make(serve, handler.request_deserializer, handler.response_serializer)  # type: ignore[no-any-return]

@@ -151,7 +151,11 @@ class Session:
             raise ProtocolError("a session begins with hello")
         if self._draining:
             raise DrainingError("the server is shutting down")
-        await self._context.write(self._hello(message.hello))
+        try:
+            async with asyncio.timeout(self._s.limits.write_s):
+                await self._context.write(self._hello(message.hello))
+        except TimeoutError:
+            raise LimitError(f"the client has read nothing for {self._s.limits.write_s:g} s") from None
 
     def _hello(self, hello: pb.Hello) -> pb.ServerMessage:
         if hello.protocol_version != PROTOCOL_VERSION:

@@ -56,7 +56,7 @@ async def served(server: EdgeServer, bundle: Bundle, device: Device) -> None:
         assert (await stream.frame(device.layers(picture(), 0))).error is None
 
 
-async def until(true: Callable[[], bool], what: str, *, within_s: float = 10.0) -> float:
+async def until(true: Callable[[], bool], what: str, *, within_s: float = 40.0) -> float:
     """Waits; how long it took."""
     begun = time.monotonic()
     while not true():
@@ -172,6 +172,69 @@ async def test_no_more_connections_than_allowed(bundle: Bundle, device: Device) 
 
 
 # ---------------------------------------------------------------- slow readers
+
+
+def http2_frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
+    return len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body
+
+
+HEADERS = {":method": "POST", ":scheme": "http", ":authority": "x", "te": "trailers", "content-type": "application/grpc"}
+
+
+def call_without_window(stream: int, path: str) -> bytes:
+    """A whole unary call with an empty message, headers spelt out."""
+    fields = [(name.encode(), value.encode()) for name, value in {**HEADERS, ":path": path}.items()]
+    fields.sort(key=lambda pair: not pair[0].startswith(b":"))
+    block = b"".join(b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in fields)
+    return http2_frame(1, 0x4, stream, block) + http2_frame(0, 0x1, stream, bytes(5))
+
+
+NO_WINDOW = PREFACE + http2_frame(4, 0, 0, b"\x00\x04" + bytes(4))  # SETTINGS_INITIAL_WINDOW_SIZE = 0
+
+
+@pytest.mark.parametrize("path", ["/grpc.health.v1.Health/Check", "/headtail.v1.Headtail/ListModels"])
+async def test_answers_that_nobody_takes_hold_no_place_for_long(
+    bundle: Bundle, device: Device, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client that opens no window at all: gRPC would hold its answers, and their places among the calls, for ever."""
+    limits = Limits(
+        write_s=1.5, max_sessions=2, max_calls=20, max_unary_in_flight=20, max_health_calls=40, max_health_calls_per_host=10
+    )  # 62 calls at a time in gRPC's own count
+    async with running(bundle.path, limits=limits) as server:
+        host, _, port = server.address.rpartition(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        gate = server.gate
+        assert gate is not None
+        writer.write(NO_WINDOW)
+        for batch in range(12):
+            writer.write(b"".join(call_without_window(2 * i + 1, path) for i in range(10 * batch, 10 * batch + 10)))
+            if not batch:
+                await until(lambda: gate.health_calls + gate.other_calls >= 10, "the calls are there")
+            assert gate.health_calls <= 10
+            assert gate.other_calls <= 20
+            await asyncio.sleep(0.3)
+        await served(server, bundle, device)
+        await until(lambda: gate.health_calls + gate.other_calls == 0, "their places are free again")
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            await asyncio.wait_for(channel.unary_unary(path)(b""), 30)
+        writer.close()
+    assert "Traceback" not in caplog.text
+
+
+async def test_a_request_that_is_none_is_a_mapped_error_and_no_traceback(
+    server: EdgeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        for path in ("/grpc.health.v1.Health/Check", "/headtail.v1.Headtail/Infer"):
+            for sent in (b"\xff\xff\xff", None):
+                call = channel.stream_stream(path)()
+                if sent is not None:
+                    await call.write(sent)
+                await call.done_writing()
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call.read()
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, (path, sent)
+    assert "Traceback" not in caplog.text
 
 
 async def test_a_client_that_asks_and_does_not_read_is_let_go(
