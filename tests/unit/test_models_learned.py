@@ -30,6 +30,7 @@ from splitters.models.learned_export import (
     tuned_state,
 )  # fmt: skip
 from splitters.models.pruning import eliminate, prune_blocks
+from splitters.operating_point import load_points
 
 FOLDER = WEIGHTS / "efficientnet-lite0"
 
@@ -153,3 +154,14 @@ def test_pruning_keeps_outputs_near_and_refuses_too_many() -> None:
     assert float((full - slim).square().sum() / (full - full.mean((0, 2, 3), keepdim=True)).square().sum()) < 0.05
     with pytest.raises(ConfigError, match="97"):
         prune_blocks(blocks, {1: 97}, x)
+
+
+def test_points_that_fit_one_packet_travel_in_one_layer() -> None:
+    import json
+
+    rungs = json.loads((FOLDER / "recipe.json").read_text(encoding="utf-8"))["rungs"]
+    single = {f"r{i}" for i, rung in enumerate(rungs) if rung["single_layer"]}
+    points = load_points((FOLDER / "operating_points.json").read_text(encoding="utf-8"))
+    largest = {name: max(p.payload_bytes.p95 for p in points if p.codec_point == name) for name in {p.codec_point for p in points}}
+    assert single == {name for name, size in largest.items() if size < 1200}
+    assert 0 < len(single) < len(rungs)
