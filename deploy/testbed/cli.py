@@ -231,8 +231,12 @@ def _compare(args: argparse.Namespace) -> int:
     for p, s in sorted(pooled.items(), key=lambda item: -item[1].score):
         print(f"{p:<18}{s.on_time:>9.1%}{s.accuracy:>10.4f}{s.score:>10.4f}{s.bytes_mean:>9.0f}{s.latency_ms_p95:>8.0f}")
     table = {
-        p: {"on_time": s.on_time, "accuracy": s.accuracy, "bytes_mean": s.bytes_mean, "score": s.score} for p, s in pooled.items()
-    }
+        p: {
+            "on_time": round(s.on_time, 4), "accuracy": round(s.accuracy, 4), "bytes_mean": round(s.bytes_mean, 1),
+            "score": round(s.score, 4),
+        }
+        for p, s in pooled.items()
+    }  # fmt: skip
     if args.plot:
         metric = workload.points[0].accuracy_metric
         plot_policies(table, title=f"{len(traces)} traces, {args.deadline_ms:g} ms", metric=metric, out=args.plot)
