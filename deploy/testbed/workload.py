@@ -71,7 +71,7 @@ def load_workload(path: Path) -> Workload:
     """Reads a workload: a bundle directory, or a JSON file of ``Workload``'s fields.
 
     A bundle's operating points, offload options and local model come with their measured bytes and accuracy; what each takes
-    on this machine is measured now, as the client does at its start, and kept in the same cache.
+    on this machine is measured now, as the client does at its start, in processor time, and kept in a cache.
 
     Raises:
         ConfigError: missing or malformed.
@@ -86,8 +86,9 @@ def load_workload(path: Path) -> Workload:
 
 
 def _of_bundle(path: Path) -> Workload:
-    engine = Engine(open_bundle(path, side="device"), clock=time.monotonic_ns)
-    times = measure(engine, cache=cache_dir() / "times")
+    clock = time.thread_time_ns  # the thread's own processor time: what else this machine does is not the device's affair
+    engine = Engine(open_bundle(path, side="device"), clock=clock)
+    times = measure(engine, clock=clock, cache=cache_dir() / "testbed-times")
     bundle, points = engine.bundle, believable(engine.bundle.points, engine)
     spec = bundle.manifest.local
     local = None
