@@ -114,8 +114,14 @@ def judge(rows: list[Row], policies: list[str]) -> dict[str, object]:
         asked = [g for g in runs.values() if g["oracle"].summary.on_time >= 0.97]
         met = [g for g in asked if g["ours"].summary.on_time >= 0.95]
         out["deadlines"] = {"runs_oracle_97": len(asked), "ours_95": len(met)}
-        beaten = [max(r.summary.score for p, r in g.items() if p != "oracle") - g["oracle"].summary.score for g in runs.values()]
-        out["oracle_beaten"] = {"runs": sum(b > 0 for b in beaten), "most_points": round(100 * max(beaten), 2)}
+        beaten = {
+            key: max(r.summary.score for p, r in g.items() if p != "oracle") - g["oracle"].summary.score for key, g in runs.items()
+        }
+        worst = sorted(beaten, key=lambda key: -beaten[key])[:5]
+        out["oracle_beaten"] = {
+            "runs": sum(b > 0 for b in beaten.values()), "of": len(beaten),
+            "most": [[Path(t).stem, str(c), round(100 * beaten[t, c], 2)] for t, c in worst],
+        }  # fmt: skip
         gap = [g["oracle"].summary.score - g["ours"].summary.score for g in runs.values()]
         out["gap_to_oracle_points"] = round(100 * sum(gap) / len(gap), 2)
         reach = [g["oracle"].summary.accuracy - g["ours"].summary.accuracy for g in asked]
