@@ -52,6 +52,7 @@ _RECENT_LEAST, _RECENT_MOST, _RECENT_QUANTILE, _LOSSY_QUANTILE = 5, 15, 0.6, 0.4
 _LOSSY, _RTO_NS = 0.003, 200_000_000
 # After this long without a sample the bitrate is believed to recover, doubling in so much time.
 _STALE_NS, _DOUBLING_NS = 1_500_000_000, 2_000_000_000
+_LEAST_NS_PER_BYTE = 8.0  # 1 Gbit/s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -333,7 +334,8 @@ class Estimator:
             self._count(0, now_ns)
         idle_ns = now_ns - (self._recent[-1][0] if self._recent else self._last_delivery_ns)
         if idle_ns > _STALE_NS and not self._flight:
-            least = min(8e9 / self.config.initial_bps, self._learnt_ns_per_byte)
+            # Of a link nothing was ever sent over, even the first guess is no bound: frames may all be larger than it allows.
+            least = min(8e9 / self.config.initial_bps, self._learnt_ns_per_byte) if self._recent else _LEAST_NS_PER_BYTE
             grown = self._learnt_ns_per_byte / 2.0 ** min(30.0, (idle_ns - _STALE_NS) / _DOUBLING_NS)
             self._ns_per_byte = max(least, grown)
 

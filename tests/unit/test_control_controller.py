@@ -148,6 +148,21 @@ def test_offload_is_chosen_where_the_head_is_too_slow() -> None:
     assert (d.format, d.quality, d.size_px) == ("jpeg", 60, 192)
 
 
+def test_a_model_whose_frames_are_all_large_is_tried_and_kept() -> None:
+    large = OperatingPoint(id=0, channels=8, bits=8, payload_bytes=q(60_000), accuracy=0.7, head_ms=q(4))
+    c = Controller(ControlConfig(fps=10.0), [large], local=LOCAL)
+    c.estimator.on_connect(0)
+    splits = 0
+    for i in range(600):
+        now = i * 100 * MS
+        if isinstance(c.decide(i, now, now + 200 * MS), Split):
+            splits += i >= 400
+            assert c.may_send(i, 60_000, now + 4 * MS, now + 200 * MS)
+            c.on_sent(i, 60_000, now + 4 * MS)
+            c.estimator.on_ack(i, now + 50 * MS, 5 * MS)
+    assert splits >= 190, "20 Mbit/s are there, and nothing smaller can find out"
+
+
 def test_a_server_without_a_whole_model_is_offered_no_images_again() -> None:
     jpeg = OffloadOption(format="jpeg", quality=60, payload_bytes=q(3000), accuracy=0.9, encode_ms=q(2))
     c = Controller(ControlConfig(initial_bps=20e6), POINTS, offloads=[jpeg])
