@@ -47,7 +47,7 @@ class _Packet:
     def __init__(self, n_bytes: int, message: _Message, seq: int) -> None:
         self.n_bytes = n_bytes
         self.message = message
-        self.more: list[_Message] = []  # messages that begin in what was left of it while it waited
+        self.more: tuple[_Message, ...] = ()  # messages that begin in what was left of it while it waited
         self.seq = seq
         self.xid = -1
         self.sent_ns = self.ack_ns = 0
@@ -169,7 +169,7 @@ class TcpFlow:
         if pending and pending[-1].n_bytes < MSS_BYTES:
             part = min(left, MSS_BYTES - pending[-1].n_bytes)
             pending[-1].n_bytes += part
-            pending[-1].more.append(message)
+            pending[-1].more += (message,)
             message.missing += 1
             left -= part
         while left > 0:

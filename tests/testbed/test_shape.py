@@ -106,6 +106,20 @@ async def shaped(
     return seen
 
 
+async def punctual(up: LinkConfig, down: LinkConfig, sizes: Sequence[int] = SIZES, interval_s: float = INTERVAL_S) -> Seen:
+    """A run through the shaper during which this machine's timers kept time.
+
+    Timers more than 4 ms late (p95) are the machine's doing, not the shaper's, and such a run says nothing: it is done
+    again, twice at most, and then left. A shaper that is wrong is wrong in every run.
+    """
+    for _ in range(3):
+        lags: list[float] = []
+        found = await shaped(up, down, lags, sizes, interval_s)
+        if quantile(sorted(lags), 0.95) <= 4.0:
+            return found
+    pytest.skip("this machine's timers are too late just now to measure anything")
+
+
 STEPS = Trace([(0, 3e6), (1_500 * MS, 1e6), (2_500 * MS, 4e6)], 4_000 * MS)
 
 
@@ -118,12 +132,11 @@ STEPS = Trace([(0, 3e6), (1_500 * MS, 1e6), (2_500 * MS, 4e6)], 4_000 * MS)
     ids=["constant", "steps"],
 )
 async def test_shape_agrees_with_simulate(up: LinkConfig, down: LinkConfig) -> None:
-    lags: list[float] = []
-    expected, found = sorted(simulated(up, down).round_trips_ms), sorted((await shaped(up, down, lags)).round_trips_ms)
+    expected, found = sorted(simulated(up, down).round_trips_ms), sorted((await punctual(up, down)).round_trips_ms)
     assert len(found) == len(expected) == FRAMES
     for q in (0.5, 0.95):
-        # 15 %, and what this machine adds just now to each of the four timers a round trip passes
-        allowed = 0.15 * quantile(expected, q) + 4 * quantile(sorted(lags), q)
+        # 15 %, and what this machine may add to each of the four timers a round trip passes
+        allowed = 0.15 * quantile(expected, q) + 4.0
         assert abs(quantile(found, q) - quantile(expected, q)) <= allowed
 
 
@@ -133,22 +146,12 @@ DEADLINE_MS = 150.0  # between the small ones' round trips and the large ones'
 
 
 async def test_shape_and_simulate_agree_on_latency_bytes_and_deadlines() -> None:
-    """p50 and p95 within 15 %, bytes within 5 %, on time within 3 points; the link is slow enough to dominate all else.
-
-    Processes and timers that are late are this machine's, not the shaper's: a run during which timers were more than 4 ms
-    late (p95) says nothing and is done again. A shaper that is wrong is wrong in every run.
-    """
+    """p50 and p95 within 15 %, bytes within 5 %, on time within 3 points; the link is slow enough to dominate all else."""
     expected = simulated(SLOW, SLOW, ODD_ONES, 0.2)
     want = sorted(expected.round_trips_ms)
     on_time = sum(t <= DEADLINE_MS for t in want) / len(want)
     assert 0.8 < on_time < 0.9, "some frames are late, or the comparison below could not fail"
-    for _ in range(3):
-        lags: list[float] = []
-        found = await shaped(SLOW, SLOW, lags, ODD_ONES, 0.2)
-        if quantile(sorted(lags), 0.95) <= 4.0:
-            break
-    else:
-        pytest.skip("this machine's timers are too late just now to measure anything")
+    found = await punctual(SLOW, SLOW, ODD_ONES, 0.2)
     got = sorted(found.round_trips_ms)
     assert len(got) == len(want)
     for q in (0.5, 0.95):
@@ -162,7 +165,7 @@ async def test_loss_shows_as_delay_never_as_damage() -> None:
     lossy = LossModel(loss=0.05)
     up = LinkConfig(trace=constant(8e6), delay_ns=10 * MS, loss=lossy)
     down = LinkConfig(trace=constant(8e6), delay_ns=10 * MS, loss=lossy)
-    found, expected = sorted((await shaped(up, down)).round_trips_ms), sorted(simulated(up, down).round_trips_ms)
+    found, expected = sorted((await punctual(up, down)).round_trips_ms), sorted(simulated(up, down).round_trips_ms)
     assert len(found) == FRAMES, "every answer came, though one packet in twenty was lost"
     assert quantile(found, 0.95) > 1.5 * quantile(found, 0.1)
     assert 0.5 < quantile(found, 0.95) / quantile(expected, 0.95) < 2, "other coins, the same law"
