@@ -102,6 +102,9 @@ POINTS = (
 )
 
 
+JPEG = b"\xff\xd8"
+
+
 class FakeEngine:
     """Costs virtual time through ``FakeDevice``; answers with constants."""
 
@@ -122,6 +125,12 @@ class FakeEngine:
         self._device.cost_s += self._head_ms / 1000
         size = int(point.payload_bytes.p50)
         return Encoded(payloads=(bytes(size),), symbols=None, stages_ms={"head": self._head_ms, "codec": 0.0, "preprocess": 0.0})
+
+    picture = features
+
+    def compress(self, features: Features, image_format: str, quality: int, size_px: int = 0) -> Encoded:
+        self._device.cost_s += 0.002
+        return Encoded(payloads=(JPEG + bytes(898),), symbols=None, stages_ms={"preprocess": 0.0, "codec": 2.0})
 
     def prepare(self, image: Any) -> Any:
         return image
@@ -152,7 +161,8 @@ def fake_controller(engine: Any, fps: float) -> Controller:
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """From ``at_s`` for ``for_s``: ``down`` (stream broken), ``hang`` (answers are held back), ``lose`` (never answered),
-    ``refuse`` (overloaded), ``error`` (a fault of the frame), ``drain`` (told to go, then down); ``bundle`` (from then on another).
+    ``refuse`` (overloaded), ``error`` (a fault of the frame), ``latents`` (no images), ``drain`` (told to go, then down);
+    ``bundle`` (from then on another).
     """
 
     at_s: float
@@ -260,7 +270,7 @@ class FakeLink:
         error: HeadtailError | None = None
         if self._fault("refuse"):
             error = OverloadedError("busy")
-        elif self._fault("error"):
+        elif self._fault("error") or (self._fault("latents") and layers[0].payload[:2] == JPEG):
             error = HeadtailError("no")
         start_s = max(self.loop.time() + self.rtt_s / 2, self._busy_s)
         self._busy_s = start_s + self.tail_s

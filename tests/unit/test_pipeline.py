@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edge_client.control import ControlConfig, Controller, OffloadOption
 from edge_client.device import DeviceWorker
 from edge_client.files import FilePipeline
 from edge_client.frames import FrameReport, Ledger, Outcome
@@ -19,6 +20,7 @@ from edge_client.live import LivePipeline
 from edge_client.parts import Parts, PipelineConfig
 from edge_client.pipeline import LATE_GRACE_NS, Pipeline
 from protos.errors import InternalError, StorageError, UnknownModelError, UnreachableError
+from splitters.operating_point import Quantiles
 from tests.fakes.client_loop import VirtualLoop, run_virtual
 from tests.fakes.client_parts import FakeDevice, FakeEngine, FakeFrames, FakeLink, Fault, fake_controller
 
@@ -49,6 +51,7 @@ def run(
     stop_at_s: float | None = None,
     fetches: list[float] | None = None,
     refuse_fetches: int = 0,
+    controller: Any = fake_controller,
 ) -> Run:
     async def main(loop: VirtualLoop) -> Run:
         device = FakeDevice()
@@ -65,7 +68,7 @@ def run(
 
         parts = Parts(
             frames=FakeFrames(loop, count=frames, fps=fps, live=live), worker=DeviceWorker(device), clock=loop.clock,
-            emit=reports.append, fetch=fetch, controller=fake_controller,
+            emit=reports.append, fetch=fetch, controller=controller,
         )  # fmt: skip
         config = PipelineConfig(deadline_ms=deadline_ms, wait_for_server_s=wait_s)
         pipeline: Pipeline = (LivePipeline if live else FilePipeline)(config, parts, engine)
@@ -125,6 +128,26 @@ def test_without_a_local_model_frames_in_flight_expire_and_others_are_dropped() 
     down = run(faults=[Fault(at_s=2.0, for_s=3.0, kind="down")], local=False)
     check(down)
     assert down.pipeline.ledger.dropped["offline"] > 50
+
+
+def with_images(engine: Any, fps: float) -> Controller:
+    option = OffloadOption(
+        format="jpeg", quality=50, payload_bytes=Quantiles(p50=900, p95=900), accuracy=0.99, encode_ms=Quantiles(p50=2, p95=3)
+    )
+    return Controller(ControlConfig(fps=fps or 30.0, initial_bps=20e6), engine.bundle.points, offloads=[option])
+
+
+def test_images_are_sent_where_they_are_the_best_choice() -> None:
+    r = run(controller=with_images, local=False)
+    check(r)
+    assert sum(report.operating_point is None for report in r.reports if report.outcome is Outcome.RESULT) > 280
+
+
+def test_a_server_that_takes_no_images_is_sent_none_after_the_first() -> None:
+    r = run(controller=with_images, local=False, faults=[Fault(at_s=0.0, for_s=99.0, kind="latents")])
+    check(r)
+    assert sum(report.operating_point is not None for report in r.reports if report.outcome is Outcome.RESULT) > 280
+    assert r.count(Outcome.DROPPED) + r.count(Outcome.EXPIRED) <= 8, "those in flight when the first was refused"
 
 
 def test_a_slow_device_supersedes_frames_and_counts_them() -> None:
