@@ -169,7 +169,7 @@ def test_a_teacher_speaks_where_no_true_box_does() -> None:
     )  # fmt: skip
     teacher = Dense(torch.tensor([[[0.9, 0.3], [0.0, 0.5], [0.01, 0.02]]]), torch.ones(1, 3, 4))
     told = add_teacher(targets, teacher)
-    assert told.scores[0].tolist() == pytest.approx([[0.9, 0.3], [0.0, 0.5], [0.01, 0.02]])
+    assert told.scores[0].flatten().tolist() == pytest.approx([0.9, 0.3, 0.0, 0.5, 0.01, 0.02])
     assert told.weight[0].tolist() == pytest.approx([0.6, 0.5, 0.0])
     assert told.boxes[0, :, 0].tolist() == [0.0, 1.0, 0.0]  # the true box stays, the second is the teacher's
 
