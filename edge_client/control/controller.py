@@ -77,7 +77,9 @@ class Controller:
         self._span_ns = 0  # capture to deadline: the longest seen
         self._captured_ns = 0.0  # of the frame decided last
         self._price = 0.0  # of device time, value per ns
-        self._typical = 0.5  # value of a frame
+        # Margins and fines are in units of the best accuracy there is: a detector's .08 AP is as good as a classifier's .7.
+        self._unit = max(o.accuracy for o in self._by_name.values()) or 1.0
+        self._typical = 0.7 * self._unit  # value of a frame
 
     # ------------------------------------------------------------------ events
 
@@ -197,7 +199,7 @@ class Controller:
             s.displaced = soon * superseded * self._typical
             missed = max(0.0, self.config.target_on_time - s.p_all)
             behind_ns = max(0.0, late_ns + s.device_ns - self._interval_ns)
-            s.net = s.value - self.config.miss_price * missed - self._price * behind_ns - s.displaced
+            s.net = s.value - self.config.miss_price * self._unit * missed - self._price * behind_ns - s.displaced
         if not e.connected:
             return scores, "offline"
         return scores, "window" if closed else "worthless"
@@ -225,7 +227,7 @@ class Controller:
             scores.append(score)
             cheap = score.device_ns <= self._interval_ns and moment.late_ns + o.mid_ns <= self._interval_ns
             if cheap and score.p_all >= self.config.target_on_time and not self.config.explain:
-                enough = max(enough, score.value - self.config.switch_margin)
+                enough = max(enough, score.value - self.config.switch_margin * self._unit)
         return closed
 
     def _superseded(self, late_ns: float, option: Option) -> float:
@@ -242,12 +244,14 @@ class Controller:
         best, last = None, None
         for score in scores:
             hopeless = score.p < _HOPELESS and now_ns - self._hoped_ns < _HOPE_INTERVAL_NS
-            if score.value - score.displaced > _WORTHLESS and not score.refused and not hopeless:
+            if score.value - score.displaced > _WORTHLESS * self._unit and not score.refused and not hopeless:
                 if best is None or score.net > best.net:
                     best = score
                 if score.option.name == self._last:
                     last = score
-        return last if last is not None and best is not None and best.net - last.net < self.config.switch_margin else best
+        return (
+            last if last is not None and best is not None and best.net - last.net < self.config.switch_margin * self._unit else best
+        )
 
     def _probe(self, scores: list[Score]) -> Score | None:
         """A frame that nothing can be done with is a free probe: without it, a bad estimate would never be corrected."""
