@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# OpenMP's threads wait for each other spinning: beside other work two of them can take minutes for what one does in seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 FOLDERS = ("unit", "integration", "testbed", "bench")
 
 
