@@ -170,13 +170,13 @@ def test_a_frame_of_any_shape_gives_boxes_inside_it() -> None:
 
 
 def test_staged_pieces_are_the_whole(fresh: Detector) -> None:
-    from splitters.models.detector_staged import staged_detector
+    from splitters.models.detector_staged import joined, staged_detector
     from splitters.models.learned import run_stages
 
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(4))
-    staged = staged_detector(fresh)
+    staged = staged_detector(fresh, 64)
     with torch.no_grad():
         outputs = run_stages(staged.stages, staged.body(staged.stem(x)))
         whole = fresh(x)
-    assert len(outputs) == 9
-    assert all(torch.equal(a, b) for a, b in zip(outputs[-3:], whole, strict=True))
+    assert len(outputs) == 12, "three taps, three levels, boxes and classes of each"
+    assert all(torch.equal(a, b) for a, b in zip(joined(outputs[-6:]), whole, strict=True))
