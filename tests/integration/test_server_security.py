@@ -218,9 +218,15 @@ async def test_health_watches_without_a_token_crowd_nobody_out(bundle: Bundle, d
         await asyncio.sleep(0.5)
         async with session(server.address, bundle.sha256, bearer(ALICE)) as stream:
             assert (await stream.frame(device.layers(picture(), 0))).error is None
-        for call in (*half, *watches[8:]):
+        for call in half:
             with pytest.raises(grpc.aio.AioRpcError):
                 await call.read()
+        answered = 0  # which of them come first is chance
+        for watch in watches:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await watch.read()
+                answered += 1
+        assert answered <= 8
         for watch in watches:
             watch.cancel()
         async with asyncio.timeout(10):
