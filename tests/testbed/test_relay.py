@@ -140,8 +140,8 @@ async def test_the_cables_of_the_netem_relay_join_two_namespaces() -> None:
         after = subprocess.run(relay.command("client", shown), capture_output=True, text=True, check=True).stdout
     assert "rate 4Mbit" in before
     assert "rate 2Mbit" in after, "the trace's step was followed"
-    least_ms = 2 * 1052 * 8 / 4e3 + (60 if netem else 0)
-    assert times[5] + 1.0 >= least_ms
+    if netem:  # the bucket lets a packet pass at once that comes alone
+        assert times[5] + 1.0 >= 2 * 1052 * 8 / 4e3 + 60
     assert not own_namespaces()
 
 
