@@ -28,7 +28,7 @@ class ControlConfig:
     fps: float = 10.0
     target_on_time: float = 0.95
     miss_price: float = 1.0
-    switch_margin: float = 0.003
+    switch_margin: float = 0.009
     rate_memory_ns: int = 700_000_000
     window_ns: int = 8_000_000_000
     initial_bps: float = 2_000_000.0
