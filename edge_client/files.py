@@ -99,7 +99,7 @@ class FilePipeline(Pipeline):
                 self._offline = False
                 if len(self._flights) < self._window:
                     return True
-            elif self.link.up and self._update is not None:
+            elif self.link.up and self._update.running:
                 self._down_ns = now_ns  # it is there, and its bundle is on the way
             elif self._offline or (now_ns - self._down_ns >= patience_ns and self.link.failed.is_set()):
                 self._offline = True

@@ -18,6 +18,7 @@ from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Outcome
 from edge_client.interest import InterestGate
 from edge_client.parts import Parts, PipelineConfig, Shot
 from edge_client.pipeline import Pipeline
+from edge_client.timings import SCHEDULING_NS
 from protos.errors import UnreachableError
 from protos.messages import Answer, Detection, Result
 
@@ -80,7 +81,10 @@ class LivePipeline(Pipeline):
     async def _frame(self, flight: Flight) -> None:
         if self._is_unchanged(flight) or (self.interest is not None and await self._is_filtered(flight, self.interest)):
             return
-        flight.decision = decision = self._decide(flight)
+        decision = self._decide(flight)
+        if await self._fall_back_first(decision):
+            decision = self._decide(flight)
+        flight.decision = decision
         if decision.explain is not None:
             explain_log.info("%s", json.dumps(asdict(decision.explain)))
         match decision:
@@ -107,6 +111,23 @@ class LivePipeline(Pipeline):
             return Local()
         decision = self.controller.decide(flight.frame.index, now_ns, deadline_ns)
         return Local() if not self.connected and isinstance(decision, Split | Offload) else decision
+
+    async def _fall_back_first(self, decision: Decision) -> bool:
+        """Fallbacks that will be due while the device is at this decision go before it, since no job is interrupted."""
+        if isinstance(decision, Skip):
+            return False
+        job = self.timings.local if isinstance(decision, Local) else self.timings.head
+        now_ns = self._clock()
+        free_ns = now_ns + int(job.quantile(0.95)) + SCHEDULING_NS
+        due = [
+            f
+            for f in self._flights.values()
+            if f.fallback_ns is not None and f.fallback_ns < free_ns and not (f.answering or f.given_up or f.urgent)
+            if self.ledger.is_open(f.frame.index) and self._wants_fallback(f, now_ns)
+        ]  # fmt: skip
+        for flight in due:
+            await self._answer_locally(flight)
+        return bool(due)
 
     def _is_unchanged(self, flight: Flight) -> bool:
         frame = flight.frame
@@ -192,6 +213,11 @@ class LivePipeline(Pipeline):
             else:
                 self._orphans.append(flight)
         self._notify()
+
+    def _wants_fallback(self, flight: Flight, now_ns: int) -> bool:
+        if self.config.point_id is not None or flight.deadline_ns is None:
+            return True  # the controller had no say in it
+        return self.controller.wants_fallback(flight.wire_id, now_ns, flight.deadline_ns)
 
     def _on_answer(self, flight: Flight, result: Result) -> None:
         if self.interest is not None and self.interest.learn(flight.frame.index, result.answer):

@@ -16,11 +16,12 @@ from functools import partial
 from edge_client.capture import Delivery
 from edge_client.control import Decision, Local, Offload
 from edge_client.engine import NO_REFERENCE, Encoded, Engine, Features, learn_reference
-from edge_client.flights import Flight, latest_start
+from edge_client.flights import Flight, next_turn
 from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Ledger, Outcome
 from edge_client.parts import Link, Parts, PipelineConfig, Shot
 from edge_client.session import Gate, Welcome
-from edge_client.timings import DevicePace, Timings
+from edge_client.timings import SCHEDULING_NS, DevicePace, Timings
+from edge_client.update import BundleUpdate
 from protos.errors import HeadtailError, OverloadedError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, Answer, FrameLayer, Grant, PayloadKind, Result
@@ -32,11 +33,9 @@ log = logging.getLogger(__name__)
 Make = Callable[[Engine, Features], Encoded]
 
 LATE_GRACE_NS = 100 * NS_PER_MS
-_SCHEDULING_NS = 5 * NS_PER_MS
 _HISTORY = 16  # frames back that a latent may be predicted from; every server remembers so many
 _FORGET_NS = 3 * NS_PER_S
 _UNANSWERED_NS = 60 * NS_PER_S
-_FETCH_AGAIN_S = 2.0
 
 
 class Pipeline:
@@ -48,7 +47,6 @@ class Pipeline:
         self.ledger = Ledger()
         self.late_results = 0
         self.bundle_switches = 0
-        self.note = ""
         self.link: Link
         self._parts = parts
         self._clock = parts.clock
@@ -61,12 +59,11 @@ class Pipeline:
         self.interest = parts.interest(engine)
         self._flights: dict[int, Flight] = {}
         self._orphans: list[Flight] = []
-        self._server_sha256 = self._wanted = ""
+        self._server_sha256 = ""
         self._welcome_limit = 0
         self._draining = False
-        self._next_engine: Engine | None = None
-        self._update: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
+        self._update = BundleUpdate(parts.fetch, lambda: self.link.up, self._notify)
         self._stopping = False
         self._finished = False
 
@@ -94,7 +91,8 @@ class Pipeline:
             for frame in self._frames.close():
                 self._capture(frame)
                 self._settle_frame(frame, Outcome.DROPPED, "stopped")
-            for task in (main, rescue, *([self._update] if self._update else [])):
+            self._update.cancel()
+            for task in (main, rescue):
                 task.cancel()
             for flight in [*self._flights.values(), *self._orphans, *self._waiting()]:
                 self._settle(flight, Outcome.DROPPED, "stopped")
@@ -118,6 +116,11 @@ class Pipeline:
     def _waiting(self) -> list[Flight]:
         """Frames a subclass holds outside of ``_flights``."""
         return []
+
+    @property
+    def note(self) -> str:
+        """One line for the status, mostly empty."""
+        return self._update.note
 
     @property
     def connected(self) -> bool:
@@ -240,7 +243,7 @@ class Pipeline:
         flight.tries += 1
         flight.payload_bytes = 0
         wire_id = self.link.send(layers, deadline_ns=flight.deadline_ns, gate=gate)
-        self._flights[wire_id] = flight
+        self._flights[wire_id], flight.wire_id = flight, wire_id
         if self.predictor is not None and encoded.symbols is not None:
             self.predictor.sent(wire_id, encoded.symbols, key=not is_predicted(payloads[0]))
         self._notify()
@@ -290,26 +293,34 @@ class Pipeline:
             self._settle(flight, Outcome.LOCAL, answer=answer)
 
     async def _rescue_loop(self) -> None:
-        """Steps in for frames in flight: at once where the stream broke, just in time where the server is silent."""
+        """Steps in for frames in flight: at once where the stream broke, when it is due where the server is silent."""
         while True:
             now_ns = self._clock()
             self._forget(now_ns)
             waiting = [f for f in self._in_flight() if self.ledger.is_open(f.frame.index)]
             local = self.engine.local is not None and self._local_allowed
-            local_ns = int(self.timings.local.quantile(0.95)) if local else 0
-            # A job that runs is not interrupted, be it another frame's head or its local answer.
-            running_ns = int(max(self.timings.head.quantile(0.95), self.timings.local.quantile(0.95)))
-            margin_ns = _SCHEDULING_NS + running_ns if local else 0
-            plan = latest_start(waiting, local_ns=local_ns, margin_ns=margin_ns, now_ns=now_ns)
-            if plan is None:
+            local_ns, margin_ns = self.timings.local_turn_ns() if local else (0, 0)
+            turn = next_turn(waiting, local_ns=local_ns, margin_ns=margin_ns, wake_ns=SCHEDULING_NS, now_ns=now_ns)
+            if turn is None:
                 await self._wait_changed(self._unanswered_s(now_ns))
-            elif plan[0] > now_ns:
-                await self._wait_changed((plan[0] - now_ns) / NS_PER_S)
-            elif self._local_allowed:
-                await self._answer_locally(plan[1])
+            elif turn[0] > now_ns:
+                await self._wait_changed((turn[0] - now_ns) / NS_PER_S)
             else:
-                self._settle(plan[1], Outcome.EXPIRED)
+                await self._step_in(turn[1], now_ns)
             self._orphans = [f for f in self._orphans if self.ledger.is_open(f.frame.index)]
+
+    async def _step_in(self, flight: Flight, now_ns: int) -> None:
+        """A flight's turn has come: the local model's, or the end of the wait."""
+        if flight.given_up or not self._local_allowed:
+            self._settle(flight, Outcome.EXPIRED)
+        elif flight.urgent or self._wants_fallback(flight, now_ns):
+            await self._answer_locally(flight)
+        else:
+            flight.given_up = True
+
+    def _wants_fallback(self, flight: Flight, now_ns: int) -> bool:  # noqa: ARG002
+        """Whether the local model should answer a frame whose answer may still come; asked once, when it is due."""
+        return True
 
     def _unanswered_s(self, now_ns: int) -> float | None:
         """Seconds until a frame without deadline has waited too long; a stream that swallows frames is begun anew."""
@@ -342,10 +353,11 @@ class Pipeline:
 
     def _swap_engine(self) -> None:
         """Between two frames: takes the bundle that was fetched in the background."""
-        if self._next_engine is None:
+        engine = self._update.take()
+        if engine is None:
             return
-        log.info("bundle %s takes over from %s", self._next_engine.sha256[:12], self.engine.sha256[:12])
-        self.engine, self._next_engine = self._next_engine, None
+        log.info("bundle %s takes over from %s", engine.sha256[:12], self.engine.sha256[:12])
+        self.engine = engine
         self.controller = self._parts.controller(self.engine, self._frames.fps)
         try:
             self.interest = self._parts.interest(self.engine)
@@ -354,32 +366,11 @@ class Pipeline:
             self.interest = None
         self.predictor, self._pace = self._new_predictor(), self._new_pace()
         self.bundle_switches += 1
-        self.note = ""
         if self.link.up:
             self.link.restart()
 
     def _want_bundle(self, sha256: str) -> None:
-        self._wanted = sha256 if sha256 != self.engine.sha256 else ""
-        if self._wanted and self._update is None:
-            self.note = f"fetching bundle {sha256[:12]}"
-            self._update = asyncio.create_task(self._fetch())
-
-    async def _fetch(self) -> None:
-        wait_s = _FETCH_AGAIN_S
-        try:
-            while self._wanted and self._next_engine is None:
-                try:
-                    self._next_engine = await self._parts.fetch(self._wanted)
-                except HeadtailError as error:
-                    self.note = f"the server's bundle cannot be had: {error.message}"
-                    log.warning("%s", self.note)
-                    await asyncio.sleep(wait_s)
-                    wait_s = min(2 * wait_s, 16 * _FETCH_AGAIN_S)  # a full disk does not empty itself
-                    self._wanted = self._wanted if self.link.up else ""  # the next welcome names it
-        finally:
-            self._update = None
-            self.note = self.note if self._wanted else ""
-        self._notify()
+        self._update.want(sha256 if sha256 != self.engine.sha256 else "")
 
     # ------------------------------------------------------------------ SessionEvents
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 
 _DEFAULT_NS = 30_000_000
+SCHEDULING_NS = 5_000_000  # how late this process may wake up
 
 
 class Recent:
@@ -32,6 +33,11 @@ class Timings:
     def __init__(self) -> None:
         self.head = Recent()
         self.local = Recent()
+
+    def local_turn_ns(self) -> tuple[int, int]:
+        """One local answer at its slow end, and what may stand in front of it: a job that runs is not interrupted."""
+        local_ns, head_ns = int(self.local.quantile(0.95)), int(self.head.quantile(0.95))
+        return local_ns, SCHEDULING_NS + max(local_ns, head_ns)
 
 
 class DevicePace:

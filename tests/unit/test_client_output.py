@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from edge_client.annotate import annotate
 from edge_client.cli import build_parser, parse
 from edge_client.config import ClientConfig, read_toml
-from edge_client.flights import Flight, latest_start
+from edge_client.control import Split
+from edge_client.flights import Flight, next_turn
 from edge_client.frames import CapturedFrame, FrameReport, Ledger, Outcome
 from edge_client.rpc import Endpoint
 from edge_client.sinks import InOrder, JsonLines, open_json_file, to_json
@@ -139,21 +141,33 @@ def flight(deadline_ms: int | None, *, urgent: bool = False) -> Flight:
 
 def test_the_local_model_starts_early_enough_for_the_frames_behind() -> None:
     first, second, third = flight(500), flight(510), flight(520)
-    start, chosen = latest_start([second, third, first], local_ns=40 * MS, margin_ns=5 * MS, now_ns=0) or (0, None)
+    start, chosen = next_turn([second, third, first], local_ns=40 * MS, margin_ns=5 * MS, wake_ns=0, now_ns=0) or (0, None)
     assert chosen is first
     assert start == (520 - 5 - 3 * 40) * MS
-    alone = latest_start([first], local_ns=40 * MS, margin_ns=5 * MS, now_ns=0)
+    alone = next_turn([first], local_ns=40 * MS, margin_ns=5 * MS, wake_ns=0, now_ns=0)
     assert alone == (455 * MS, first)
 
 
 def test_urgent_frames_come_first_and_undated_ones_wait() -> None:
     now = 100 * MS
     urgent = flight(900, urgent=True)
-    assert latest_start([flight(500), urgent], local_ns=MS, margin_ns=0, now_ns=now) == (now, urgent)
-    assert latest_start([flight(None)], local_ns=MS, margin_ns=0, now_ns=now) is None
+    assert next_turn([flight(500), urgent], local_ns=MS, margin_ns=0, wake_ns=0, now_ns=now) == (now, urgent)
+    assert next_turn([flight(None)], local_ns=MS, margin_ns=0, wake_ns=0, now_ns=now) is None
     answering = flight(500)
     answering.answering = True
-    assert latest_start([answering], local_ns=MS, margin_ns=0, now_ns=now) is None
+    assert next_turn([answering], local_ns=MS, margin_ns=0, wake_ns=0, now_ns=now) is None
+
+
+def test_what_the_controller_said_goes_before_just_in_time_and_who_was_given_up_waits_for_the_deadline() -> None:
+    asked, given_up, plain = flight(500), flight(480), flight(490)
+    asked.decision = Split(point_id=0, fallback_ns=420 * MS)
+    given_up.given_up = True
+    turn = partial(next_turn, local_ns=40 * MS, margin_ns=5 * MS, wake_ns=3 * MS, now_ns=0)
+    assert turn([asked, given_up, plain]) == (417 * MS, asked), "and plain is not made to begin early for its sake"
+    assert turn([given_up, plain]) == (445 * MS, plain)
+    assert turn([given_up]) == (480 * MS, given_up)
+    asked.urgent = True
+    assert turn([asked, given_up, plain]) == (0, asked)
 
 
 def test_recent_quantiles_forget() -> None:

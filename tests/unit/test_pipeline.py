@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_client.control import ControlConfig, Controller, OffloadOption
+from edge_client.control import ControlConfig, Controller, LocalOption, OffloadOption, Split
 from edge_client.device import DeviceWorker
 from edge_client.files import FilePipeline
 from edge_client.frames import FrameReport, Ledger, Outcome
@@ -52,6 +52,7 @@ def run(
     fetches: list[float] | None = None,
     refuse_fetches: int = 0,
     controller: Any = fake_controller,
+    point_id: int | None = None,
 ) -> Run:
     async def main(loop: VirtualLoop) -> Run:
         device = FakeDevice()
@@ -70,7 +71,7 @@ def run(
             frames=FakeFrames(loop, count=frames, fps=fps, live=live), worker=DeviceWorker(device), clock=loop.clock,
             emit=reports.append, fetch=fetch, controller=controller,
         )  # fmt: skip
-        config = PipelineConfig(deadline_ms=deadline_ms, wait_for_server_s=wait_s)
+        config = PipelineConfig(deadline_ms=deadline_ms, wait_for_server_s=wait_s, point_id=point_id)
         pipeline: Pipeline = (LivePipeline if live else FilePipeline)(config, parts, engine)
         link = FakeLink(loop, pipeline, faults=faults, rtt_s=rtt_s, fatal=fatal)
         if stop_at_s is not None:
@@ -119,6 +120,74 @@ def test_a_server_that_hangs_is_answered_for_just_in_time() -> None:
     assert waited
     assert all(300 < report.stages_ms["total"] <= 505 for report in waited)
     assert r.pipeline.late_results >= len(waited)
+
+
+def test_a_fallback_that_would_displace_better_frames_is_not_begun() -> None:
+    """A local answer of 150 ms costs three frames of a camera of 30 fps: what the server lost is left to expire."""
+    faults = [Fault(at_s=2.0, for_s=0.2, kind="lose")]
+    r = run(faults=faults, local_ms=150)
+    check(r)
+    lost = [report for report in r.reports if report.payload_bytes and report.outcome is not Outcome.RESULT]
+    assert len(lost) >= 2
+    assert {report.outcome for report in lost} == {Outcome.EXPIRED}
+    assert all(report.stages_ms["total"] == pytest.approx(500, abs=1) for report in lost), "the server might still have answered"
+    cheap = run(faults=faults, local_ms=20)
+    check(cheap)
+    assert cheap.count(Outcome.LOCAL) >= 2
+    assert cheap.count(Outcome.EXPIRED) == 0
+
+
+class Told(Controller):
+    """Sends every frame, with a fallback 150 ms after its capture."""
+
+    wanted = True
+    asked: list[tuple[int, int]]
+
+    def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Split:
+        return Split(point_id=0, fallback_ns=deadline_ns - 350_000_000)
+
+    def may_send(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def wants_fallback(self, frame_id: int, now_ns: int, deadline_ns: int) -> bool:
+        self.asked.append((frame_id, deadline_ns - now_ns))
+        return self.wanted
+
+
+def told(wanted: bool) -> Any:
+    asked: list[tuple[int, int]] = []
+
+    def make(engine: Any, fps: float) -> Controller:
+        local = LocalOption(accuracy=0.6, ms=Quantiles(p50=20, p95=24))
+        controller = Told(ControlConfig(fps=fps or 30.0, initial_bps=20e6), engine.bundle.points, local=local)
+        controller.wanted, controller.asked = wanted, asked
+        return controller
+
+    return make, asked
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_fallback_begins_when_the_controller_said_and_only_if_it_says_so_again(wanted: bool) -> None:
+    make, asked = told(wanted)
+    r = run(fps=10, frames=40, faults=[Fault(at_s=0.5, for_s=1.0, kind="lose")], controller=make)
+    check(r, frames=40)
+    stuck = [report for report in r.reports if report.outcome is not Outcome.RESULT]
+    assert 9 <= len(stuck) <= 11
+    assert len(asked) == len(stuck), "each is asked about once, and no frame whose answer is there"
+    assert [wire_id for wire_id, _ in asked] == [report.frame.index for report in sorted(stuck, key=lambda s: s.frame.index)]
+    for report, (_, left_ns) in zip(stuck, asked, strict=True):
+        assert 350e6 <= left_ns <= 356e6
+        assert report.outcome is (Outcome.LOCAL if wanted else Outcome.EXPIRED)
+        assert report.stages_ms["total"] == pytest.approx(165 if wanted else 500, abs=1.5)
+
+
+def test_a_point_set_by_hand_has_its_frames_answered_just_in_time_whatever_the_controller_thinks() -> None:
+    make, asked = told(wanted=False)
+    r = run(fps=10, frames=40, faults=[Fault(at_s=0.5, for_s=1.0, kind="lose")], controller=make, point_id=0)
+    check(r, frames=40)
+    assert not asked
+    assert r.count(Outcome.LOCAL) >= 9
+    assert r.count(Outcome.EXPIRED) == 0
 
 
 def test_without_a_local_model_frames_in_flight_expire_and_others_are_dropped() -> None:
