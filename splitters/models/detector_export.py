@@ -34,7 +34,7 @@ from splitters.preprocess import preprocess
 
 CUT_BLOCK = TAPS[0]  # the first pyramid tap: one latent carries all that the tail needs
 BITS = (8, 6, 4, 3, 2)
-LOCAL_SIZE_PX = 192
+LOCAL_SIZE_PX = 160
 SCORE_MIN = 0.25
 PLAIN_CODEC = WEIGHTS.parent / "plain.json"
 LICENCE = (

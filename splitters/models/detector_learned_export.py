@@ -26,6 +26,7 @@ from splitters.models.detector_learned import C_LATENT, LATENT_STRIDE, load_lear
 from splitters.models.detector_staged import joined, staged_detector
 from splitters.models.learned import LearnedSplit
 from splitters.models.learned_export import (
+    CHOICES_FILE,
     POINTS_FILE,
     RECIPE_FILE,
     TABLES_FILE,
@@ -36,6 +37,7 @@ from splitters.models.learned_export import (
     gains_at,
     graph_name,
     operating_points,
+    read_choices,
 )
 from splitters.models.prefilter_export import write_prefilter
 from splitters.onnx_export import export_onnx
@@ -117,6 +119,7 @@ def export_learned(out: Path, folder: Path = FOLDER, detector: Path = WEIGHTS) -
     gains, ungains = gains_at(student, levels)
     measured = folder / POINTS_FILE
     points = load_points(measured.read_text(encoding="utf-8")) if measured.exists() else operating_points(student.ensemble, rungs)
+    fields = common_fields()
     codec = learned_spec(
         shape=LATENT_SHAPE, gains=gains.numpy(), ungains=ungains.numpy(),
         points={f"r{i}": (levels.index(r.gain), r.channels) for i, r in enumerate(rungs)}, tables_path=TABLES_PART,
@@ -138,7 +141,7 @@ def export_learned(out: Path, folder: Path = FOLDER, detector: Path = WEIGHTS) -
                 "weights": ["server/learned.safetensors", "server/network.safetensors"],
                 "base_weights": ["server/network.safetensors"],
             },
-            **common_fields(), provenance={
+            **(fields | read_choices(folder / CHOICES_FILE, fields["local"])), provenance={
                 "base": "EfficientNet-Lite0 backbone, light pyramid, trained here; see splitters/weights/detector/recipe.json",
                 "cut": f"backbone.blocks.{CUT_BLOCK}", "bottleneck": recipe,
             },

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from protos.errors import BundleError
 from splitters.bundle import Bundle, BundleWriter
 from splitters.codec import learned_spec
-from splitters.manifest import Head
+from splitters.manifest import Head, LocalModel
 from splitters.models.efficientnet_export import common_fields, write_local
 from splitters.models.efficientnet_lite import DEFAULT_SIZE_PX, EfficientNetLite0, MBConv, load_efficientnet_lite0
 from splitters.models.ensemble import EncoderEnsemble, OwnEncoder, Tier
@@ -237,13 +237,12 @@ def build_learned_tail(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
     return tail
 
 
-def read_choices(path: Path) -> dict[str, Any]:
-    """What was measured of the base model's other choices, offload and the local model; it does not depend on the bottleneck."""
+def read_choices(path: Path, local: LocalModel) -> dict[str, Any]:
+    """What was measured of the base model's other choices, offload and ``local``; it does not depend on the bottleneck."""
     if not path.is_file():
         return {}
     data = json.loads(path.read_text(encoding="utf-8"))
-    local = replace(common_fields()["local"], accuracy=data["local"]["accuracy"], accuracy_metric=data["local"]["accuracy_metric"])
-    return {"offloads": tuple(offload_from_json(o) for o in data["offloads"]), "local": local}
+    return {"offloads": tuple(offload_from_json(o) for o in data["offloads"]), "local": replace(local, **data["local"])}
 
 
 def export_learned(out: Path, weights: Path) -> Bundle:
@@ -261,7 +260,7 @@ def export_learned(out: Path, weights: Path) -> Bundle:
     gains, ungains = gains_at(student, levels)
     measured = weights / POINTS_FILE
     points = load_points(measured.read_text(encoding="utf-8")) if measured.exists() else operating_points(student.ensemble, rungs)
-    choices = read_choices(weights / CHOICES_FILE)
+    choices = read_choices(weights / CHOICES_FILE, common_fields()["local"])
     codec = learned_spec(
         shape=(C_LATENT, DEFAULT_SIZE_PX // 16, DEFAULT_SIZE_PX // 16), gains=gains.numpy(), ungains=ungains.numpy(),
         points={f"r{i}": (levels.index(r.gain), r.channels) for i, r in enumerate(rungs)}, tables_path=TABLES_PART,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from edge_client.engine import Engine
+from edge_server.decode import decode_image
 from protos.errors import BundleError
 from protos.messages import Detection
 from splitters.bundle import Bundle
@@ -206,6 +209,24 @@ def test_shipped_bundle_answers_through_every_point(bundle: Bundle) -> None:
     for row in sizes.values():
         assert row == sorted(row, reverse=True)
         assert row[0] > 1.5 * row[-1]
+
+
+def test_shipped_bundle_offers_pictures_and_a_local_model_with_what_they_are_worth(bundle: Bundle) -> None:
+    engine, tail = Engine(bundle, clock=time.monotonic_ns), load_tail(bundle)
+    frame = np.random.default_rng(3).integers(0, 255, (15, 20, 3), dtype=np.uint8).repeat(24, axis=0).repeat(24, axis=1)
+    best = max(o.accuracy for o in bundle.offloads)
+    assert {o.format for o in bundle.offloads} == {"jpeg", "webp"}
+    assert any(o.size_px for o in bundle.offloads), "reduced pictures too"
+    for o in bundle.offloads:
+        (payload,) = engine.compress(engine.picture(frame), o.format, o.quality, o.size_px).payloads
+        restored = decode_image(payload, bundle.manifest.preprocess.size_px, 1 << 20)
+        (answer,) = tail.run_images([restored], [(480, 360)])
+        assert isinstance(answer, Detection)
+    local = bundle.manifest.local
+    assert local is not None
+    assert local.preprocess.size_px in ((128, 128), (160, 160))
+    assert local.accuracy_metric == bundle.points[0].accuracy_metric
+    assert 0.5 * best < local.accuracy < best
 
 
 def test_shipped_bottleneck_fits_the_shipped_detector(bundle: Bundle) -> None:
