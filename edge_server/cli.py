@@ -35,7 +35,7 @@ examples:
 
 signals: SIGTERM and SIGINT drain and end with 0; a second one ends at once; SIGHUP reads the bundles from disk again.
 exit codes: 0 done, 2 a wrong setting or missing package, 4 a bundle is absent or altered, 5 unknown model,
-11 a tail cannot be run, 1 an error of ours, 130 stopped at the second signal.
+11 a tail cannot be run, 12 a bundle cannot be written, 1 an error of ours, 130 stopped at the second signal.
 """
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from protos.errors import BundleError, ConfigError
+from protos.errors import BundleError, ConfigError, StorageError
 from splitters.manifest import FORMAT_VERSION, MAX_MANIFEST_BYTES, Manifest, Part, Side, check_part_path, parse_manifest
 from splitters.offload import OffloadOption, dump_offloads, load_offloads
 from splitters.operating_point import OperatingPoint, dump_points, load_points
@@ -143,8 +143,11 @@ class BundleWriter:
         if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out} exists and is no bundle; choose another --out")
         self._out = out
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self._dir = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self._dir = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        except OSError as error:
+            raise StorageError(f"{out} cannot be written: {error.strerror}; default bundles go to $HEADTAIL_CACHE") from error
         self._sides: dict[str, Side] = {}
 
     def file(self, path: str, side: Side) -> Path:

@@ -23,7 +23,7 @@ VERBS = {
 
 EPILOG = """\
 exit codes: 0 done; 2 wrong argument or missing extra; 3 no input found; 4 bundle unreadable; 11 model cannot be
-loaded, cut or run; 1 our own fault (the log says more).
+loaded, cut or run; 12 nothing can be written there; 1 our own fault (the log says more).
 """
 
 

@@ -103,17 +103,22 @@ def recalibrate(what: str, photos: Path, *, count: int = 200, seed: int = 0) -> 
 
 
 def export(what: str, out: Path) -> Bundle:
-    """Writes the bundle ``what`` to ``out``.
+    """Writes the bundle ``what`` to ``out``; a default's, where ``--model NAME`` looks, as `ensure_exported` would.
 
     Raises:
         UnknownModelError: no default has that name.
+        StorageError: ``out`` cannot be written.
     """
     if (Path(what) / "recipe.json").is_file():
         return _run(Path(what), out)
     if what not in EXPORTERS:
         raise UnknownModelError(f"{what!r} is no default model; there are {', '.join(EXPORTERS)}, or give a bundle's directory")
     log.info("exporting %s to %s", what, out)
-    return EXPORTERS[what](out)
+    bundle = EXPORTERS[what](out)
+    if out == exported_path(what):
+        # Without it the next `--model NAME` would take the bundle for an old one; a server's image is built so, and read-only.
+        _stamp(out).write_text(_source_sha256(), encoding="utf-8")
+    return bundle
 
 
 def ensure_exported(name: str) -> Path:
@@ -121,20 +126,24 @@ def ensure_exported(name: str) -> Path:
 
     Raises:
         UnknownModelError: no default has that name.
+        StorageError: it cannot be written there.
     """
     path = exported_path(name)
-    stamp = path.with_name(f"{path.name}.source")
-    source = _source_sha256()
+    stamp = _stamp(path)
     try:
         open_bundle(path)
-        if stamp.is_file() and stamp.read_text(encoding="utf-8") == source:
+        if stamp.is_file() and stamp.read_text(encoding="utf-8") == _source_sha256():
             return path
         log.info("%s was exported by other code or weights; exporting it anew", path)
     except BundleError as error:
         log.info("%s", error.message)
     export(name, path)
-    stamp.write_text(source, encoding="utf-8")
     return path
+
+
+def _stamp(path: Path) -> Path:
+    """Beside an exported bundle: what it was made of."""
+    return path.with_name(f"{path.name}.source")
 
 
 def _source_sha256() -> str:

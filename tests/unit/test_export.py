@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from protos.errors import UnknownModelError
+from protos.errors import StorageError, UnknownModelError
+from splitters import cli
 from splitters import export as module
 from splitters.bundle import Bundle, exported_path
 from tests.unit.test_bundle import write
@@ -29,6 +30,35 @@ def test_exported_once_and_again_when_the_source_changes(tmp_path: Path, monkeyp
     (exported_path("tiny") / "device" / "stem.onnx").unlink()
     module.ensure_exported("tiny")
     assert len(made) == 3
+
+
+def test_what_was_exported_by_hand_is_not_exported_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's image is built with `splitters export NAME`, and its root is read-only."""
+    monkeypatch.setenv("HEADTAIL_CACHE", str(tmp_path))
+    made: list[Path] = []
+
+    def exporter(out: Path) -> Bundle:
+        made.append(out)
+        return write(out)
+
+    monkeypatch.setattr(module, "EXPORTERS", {"tiny": exporter})
+    assert cli.main(["export", "tiny"]) == 0
+    assert cli.main(["export", "tiny", "--out", str(tmp_path / "elsewhere")]) == 0
+    assert module.ensure_exported("tiny") == exported_path("tiny")
+    assert made == [exported_path("tiny"), tmp_path / "elsewhere"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "exported"]
+
+
+def test_where_nothing_can_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").write_text("a file, no directory")
+    monkeypatch.setenv("HEADTAIL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "EXPORTERS", {"tiny": write})
+    with pytest.raises(StorageError, match="HEADTAIL_CACHE"):
+        module.ensure_exported("tiny")
+    assert cli.main(["export", "tiny"]) == StorageError.exit_code
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
