@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from splitters.cut import Split, split
     from splitters.profiling import Profile, profile
+
+# ONNX Runtime from 1.29 on reports its sessions to Microsoft unless told otherwise before it is loaded. Whoever loads it here has
+# loaded this package first.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["Profile", "Split", "profile", "split"]
 
