@@ -16,8 +16,8 @@ from edge_client.control.budget import GrantBudget
 from edge_client.control.config import ControlConfig
 from edge_client.control.decision import Candidate, Decision, Explanation, Local, LocalOption, Offload, Skip, Split
 from edge_client.control.estimator import Estimator
-from edge_client.control.options import Option, useful
-from edge_client.control.scoring import DEVICE_NOISE, Moment, Score, device_price
+from edge_client.control.options import DEVICE_NOISE, Option, useful
+from edge_client.control.scoring import Moment, Score, device_price
 from edge_client.control.window import CreditWindow
 from protos.errors import ConfigError
 from splitters.offload import OffloadOption
@@ -69,7 +69,8 @@ class Controller:
         if not remote and self._local is None:
             raise ConfigError("the controller has nothing to choose from: give it operating points, offloads or a local model")
         self._all = remote
-        self._remote = useful(remote)
+        self._least_bytes = self._longest_ns = 0.0
+        self._consider()
         self._by_name = {o.name: o for o in [*remote, *([self._local] if self._local else [])]}
         self._learnt = 0
         self._last = ""
@@ -80,6 +81,8 @@ class Controller:
         # Margins and fines are in units of the best accuracy there is: a detector's .08 AP is as good as a classifier's .7.
         self._unit = max(o.accuracy for o in self._by_name.values()) or 1.0
         self._typical = 0.7 * self._unit  # value of a frame
+        self._fine = config.miss_price * self._unit
+        self._margin = config.switch_margin * self._unit
 
     # ------------------------------------------------------------------ events
 
@@ -102,19 +105,21 @@ class Controller:
             option.learn(elapsed_ns, now_ns)
             self._learnt += 1
             if self._learnt % 64 == 0:
-                self._remote = useful(self._all)
+                self._consider()
+            elif option is not self._local and option.high_ns > self._longest_ns:
+                self._longest_ns = option.high_ns
 
     def set_device_ms(self, decision: Decision, ms: Quantiles) -> None:
         """Overrides what is believed of a choice's device time (the measurement at start)."""
         if decision.name in self._by_name:
             self._by_name[decision.name].set_ms(ms)
-            self._remote = useful(self._all)
+            self._consider()
 
     def withdraw_offloads(self) -> bool:
         """The server runs no whole model: images are no choice any more. Whether they were one."""
         kept = [o for o in self._all if not isinstance(o.decision, Offload)]
         gone, self._all = len(kept) < len(self._all), kept
-        self._remote = useful(kept)
+        self._consider()
         return gone
 
     # ------------------------------------------------------------------ decisions
@@ -177,6 +182,12 @@ class Controller:
 
     # ------------------------------------------------------------------ inside
 
+    def _consider(self) -> None:
+        """Leaves out what is beaten in everything, and notes what holds for the rest."""
+        self._remote = useful(self._all)
+        self._least_bytes = min((o.typical_bytes for o in self._remote), default=0.0)
+        self._longest_ns = max((o.high_ns for o in self._remote), default=0.0)  # at least: learnt times may raise it
+
     def _scores(self, now_ns: int, deadline_ns: int, tokens: float) -> tuple[list[Score], str]:
         """Every option's score, and the word for a skip should none be worth it."""
         if deadline_ns <= now_ns:
@@ -185,21 +196,13 @@ class Controller:
         self._span_ns = max(self._span_ns, deadline_ns - now_ns)
         self._captured_ns = deadline_ns - self._span_ns
         late_ns = now_ns - self._captured_ns
-        moment = Moment(e, self._local, now_ns, deadline_ns, self._interval_ns, late_ns)
+        local_ns = self._local.mid_ns if self._local else 0.0
+        roomy = self._longest_ns + local_ns <= self._interval_ns and not self.config.explain
+        moment = Moment(e, self._local, now_ns, deadline_ns, self._interval_ns, late_ns, roomy=roomy)
         scores = [moment.score_local(self._local)] if self._local else []
         closed = e.connected and self._score_remotes(scores, moment, tokens)
         self._price, overloaded = device_price(scores, self._interval_ns)
-        soon = 1.0
-        if moment.waited and self._local is not None:  # what the frames behind could be answered with: nothing, while all is shut
-            shut = all(s.refused for s in scores[1:])
-            soon = e.p_unblocked(now_ns, now_ns + self._local.mid_ns if shut else deadline_ns)
-        for s in scores:
-            superseded = self._superseded(late_ns, s.option)
-            s.p_all *= (min(1.0, self._interval_ns / s.device_ns) if overloaded and s.device_ns > 0 else 1.0) / (1.0 + superseded)
-            s.displaced = soon * superseded * self._typical
-            missed = max(0.0, self.config.target_on_time - s.p_all)
-            behind_ns = max(0.0, late_ns + s.device_ns - self._interval_ns)
-            s.net = s.value - self.config.miss_price * self._unit * missed - self._price * behind_ns - s.displaced
+        self._charge(scores, moment, overloaded=overloaded)
         if not e.connected:
             return scores, "offline"
         return scores, "window" if closed else "worthless"
@@ -207,15 +210,23 @@ class Controller:
     def _score_remotes(self, scores: list[Score], moment: Moment, tokens: float) -> bool:
         """Adds what can be sent; whether the window kept something out."""
         e, now_ns = self.estimator, moment.now_ns
-        frames = self.window.frames if e.in_flight else 0
-        room = self.window.limit_bytes - e.backlog_bytes if e.in_flight else inf
+        frames, room = self.window.limits() if e.in_flight else (0, inf)
+        room -= e.backlog_bytes
         full = 0 < frames <= e.in_flight
-        closed, enough = False, 0.0
+        closed, roomy = False, moment.roomy
+        # A choice that is sure, and takes nothing from other frames, sets a bar. What cannot pass it need not be looked at;
+        # below it by the margin is what was chosen last, and anything where device time may have a price (see ``device_price``).
+        sure, margin, last = -inf, self._margin, self._last
+        if roomy and scores and self._is_sure(scores[0], moment.late_ns):
+            sure = scores[0].value
         # The smallest there is may always be tried: a model whose frames are all large would else never be.
-        untried = max(e.room_to_try_bytes, min((o.typical_bytes for o in self._remote), default=0.0))
-        for o in self._remote:  # the most accurate first: what cannot beat a sure one any more need not be looked at
-            if o.accuracy < enough:
-                break
+        untried = max(e.room_to_try_bytes, self._least_bytes)
+        for o in self._remote:
+            if o.accuracy <= sure - margin:
+                break  # the most accurate came first
+            least = sure if roomy and o.name != last else sure - margin
+            if o.accuracy <= least:
+                continue
             if o.n_bytes > tokens or o.typical_bytes > untried:
                 scores.append(Score(o, refused="grant" if o.n_bytes > tokens else "untried"))
                 continue
@@ -223,12 +234,41 @@ class Controller:
                 closed = True
                 scores.append(Score(o, refused="window"))
                 continue
-            score = moment.score_remote(o)
-            scores.append(score)
-            cheap = score.device_ns <= self._interval_ns and moment.late_ns + o.mid_ns <= self._interval_ns
-            if cheap and score.p_all >= self.config.target_on_time and not self.config.explain:
-                enough = max(enough, score.value - self.config.switch_margin * self._unit)
+            score = moment.score_remote(o, least if roomy else -inf)
+            if score is not None:
+                scores.append(score)
+                if score.value > sure and self._is_sure(score, moment.late_ns) and not self.config.explain:
+                    sure = score.value
         return closed
+
+    def _is_sure(self, score: Score, late_ns: float) -> bool:
+        """Whether it can be chosen, meets the target and takes nothing from other frames."""
+        interval_ns = self._interval_ns
+        cheap = score.device_ns <= interval_ns and late_ns + score.option.mid_ns <= interval_ns
+        return cheap and score.p_all >= self.config.target_on_time and score.p >= _HOPELESS
+
+    def _charge(self, scores: list[Score], moment: Moment, *, overloaded: bool) -> None:
+        """Takes off each value what its choice costs other frames, and what it lacks of the target."""
+        target, price, interval_ns, late_ns = self.config.target_on_time, self._price, self._interval_ns, moment.late_ns
+        local_ns, soon = self._local.high_ns if self._local else 0.0, 1.0
+        crowded = late_ns + max(self._longest_ns, local_ns) >= 2 * interval_ns
+        if crowded and moment.waited and self._local is not None:
+            # What the frames behind could be answered with: nothing, while all is shut.
+            shut = all(s.refused for s in scores[1:])
+            by_ns = moment.now_ns + self._local.mid_ns if shut else moment.deadline_ns
+            soon = self.estimator.p_unblocked(moment.now_ns, by_ns)
+        for s in scores:
+            if overloaded and s.device_ns > interval_ns:
+                s.p_all *= interval_ns / s.device_ns
+            if crowded:
+                superseded = self._superseded(late_ns, s.option)
+                s.p_all /= 1.0 + superseded
+                s.displaced = soon * superseded * self._typical
+            s.net = s.value - s.displaced
+            if s.p_all < target:
+                s.net -= self._fine * (target - s.p_all)
+            if price > 0.0 and late_ns + s.device_ns > interval_ns:
+                s.net -= price * (late_ns + s.device_ns - interval_ns)
 
     def _superseded(self, late_ns: float, option: Option) -> float:
         """Frames expected to be superseded during a job: of those captured meanwhile the newest waits."""
@@ -249,9 +289,7 @@ class Controller:
                     best = score
                 if score.option.name == self._last:
                     last = score
-        return (
-            last if last is not None and best is not None and best.net - last.net < self.config.switch_margin * self._unit else best
-        )
+        return last if last is not None and best is not None and best.net - last.net < self._margin else best
 
     def _probe(self, scores: list[Score]) -> Score | None:
         """A frame that nothing can be done with is a free probe: without it, a bad estimate would never be corrected."""

@@ -7,39 +7,27 @@ delivered, on the clock of its acknowledgement with the server's time taken off,
 
 So every acknowledgement gives a service time, free of the wait behind earlier frames. R is a low median of the newest
 few (a mean would take a repaired packet for a slow link), p the least round trip of recent frames and pings. What this
-simple model gets wrong is kept as it is: small residuals (jitter, a busy server) in units of the frame's own
-uncertainty, large ones (a lost packet and its repair) as times, with their frequency per packet sent. P(on time) is
-read off those two empirical distributions: the tail is the measured tail, and no quantile is ever a mean. How the link
-is now is remembered for seconds, how often it loses packets for a minute: a loss rate outlives a fade.
+simple model gets wrong is kept as it is, see ``lateness``: the tail is the measured tail.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
-from math import exp
 
 from edge_client.control.config import ControlConfig
+from edge_client.control.lateness import Lateness
 from edge_client.control.quantile import SlidingQuantile
 
 # A service time below this is clock noise; it bounds the bitrate one acknowledgement can claim.
 _MIN_SERVICE_NS = 100_000
 # Residuals are counted in units of (this + a tenth of the round trip + the frame's service time).
 _NOISE_NS = 4_000_000
-# Four residuals that are believed until there are real ones: the worst of them keeps a fresh session careful.
-_PRIOR_RESIDUALS = (-0.2, 0.1, 0.4, 1.5)
-# Repairs per packet are believed to be this frequent, with the weight of so many packets.
-_PRIOR_REPAIRS, _PRIOR_PACKETS = 0.3, 40.0
-# A repair also holds back the frames behind: this share of a frame's exposure does not depend on its own size.
-_HELD_BACK = 0.6
-_LOSS_MEMORY_NS = 60_000_000_000
 _SEGMENT_BYTES = 1448
 _INITIAL_WINDOW_BYTES = 14_000.0
 _FORGET_TRIED = 0.98
 # A frame that took longer than this was in an outage: that says nothing about the link as it is between outages.
 _OUTAGE_NS = 1_000_000_000
-_REFUSED_NS = 10_000_000_000
 _WINDOW_SAMPLES = 96
 # So many frames in a row that look repaired mean a slow link.
 _SLOW_RUN = 3
@@ -48,8 +36,8 @@ _REPAIR_RTTS = 0.6
 # The bitrate is read off this quantile of the newest service times per byte: more than half, to be careful; less on a lossy
 # link, whose longer times are small repairs and belong to the residuals.
 _RECENT_LEAST, _RECENT_MOST, _RECENT_QUANTILE, _LOSSY_QUANTILE = 5, 15, 0.6, 0.45
-# From so many repairs a packet on a link counts as lossy. TCP's least time-out.
-_LOSSY, _RTO_NS = 0.003, 200_000_000
+# TCP's least time-out.
+_RTO_NS = 200_000_000
 # After this long without a sample the bitrate is believed to recover, doubling in so much time.
 _STALE_NS, _DOUBLING_NS = 1_500_000_000, 2_000_000_000
 _LEAST_NS_PER_BYTE = 8.0  # 1 Gbit/s
@@ -81,7 +69,14 @@ class _InFlight:
 
 
 class Estimator:
-    """Delivery bitrate, round trip and server time of one session. Pure: time comes in as an argument."""
+    """Delivery bitrate, round trip and server time of one session. Pure: time comes in as an argument.
+
+    Attributes:
+        lateness: by how much answers miss what this model predicts.
+        base_rtt_ns: round trip without queueing and without the server's time.
+        server_ns: median time a frame spends in the server.
+        ns_per_byte: central estimate of the bottleneck's service time, always positive and finite.
+    """
 
     def __init__(self, config: ControlConfig | None = None) -> None:
         self.config = config or ControlConfig()
@@ -93,21 +88,16 @@ class Estimator:
         self._rates = SlidingQuantile(size=size, age_ns=window)
         self._rtts = SlidingQuantile(size=size, age_ns=window)
         self._servers = SlidingQuantile(size=size, age_ns=window)
-        self._residuals = SlidingQuantile(size=size, age_ns=window)
-        self._repairs = SlidingQuantile(size=size, age_ns=_LOSS_MEMORY_NS)
-        self._late = self._packets = self._frames = 0.0  # repaired frames, packets, frames: exponentially forgotten
-        self._counted_ns = 0
-        self._server_prior_ns = 10_000_000.0
+        self.lateness = Lateness(window)
+        self.server_ns = self._server_prior_ns = 10_000_000.0
         self._slow_run = 0
-        self._known_rtt_ns = float(self.config.initial_rtt_ns)
+        self.base_rtt_ns = float(self.config.initial_rtt_ns)
         self._tried_bytes = 0.0
-        self._stale = True
-        self._prior_weight = self._body_size = self._odds = self._held_packets = 1.0
         self._last_delivery_ns = 0
         self._last_heard_ns = 0
         self._last_ping_ns = 0
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT_MOST)  # when, ns per byte
-        self._learnt_ns_per_byte = self._ns_per_byte = 8e9 / self.config.initial_bps
+        self._learnt_ns_per_byte = self.ns_per_byte = 8e9 / self.config.initial_bps
 
     # ------------------------------------------------------------------ events
 
@@ -151,6 +141,7 @@ class Estimator:
             self._learn_rtt(round_trip_ns, now_ns)
         self._tried_bytes = max(float(record.n_bytes), self._tried_bytes * _FORGET_TRIED)
         self._servers.add(server_ns, now_ns)
+        self.server_ns = self._servers.quantile(0.5, server_ns)
         start_ns = max(record.sent_ns + self.base_rtt_ns, self._last_delivery_ns)
         service_ns = max(delivered_ns - start_ns, _MIN_SERVICE_NS)
         if round_trip_ns < _OUTAGE_NS:
@@ -163,9 +154,7 @@ class Estimator:
         """The server answered that it cannot make this frame's deadline: as bad as a frame that came too late."""
         self._last_heard_ns = now_ns
         if self._pop(frame_id) is not None:
-            self._count(1, now_ns)
-            self._late += 1
-            self._repairs.add(_REFUSED_NS, now_ns)
+            self.lateness.add_refused(now_ns)
 
     def on_lost(self, frame_id: int, now_ns: int) -> None:  # noqa: ARG002
         """No answer will come for this frame (it failed, or it was given up); it no longer fills the window."""
@@ -184,6 +173,7 @@ class Estimator:
         self.grant_max_in_flight = max(0, max_in_flight)
         if queue_ns + tail_ns > 0:
             self._server_prior_ns = float(max(0, queue_ns) + max(0, tail_ns))
+            self.server_ns = self._servers.quantile(0.5, self._server_prior_ns)
 
     def on_pong(self, rtt_ns: int, now_ns: int) -> None:
         """A ping came back after ``rtt_ns``."""
@@ -225,32 +215,20 @@ class Estimator:
     @property
     def delivery_bps(self) -> float:
         """Central estimate of the bottleneck's bitrate, bits/s, always positive and finite."""
-        return 8e9 / self._ns_per_byte
-
-    @property
-    def base_rtt_ns(self) -> float:
-        """Round trip without queueing and without the server's time."""
-        return self._rtts.minimum(self._known_rtt_ns)
+        return 8e9 / self.ns_per_byte
 
     def rtt_ns(self, q: float) -> float:
         """A quantile of the measured round trips, without the server's time."""
-        return self._rtts.quantile(q, self._known_rtt_ns)
+        return self._rtts.quantile(q, self.base_rtt_ns)
 
     @property
     def repair_ns(self) -> float:
         """By how much a lost packet delays a frame, median; 0 where losses are rare. At most three round trips and a time-out."""
-        if len(self._repairs) < _SLOW_RUN or self._late < _LOSSY * self._packets:
-            return 0.0
-        return min(self._repairs.quantile(0.5, 0.0), 3 * self.base_rtt_ns + _RTO_NS)
-
-    @property
-    def server_ns(self) -> float:
-        """Median time a frame spends in the server."""
-        return self._servers.quantile(0.5, self._server_prior_ns)
+        return min(self.lateness.repair_ns, 3 * self.base_rtt_ns + _RTO_NS)
 
     def service_ns(self, n_bytes: float) -> float:
         """Time the bottleneck needs for so many bytes."""
-        return n_bytes * self._ns_per_byte
+        return n_bytes * self.ns_per_byte
 
     def scale_ns(self, service_ns: float) -> float:
         """The unit residuals of a frame with that service time are counted in."""
@@ -262,7 +240,7 @@ class Estimator:
         What is overdue is taken to come now; how likely that is, ``p_unblocked`` says.
         """
         at_ns = float(self._last_delivery_ns)
-        base_ns, per_byte = self.base_rtt_ns, self._ns_per_byte
+        base_ns, per_byte = self.base_rtt_ns, self.ns_per_byte
         overdue_ns = 0.0
         if not self._flight:
             return at_ns
@@ -282,23 +260,7 @@ class Estimator:
 
     def p_within(self, slack_ns: float, scale_ns: float, packets: int = 1) -> float:
         """P(a frame of so many packets comes back no later than ``slack_ns`` after its prediction)."""
-        if self._stale:
-            self._freshen()
-        at = slack_ns / scale_ns
-        body = self._residuals.count_at_most(at) + self._prior_weight * bisect_right(_PRIOR_RESIDUALS, at)
-        odds = self._odds * ((1 - _HELD_BACK) * packets + self._held_packets)
-        if odds < 1e-9:
-            return body / self._body_size
-        return (body / self._body_size + odds * self._repairs.count_at_most(slack_ns) / (len(self._repairs) + 1.0)) / (1.0 + odds)
-
-    def _freshen(self) -> None:
-        """Works out what ``p_within`` needs once for each change of the windows."""
-        n = len(self._residuals)
-        self._prior_weight = 4.0 / (4.0 + n)
-        self._body_size = n + 4 * self._prior_weight + 0.25
-        self._odds = (self._late + _PRIOR_REPAIRS) / (self._packets + _PRIOR_PACKETS)
-        self._held_packets = _HELD_BACK * (self._packets + 2.0) / (self._frames + 1.0)
-        self._stale = False
+        return self.lateness.p_within(slack_ns, scale_ns, packets)
 
     def p_still(self, frame_id: int, now_ns: int, deadline_ns: int) -> float:
         """P(the answer to a frame in flight, not there yet, comes before its deadline)."""
@@ -325,19 +287,18 @@ class Estimator:
         seen = max(0.0, soon - already) / max(1e-3, 1.0 - already)
         if late_ns <= 0:
             return seen
-        weight = 1.0 / (1.0 + len(self._repairs) - self._repairs.count_at_most(late_ns))
+        weight = self.lateness.weight_beyond(late_ns)
         return seen + weight * (more_ns / (more_ns + late_ns + record.scale_ns) - seen)
 
     def expire(self, now_ns: int) -> None:
         """Forgets what is too old: a link not used for a while is an unknown one, and worth a try."""
-        if self._residuals.expire(now_ns) + self._repairs.expire(now_ns) or now_ns - self._counted_ns > _STALE_NS:
-            self._count(0, now_ns)
+        self.lateness.expire(now_ns)
         idle_ns = now_ns - (self._recent[-1][0] if self._recent else self._last_delivery_ns)
         if idle_ns > _STALE_NS and not self._flight:
             # Of a link nothing was ever sent over, even the first guess is no bound: frames may all be larger than it allows.
             least = min(8e9 / self.config.initial_bps, self._learnt_ns_per_byte) if self._recent else _LEAST_NS_PER_BYTE
             grown = self._learnt_ns_per_byte / 2.0 ** min(30.0, (idle_ns - _STALE_NS) / _DOUBLING_NS)
-            self._ns_per_byte = max(least, grown)
+            self.ns_per_byte = max(least, grown)
 
     def estimate(self) -> NetworkEstimate:
         """The summary."""
@@ -372,26 +333,13 @@ class Estimator:
 
     def _learn_rtt(self, rtt_ns: int, now_ns: int) -> None:
         self._rtts.add(rtt_ns, now_ns)
-        self._known_rtt_ns = float(self._rtts.minimum(rtt_ns))
+        self.base_rtt_ns = float(self._rtts.minimum(rtt_ns))
 
     def _learn_residual(self, record: _InFlight, now_ns: int) -> None:
         """Sorts a residual into the body or, when only a repair can explain it, the tail."""
         late_ns = now_ns - record.predicted_ns
-        self._count(1 + record.n_bytes // _SEGMENT_BYTES, now_ns)
-        if late_ns > _REPAIR_RTTS * self.base_rtt_ns + 3 * record.scale_ns:
-            self._repairs.add(late_ns, now_ns)
-            self._late += 1
-        else:
-            self._residuals.add(late_ns / record.scale_ns, now_ns)
-
-    def _count(self, packets: int, now_ns: int) -> None:
-        """A frame of so many packets came back (0: none did, time passed)."""
-        kept = exp(-max(0, now_ns - self._counted_ns) / _LOSS_MEMORY_NS)
-        self._counted_ns = now_ns
-        self._late *= kept
-        self._packets = self._packets * kept + packets
-        self._frames = self._frames * kept + (packets > 0)
-        self._stale = True
+        repaired = late_ns > _REPAIR_RTTS * self.base_rtt_ns + 3 * record.scale_ns
+        self.lateness.add(late_ns, record.scale_ns, 1 + record.n_bytes // _SEGMENT_BYTES, now_ns, repaired=repaired)
 
     def _learn_rate(self, n_bytes: int, service_ns: float, now_ns: int, *, waited: bool) -> None:
         """Takes in a service time.
@@ -412,5 +360,5 @@ class Estimator:
             recent.popleft()
         ordered = sorted(cost for _, cost in recent)
         quantile = _LOSSY_QUANTILE if self.repair_ns > 0 else _RECENT_QUANTILE
-        self._learnt_ns_per_byte = self._ns_per_byte = ordered[int(quantile * len(ordered))]
+        self._learnt_ns_per_byte = self.ns_per_byte = ordered[int(quantile * len(ordered))]
         self._rates.add(8e9 * n_bytes / service_ns, now_ns)

@@ -10,23 +10,26 @@ class SlidingQuantile:
     """The newest ``size`` samples, none older than ``age_ns``, kept sorted.
 
     Insertion costs a binary search and two short moves; a quantile is one index.
+
+    Attributes:
+        ordered: the samples, ascending; to be read only.
     """
 
-    __slots__ = ("_age_ns", "_order", "_size", "_sorted")
+    __slots__ = ("_age_ns", "_order", "_size", "ordered")
 
     def __init__(self, *, size: int, age_ns: int) -> None:
         self._size = size
         self._age_ns = age_ns
         self._order: deque[tuple[int, float]] = deque()
-        self._sorted: list[float] = []
+        self.ordered: list[float] = []
 
     def __len__(self) -> int:
-        return len(self._sorted)
+        return len(self.ordered)
 
     def add(self, value: float, now_ns: int) -> None:
         """Takes a sample; ``now_ns`` may go backwards (the sample then merely leaves by count)."""
         self._order.append((now_ns, value))
-        insort(self._sorted, value)
+        insort(self.ordered, value)
         if len(self._order) > self._size:
             self._drop_oldest()
         self.expire(now_ns)
@@ -42,26 +45,26 @@ class SlidingQuantile:
     def clear(self) -> None:
         """Forgets everything."""
         self._order.clear()
-        self._sorted.clear()
+        self.ordered.clear()
 
     def quantile(self, q: float, default: float) -> float:
         """The smallest sample that at least a share ``q`` of the samples do not exceed; ``default`` when empty."""
-        n = len(self._sorted)
+        n = len(self.ordered)
         if not n:
             return default
-        return self._sorted[min(n - 1, max(0, int(q * n)))]
+        return self.ordered[min(n - 1, max(0, int(q * n)))]
 
     def minimum(self, default: float) -> float:
         """The least sample, or ``default``."""
-        return self._sorted[0] if self._sorted else default
+        return self.ordered[0] if self.ordered else default
 
     def count_at_most(self, value: float) -> int:
         """How many samples do not exceed ``value``."""
-        return bisect_right(self._sorted, value)
+        return bisect_right(self.ordered, value)
 
     def _drop_oldest(self) -> None:
         _, value = self._order.popleft()
-        del self._sorted[bisect_left(self._sorted, value)]
+        del self.ordered[bisect_left(self.ordered, value)]
 
 
 class SlidingSum:

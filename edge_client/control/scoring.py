@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from edge_client.control.estimator import Estimator
 from edge_client.control.options import Option
@@ -19,8 +20,6 @@ LOCAL_SURE = 0.98
 # On the mean each frame may have this share of an interval of link time; what a frame takes beyond is borrowed from
 # the next ones, and no more than so much may be borrowed.
 _LINK_SHARE, _BORROWED = 0.95, 0.45
-# Device time over its median, in units of (p95 - median), with weights: a log-normal's tenths.
-DEVICE_NOISE = ((-0.18, 0.8), (0.7, 0.15), (1.2, 0.05))
 
 
 @dataclass(slots=True)
@@ -32,7 +31,7 @@ class Score:
         p: P(answer from the server before the deadline).
         p_all: the same with the fallback, over all frames: those it displaces are never answered.
         value: expected accuracy of this frame.
-        device_ns: expected device time, the fallback's share included.
+        device_ns: expected device time, the fallback's share included (the whole fallback where there is time to spare).
         displaced: expected accuracy of the frames that are superseded meanwhile.
         net: value, less what is displaced, the price of the device's time, and a fine for missing the target.
         fallback_ns: when the local model should start; None: no use.
@@ -52,23 +51,39 @@ class Score:
 
 
 class Moment:
-    """What holds for all options of one decision."""
+    """What holds for all options of one decision.
+
+    Attributes:
+        local_value: what the local model adds at most where the answer does not come.
+        waited: what is in flight has been expected back for so long that something is wrong.
+        roomy: the device has time for any option and the local model within one interval, so its time costs nothing.
+    """
 
     __slots__ = (
-        "base_ns", "deadline_ns", "drained_ns", "estimator", "interval_ns", "late_ns", "local", "noise_ns", "now_ns", "server_ns",
-        "waited",
+        "base_ns", "deadline_ns", "drained_ns", "estimator", "interval_ns", "late_ns", "local", "local_value", "noise_ns", "now_ns",
+        "roomy", "server_ns", "waited",
     )  # fmt: skip
 
     def __init__(
-        self, estimator: Estimator, local: Option | None, now_ns: int, deadline_ns: int, interval_ns: float, late_ns: float
+        self,
+        estimator: Estimator,
+        local: Option | None,
+        now_ns: int,
+        deadline_ns: int,
+        interval_ns: float,
+        late_ns: float,
+        *,
+        roomy: bool = False,
     ) -> None:
         """``late_ns``: how long after the frame's capture the device came free for it."""
         self.estimator = estimator
         self.local = local
+        self.local_value = LOCAL_SURE * local.accuracy if local is not None else 0.0
         self.now_ns = now_ns
         self.deadline_ns = deadline_ns
         self.interval_ns = interval_ns
         self.late_ns = late_ns
+        self.roomy = roomy
         estimator.expire(now_ns)
         self.base_ns = estimator.base_rtt_ns
         self.server_ns = estimator.server_ns
@@ -82,10 +97,9 @@ class Moment:
         p = LOCAL_SURE if local.high_ns <= budget_ns else (0.5 if local.mid_ns <= budget_ns else 0.0)
         return Score(local, local.mid_ns, p, p, p * local.accuracy, local.mid_ns)
 
-    def score_remote(self, o: Option) -> Score:
-        """A payload sent, with the local model to fall back on where the device has time for it."""
-        e = self.estimator
-        service_ns = e.service_ns(o.typical_bytes)
+    def score_remote(self, o: Option, least: float = -inf) -> Score | None:
+        """A payload sent, with the local model to fall back on where there is time for it; None if worth ``least`` at most."""
+        service_ns = o.typical_bytes * self.estimator.ns_per_byte
         reaches_ns = self.now_ns + o.mid_ns + self.base_ns
         begins_ns = self.drained_ns if self.drained_ns > reaches_ns else reaches_ns
         share_ns = _LINK_SHARE * self.interval_ns
@@ -95,6 +109,8 @@ class Moment:
         scale_ns = self.noise_ns + service_ns
         spread_ns = o.high_ns - o.mid_ns
         p = self._p_by(self.deadline_ns, done_ns, spread_ns, scale_ns, service_ns, o.packets)
+        if p * o.accuracy + (1 - p) * self.local_value <= least:
+            return None
         score = Score(o, done_ns - self.now_ns, p, p, p * o.accuracy, o.mid_ns)
         if self.local is not None and p < 0.999:
             self._fall_back(score, self.local, done_ns, spread_ns, scale_ns, service_ns)
@@ -105,11 +121,9 @@ class Moment:
 
     def _p_by(self, by_ns: float, done_ns: float, spread_ns: float, scale_ns: float, service_ns: float, packets: int) -> float:
         """P(answer by then), over the device's own noise; what is stuck in front must come loose in time, too."""
-        e, slack_ns, p = self.estimator, by_ns - done_ns, 0.0
-        for at, weight in DEVICE_NOISE:
-            p += weight * e.p_within(slack_ns - at * spread_ns, scale_ns, packets)
+        p = self.estimator.lateness.p_after_device(by_ns - done_ns, spread_ns, scale_ns, packets)
         if self.waited and p > 0.0:
-            p *= e.p_unblocked(self.now_ns, by_ns - service_ns)
+            p *= self.estimator.p_unblocked(self.now_ns, by_ns - service_ns)
         return p
 
     def _fall_back(self, score: Score, local: Option, done_ns: float, spread_ns: float, scale_ns: float, service_ns: float) -> None:
@@ -122,7 +136,7 @@ class Moment:
             start_ns -= phase_ns
         if self.now_ns + o.high_ns > start_ns:
             return
-        p_early = self._p_by(start_ns, done_ns, spread_ns, scale_ns, service_ns, o.packets)
+        p_early = 0.0 if self.roomy else self._p_by(start_ns, done_ns, spread_ns, scale_ns, service_ns, o.packets)
         # Failures come in runs: then every frame wants both its head and its fallback.
         room = interval_ns / (o.mid_ns + local.mid_ns)
         sure = LOCAL_SURE if room > 1 else LOCAL_SURE * room

@@ -28,29 +28,26 @@ class CreditWindow:
         """What the server's welcome allows; 0: no limit of its own."""
         self._max_in_flight = max(0, max_in_flight)
 
-    @property
-    def _loop_s(self) -> float:
-        """The lower quartile: a frame's own transmission belongs to the round trip, the queue behind others does not."""
+    def limits(self) -> tuple[int, float]:
+        """Frames that may be unanswered; bytes that may: the bandwidth-delay product, with one frame interval for the queue."""
         e = self._estimator
-        return (e.rtt_ns(0.25) + e.server_ns + e.repair_ns) * 1e-9
+        # The lower quartile: a frame's own transmission belongs to the round trip, the queue behind others does not.
+        loop_s = (e.rtt_ns(0.25) + e.server_ns + e.repair_ns) * 1e-9
+        frames = max(2, ceil(min(self._fps * loop_s, 1e6)) + 1)
+        for limit in (self._max_in_flight, e.grant_max_in_flight):
+            if 0 < limit < frames:
+                frames = limit
+        return frames, e.delivery_bps / 8 * (loop_s + 1 / self._fps)
 
     @property
     def frames(self) -> int:
         """Frames that may be unanswered."""
-        frames = max(2, ceil(min(self._fps * self._loop_s, 1e6)) + 1)
-        for limit in (self._max_in_flight, self._estimator.grant_max_in_flight):
-            if limit > 0:
-                frames = min(frames, limit)
-        return max(1, frames)
-
-    @property
-    def limit_bytes(self) -> float:
-        """Bytes that may be unanswered: the bandwidth-delay product, with one frame interval for the queue."""
-        return self._estimator.delivery_bps / 8 * (self._loop_s + 1 / self._fps)
+        return self.limits()[0]
 
     def allows(self, n_bytes: float = 0) -> bool:
         """Whether a frame of that size may enter the network now."""
         in_flight = self._estimator.in_flight
         if in_flight == 0:
             return True
-        return in_flight < self.frames and self._estimator.backlog_bytes + n_bytes <= self.limit_bytes
+        frames, most_bytes = self.limits()
+        return in_flight < frames and self._estimator.backlog_bytes + n_bytes <= most_bytes

@@ -264,6 +264,17 @@ def test_nothing_to_choose_from_is_an_error() -> None:
         Controller(ControlConfig(), [])
 
 
+@pytest.mark.parametrize("bps", [0.1e6, 0.5e6, 2e6, 50e6])
+@pytest.mark.parametrize(("fps", "deadline_ms"), [(10.0, 60), (10.0, 200), (30.0, 200), (60.0, 100)])
+def test_what_is_not_looked_at_would_not_have_been_chosen(bps: float, fps: float, deadline_ms: float) -> None:
+    """A decision that is to be explained scores every option."""
+    decisions, explained = (
+        run(controller(fps=fps, explain=explain), bps=bps, rtt_ms=30, frames=60, deadline_ms=deadline_ms)
+        for explain in (False, True)
+    )
+    assert decisions == explained
+
+
 def test_explain_names_inputs_candidates_and_choice_and_is_json() -> None:
     d = run(controller(explain=True), bps=10e6, rtt_ms=20, frames=10, deadline_ms=200)[-1]
     record = d.explain  # type: ignore[attr-defined]

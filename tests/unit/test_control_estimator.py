@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from math import isfinite
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_client.control import ControlConfig, Estimator
+from edge_client.control.options import DEVICE_NOISE
 
 MS = 1_000_000
 
@@ -59,6 +61,21 @@ def test_one_repaired_packet_is_not_a_slow_link_but_does_lower_the_probability()
     estimator.on_ack(9999, now + 300 * MS, 5 * MS)
     assert estimator.delivery_bps > 0.9 * before
     assert estimator.p_within(20 * MS, 10 * MS, 3) < sure - 0.01
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-2e8, 6e8), st.floats(0, 6e7), st.floats(4e6, 4e7), st.integers(1, 40))
+def test_the_devices_noise_spreads_the_probability(slack_ns: float, spread_ns: float, scale_ns: float, packets: int) -> None:
+    estimator = Estimator()
+    estimator.on_connect(0)
+    now = drive(estimator, bps=4e6, rtt_ms=40, n=60, noise_ms=30)
+    for i in range(8):
+        estimator.on_sent(9000 + i, 4000, now)
+        now += (300 + 40 * i) * MS
+        estimator.on_ack(9000 + i, now, 5 * MS)
+    each = [w * estimator.p_within(slack_ns - at * spread_ns, scale_ns, packets) for at, w in DEVICE_NOISE]
+    p = estimator.lateness.p_after_device(slack_ns, spread_ns, scale_ns, packets)
+    assert p == pytest.approx(sum(each), abs=1e-12)
 
 
 def test_a_stalled_link_delays_what_is_predicted() -> None:
