@@ -29,9 +29,11 @@ if any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
 try:
     import ray
     from ray import serve
+    from ray.serve import request_router
+    from ray.serve.config import RequestRouterConfig
 except ImportError as missing:
     from protos.errors import MissingDependencyError
 
     raise MissingDependencyError("--backend ray needs Ray Serve: pip install 'headtail[ray]'") from missing
 
-__all__ = ["SETTINGS", "ray", "serve"]
+__all__ = ["SETTINGS", "RequestRouterConfig", "ray", "request_router", "serve"]

@@ -14,13 +14,14 @@ from typing import Any
 
 from edge_server.backends.embedded import EmbeddedBackend
 from edge_server.backends.packing import Call, Reply, pack_answer, pack_error, unpack_call
-from edge_server.backends.ray_import import serve
+from edge_server.backends.ray_import import RequestRouterConfig, serve
 from edge_server.config import BatchConfig, RayConfig, TailConfig
 from edge_server.memory import keep_freed_memory
 from protos.errors import HeadtailError, UnknownModelError
 from splitters.bundle import Bundle, open_bundle
 
 SHELF_APP = "headtail-shelf"
+ROUTER = "edge_server.backends.ray_router.LeastOutstandingRouter"
 
 
 def app_name(bundle: Bundle) -> str:
@@ -191,6 +192,7 @@ def _options(batch: BatchConfig, config: RayConfig) -> dict[str, Any]:
         "max_queued_requests": batch.max_queue,
         "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         "logging_config": {"enable_access_log": False},
+        "request_router_config": RequestRouterConfig(request_router_class=ROUTER),
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 10.0,
         "graceful_shutdown_timeout_s": 5.0,
