@@ -1,12 +1,14 @@
 """One camera's stream, server side: hello, welcome, frames in, results out, and a clean end.
 
 A task reads, a task writes, and every frame is a task of its own. A bad frame is answered with an error and the stream
-goes on; a broken protocol ends the stream with a mapped status.
+goes on; a broken protocol ends the stream with a mapped status. While the stream lasts every frame has exactly one result,
+by its deadline and a short grace at the latest, whatever becomes of the task that answers it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import secrets
 from collections import deque
@@ -26,7 +28,15 @@ from edge_server.metrics import Metrics
 from edge_server.models import Model, ModelStore
 from edge_server.tracing import NoTracing, Tracing
 from edge_server.wire import checked
-from protos.errors import DrainingError, HeadtailError, InternalError, LimitError, ProtocolError, VersionMismatchError
+from protos.errors import (
+    DrainingError,
+    HeadtailError,
+    InternalError,
+    LimitError,
+    OverloadedError,
+    ProtocolError,
+    VersionMismatchError,
+)
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, FrameLayer, Result
 from splitters.codec import ReferenceStore
@@ -35,6 +45,9 @@ log = logging.getLogger(__name__)
 
 _DEFAULT_IN_FLIGHT = 8
 _MARGIN_NS = 5_000_000  # beside the tail's time, what a frame cut short still needs to arrive in time
+_GRACE_NS = 250_000_000  # beyond a frame's deadline; a backend that keeps it needs none of this
+_NO_DEADLINE_NS = 120_000_000_000  # what a frame without deadline is given
+_LEAVE_S = 5.0  # for tasks that are cancelled at the end of a stream
 _PAUSE_NS = 200_000_000  # longest a session that overruns its grant is left unread at a time
 
 
@@ -84,6 +97,7 @@ class Session:
         self._assembler = self._new_assembler()
         self._references = ReferenceStore()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._owed: set[int] = set()  # ids of frames taken and not answered
         self._out: deque[pb.ServerMessage] = deque()
         self._wake = asyncio.Event()
         self._finishing = False
@@ -113,7 +127,7 @@ class Session:
                 self._timer.cancel()
             self._s.bandwidth.close(self.id)
             self._s.metrics.on_session(name, -1)
-            await asyncio.gather(reader, *self._tasks, return_exceptions=True)
+            await asyncio.wait({reader, *self._tasks}, timeout=_LEAVE_S)
         if self._error is not None:
             raise self._error
 
@@ -241,7 +255,10 @@ class Session:
             return
         task = asyncio.create_task(self._answer(self._greeted(), frame, self._references))
         self._tasks.add(task)
-        task.add_done_callback(self._done)
+        self._owed.add(frame.frame_id)
+        until_ns = now_ns + _NO_DEADLINE_NS if frame.deadline_ns is None else frame.deadline_ns + _GRACE_NS
+        timer = asyncio.get_running_loop().call_later(max(0, until_ns - now_ns) / 1e9, self._overdue, frame, task)
+        task.add_done_callback(functools.partial(self._done, frame, timer))
 
     def _refusal(self, frame: Frame, now_ns: int) -> HeadtailError | None:
         model = self._greeted()
@@ -261,18 +278,37 @@ class Session:
         return None
 
     async def _answer(self, model: Model, frame: Frame, references: ReferenceStore) -> None:
-        self._send_result(await self._s.answerer.answer(model, frame, references))
+        self._settle(frame, await self._s.answerer.answer(model, frame, references))
 
     def _greeted(self) -> Model:
         if self.model is None:
             raise ProtocolError("a session begins with hello")
         return self.model
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _settle(self, frame: Frame, result: Result) -> None:
+        """A frame's one result; whatever comes later is too late."""
+        if frame.frame_id in self._owed:
+            self._owed.discard(frame.frame_id)
+            self._send_result(result)
+
+    def _give_up(self, frame: Frame, error: HeadtailError) -> None:
+        if frame.frame_id in self._owed:
+            result = failed(frame, error, self._s.clock())
+            self._s.metrics.on_result(self._greeted().name, result, frame.payload_bytes)
+            self._settle(frame, result)
+
+    def _overdue(self, frame: Frame, task: asyncio.Task[None]) -> None:
+        log.error("session %s: frame %d was not answered in time and is given up", self.id, frame.frame_id)
+        self._give_up(frame, OverloadedError("no answer came before this frame's deadline"))
+        task.cancel()
+
+    def _done(self, frame: Frame, timer: asyncio.TimerHandle, task: asyncio.Task[None]) -> None:
+        timer.cancel()
         self._tasks.discard(task)
         self._wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("session %s: a frame's task failed", self.id, exc_info=error)
+        self._give_up(frame, InternalError("the server failed on this frame; its log says why"))
 
     # ------------------------------------------------------------ frames that wait for layers
 
@@ -317,7 +353,7 @@ class Session:
                         await self._context.write(self._out.popleft())
                 except TimeoutError:
                     raise LimitError(f"the client has read nothing for {self._s.limits.write_s:g} s") from None
-            if self._error is not None or (self._finishing and not self._tasks):
+            if self._error is not None or (self._finishing and not self._owed):
                 return
             if not self._out:
                 self._wake.clear()
