@@ -47,6 +47,8 @@ class Limits:
         max_health_calls: health checks and watches open at once; they need no token.
         max_health_calls_per_host: of them, from one address, so that no stranger can starve whoever probes.
         max_fetches: bundle downloads at once; further ones wait.
+        max_fetches_per_client: of them, by one token's holders, or from one host where there are no tokens.
+        min_fetch_bytes_per_s: how fast a download must go on, beyond its first ``write_s``, while others wait for its place.
         hello_s: a session that says nothing for this long after opening is closed, and a call whose request is not complete.
         write_s: a client that does not read for this long is let go.
         handshake_s: a connection that has not said what HTTP/2 and TLS begin with by then is closed.
@@ -68,6 +70,8 @@ class Limits:
     max_health_calls: int = 256
     max_health_calls_per_host: int = 32
     max_fetches: int = 16
+    max_fetches_per_client: int = 4
+    min_fetch_bytes_per_s: int = 8192
     hello_s: float = 10.0
     write_s: float = 30.0
     handshake_s: float = 10.0
@@ -82,7 +86,7 @@ class Limits:
             raise ConfigError("max_pending_bytes >= max_frame_bytes >= max_payload_bytes is required")
         counts = (
             self.max_sessions, self.max_connections, self.max_in_flight, self.max_unary_in_flight, self.max_calls,
-            self.max_health_calls, self.max_health_calls_per_host,
+            self.max_health_calls, self.max_health_calls_per_host, self.max_fetches_per_client, self.min_fetch_bytes_per_s,
         )  # fmt: skip
         if min(self.max_pixels, self.max_fetches, self.layer_wait_ns, *counts) < 1:
             raise ConfigError("every limit must be at least 1")

@@ -2,14 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 
+from edge_server.config import Limits
 from edge_server.models import Model
-from protos.errors import ProtocolError, VersionMismatchError
+from protos.errors import LimitError, ProtocolError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import CHUNK_BYTES
 
 _MAX_OFFSETS = 4096
+
+
+class FetchSlots:
+    """How many downloads go on at once: a share for each client, so that a few who do not read cannot keep all others out.
+
+    Args:
+        limits: how many, and how fast those must read for whom others wait.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._all = asyncio.Semaphore(limits.max_fetches)
+        self._own: dict[str, tuple[asyncio.Semaphore, set[object]]] = {}
+        self._waiting = 0  # with a share of their own to use
+
+    @asynccontextmanager
+    async def hold(self, client: str) -> AsyncIterator[None]:
+        """Waits for a slot, first one of the client's share, then one of all.
+
+        Args:
+            client: a token's name, or a host where there are no tokens.
+        """
+        me = object()
+        share, calls = self._own.setdefault(client, (asyncio.Semaphore(self._limits.max_fetches_per_client), set()))
+        calls.add(me)
+        try:
+            async with share:
+                self._waiting += 1
+                try:
+                    await self._all.acquire()
+                finally:
+                    self._waiting -= 1
+                try:
+                    yield
+                finally:
+                    self._all.release()
+        finally:
+            calls.discard(me)
+            if not calls:
+                self._own.pop(client, None)
+
+    def check(self, sent_bytes: int, elapsed_s: float) -> None:
+        """A slot is kept while nobody else needs it, or by whoever reads fast enough.
+
+        Args:
+            sent_bytes: of this download so far.
+            elapsed_s: since it had its slot.
+
+        Raises:
+            LimitError: too slow while others wait; the client goes on later from where it is.
+        """
+        paid_s = self._limits.write_s + sent_bytes / self._limits.min_fetch_bytes_per_s
+        if self._waiting and elapsed_s > paid_s:
+            raise LimitError(
+                f"others wait, and {sent_bytes} bytes in {elapsed_s:.0f} s is too slow; fetch the rest later", retryable=True
+            )
 
 
 def chunks(model: Model, wanted_sha256: str, have: Sequence[pb.PartOffset]) -> Iterator[pb.BundleChunk]:

@@ -14,7 +14,7 @@ import grpc.aio
 from edge_server.assembly import Frame, deadline_of, frame_of
 from edge_server.auth import caller
 from edge_server.config import Limits
-from edge_server.fetch import chunks
+from edge_server.fetch import FetchSlots, chunks
 from edge_server.quota import Client
 from edge_server.session import Services, Session
 from edge_server.status import translated
@@ -42,7 +42,7 @@ class Ingress:
         self.sessions: set[Session] = set()
         self.calls = 0  # unary calls under way
         self.services = services
-        self._fetches = asyncio.Semaphore(services.limits.max_fetches)
+        self._fetches = FetchSlots(services.limits)
         self._retiring: set[asyncio.Task[None]] = set()
         self.draining = False
 
@@ -91,16 +91,20 @@ class Ingress:
 
     async def FetchBundle(self, request: pb.FetchBundleRequest, context: Context) -> None:  # noqa: N802
         """A bundle's device part. Frames of other sessions go between two chunks; who does not read is let go."""
-        async with translated(context, self.services.metrics.on_refused), self._fetches:
-            client = self.client
+        client = self.client
+        who = client.name or context.peer().rpartition(":")[0]
+        async with translated(context, self.services.metrics.on_refused), self._fetches.hold(who):
             model = self.services.store.get(checked(request).model)
+            begun_ns, sent_bytes = self.services.clock(), 0
             for chunk in chunks(model, request.bundle_sha256, request.have):
                 client.check()
+                self._fetches.check(sent_bytes, (self.services.clock() - begun_ns) / 1e9)
                 try:
                     async with asyncio.timeout(self.services.limits.write_s):
                         await context.write(chunk)
                 except TimeoutError:
                     raise LimitError(f"the client has read nothing for {self.services.limits.write_s:g} s") from None
+                sent_bytes += chunk.ByteSize()
                 await asyncio.sleep(0)
 
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:  # noqa: N802

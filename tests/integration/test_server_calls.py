@@ -5,6 +5,7 @@ import hashlib
 import os
 import urllib.request
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import grpc
@@ -13,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from edge_server.config import Limits
+from edge_server.config import Limits, SecurityConfig
 from edge_server.server import EdgeServer
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
@@ -325,3 +326,50 @@ async def test_a_client_that_does_not_read_its_bundle_is_let_go(tmp_path: Path) 
                 pass
 
         assert await failure(rest()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "limit")
+
+
+async def test_one_tokens_holders_cannot_keep_all_others_from_their_bundles(tmp_path: Path) -> None:
+    filler = os.urandom(8 << 20)
+    tokens = {name: f"{name}-token-0123456789" for name in ("alice", "bob")}
+    (tmp_path / "tokens").write_text("".join(f"{name} {token}\n" for name, token in tokens.items()))
+    alice, bob = ((("authorization", f"Bearer {token}"),) for token in tokens.values())
+    limits = Limits(write_s=30.0, max_fetches=2, max_fetches_per_client=1)
+    alone = [("grpc.use_local_subchannel_pool", 1)]
+    async with AsyncExitStack() as stack:
+        security = SecurityConfig(token_file=tmp_path / "tokens")
+        server = await stack.enter_async_context(running(bigger_bundle(tmp_path, filler), limits=limits, security=security))
+        channels = [await stack.enter_async_context(grpc.aio.insecure_channel(server.address, options=alone)) for _ in range(5)]
+        stalled = [pb_grpc.HeadtailStub(c).FetchBundle(pb.FetchBundleRequest(), metadata=alice) for c in channels[1:]]
+        reads = [asyncio.create_task(call.read()) for call in stalled]  # one of each at most, and nothing more
+        await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED)
+        got = 0
+        async with asyncio.timeout(10):
+            async for chunk in pb_grpc.HeadtailStub(channels[0]).FetchBundle(pb.FetchBundleRequest(), metadata=bob):
+                got += len(chunk.part.data)
+        assert got > len(filler)
+        for call in stalled:
+            call.cancel()
+        await asyncio.gather(*reads, return_exceptions=True)
+
+
+async def test_a_client_that_dawdles_over_its_bundle_gives_way_to_one_that_waits(tmp_path: Path) -> None:
+    filler = os.urandom(16 << 20)
+    alone = [("grpc.use_local_subchannel_pool", 1)]
+    limits = Limits(write_s=1.0, max_fetches=1, min_fetch_bytes_per_s=4 << 20)
+    async with (
+        running(bigger_bundle(tmp_path, filler), limits=limits) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+        grpc.aio.insecure_channel(server.address, options=alone) as other,
+    ):
+        slow = pb_grpc.HeadtailStub(channel).FetchBundle(pb.FetchBundleRequest())
+
+        async def dawdle() -> None:  # never long enough to be let go for not reading
+            while await slow.read() is not grpc.aio.EOF:
+                await asyncio.sleep(0.2)
+
+        task = asyncio.create_task(dawdle())
+        await asyncio.sleep(2.5)
+        assert not task.done()  # nobody waits for its place
+        _, files, _ = await asyncio.wait_for(fetch(pb_grpc.HeadtailStub(other)), 10)
+        assert files["device/filler.bin"] == filler
+        assert await failure(task) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "limit")
