@@ -62,6 +62,8 @@ class EmbeddedBackend:
         self._recent = Recent()
         self._closing = False
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="tail-loader")
+        self._loading = 0  # loads under way
+        self._unprepared: list[Tail] = []
         self._loop = asyncio.get_running_loop()
         sys.setswitchinterval(min(_SWITCH_S, sys.getswitchinterval()))
         self._thread = threading.Thread(target=self._work, name="tail", daemon=True)
@@ -69,10 +71,21 @@ class EmbeddedBackend:
 
     async def load(self, bundle: Bundle) -> None:
         """See `Backend.load`. The tail has run once when this returns; its fastest form and the whole model follow."""
-        tail = await self._loop.run_in_executor(self._loader, self._load, bundle)
-        with self._wake:
-            self._tails[bundle.sha256] = tail
-        self._loader.submit(self._prepare, tail)
+        self._loading += 1
+        try:
+            tail = await self._loop.run_in_executor(self._loader, self._load, bundle)
+            with self._wake:
+                self._tails[bundle.sha256] = tail
+            self._unprepared.append(tail)
+        finally:
+            self._loading -= 1
+            self._loop.call_soon(self._prepare_all)  # behind the next load, if whoever awaits this one begins it at once
+
+    def _prepare_all(self) -> None:
+        """A tail that cannot answer at all yet goes before one that could answer faster."""
+        if not self._loading and not self._closing:
+            while self._unprepared:
+                self._loader.submit(self._prepare, self._unprepared.pop(0))
 
     def _load(self, bundle: Bundle) -> Tail:
         self._set_threads(bundle)
