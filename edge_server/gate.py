@@ -29,6 +29,8 @@ from protos.errors import HeadtailError, LimitError, ProtocolError
 Context = grpc.aio.ServicerContext[Any, Any]
 
 SESSION = f"/{wire.SERVICE}/Session"
+OURS = (f"/{wire.SERVICE}/", f"/{wire.OPEN_INFERENCE_SERVICE}/")
+_MAX_FOREIGN_BYTES = 4096  # of a request to health or reflection; a watch, which needs no token, holds its own while it is open
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
@@ -60,7 +62,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
         except LimitError as error:
             self._on_refused(error.code)
             return refusing(error)
-        return self._guarded(handler, health=method.startswith(HEALTH))
+        return self._guarded(handler, health=method.startswith(HEALTH), foreign=not method.startswith(OURS))
 
     def _check(self, *, health: bool) -> None:
         count, allowed = (
@@ -115,8 +117,14 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
         except TimeoutError:
             raise LimitError(f"the client has read nothing for {self._limits.write_s:g} s") from None
 
-    def _guarded(self, handler: grpc.RpcMethodHandler[Any, Any], *, health: bool) -> grpc.RpcMethodHandler[Any, Any]:
+    def _guarded(self, handler: grpc.RpcMethodHandler[Any, Any], *, health: bool, foreign: bool) -> grpc.RpcMethodHandler[Any, Any]:
         behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        parse: Any = handler.request_deserializer
+
+        def reader(data: bytes) -> Any:
+            if foreign and len(data) > _MAX_FOREIGN_BYTES:
+                raise ValueError(f"a request of {len(data)} bytes")
+            return parse(data)
 
         async def serve(requests: Any, context: Context) -> None:
             async with self._counted(context, health=health):
@@ -129,4 +137,4 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
                     await self._answer(context, answer)
 
         make: Any = grpc.stream_stream_rpc_method_handler
-        return make(serve, handler.request_deserializer, handler.response_serializer)  # type: ignore[no-any-return]
+        return make(serve, reader, handler.response_serializer)  # type: ignore[no-any-return]

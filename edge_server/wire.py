@@ -1,17 +1,22 @@
 """The service's handlers, with readers that never raise: bytes that are no message become `MALFORMED`.
 
 gRPC would otherwise end such a call with a bare UNKNOWN, or leave a stream's reader dead.
+
+Fields are counted before anything is parsed. Two bytes make an empty entry of a repeated field, a parsed one takes up to a
+hundred: 8 MiB of them would become half a gigabyte and hold up every session for seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Final
 
 import grpc
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 
-from protos.errors import ProtocolError
+from protos.errors import HeadtailError, LimitError, ProtocolError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.headtail.v1 import open_inference_pb2 as oip
 
@@ -19,21 +24,78 @@ SERVICE: Final = pb.DESCRIPTOR.services_by_name["Headtail"].full_name
 OPEN_INFERENCE_SERVICE: Final = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 
+# More than any request of the kind needs; a fetch names the parts that the client holds already.
+_MAX_FIELDS: Final = 1024
+_MAX_FETCH_FIELDS: Final = 4096 + 16
+
+
 class Malformed:
-    """Bytes that are no message of the schema."""
+    """Bytes that are no message of the schema, or none that is parsed."""
+
+    def __init__(self, kind: type[HeadtailError], text: str) -> None:
+        self.kind, self.text = kind, text
 
 
-MALFORMED: Final = Malformed()
+MALFORMED: Final = Malformed(ProtocolError, "the request is no message of this protocol")
+CROWDED: Final = Malformed(LimitError, "the request has more fields than any of its kind needs")
 
 
 def _reader(kind: type[Message]) -> Callable[[bytes], Message | Malformed]:
+    allowed = _MAX_FETCH_FIELDS if kind is pb.FetchBundleRequest else _MAX_FIELDS
+
     def read(data: bytes) -> Message | Malformed:
+        if _left(data, 0, len(data), kind.DESCRIPTOR, allowed) < 0:
+            return CROWDED
         try:
             return kind.FromString(data)
         except (DecodeError, UnicodeDecodeError, ValueError):
             return MALFORMED
 
     return read
+
+
+def _left(data: bytes, at: int, end: int, kind: Descriptor, left: int) -> int:
+    """``left`` less the fields of a message and of what grows below it; negative: there are more.
+
+    Where the bytes make no sense the count ends, and the parser says so. Values that are packed, and fields of messages that hold
+    neither lists nor messages, are not looked at: they take little more room parsed than they did on the wire.
+    """
+    while at < end and left >= 0:
+        left -= 1
+        tag, at = _varint(data, at, end)
+        match tag & 7:
+            case 0:
+                _, at = _varint(data, at, end)
+            case 1:
+                at += 8
+            case 2:
+                size, at = _varint(data, at, end)
+                field = kind.fields_by_number.get(tag >> 3)
+                if field is not None and field.message_type is not None and _grows(field.message_type):
+                    left = _left(data, at, min(end, at + size), field.message_type, left)
+                at += size
+            case 5:
+                at += 4
+    return left
+
+
+def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+    """A varint and where it ends; ``end`` where it does not, or is longer than one may be."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= end:
+            break
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    return 0, end
+
+
+@cache
+def _grows(kind: Descriptor) -> bool:
+    return any(field.is_repeated or field.message_type is not None for field in kind.fields)
 
 
 def _writer(message: Message) -> bytes:
@@ -45,9 +107,10 @@ def checked(request: Any) -> Any:
 
     Raises:
         ProtocolError: it could not be read.
+        LimitError: it has too many fields.
     """
     if isinstance(request, Malformed):
-        raise ProtocolError("the request is no message of this protocol")
+        raise request.kind(request.text)
     return request
 
 

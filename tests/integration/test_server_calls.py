@@ -295,6 +295,35 @@ async def test_bytes_that_are_no_message_are_a_mapped_error_in_every_call(server
         assert await failure(call.read()) == (grpc.StatusCode.INVALID_ARGUMENT, "protocol")
 
 
+CROWDED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "limit")
+
+
+async def test_a_request_that_would_be_a_million_objects_is_refused(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+    many = b"\x22\x00" * (1 << 20)  # InferRequest.layers, all empty; 60 MB once parsed
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        assert await failure(channel.unary_unary("/headtail.v1.Headtail/Infer")(many)) == CROWDED
+        inputs = b"\x2a\x00" * (1 << 20)
+        assert await failure(channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(inputs)) == CROWDED
+        fetch = channel.unary_stream("/headtail.v1.Headtail/FetchBundle")(b"\x1a\x00" * (1 << 20))
+        assert await failure(fetch.read()) == CROWDED
+        session_call = channel.stream_stream("/headtail.v1.Headtail/Session")()
+        await session_call.write(b"\x0a\x00\x12\x00" * (1 << 20))
+        assert await failure(session_call.read()) == CROWDED
+    async with session(server.address, bundle.sha256) as stream:
+        assert (await stream.frame(device.layers(picture(), 0))).error is None
+
+
+async def test_health_holds_no_long_names(server: EdgeServer) -> None:
+    """It needs no token, and a watch holds what it asked for as long as it is open."""
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        long = health_pb2.HealthCheckRequest(service="x" * 5000)
+        assert await failure(stub.Check(long)) == (grpc.StatusCode.INVALID_ARGUMENT, "protocol")
+        assert await failure(stub.Watch(long).read()) == (grpc.StatusCode.INVALID_ARGUMENT, "protocol")
+        short = await stub.Watch(health_pb2.HealthCheckRequest(service="x" * 50)).read()
+        assert short.status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
 def bigger_bundle(root: Path, filler: bytes) -> Path:
     """A tiny bundle with a large device part."""
     small = write_tiny_bundle(root / "small")

@@ -107,6 +107,15 @@ async def test_what_does_not_fit_is_a_mapped_error(stub: oip_grpc.GRPCInferenceS
     assert dict(caught.value.trailing_metadata())["headtail-code"]
 
 
+async def test_a_shape_of_very_many_dimensions_is_not_written_out(stub: oip_grpc.GRPCInferenceServiceStub) -> None:
+    bad = request(image=np.zeros((1, 32, 32, 3), np.uint8))
+    bad.inputs[0].shape.extend([1] * 1_000_000)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ModelInfer(bad)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "(1, 32, 32, 3, 1)" in (caught.value.details() or "")
+
+
 async def test_tritonclient_agrees_with_our_own_stream(server: EdgeServer, bundle: Bundle, tmp_path: Path) -> None:
     if not TRITON.exists():
         pytest.skip(f"no tritonclient at {TRITON}: make test-triton")
