@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any, Final
 
 import grpc
-from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 
 from protos.errors import HeadtailError, LimitError, ProtocolError
@@ -23,6 +22,8 @@ from protos.headtail.v1 import open_inference_pb2 as oip
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Headtail"].full_name
 OPEN_INFERENCE_SERVICE: Final = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
+
+Descriptor = Any  # each of protobuf's implementations has a class of its own
 
 # More than any request of the kind needs; a fetch names the parts that the client holds already.
 _MAX_FIELDS: Final = 1024
