@@ -8,11 +8,12 @@ between the processes of one trusted cluster by Ray's own means; nothing of a cl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import grpc.aio
@@ -97,7 +98,8 @@ class RayBackend:
                     f"no Ray cluster can be joined at {self._config.address or 'this machine'}: {error}; a cluster's token goes "
                     "into RAY_AUTH_TOKEN"
                 ) from error
-        serve.start(proxy_location="Disabled")
+        with _turn("serve"):  # two that start Serve at the same moment: for one of them that is an error
+            serve.start(proxy_location="Disabled")
 
     # ------------------------------------------------------------ bundles
 
@@ -137,13 +139,18 @@ class RayBackend:
         return None
 
     def _deploy(self, name: str, build: Callable[[], serve.Application]) -> Any:
+        """The application's handle; of several ingresses that start together one deploys, the others find it done."""
         handle = self._deployed(name)
         if handle is not None:
             return handle
-        try:
-            return serve.run(build(), name=name, route_prefix=None)
-        except (serve.exceptions.RayServeException, ray.exceptions.RayError, RuntimeError) as error:
-            raise ModelError(f"Ray Serve cannot start {name!r}: {str(error).splitlines()[0]}") from error
+        with _turn(name):
+            handle = self._deployed(name)
+            if handle is not None:
+                return handle
+            try:
+                return serve.run(build(), name=name, route_prefix=None)
+            except (serve.exceptions.RayServeException, ray.exceptions.RayError, RuntimeError) as error:
+                raise ModelError(f"Ray Serve cannot start {name!r}: {str(error).splitlines()[0]}") from error
 
     async def unload(self, bundle_sha256: str) -> None:
         """See `Backend.unload`. On a shelf the tail goes when another needs its place."""
@@ -205,6 +212,32 @@ class RayBackend:
     def _shutdown(self) -> None:
         serve.shutdown()
         ray.shutdown()
+
+
+class _Turn:
+    """An actor that does nothing: a cluster has one of a name, until whoever started it ends it or dies."""
+
+
+@contextlib.contextmanager
+def _turn(name: str) -> Iterator[None]:
+    """In this block of this name there is one ingress of the cluster at a time.
+
+    Raises:
+        ModelError: another one has been in it for too long.
+    """
+    until_s = time.monotonic() + _SHARED_S
+    while True:
+        try:
+            actor = ray.remote(num_cpus=0)(_Turn).options(name=f"turn-{name}").remote()
+            break
+        except (ValueError, ray.exceptions.ActorAlreadyExistsError):
+            if time.monotonic() > until_s:
+                raise ModelError(f"another ingress has been starting {name!r} for {_SHARED_S:g} s") from None
+            time.sleep(0.2)
+    try:
+        yield
+    finally:
+        ray.kill(actor)
 
 
 async def _held(handle: Any) -> str:

@@ -54,7 +54,9 @@ def measure(args: argparse.Namespace, tmp: Path) -> dict[str, object]:
     bundle = open_bundle(locate(args.model))
     device = Device(bundle)
     frames = tmp / "frames.bin"
-    write_frames(frames, [device.layers(picture(s, 640, 480), 0) for s in range(4)])
+    shots = [device.layers(picture(s, 640, 480), 0) for s in range(4)]
+    layers = len(shots[0])
+    write_frames(frames, shots)
     with child(tmp, bundle.path, arguments=("--log-level", "warning")) as server:
         process = psutil.Process(server.process.pid)
         # One process of a few cameras first: what the server takes once and for all is not a session's.
@@ -78,7 +80,7 @@ def measure(args: argparse.Namespace, tmp: Path) -> dict[str, object]:
             each.wait(30)
     return {
         "bench": "idle_sessions", "idle": args.idle, "tcp_connections": open_tcp, "client_processes": args.processes,
-        "bytes_per_idle_session": round(grown / args.idle), "active": args.active,
+        "bytes_per_idle_session": round(grown / args.idle), "active": args.active, "layers_per_frame": layers,
         "answered": sum(r["answered"] for r in rows),
         "errors": sum(r["errors"] for r in rows), "idle_lost": lost,
         "active_latency_ms_p50": max(r["latency_ms_p50"] for r in rows),

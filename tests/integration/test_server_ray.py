@@ -1,6 +1,7 @@
 """Tails on Ray Serve behind our own door: the same answers, replicas' and ingresses' deaths that nobody notices, shelves."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -160,3 +161,27 @@ async def _mixed(address: str, bundle: Bundle) -> int:
             result = await stream.frame(device.layers(picture(i), i))
             answered += result.error is None
     return answered
+
+
+async def test_ingresses_that_start_together_on_an_empty_cluster_deploy_once(bundles: list[Bundle], tmp_path: Path) -> None:
+    bundle, seen, done = bundles[0], set[int](), asyncio.Event()
+
+    with cluster() as empty, contextlib.ExitStack() as stack:
+
+        async def watch() -> None:
+            while not done.is_set():
+                seen.update(await asyncio.to_thread(empty.replicas))
+                await asyncio.sleep(0.05)
+
+        def begin(number: int) -> Child:
+            (folder := tmp_path / str(number)).mkdir()
+            return stack.enter_context(child(folder, bundle.path, arguments=arguments(empty)))
+
+        watching = asyncio.create_task(watch())
+        doors = await asyncio.gather(*(asyncio.to_thread(begin, n) for n in range(3)))
+        for door in doors:
+            assert len(await camera(door.address, bundle, 0, 3)) == 3
+        await asyncio.sleep(1.0)
+        done.set()
+        await watching
+    assert len(seen) == 1

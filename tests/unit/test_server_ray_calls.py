@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -16,7 +16,7 @@ pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
-from edge_server.backends import TailAnswer, TailWork
+from edge_server.backends import TailAnswer, TailWork, ray_serve
 from edge_server.backends.packing import pack_answer
 from edge_server.backends.ray_replica import dealt
 from edge_server.backends.ray_serve import RayBackend
@@ -127,6 +127,21 @@ async def test_more_than_the_queue_holds_is_refused_at_once() -> None:
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def test_what_another_ingress_deployed_while_this_one_waited_is_not_deployed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, inside, runs = RayBackend(BatchConfig(), TailConfig(), RayConfig(), time.monotonic_ns), [False], list[str]()
+
+    @contextlib.contextmanager
+    def turn(name: str) -> Iterator[None]:
+        inside[0] = True  # by now the other one has done it
+        yield
+
+    monkeypatch.setattr(ray_serve, "_turn", turn)
+    monkeypatch.setattr(made, "_deployed", lambda name: name if inside[0] else None)
+    monkeypatch.setattr(ray_serve.serve, "run", lambda *_args, **_names: runs.append("again"))
+    assert made._deploy("app", lambda: None) == "app"
+    assert runs == []
 
 
 @pytest.mark.parametrize(
