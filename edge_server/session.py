@@ -176,7 +176,11 @@ class Session:
             raise VersionMismatchError(
                 f"the client speaks protocol version {hello.protocol_version}, this server {PROTOCOL_VERSION}; update the older one"
             )
-        self.model = model = self._s.store.get(hello.model)
+        model = self._s.store.get(hello.model)
+        # A client may say hello as often as it likes, and must not fill the log with it.
+        level = logging.INFO if self.model is None else logging.DEBUG
+        log.log(level, "session %s: %s, client %r", self.id, model.name, hello.client_version[:32])
+        self.model = model
         self._client_sha256 = hello.bundle_sha256
         self._max_in_flight = min(hello.max_in_flight or _DEFAULT_IN_FLIGHT, self._s.limits.max_in_flight)
         self._references = ReferenceStore()
@@ -184,7 +188,6 @@ class Session:
         fps = hello.fps if 0 < hello.fps < 10_000 else 0.0
         owner = self._quota.name if self._quota is not None else ""
         self._s.bandwidth.open(self.id, hello.group[:64], owner=owner, fps=fps, points=points)
-        log.info("session %s: %s, client %r", self.id, model.name, hello.client_version[:32])
         return pb.ServerMessage(
             welcome=pb.Welcome(
                 protocol_version=PROTOCOL_VERSION, session_id=self.id, model=model.name, bundle_sha256=model.sha256,

@@ -162,6 +162,17 @@ async def test_frames_of_another_bundle_are_refused_one_by_one(server: EdgeServe
         assert (await stream.frame(device.layers(picture(), 0))).error is None
 
 
+async def test_a_client_cannot_fill_the_log_with_hellos(
+    server: EdgeServer, bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "edge_server")
+    async with session(server.address, bundle.sha256) as stream:
+        for _ in range(20):
+            await stream.send(hello=hello(bundle.sha256))
+            await stream.expect("welcome")
+    assert len([r for r in caplog.records if "client 'test'" in r.getMessage()]) == 1
+
+
 @pytest.mark.parametrize(
     ("messages", "status", "code"),
     [
