@@ -7,7 +7,8 @@ Bytes and accuracies are the bundle's own measurements. Measured here, on one th
 alike, is time: every choice of the device through the client's own code, captured frame to payload or answer, and the server's
 decoding, tail and whole model, one frame at a time. It is processor time of the lower decile, so that other work on the machine
 counts as little as may be; it still fights for caches and for the other half of a core. Where the bundle's table was measured on
-a quieter machine, the device's times are scaled to it: the heads alone are clocked beside the rest, and tell the factor.
+a quieter machine, the device's times are scaled to it: the heads alone are clocked beside the rest, and tell the factor. For two
+workloads to share a machine, measure them one after the other and give the second the first one's factor (``--factor``).
 """
 
 from __future__ import annotations
@@ -69,12 +70,18 @@ def device_jobs(engine: Engine) -> dict[str, Callable[[Frame], object]]:
     return jobs
 
 
-def scaled(times: dict[str, dict[str, float]], points: tuple[OperatingPoint, ...]) -> tuple[dict[str, dict[str, float]], float]:
-    """Times as on the machine that measured the table, and the median's factor; each quantile has its own, the heads' median."""
+def scaled(
+    times: dict[str, dict[str, float]], points: tuple[OperatingPoint, ...], given: float | None = None
+) -> tuple[dict[str, dict[str, float]], float]:
+    """Times as on the machine that measured the table, and the median's factor; each quantile has its own, the heads' median.
+
+    With a factor ``given`` both quantiles have that.
+    """
     factors = {}
     for quantile in ("p50", "p95"):
         heads = [(getattr(p.head_ms, quantile), times["+".join(p.graphs) + _ALONE][quantile]) for p in points]
         factors[quantile] = min(1.0, float(np.median([told / found for told, found in heads]))) if heads[0][0] > 0 else 1.0
+        factors[quantile] = factors[quantile] if given is None else given
     rows = {
         name: {quantile: round(ms * factors[quantile], 3) for quantile, ms in q.items()}
         for name, q in times.items()
@@ -117,6 +124,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True, help="folder of photos, used for their sizes and for timing")
     parser.add_argument("--frames", type=int, default=40)
+    parser.add_argument("--factor", type=float, help="of the device's times, another workload's; default: this bundle's own")
     parser.add_argument("--result-bytes", type=int, default=180, help="of one answer on the wire")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -128,7 +136,7 @@ def main() -> None:
     files = sorted(f for f in args.images.rglob("*") if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
     chosen = [files[i * len(files) // args.frames] for i in range(min(args.frames, len(files)))]
     frames = [f.astype(np.uint8, copy=False) for c in chosen if (f := cv2.imread(str(c))) is not None]
-    times, factor = scaled(clocked(device_jobs(engine), frames), bundle.points)
+    times, factor = scaled(clocked(device_jobs(engine), frames), bundle.points, args.factor)
     local = bundle.manifest.local
     workload = {
         "name": bundle.manifest.name,
