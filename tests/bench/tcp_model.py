@@ -242,8 +242,10 @@ def pooled(runs: Sequence[dict[str, Any]]) -> Found:
     )  # fmt: skip
 
 
-async def measured(runs: list[dict[str, Any]], seconds: float, seeds: Sequence[int], parallel: int, keep: Path | None) -> None:
-    """Every cell once with each seed, added to ``runs`` as they come."""
+async def measured(
+    runs: list[dict[str, Any]], seconds: float, seeds: Sequence[int], parallel: int, keep: Path | None, *, lossy: bool = False
+) -> None:
+    """Every cell (or only those that lose packets) once with each seed, added to ``runs`` as they come."""
     gate = asyncio.Semaphore(parallel)
 
     async def one(cell: tuple[float, float], seed: int) -> None:
@@ -251,7 +253,7 @@ async def measured(runs: list[dict[str, Any]], seconds: float, seeds: Sequence[i
         if keep is not None:
             keep.write_text(json.dumps(runs))
 
-    await asyncio.gather(*(one(c, seed) for seed in seeds for c in CELLS))
+    await asyncio.gather(*(one(c, seed) for seed in seeds for c in CELLS if c[1] or not lossy))
 
 
 def table(runs: Sequence[dict[str, Any]], seconds: float, model_runs: int) -> list[dict[str, float]]:
@@ -263,7 +265,8 @@ def table(runs: Sequence[dict[str, Any]], seconds: float, model_runs: int) -> li
         rtt_ms, loss = cell
         mine = [r for r in runs if tuple(r["cell"]) == cell]
         if not mine:
-            raise SystemExit(f"no punctual measurement at {rtt_ms:g} ms and {loss:.0%} loss: repeat on a quieter machine")
+            print(f"no punctual measurement at {rtt_ms:g} ms and {loss:.0%} loss: repeat on a quieter machine")
+            continue
         real = pooled(mine)
         ours = pooled([model(link(rtt_ms, loss), seconds, 1000 + seed) for seed in range(model_runs)])
         row = {
@@ -289,6 +292,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="a measurement (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=4, help="measurements a cell (default %(default)s)")
     parser.add_argument("--parallel", type=int, default=2, help="relays at a time (default %(default)s)")
+    parser.add_argument("--lossy", action="store_true", help="measure only the cells that lose packets, whose figures scatter")
     parser.add_argument("--model-runs", type=int, default=60, help="runs of the model a cell (default %(default)s)")
     parser.add_argument("--runs", type=Path, help="add the kernel's measurements to those in this file")
     parser.add_argument("--role", choices=("compare", "cell", "serve", "send"), default="compare", help=argparse.SUPPRESS)
@@ -308,11 +312,11 @@ def main() -> None:
     else:
         runs = json.loads(args.runs.read_text()) if args.runs and args.runs.exists() else []
         seen = max((r["seed"] + 1 for r in runs), default=0)
-        asyncio.run(measured(runs, args.seconds, range(seen, seen + args.repeats), args.parallel, args.runs))
+        asyncio.run(measured(runs, args.seconds, range(seen, seen + args.repeats), args.parallel, args.runs, lossy=args.lossy))
         punctual = [r for r in runs if r["late_p95_ms"] <= LATE_MS]
         print(f"{len(runs)} measurements, {len(runs) - len(punctual)} of them left out because the relay itself was late")
         rows = table(punctual, args.seconds, args.model_runs)
-        within = all(abs(r["mbps_off"]) <= 0.25 and abs(r["p95_off"]) <= 0.25 for r in rows)
+        within = len(rows) == len(CELLS) and all(abs(r["mbps_off"]) <= 0.25 and abs(r["p95_off"]) <= 0.25 for r in rows)
         print(json.dumps({"within_25_percent": within, "seconds": args.seconds, "repeats": args.repeats, "rows": rows}))
 
 
