@@ -9,14 +9,17 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from edge_client.config import ClientConfig, read_toml
 from protos.errors import HeadtailError
 from protos.logs import FORMATS, say, set_up
+
+if TYPE_CHECKING:
+    from edge_client.app import Client, Console
 
 _DESCRIPTION = """\
 Runs the head of a vision model on this device and sends what it says to a headtail server, which runs the tail.
@@ -119,8 +122,13 @@ def parse(argv: Sequence[str] | None) -> tuple[ClientConfig, str, str]:
     return ClientConfig(**{k: v for k, v in settings.items() if k in known}), level, form
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the client and returns its exit code."""
+def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Console], Client] | None = None) -> int:
+    """Runs the client and returns its exit code.
+
+    Args:
+        argv: the command line; None: the process's own.
+        make: makes the client, for a test bed that puts parts of its own in; None: ``Client``.
+    """
     try:
         config, level, form = parse(argv)
     except HeadtailError as error:
@@ -132,10 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("edge_client.explain").setLevel("INFO" if config.explain else "WARNING")
     # In a terminal a log line replaces the status line, which is then written anew below it.
     set_up(level, form, sys.stderr, before="\r\x1b[2K" if sys.stderr.isatty() else "")
-    return _run(config, form)
+    return _run(config, form, make)
 
 
-def _run(config: ClientConfig, form: str) -> int:
+def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console], Client] | None) -> int:
     # FFmpeg's and OpenCV's own complaints would stand beside our one clear sentence; both read this when they are loaded.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -154,7 +162,7 @@ def _run(config: ClientConfig, form: str) -> int:
         columns=shutil.get_terminal_size().columns,
     )
     try:
-        ending = asyncio.run(Client(config, console).run())
+        ending = asyncio.run((make or Client)(config, console).run())
     except KeyboardInterrupt:
         return 130
     except Exception:

@@ -67,7 +67,7 @@ class Flight:
             payload_bytes=self.payload_bytes,
             stages_ms={**self.stages_ms, "total": (now_ns - self.frame.captured_ns) / NS_PER_MS},
             answer=answer,
-            detail=detail,
+            detail=detail or (self.decision.name if self.decision is not None else ""),
         )
 
 

@@ -421,7 +421,7 @@ class Pipeline:
         elif result.error is not None:
             estimator.on_lost(result.frame_id, now_ns)
         else:
-            estimator.on_ack(result.frame_id, now_ns, result.timings.total_ns)
+            self.controller.on_ack(result.frame_id, now_ns, result.timings.total_ns)
         self._notify()
         if flight is None or not self.ledger.is_open(flight.frame.index):
             self.late_results += 1

@@ -143,8 +143,8 @@ class Camera:
             return
         self.busy = True
         ms, frame.value, size = self._costs[decision.name]
-        elapsed = int(_draw(self._rng, ms) * 1e6)
-        frame.payload_bytes = int(_draw(self._rng, size)) if size.p50 else 0
+        elapsed = int(log_normal(self._rng, ms) * 1e6)
+        frame.payload_bytes = int(log_normal(self._rng, size)) if size.p50 else 0
         self.loop.at(now + elapsed, self._device_done, (frame, decision, elapsed))
 
     def _device_done(self, done: tuple[Frame, Decision, int]) -> None:
@@ -206,7 +206,7 @@ class Camera:
         if frame.outcome or now + ms.p50 * 1e6 > frame.deadline_ns:
             return
         self.busy = True
-        elapsed = int(_draw(self._rng, ms) * 1e6)
+        elapsed = int(log_normal(self._rng, ms) * 1e6)
         self.loop.at(now + elapsed, self._device_done, (frame, Local(), elapsed))
 
     # ------------------------------------------------------------------ answers
@@ -241,8 +241,8 @@ class Camera:
                 frame.outcome = "expired"
 
 
-def _draw(rng: random.Random, q: Quantiles) -> float:
-    """Log-normal with these quantiles."""
+def log_normal(rng: random.Random, q: Quantiles) -> float:
+    """Drawn from the log-normal with these quantiles."""
     if q.p95 <= q.p50 or q.p50 <= 0:
         return q.p50
     return q.p50 * exp(rng.gauss(0.0, log(q.p95 / q.p50) / 1.645))

@@ -18,7 +18,7 @@ from deploy.testbed.scenario import Scenario, load_scenario
 from deploy.testbed.simulate import Run, simulate
 from deploy.testbed.study import ALL_POLICIES, Condition, Job, pool_rows, run_jobs, sample_traces
 from deploy.testbed.synthetic import KINDS
-from deploy.testbed.workload import Workload, load_workload
+from deploy.testbed.workload import Workload, find_workload
 from protos.errors import ConfigError, HeadtailError
 
 SCENARIOS = Path(__file__).parent / "scenarios"
@@ -112,19 +112,6 @@ def _output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture: .png, .pdf or .svg")
 
 
-def _load(name: str) -> Workload:
-    path = Path(name)
-    if not path.exists():
-        from splitters.bundle import exported_path
-
-        path = exported_path(name)
-        if not path.exists():
-            from splitters.export import ensure_exported
-
-            path = ensure_exported(name)
-    return load_workload(path)
-
-
 def _scenario(name: str) -> Scenario:
     path = Path(name)
     own = SCENARIOS / f"{name}.toml"
@@ -142,7 +129,7 @@ def _run(args: argparse.Namespace) -> int:
         scenario = replace(scenario, duration_s=args.duration_s)
     if args.mode != "simulate":
         return _run_real(args, scenario)
-    workload = _load(args.bundle)
+    workload = find_workload(args.bundle)
     if args.policy == "oracle":
         from deploy.testbed.oracle import oracle
 
@@ -173,9 +160,12 @@ def _run(args: argparse.Namespace) -> int:
 def _run_real(args: argparse.Namespace, scenario: Scenario) -> int:
     from deploy.testbed.real import run_real
 
-    if args.policy != "ours":
-        raise ConfigError("shape and relay run the real client, whose policy is ours; leave --policy away")
-    found = run_real(scenario, mode=args.mode, model=args.bundle, source=args.frames, plot=args.plot)
+    if args.policy == "oracle":
+        raise ConfigError("the oracle knows the future, which only --mode simulate can tell it")
+    choices = choices_of(find_workload(args.bundle))
+    found = run_real(
+        scenario, mode=args.mode, model=args.bundle, source=args.frames, plot=args.plot, policy=args.policy, choices=choices
+    )
     if args.json:
         print(json.dumps(found))
     else:
@@ -199,7 +189,7 @@ def _show(args: argparse.Namespace, name: str, workload: Workload, policy: str, 
 
 
 def _compare(args: argparse.Namespace) -> int:
-    workload = _load(args.bundle)
+    workload = find_workload(args.bundle)
     policies = args.policies.split(",")
     unknown = sorted(set(policies) - set(ALL_POLICIES))
     if unknown:

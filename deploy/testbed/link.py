@@ -58,6 +58,11 @@ class LinkConfig:
         if self.delay_ns < 0 or self.jitter_ns < 0 or self.queue_bytes < 0:
             raise ConfigError("delay, jitter and queue must not be negative")
 
+    @property
+    def room_bytes(self) -> float:
+        """The queue's length."""
+        return self.queue_bytes or max(30_000, self.trace.mean_bps() / 8 * 0.2)
+
 
 class Link:
     """A running link. The same seed and the same packets give the same fates."""
@@ -71,7 +76,7 @@ class Link:
         self.trace = config.trace
         self._delay = config.delay_ns
         self._jitter = config.jitter_ns
-        self._queue_bits = 8.0 * (config.queue_bytes or max(30_000, config.trace.mean_bps() / 8 * 0.2))
+        self._queue_bits = 8.0 * config.room_bytes
         self._rng = random.Random(f"link/{seed}")  # noqa: S311
         m = config.loss
         self._loss = m.loss

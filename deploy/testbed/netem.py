@@ -121,9 +121,20 @@ class NetemRelay:
         except (OSError, subprocess.SubprocessError) as error:
             self._remove()
             raise ConfigError(f"tc netem is not possible here: {error}") from error
+        self._begin()
+        return self
+
+    def _begin(self) -> None:
         self._running = RealTime()
         self._tasks = [asyncio.create_task(self._follow(i)) for i in (0, 1)]
-        return self
+
+    def restart(self) -> None:
+        """The link's time begins anew; for when the programs at both ends stand and nothing is under way."""
+        for task in self._tasks:
+            task.cancel()
+        for i in (0, 1):
+            self._set(i, "change", self._links[i].trace.steps(_STEPS_NS)[0][1])
+        self._begin()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for task in self._tasks:

@@ -21,7 +21,7 @@ class Policy(Protocol):
     def may_send(self, frame_id: int, n_bytes: int, now_ns: int, deadline_ns: int, *, layer: int = 0) -> bool: ...  # noqa: D102
     def wants_fallback(self, frame_id: int, now_ns: int, deadline_ns: int) -> bool: ...  # noqa: D102
     def on_sent(self, frame_id: int, n_bytes: int, now_ns: int) -> None: ...  # noqa: D102
-    def on_ack(self, frame_id: int, now_ns: int, server_ns: int) -> None: ...  # noqa: D102
+    def on_ack(self, frame_id: int, now_ns: int, server_ns: int = 0) -> None: ...  # noqa: D102
     def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None: ...  # noqa: D102
     def on_grant(  # noqa: D102
         self, now_ns: int, *, bitrate_bps: float = 0.0, max_in_flight: int = 0, queue_ns: int = 0, tail_ns: int = 0
@@ -29,14 +29,10 @@ class Policy(Protocol):
 
 
 class Ours(Controller):
-    """The project's controller, told of acknowledgements through one more door."""
+    """The project's controller."""
 
     def __init__(self, workload: Workload, config: ControlConfig) -> None:
         super().__init__(config, workload.points, local=workload.local, offloads=pareto_offloads(workload.offloads))
-
-    def on_ack(self, frame_id: int, now_ns: int, server_ns: int) -> None:
-        """A result arrived."""
-        self.estimator.on_ack(frame_id, now_ns, server_ns)
 
 
 class Baseline(Controller):
@@ -56,9 +52,9 @@ class Baseline(Controller):
             return Skip(reason="offline")
         return self.choose(now_ns, deadline_ns) if self.window.allows() else Skip(reason="window")
 
-    def on_ack(self, frame_id: int, now_ns: int, server_ns: int) -> None:
-        """A result arrived."""
-        self.estimator.on_ack(frame_id, now_ns, server_ns)
+    def wants_fallback(self, frame_id: int, now_ns: int, deadline_ns: int) -> bool:  # noqa: ARG002
+        """Never: what was sent is waited for."""
+        return False
 
     def on_grant(self, now_ns: int, **grant: float) -> None:
         """Grants are an invention of ours; the others do not know them."""
@@ -105,7 +101,7 @@ class _MeanThroughput(Baseline):
         super().on_sent(frame_id, n_bytes, now_ns)
         self._sent[frame_id] = (n_bytes, now_ns)
 
-    def on_ack(self, frame_id: int, now_ns: int, server_ns: int) -> None:
+    def on_ack(self, frame_id: int, now_ns: int, server_ns: int = 0) -> None:
         """Updates the mean."""
         super().on_ack(frame_id, now_ns, server_ns)
         n_bytes, sent_ns = self._sent.pop(frame_id, (0, 0))

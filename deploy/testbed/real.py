@@ -11,9 +11,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+from deploy.testbed.link import LinkConfig
 from deploy.testbed.plots import Dot, plot_run
 from deploy.testbed.relay import SERVER_ADDRESS, open_relay
 from deploy.testbed.report import quantile
@@ -25,12 +28,130 @@ log = logging.getLogger(__name__)
 
 _START_S = 180.0
 _PORT = 50551
+_LEAD_NS, _LEAD_BPS = 5_000_000_000, 50e6
+_PYTHON = (sys.executable, "-m")
 
 
-def run_real(scenario: Scenario, *, mode: str, model: str, source: str | None, plot: Path | None) -> dict[str, Any]:
+class Stage:
+    """A real server, and real clients one after another, each behind the link of its scenario. An async context manager.
+
+    In shape mode the server starts once, and each run's link is a proxy of its own; in relay mode every run has two namespaces
+    of its own, and the server starts anew in one of them.
+
+    Args:
+        mode: ``shape`` or ``relay``.
+        model: a default model's name or a bundle's directory.
+        workload: whose device times, in the same words or a workload's JSON file; empty: the model's, as measured here.
+    """
+
+    def __init__(self, mode: str, model: str, workload: str = "") -> None:
+        self._mode, self._model, self._workload = mode, model, workload or model
+        self._stack = AsyncExitStack()
+        self._address = ""
+        self._folder = Path()
+        self.shaper: Shaper | None = None  # of the run in progress, in shape mode
+
+    async def __aenter__(self) -> Self:
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-testbed-")))
+        try:
+            self._address = await _start(self._stack, [*self._server(), "--listen", "127.0.0.1:0"], self._folder / "port")
+            await self._warm()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._stack.aclose()
+
+    async def run(self, scenario: Scenario, source: str, policy: str = "ours") -> tuple[list[dict[str, Any]], int]:
+        """One client from its start to its end: its lines of results, and when the scenario began (Unix time, ns).
+
+        Raises:
+            ConfigError: the machine does not allow it.
+            ModelError: a process ended with an error.
+        """
+        up, down = (_led_in(d.link(scenario.duration_s, scenario.folder), scenario) for d in (scenario.uplink, scenario.downlink))
+        results = self._folder / "results.jsonl"
+        async with AsyncExitStack() as stack:
+            if self._mode == "relay":
+                relay = open_relay(up, down, seed=scenario.seed)
+                await stack.enter_async_context(relay)
+                log.info("relay: %s", relay.name)
+                server = relay.command("server", [*self._server("relayed"), "--listen", f"{SERVER_ADDRESS}:{_PORT}"])
+                await _start(stack, server, self._folder / "relayed")
+                relay.restart()
+                begin_ns = relay.time.start_unix_ns + _LEAD_NS
+                client = relay.command(
+                    "client", self._client(scenario, source, policy, results, f"{SERVER_ADDRESS}:{_PORT}", begin_ns)
+                )
+            else:
+                shaper = self.shaper = Shaper(up, down, seed=scenario.seed)
+                host, port = self._address.rsplit(":", 1)
+                address = f"127.0.0.1:{await shaper.start(host, int(port))}"
+                stack.push_async_callback(shaper.close)
+                begin_ns = shaper.time.start_unix_ns + _LEAD_NS
+                client = self._client(scenario, source, policy, results, address, begin_ns)
+            await self._run(client, scenario.duration_s + _START_S)
+        return [json.loads(line) for line in results.read_text().splitlines()], begin_ns
+
+    def _server(self, port_file: str = "port") -> list[str]:
+        (self._folder / port_file).unlink(missing_ok=True)
+        return [
+            *(*_PYTHON, "edge_server.cli", "--model", self._model),
+            *("--port-file", str(self._folder / port_file), "--log-level", "warning"),
+        ]
+
+    def _client(
+        self, scenario: Scenario, source: str, policy: str, results: Path, address: str, begin_unix_ns: int = 0
+    ) -> list[str]:
+        return [
+            *(*_PYTHON, "deploy.testbed.device", "--policy", policy, "--slowdown", f"{scenario.device_slowdown:g}"),
+            *("--workload", self._workload),
+            *("--begin-unix-ns", str(begin_unix_ns), "--", "--server", address),
+            *("--camera", source, "--realtime", "--fps", f"{scenario.fps:g}", "--loop"),
+            *("--frames", str(int(scenario.duration_s * scenario.fps)), "--deadline-ms", f"{scenario.deadline_ms:g}"),
+            *("--change-gate", "off", "--output", str(results), "--log-level", "warning"),
+        ]
+
+    async def _warm(self) -> None:
+        """Fetches the bundle and measures the device before the link is made narrow: that is not what is tested."""
+        scenario = Scenario(duration_s=1, fps=3, deadline_ms=5000, device_slowdown=1)
+        client = self._client(scenario, "synthetic:fps=3,size=640x480", "ours", self._folder / "warm.jsonl", self._address)
+        await self._run(client, _START_S)
+
+    async def _run(self, client: Sequence[str], limit_s: float) -> None:
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*client, stdout=asyncio.subprocess.DEVNULL, stderr=pipe)
+        try:
+            _, errors = await asyncio.wait_for(process.communicate(), limit_s)
+        except (TimeoutError, asyncio.CancelledError):
+            await _stop(process)
+            raise
+        if process.returncode:
+            raise ModelError(f"edge-client ended with {process.returncode}: {errors.decode(errors='replace').strip()[-500:]}")
+
+
+def _led_in(link: LinkConfig, scenario: Scenario) -> LinkConfig:
+    """The link with a good start before the scenario begins: the client starts and says hello in it, as simulation assumes."""
+    until_ns = int((scenario.duration_s + _START_S) * 1e9)
+    return replace(link, trace=link.trace.after(_LEAD_NS, _LEAD_BPS, until_ns), queue_bytes=int(link.room_bytes))
+
+
+def run_real(
+    scenario: Scenario,
+    *,
+    mode: str,
+    model: str,
+    source: str | None,
+    plot: Path | None,
+    policy: str = "ours",
+    choices: Sequence[str] = (),
+) -> dict[str, Any]:
     """Runs the scenario with real processes and returns what came of it, as plain JSON types.
 
-    The device's times are this machine's: ``device_slowdown`` is for simulation alone.
+    The device takes the times measured of this machine, stretched by ``device_slowdown`` (see ``device``); the server is this
+    machine as it is. ``choices`` are named in the picture in this order.
 
     Raises:
         ConfigError: the scenario or the machine does not allow it.
@@ -38,76 +159,36 @@ def run_real(scenario: Scenario, *, mode: str, model: str, source: str | None, p
     """
     if scenario.cameras != 1:
         raise ConfigError(f"{mode} mode runs one camera; {scenario.name} has {scenario.cameras} (use --mode simulate)")
-    lines, link_start_ns = asyncio.run(_run(scenario, mode, model, source or f"synthetic:fps={scenario.fps:g},size=640x480"))
-    dots, summary = _summary(lines, link_start_ns)
+
+    async def run() -> tuple[list[dict[str, Any]], int]:
+        async with Stage(mode, model) as stage:
+            return await stage.run(scenario, source or f"synthetic:fps={scenario.fps:g},size=640x480", policy)
+
+    lines, begin_ns = asyncio.run(run())
+    dots, summary = summary_of(lines, begin_ns, scenario.deadline_ms)
     if plot is not None:
         capacity = scenario.uplink.capacity(scenario.duration_s, scenario.folder).steps(int(scenario.duration_s * 1e9))
-        choices = sorted({d.choice for d in dots if d.choice}, key=lambda name: (name == "local", name))
         plot_run(
             dots,
             [(t / 1e9, bps / 1e6) for t, bps in capacity],
             choices,
-            title=f"{scenario.name}, {mode} mode: {summary['on_time']:.1%} on time",
+            title=f"{scenario.name}, {mode} mode, {policy}: {summary['on_time']:.1%} on time",
             deadline_ms=scenario.deadline_ms,
             duration_s=scenario.duration_s,
             out=plot,
         )
-    return {"scenario": scenario.name, "mode": mode, "model": model, **summary}
+    return {"scenario": scenario.name, "mode": mode, "model": model, "policy": policy, **summary}
 
 
-async def _run(scenario: Scenario, mode: str, model: str, source: str) -> tuple[list[dict[str, Any]], int]:
-    up = scenario.uplink.link(scenario.duration_s, scenario.folder)
-    down = scenario.downlink.link(scenario.duration_s, scenario.folder)
-    python = [sys.executable, "-m"]
-    async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-testbed-")))
-        port_file, results = folder / "port", folder / "results.jsonl"
-        server = [*python, "edge_server.cli", "--model", model, "--port-file", str(port_file), "--log-level", "warning"]
-        client = [
-            *(*python, "edge_client.cli", "--camera", source, "--realtime", "--fps", f"{scenario.fps:g}"),
-            *("--loop", "--frames", str(int(scenario.duration_s * scenario.fps)), "--deadline-ms", f"{scenario.deadline_ms:g}"),
-            *("--change-gate", "off", "--output", str(results), "--log-level", "warning"),
-        ]
-        if mode == "relay":
-            relay = open_relay(up, down, seed=scenario.seed)
-            await stack.enter_async_context(relay)
-            log.info("relay: %s", relay.name)
-            server += ["--listen", f"{SERVER_ADDRESS}:{_PORT}"]
-            await _start(stack, relay.command("server", server), port_file)
-            link_time = relay.time
-            client = relay.command("client", [*client, "--server", f"{SERVER_ADDRESS}:{_PORT}"])
-        else:
-            await _start(stack, [*server, "--listen", "127.0.0.1:0"], port_file)
-            await _warm(client, port_file.read_text().strip(), folder)
-            shaper = Shaper(up, down, seed=scenario.seed)
-            host, port = port_file.read_text().strip().rsplit(":", 1)
-            client += ["--server", f"127.0.0.1:{await shaper.start(host, int(port))}"]
-            stack.push_async_callback(shaper.close)
-            link_time = shaper.time
-        process = await asyncio.create_subprocess_exec(*client, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE)
-        _, errors = await asyncio.wait_for(process.communicate(), scenario.duration_s + _START_S)
-        if process.returncode:
-            raise ModelError(f"edge-client ended with {process.returncode}: {errors.decode(errors='replace').strip()[-500:]}")
-        return [json.loads(line) for line in results.read_text().splitlines()], link_time.start_unix_ns
-
-
-async def _warm(client: Sequence[str], address: str, folder: Path) -> None:
-    """Fetches the bundle and measures the device before the link is made narrow: that is not what is tested."""
-    given = [*client, "--server", address]
-    given[given.index("--frames") + 1] = "3"
-    given[given.index("--output") + 1] = str(folder / "warm.jsonl")
-    process = await asyncio.create_subprocess_exec(*given, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL)
-    await asyncio.wait_for(process.wait(), _START_S)
-
-
-async def _start(stack: AsyncExitStack, command: Sequence[str], port_file: Path) -> None:
+async def _start(stack: AsyncExitStack, command: Sequence[str], port_file: Path) -> str:
+    """Starts a server and returns its address."""
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.DEVNULL, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     )
     stack.push_async_callback(_stop, process)
     for _ in range(int(_START_S * 20)):
-        if port_file.exists() and port_file.read_text().strip():
-            return
+        if port_file.exists() and (address := port_file.read_text().strip()):
+            return address
         if process.returncode is not None:
             raise ModelError(f"edge-server ended with {process.returncode}; its log stands above")
         await asyncio.sleep(0.05)
@@ -126,21 +207,25 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-def _summary(lines: Sequence[dict[str, Any]], link_start_ns: int) -> tuple[list[Dot], dict[str, Any]]:
+def summary_of(lines: Sequence[dict[str, Any]], begin_ns: int, deadline_ms: float) -> tuple[list[Dot], dict[str, Any]]:
+    """Dots for the picture and figures for the table, of a client's results. An answer after the deadline is none.
+
+    Raises:
+        ModelError: there are no results.
+    """
     if not lines:
         raise ModelError("the client wrote no results")
     dots = []
     for line in sorted(lines, key=lambda line: int(line["captured_ns"])):
-        at_s = (line["captured_unix_ns"] - link_start_ns) / 1e9
-        point, stages = line["operating_point"], line["latency_ms"]
-        answered = line["outcome"] in ("result", "local")
+        at_s = (line["captured_unix_ns"] - begin_ns) / 1e9
+        stages, late = line["latency_ms"], not answered_in_time(line, deadline_ms)
         before_send = sum(float(stages.get(name, 0.0)) for name in ("capture", "preprocess", "head", "codec", "send"))
         dots.append(
             Dot(
                 at_s=at_s,
-                choice=f"split {point}" if point is not None else ("local" if line["outcome"] == "local" else ""),
-                outcome=line["outcome"],
-                latency_ms=float(stages.get("total", 0.0)) if answered else 0.0,
+                choice=line.get("detail", "") if line["outcome"] in ("result", "local", "expired") else "",
+                outcome="expired" if late and line["outcome"] in ("result", "local") else line["outcome"],
+                latency_ms=0.0 if late else float(stages["total"]),
                 sent_s=at_s + before_send / 1e3,
                 payload_bytes=int(line["payload_bytes"]),
             )
@@ -155,3 +240,8 @@ def _summary(lines: Sequence[dict[str, Any]], link_start_ns: int) -> tuple[list[
         "latency_ms_p95": quantile(latencies, 0.95),
         "outcomes": dict(sorted(outcomes.items())),
     }
+
+
+def answered_in_time(line: dict[str, Any], deadline_ms: float) -> bool:
+    """Whether a line of results holds an answer that came before the deadline."""
+    return line["outcome"] in ("result", "local") and float(line["latency_ms"].get("total", 0.0)) <= deadline_ms

@@ -62,6 +62,7 @@ class Relay:
     name = "tun"
 
     def __init__(self, up: LinkConfig, down: LinkConfig, *, seed: int = 0, congestion: str = "cubic") -> None:
+        self._configs, self._seed = (up, down), seed
         self.up, self.down = Link(up, f"up/{seed}"), Link(down, f"down/{seed}")
         self._congestion = congestion
         self._tag = f"ht{os.getpid() % 100_000}"
@@ -99,9 +100,17 @@ class Relay:
         self._running = RealTime()
         loop = asyncio.get_running_loop()
         client, server = self._fds
-        loop.add_reader(client, self._forward, client, server, self.up)
-        loop.add_reader(server, self._forward, server, client, self.down)
+        loop.add_reader(client, self._forward, client, server)
+        loop.add_reader(server, self._forward, server, client)
         return self
+
+    def restart(self) -> None:
+        """The link's time begins anew; for when the programs at both ends stand and nothing is under way."""
+        self.time.stop()
+        self.up, self.down = (
+            Link(config, f"{name}/{self._seed}") for name, config in zip(("up", "down"), self._configs, strict=True)
+        )
+        self._running = RealTime()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         loop = asyncio.get_running_loop()
@@ -136,10 +145,11 @@ class Relay:
                 ip("netns", "del", space)
         self._fds, self._made = [], []
 
-    def _forward(self, source: int, target: int, link: Link) -> None:
+    def _forward(self, source: int, target: int) -> None:
         real = self._running
         if real is None:
             return
+        link = self.up if source == self._fds[0] else self.down
         real.catch_up()
         for _ in range(64):
             try:

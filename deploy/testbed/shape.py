@@ -77,6 +77,12 @@ class Shaper:
         self._tasks: set[asyncio.Task[None]] = set()
         self.connections = 0
         self.up_bytes = self.down_bytes = 0
+        self._ups: list[_Direction] = []
+
+    @property
+    def queued_bytes(self) -> int:
+        """What clients have written and the far ends have not got yet, of all connections that still stand."""
+        return sum(up.under_way for up in self._ups)
 
     async def start(self, host: str, port: int, *, listen: int = 0) -> int:
         """Begins to listen on loopback for connections to ``host:port``; returns the port."""
@@ -113,11 +119,13 @@ class Shaper:
         down = _Direction(self.time, Pipe(
             self.time.loop, self.down, reverse_delay_ns=self.up.delay_ns, ack_loss=self._loss[0], seed=f"down/{seed}"
         ), writer)  # fmt: skip
+        self._ups.append(up)
         try:
             await asyncio.gather(up.carry(reader), down.carry(far_reader))
         except asyncio.CancelledError:
             log.debug("a connection was closed with bytes under way")
         finally:
+            self._ups.remove(up)
             self.up_bytes += up.carried_bytes
             self.down_bytes += down.carried_bytes
             for end in (writer, far_writer):
@@ -133,7 +141,7 @@ class _Direction:
         self._real = real
         self._pipe = pipe
         self._out = out
-        self._under_way = 0
+        self.under_way = 0
         self._room = asyncio.Event()
         self.carried_bytes = 0
 
@@ -144,20 +152,20 @@ class _Direction:
                 self._real.catch_up()
                 for i in range(0, len(data), MSS_BYTES):
                     piece = data[i : i + MSS_BYTES]
-                    self._under_way += len(piece)
+                    self.under_way += len(piece)
                     self._pipe.send(len(piece), self._arrived, piece)
                 self._real.catch_up()
-                while self._under_way >= _SOCKET_BUFFER_BYTES:
+                while self.under_way >= _SOCKET_BUFFER_BYTES:
                     self._room.clear()
                     await self._room.wait()
-        while self._under_way:
+        while self.under_way:
             self._room.clear()
             await self._room.wait()
         with suppress(OSError, RuntimeError):
             self._out.write_eof()
 
     def _arrived(self, piece: bytes) -> None:
-        self._under_way -= len(piece)
+        self.under_way -= len(piece)
         self.carried_bytes += len(piece)
         self._room.set()
         if not self._out.is_closing():

@@ -105,6 +105,11 @@ class Trace:
         steps = [(t, min(r * 1e9, bps)) for t, r in zip(self._times, self._rates, strict=True)]
         return Trace(steps, self.period_ns, name=self.name)
 
+    def after(self, lead_ns: int, bps: float, until_ns: int) -> Trace:
+        """The same trace, written out to ``until_ns``, begun ``lead_ns`` later; ``bps`` until then."""
+        steps = [(0, bps), *((t + lead_ns, rate) for t, rate in self.steps(until_ns))]
+        return Trace(steps, lead_ns + until_ns, name=self.name)
+
     def scaled(self, factor: float) -> Trace:
         """Every bitrate times ``factor``."""
         steps = [(t, r * 1e9 * factor) for t, r in zip(self._times, self._rates, strict=True)]

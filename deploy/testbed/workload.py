@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edge_client.choices import believable, measure, name_of
+from edge_client.choices import DeviceTimes, believable, measure, name_of
 from edge_client.control import LocalOption, OffloadOption
 from edge_client.engine import Engine
 from protos.errors import ConfigError
@@ -85,10 +85,28 @@ def load_workload(path: Path) -> Workload:
         raise ConfigError(f"workload {path} cannot be read: {type(error).__name__}: {error}") from error
 
 
+def find_workload(name: str) -> Workload:
+    """A workload by a default model's name (exported if need be), a bundle's directory or a workload's JSON file."""
+    path = Path(name)
+    if not path.exists():
+        from splitters.bundle import exported_path
+
+        path = exported_path(name)
+        if not path.exists():
+            from splitters.export import ensure_exported
+
+            path = ensure_exported(name)
+    return load_workload(path)
+
+
 def _of_bundle(path: Path) -> Workload:
     clock = time.thread_time_ns  # the thread's own processor time: what else this machine does is not the device's affair
     engine = Engine(open_bundle(path, side="device"), clock=clock)
-    times = measure(engine, clock=clock, cache=cache_dir() / "testbed-times")
+    return workload_of(engine, measure(engine, clock=clock, cache=cache_dir() / "testbed-times"))
+
+
+def workload_of(engine: Engine, times: DeviceTimes) -> Workload:
+    """What an opened bundle offers, with a device's times; the server's are the default ones."""
     bundle, points = engine.bundle, believable(engine.bundle.points, engine)
     spec = bundle.manifest.local
     local = None

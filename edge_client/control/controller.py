@@ -98,6 +98,10 @@ class Controller:
         self.budget.spend(max(0, n_bytes), now_ns)
         self.estimator.on_sent(frame_id, n_bytes, now_ns)
 
+    def on_ack(self, frame_id: int, now_ns: int, server_ns: int = 0) -> None:
+        """A result arrived, late or not; see ``Estimator.on_ack``."""
+        self.estimator.on_ack(frame_id, now_ns, server_ns)
+
     def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None:
         """How long the device worked: decision to payload (split, offload) or to answer (local, fallback: pass ``Local()``)."""
         option = self._by_name.get(decision.name)

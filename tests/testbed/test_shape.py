@@ -7,6 +7,7 @@ import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import pytest
 
@@ -120,6 +121,28 @@ async def punctual(up: LinkConfig, down: LinkConfig, sizes: Sequence[int] = SIZE
     pytest.skip("this machine's timers are too late just now to measure anything")
 
 
+async def typical(up: LinkConfig, down: LinkConfig, sizes: Sequence[int] = SIZES, interval_s: float = INTERVAL_S) -> Seen:
+    """Each frame's median of three runs side by side, each with a shaper of its own and begun a third of an interval later.
+
+    Without loss all three should be the same, and what holds this machine up for a moment catches another frame in each. Only
+    where its timers are late as a rule (more than 3 ms at the median) nothing can be measured.
+    """
+    lags: list[float] = []
+
+    async def one(number: int) -> Seen:
+        await asyncio.sleep(number * interval_s / 3)
+        return await shaped(up, down, lags, sizes, interval_s)
+
+    runs = await asyncio.gather(*map(one, range(3)))
+    if quantile(sorted(lags), 0.5) > 3.0:
+        pytest.skip("this machine's timers are too late just now to measure anything")
+    return Seen(
+        round_trips_ms=[median(row) for row in zip(*(run.round_trips_ms for run in runs), strict=True)],
+        up_bytes=median(run.up_bytes for run in runs),
+        down_bytes=median(run.down_bytes for run in runs),
+    )
+
+
 STEPS = Trace([(0, 3e6), (1_500 * MS, 1e6), (2_500 * MS, 4e6)], 4_000 * MS)
 
 
@@ -132,7 +155,7 @@ STEPS = Trace([(0, 3e6), (1_500 * MS, 1e6), (2_500 * MS, 4e6)], 4_000 * MS)
     ids=["constant", "steps"],
 )
 async def test_shape_agrees_with_simulate(up: LinkConfig, down: LinkConfig) -> None:
-    expected, found = sorted(simulated(up, down).round_trips_ms), sorted((await punctual(up, down)).round_trips_ms)
+    expected, found = sorted(simulated(up, down).round_trips_ms), sorted((await typical(up, down)).round_trips_ms)
     assert len(found) == len(expected) == FRAMES
     for q in (0.5, 0.95):
         # 15 %, and what this machine may add to each of the four timers a round trip passes
@@ -151,7 +174,7 @@ async def test_shape_and_simulate_agree_on_latency_bytes_and_deadlines() -> None
     want = sorted(expected.round_trips_ms)
     on_time = sum(t <= DEADLINE_MS for t in want) / len(want)
     assert 0.8 < on_time < 0.9, "some frames are late, or the comparison below could not fail"
-    found = await punctual(SLOW, SLOW, ODD_ONES, 0.2)
+    found = await typical(SLOW, SLOW, ODD_ONES, 0.2)
     got = sorted(found.round_trips_ms)
     assert len(got) == len(want)
     for q in (0.5, 0.95):
