@@ -42,7 +42,7 @@ from splitters.tails import load_tail
 CLASSIFIER, DETECTOR = "efficientnet-lite0", "detector"
 PLAN = (
     (CLASSIFIER, Condition(deadline_ms=200, fps=10, loss_percent=0, rtt_ms=80, slowdown=10)),
-    (CLASSIFIER, Condition(deadline_ms=200, fps=10, loss_percent=2, rtt_ms=20, slowdown=5)),
+    (CLASSIFIER, Condition(deadline_ms=200, fps=10, loss_percent=5, rtt_ms=80, slowdown=10)),
     (DETECTOR, Condition(deadline_ms=400, fps=10, loss_percent=2, rtt_ms=80, slowdown=10)),
 )
 POLICIES = ("ours", "offload_fixed", "split_fixed", "reference")
