@@ -7,13 +7,18 @@ chooses by dynamic programming over (device free, link free), with every simplif
 * a lost packet is there again one round trip after it would have arrived; the last one of a frame, which nothing behind it
   reveals, after the shortest of the tail loss probe, the time-out and the next frame's acknowledgement;
 * no congestion window: the whole capacity is the camera's from the first byte on;
-* device time is used up at its median, and a fallback costs its expected share of it, at any moment.
+* device and link time are used up at their medians, and a fallback costs its expected share, at any moment.
 
-So it bounds every policy, with loss and without, up to the beam's width and the luck of one run; it is no policy itself, and on
-lossy links none can come quite so far. Shape legend: S states, C choices, J points of a time's distribution.
+States that are too many are merged, never dropped, so the bound holds whatever the beam's width, and a wider one only tightens it.
+It bounds every policy in expectation, with loss and without; one run's luck may exceed it by a fraction of a point. It is no policy
+itself, and on lossy links none can come so far: there is no congestion window here and no head-of-line blocking. Shape legend:
+S states, C choices, J points of a time's distribution.
 """
 
 from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from math import log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +33,9 @@ from splitters.operating_point import Quantiles
 
 Floats = NDArray[np.float64]
 
-_BEAM, _LOOKED_AT = 12, 160
+_BEAM, _CELL_NS = 32, 1e6
 _REPAIRS = 4
-_SAME_NS = 1e6  # states that differ by less count as the same
+_HOPELESS = 1e-3  # chances below this are none
 _SIGMAS = (-1.2816, -0.5244, 0.0, 0.5244, 1.2816)  # five equally likely points of a normal distribution
 _TLP_NS, _LONE_TLP_NS, _RTO_NS = 2e6, 200e6, 200e6
 
@@ -56,6 +61,12 @@ def _sigma_ns(q: Quantiles) -> float:
     return max(0.0, q.p95 - q.p50) * 1e6 / 1.645
 
 
+def _normal(x: Floats) -> Floats:
+    """The normal distribution function, to 2e-4."""
+    x = np.clip(x, -8.0, 8.0)
+    return np.asarray(1.0 / (1.0 + np.exp(-1.5976 * x - 0.07056 * x**3)), np.float64)
+
+
 class _Problem:
     """One scenario's numbers, ready for the recursion."""
 
@@ -72,16 +83,16 @@ class _Problem:
         self.local_accuracy = w.local.accuracy if w.local else 0.0
         self.local_sigma_ns = _sigma_ns(w.local.ms) if w.local else 0.0
         t = w.server
-        rows = [(p.head_ms, p.payload_bytes.p50, p.accuracy, t.tail_ms) for p in w.points if p.pareto]
-        rows += [(o.encode_ms, o.payload_bytes.p50, o.accuracy, t.whole_ms) for o in pareto_offloads(w.offloads)]
-        self.payload_bytes = np.array([size for _, size, _, _ in rows])
+        rows = [(p.head_ms, p.payload_bytes, p.accuracy, t.tail_ms) for p in w.points if p.pareto]
+        rows += [(o.encode_ms, o.payload_bytes, o.accuracy, t.whole_ms) for o in pareto_offloads(w.offloads)]
+        self.payload_bytes = np.array([float(size.p50) for _, size, _, _ in rows])
+        self.payload_sigma = np.array([log(max(1.0, size.p95 / max(size.p50, 1.0))) / 1.645 for _, size, _, _ in rows])
         packets = np.maximum(1, np.ceil((self.payload_bytes + OVERHEAD_BYTES) / MSS_BYTES))
         self.device_ns = np.array([ms.p50 * 1e6 for ms, _, _, _ in rows])
         self.bits = 8 * (self.payload_bytes + OVERHEAD_BYTES + HEADER_BYTES * packets)
         self.accuracy = np.array([a for _, _, a, _ in rows])
         self.after_ns = np.array([(t.decode_ms + s.p50) * 1e6 for _, _, _, s in rows]) + self.rtt_ns + result_ns
-        sigma_ns = np.array([np.hypot(_sigma_ns(ms), _sigma_ns(s)) for ms, _, _, s in rows])
-        self.noise_ns = np.array(_SIGMAS)[:, None, None] * sigma_ns  # (J, 1, C)
+        self.sigma_ns = np.array([np.hypot(_sigma_ns(ms), _sigma_ns(s)) for ms, _, _, s in rows])
         self._losses(up.loss_percent / 100, down.loss_percent / 100, packets)
 
     def _losses(self, up: float, down: float, packets: Floats) -> None:
@@ -94,11 +105,12 @@ class _Problem:
         next_ns = self.rtt_ns + min(float(self.device_ns.min()), self.interval_ns)
         self.last_ns = np.minimum(np.minimum(probe_ns, self.rtt_ns + _RTO_NS), next_ns)  # (C,)
 
-    def p_within(self, spare_ns: Floats) -> Floats:
-        """P(answered within the time to spare over the median, undisturbed one): (S, C) to (S, C)."""
-        spare_ns = spare_ns - self.noise_ns  # (J, S, C)
+    def p_within(self, spare_ns: Floats, service_ns: Floats) -> Floats:
+        """P(answered within the time to spare over the median, undisturbed one), the link's part given: (S, C) to (S, C)."""
+        sigma_ns = np.maximum(np.hypot(self.sigma_ns, self.payload_sigma * service_ns), 1.0)
         if self.lossless:
-            return np.asarray((spare_ns >= 0).mean(axis=0), np.float64)
+            return _normal(spare_ns / sigma_ns)
+        spare_ns = spare_ns - np.array(_SIGMAS)[:, None, None] * sigma_ns  # (J, S, C)
         rtt_ns = max(self.rtt_ns, 1.0)
         inner = np.clip(spare_ns // rtt_ns, 0, _REPAIRS).astype(np.intp)
         outer = np.clip(spare_ns // np.maximum(self.last_ns, 1.0), 0, _REPAIRS).astype(np.intp)
@@ -108,8 +120,7 @@ class _Problem:
 
     def p_local(self, spare_ns: Floats) -> Floats:
         """P(the local model ends in time)."""
-        offsets = np.array(_SIGMAS)[:, None] * self.local_sigma_ns
-        return np.asarray((spare_ns[None] >= offsets).mean(axis=0), np.float64)
+        return _normal(spare_ns / max(self.local_sigma_ns, 1.0))
 
     def extend(self, states: Floats, captured_ns: float) -> Floats:
         """Everything that can be done with one frame: (S, 5) rows of device free, link free, score, on time, bytes."""
@@ -117,20 +128,22 @@ class _Problem:
         start, deadline = np.maximum(captured_ns, device), captured_ns + self.deadline_ns
         found = [states]
         p = self.p_local(deadline - start - self.local_ns) if np.isfinite(self.local_ns) else np.zeros(len(states))
-        some = p > 0
+        some = p > _HOPELESS
         if some.any():
             found.append(np.stack([start + self.local_ns, link, score + p * self.local_accuracy, on_time + p, sent], axis=1)[some])
         ready = start[:, None] + self.device_ns
-        free = self.capacity.finish_ns(np.maximum(ready, link[:, None]), self.bits)
+        begins = np.maximum(ready, link[:, None])
+        free = self.capacity.finish_ns(begins, self.bits)
+        service = np.where(free < np.inf, free - begins, 0.0)
         spare = deadline - (free + self.after_ns)
-        p = self.p_within(spare)
-        some = p > 0
+        p = self.p_within(spare, service)
+        some = p > _HOPELESS
         columns = [np.broadcast_to(column[:, None], p.shape) for column in (score, on_time, sent)]
         value, answered, total = columns[0] + p * self.accuracy, columns[1] + p, columns[2] + self.payload_bytes
         found.append(np.stack([ready, free, value, answered, total], axis=-1)[some])
-        hedged = some & (p < 1) & (ready + self.local_ns <= deadline)
+        hedged = some & (p < 1 - _HOPELESS) & (ready + self.local_ns <= deadline)
         if hedged.any():
-            early = self.p_within(spare - self.local_ns)  # answered before the fallback must start
+            early = self.p_within(spare - self.local_ns, service)  # answered before the fallback must start
             value, answered = value + (1 - p) * self.local_accuracy, columns[1] + 1.0
             found.append(np.stack([ready + (1 - early) * self.local_ns, free, value, answered, total], axis=-1)[hedged])
         return np.concatenate(found)
@@ -140,9 +153,11 @@ def oracle(scenario: Scenario, workload: Workload) -> Summary:
     """The bound, in expectation."""
     problem = _Problem(scenario, workload)
     n = int(-(-scenario.duration_s * 1e9 // problem.interval_ns))
-    states = np.zeros((1, 5))
+    most = max(float(problem.accuracy.max(initial=0.0)), problem.local_accuracy)
+    states, cell_ns = np.zeros((1, 5)), _CELL_NS
     for k in range(n):
-        states = _prune(problem.extend(states, k * problem.interval_ns), (k + 1) * problem.interval_ns)
+        states = problem.extend(states, k * problem.interval_ns)
+        states, cell_ns = _prune(states, (k + 1) * problem.interval_ns, problem.interval_ns, most, cell_ns)
     _, _, score, on_time, sent = (float(x) for x in states[np.argmax(states[:, 2])])
     return Summary(
         captured=n,
@@ -156,19 +171,56 @@ def oracle(scenario: Scenario, workload: Workload) -> Summary:
     )
 
 
-def _prune(states: Floats, following_ns: float) -> Floats:
-    """The best states that no other matches in score while its device and link are free no later.
+def _prune(states: Floats, following_ns: float, interval_ns: float, most: float, cell_ns: float) -> tuple[Floats, float]:
+    """Few states that are together at least as good as all: (S, 5) to (at most ``_BEAM``, 5). Gives nothing away, may add.
 
-    Free before the next frame comes is as good as free now.
+    Free before the next frame comes is as good as free now. A state that is ``most`` (the best accuracy there is) a frame behind
+    another one, for every frame that the other would have to leave out until all of it is free, cannot come back. What is
+    left is merged in cells of time, each having the best score and the earliest times of its members; the cells grow, from
+    ``cell_ns``, until they are few enough. Also returns where the next call should begin with that.
     """
-    if len(states) > _LOOKED_AT:
-        states = states[np.argpartition(-states[:, 2], _LOOKED_AT)[:_LOOKED_AT]]
-    order = np.argsort(-states[:, 2], kind="stable")
-    steps = np.maximum(states[order, :2] - following_ns, 0.0) // _SAME_NS
-    kept: list[tuple[int, float, float]] = []
-    for i, (device, link) in enumerate(steps.tolist()):
-        if all(device < d or link < f for _, d, f in kept):
-            kept.append((i, device, link))
-            if len(kept) == _BEAM or (device == 0 and link == 0):
-                break
-    return states[order[[i for i, _, _ in kept]]]
+    free = np.maximum(states[:, :2] - following_ns, 0.0)
+    hopeless = np.max(states[:, 2] - most * np.ceil(free.max(axis=1) / interval_ns))
+    keep = states[:, 2] >= hopeless
+    states, free = states[keep], free[keep]
+    while True:
+        merged, times = _merge(states, free, cell_ns)
+        kept = _frontier(times)
+        if len(kept) <= _BEAM:
+            break
+        cell_ns *= 1.4
+    found = merged[kept]
+    found[:, :2] = times[kept] + following_ns
+    return found, max(_CELL_NS, cell_ns / 1.5)
+
+
+def _merge(states: Floats, free: Floats, cell_ns: float) -> tuple[Floats, Floats]:
+    """One state for each cell, the best score first: (S, 5) and its excess times (S, 2) to the same with fewer rows."""
+    cells = (free // cell_ns).astype(np.int64)
+    cells = cells[:, 0] * (1 << 32) + cells[:, 1]
+    order = np.lexsort((-states[:, 2], cells))
+    cells, states, free = cells[order], states[order], free[order]
+    first = np.flatnonzero(np.concatenate([[True], cells[1:] != cells[:-1]]))
+    times = np.minimum.reduceat(free, first, axis=0)
+    merged = states[first]
+    order = np.argsort(-merged[:, 2], kind="stable")
+    return merged[order], times[order]
+
+
+def _frontier(times: Floats) -> list[int]:
+    """Rows no earlier row matches in both times: of (S, 2), sorted by score."""
+    kept: list[int] = []
+    links: list[float] = []  # of those kept: later and later free links with earlier and earlier free devices
+    devices: list[float] = []
+    for i, (device, link) in enumerate(times.tolist()):
+        at = bisect_right(links, link)
+        if at and devices[at - 1] <= device:
+            continue
+        at = end = bisect_left(links, link)
+        while end < len(links) and devices[end] >= device:
+            end += 1
+        links[at:end], devices[at:end] = [link], [device]
+        kept.append(i)
+        if device == link == 0.0:
+            break
+    return kept

@@ -6,11 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deploy.testbed.cli import main
 from deploy.testbed.layering import Layer
-from deploy.testbed.oracle import oracle
+from deploy.testbed.oracle import _prune, oracle
 from deploy.testbed.policies import POLICIES
 from deploy.testbed.report import jain, summarise
 from deploy.testbed.scenario import Direction, Scenario, load_scenario, parse_scenario
@@ -194,6 +195,50 @@ def test_with_loss_too_the_oracle_bounds_every_policy(workload: Workload) -> Non
         assert bound.on_time <= 1
         for policy in POLICIES:
             assert simulate(scenario, workload, policy).summary().score <= bound.score + 0.01, (policy, loss)
+
+
+@pytest.mark.parametrize(("rtt_ms", "deadline_ms"), [(80, 200), (200, 400)])
+def test_the_oracle_bounds_a_device_a_little_too_slow_for_its_local_model(
+    workload: Workload, rtt_ms: float, deadline_ms: float
+) -> None:
+    """Local answers are worth most at once, and their debt of device time grows: a narrow beam saw nothing else."""
+    assert workload.local is not None
+    link = {"delay_ms": rtt_ms / 2, "loss_percent": 2.0}
+    scenario = Scenario(
+        duration_s=20, fps=30, deadline_ms=deadline_ms, device_slowdown=37.7 / workload.local.ms.p50, seed=2, grants=False,
+        uplink=Direction(mbps=1.5, **link), downlink=Direction(mbps=20, **link),  # type: ignore[arg-type]
+    )  # fmt: skip
+    bound = oracle(scenario, workload)
+    for policy in POLICIES:
+        assert simulate(scenario, workload, policy).summary().score <= bound.score, policy
+    assert bound.score > 1.05 * simulate(scenario, workload, "local").summary().score, "it mixes in what is sent"
+
+
+def test_a_narrower_beam_only_raises_the_bound(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario = replace(LOSSY, duration_s=6, fps=30, uplink=Direction(mbps=1, loss_percent=3))
+    found = []
+    for beam in (400, 40, 4):
+        monkeypatch.setattr("deploy.testbed.oracle._BEAM", beam)
+        found.append(oracle(scenario, workload).score)
+    assert found == sorted(found)
+    assert found[1] < 1.02 * found[0], "and by little"
+
+
+def test_the_oracle_gives_no_state_away() -> None:
+    """Each state that goes has a successor: better and earlier, or so far ahead that it may idle until all of it is free."""
+    rng = np.random.default_rng(5)
+    interval_ns, most, now_ns = 33e6, 0.7, 1e9
+    for beam in (2, 8, 1000):
+        states = rng.random((400, 5)) * [150e6, 400e6, 3.0, 5.0, 1e4] + [now_ns - 20e6, now_ns - 20e6, 10.0, 0.0, 0.0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("deploy.testbed.oracle._BEAM", beam)
+            kept, _ = _prune(states.copy(), now_ns, interval_ns, most, 1e6)
+        assert 0 < len(kept) <= min(beam, len(states))
+        free, kept_free = np.maximum(states[:, :2] - now_ns, 0), np.maximum(kept[:, :2] - now_ns, 0)
+        skipped = np.ceil(kept_free.max(axis=1) / interval_ns)
+        for (device, link), score in zip(free, states[:, 2], strict=True):
+            earlier = (kept_free[:, 0] <= device + 1) & (kept_free[:, 1] <= link + 1) & (kept[:, 2] >= score)
+            assert earlier.any() or (kept[:, 2] - most * skipped >= score - 1e-9).any()
 
 
 def test_the_oracle_loses_by_loss_and_by_a_shorter_deadline(workload: Workload) -> None:
