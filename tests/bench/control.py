@@ -74,6 +74,8 @@ def _study(args: argparse.Namespace, workload: Workload) -> None:
     report |= {"workload": workload.name, "runs": len(rows), "seconds": round(time.monotonic() - began, 1)}
     print(f"\n{workload.name}: {sum(map(len, families.values()))} traces x 16 conditions, seed {args.seed}")
     _print(rows, policies, args.verbose)
+    if isinstance(met := report.get("deadlines"), dict):
+        print(f"\nours 95 % on time in {met['ours_95']} of the {met['runs_oracle_97']} runs in which the oracle reaches 97 %")
     print(json.dumps(report))
 
 
