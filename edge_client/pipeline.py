@@ -34,7 +34,7 @@ Make = Callable[[Engine, Features], Encoded]
 
 LATE_GRACE_NS = 100 * NS_PER_MS
 _HISTORY = 16  # frames back that a latent may be predicted from; every server remembers so many
-_FORGET_NS = 3 * NS_PER_S
+_FORGET_NS = 6 * NS_PER_S  # longer than a session waits for a silent server: else frames would go on entering a dead network
 _UNANSWERED_NS = 60 * NS_PER_S
 
 
