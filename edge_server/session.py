@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 _DEFAULT_IN_FLIGHT = 8
 _MARGIN_NS = 5_000_000  # beside the tail's time, what a frame cut short still needs to arrive in time
-_GRACE_NS = 250_000_000  # beyond a frame's deadline; a backend that keeps it needs none of this
+_GRACE_NS = 250_000_000  # beyond a frame's deadline, or its arrival where that is later; a backend that keeps it needs none of this
 _NO_DEADLINE_NS = 120_000_000_000  # what a frame without deadline is given
 _LEAVE_S = 5.0  # for tasks that are cancelled at the end of a stream
 _PAUSE_NS = 200_000_000  # longest a session that overruns its grant is left unread at a time
@@ -259,7 +259,8 @@ class Session:
         task = asyncio.create_task(self._answer(self._greeted(), frame, self._references))
         self._tasks.add(task)
         self._owed.add(frame.frame_id)
-        until_ns = now_ns + _NO_DEADLINE_NS if frame.deadline_ns is None else frame.deadline_ns + _GRACE_NS
+        # A frame that was late when it came is refused by the answerer, in plain words: that takes a turn of the loop.
+        until_ns = now_ns + _NO_DEADLINE_NS if frame.deadline_ns is None else max(now_ns, frame.deadline_ns) + _GRACE_NS
         timer = asyncio.get_running_loop().call_later(max(0, until_ns - now_ns) / 1e9, self._overdue, frame, task)
         task.add_done_callback(functools.partial(self._done, frame, timer))
 

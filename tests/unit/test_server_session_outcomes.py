@@ -143,3 +143,22 @@ async def test_a_stream_ends_although_a_task_does_not() -> None:
         context.frame(1, left_ms=20)
         await soon(context)
     assert time.monotonic() - begun < 0.4
+
+
+async def test_a_frame_that_is_late_when_it_comes_is_left_to_the_answerer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Network queues ate its time: that is everyday, not a task that hangs."""
+    monkeypatch.setattr(BandwidthManager, "queue_ns", lambda *_: 1_000_000_000)
+
+    async def refuses(frame: Frame) -> Result:
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return Result(frame_id=frame.frame_id, error=OverloadedError("refused in so many words"))
+
+    async with opened(refuses) as context:
+        context.frame(1, left_ms=20)
+        result = await soon(context)
+    assert result.error is not None
+    assert result.error.message == "refused in so many words"
+    assert not caplog.records
