@@ -79,6 +79,8 @@ class Arrivals:
         self._recent_bytes += n_bytes
         self._expire(now_ns)
         self._history.append((now_ns, self.queue_ns))
+        while now_ns - self._history[0][0] > _TREND_WINDOW_NS:
+            self._history.popleft()
         self._trend = None
         earliest_ns = sent_ns + least_ns
         self.link.add(n_bytes, earliest_ns, now_ns)
@@ -102,13 +104,15 @@ class Arrivals:
 
     def _slope(self) -> float:
         newest_ns = self._history[-1][0]
-        points = [(t - newest_ns, q) for t, q in self._history if 0 <= newest_ns - t <= _TREND_WINDOW_NS]
-        n = len(points)
-        if n < 5:
+        n = sum_t = sum_q = sum_tt = sum_tq = 0  # whole numbers: exact
+        for t, q in self._history:
+            if 0 <= (ago := newest_ns - t) <= _TREND_WINDOW_NS:
+                n += 1
+                sum_t -= ago
+                sum_q += q
+                sum_tt += ago * ago
+                sum_tq -= ago * q
+        spread = n * sum_tt - sum_t * sum_t
+        if n < 5 or spread <= 0:
             return 0.0
-        mean_t = sum(t for t, _ in points) / n
-        mean_q = sum(q for _, q in points) / n
-        spread = sum((t - mean_t) ** 2 for t, _ in points)
-        if spread <= 0:
-            return 0.0
-        return 1e3 * sum((t - mean_t) * (q - mean_q) for t, q in points) / spread
+        return 1e3 * (n * sum_tq - sum_t * sum_q) / spread

@@ -20,6 +20,7 @@ from splitters.operating_point import Quantiles
 # HTTP/2, gRPC and protobuf around a layer, as measured on the wire for a small payload.
 OVERHEAD_BYTES = 64
 PING_BYTES = 40
+_REMOTE = (Split, Offload)
 
 
 class Frame:
@@ -135,35 +136,36 @@ class Camera:
     def _begin(self, frame: Frame) -> None:
         now = self.loop.now_ns
         decision = self.policy.decide(frame.frame_id, now, frame.deadline_ns)
-        frame.choice = decision.name
+        name = frame.choice = decision.name
         if decision.explain is not None:
             self.explanations.append(decision.explain)
         if isinstance(decision, Skip):
             self._drop(frame, "skipped" if decision.reason != "late" else "late")
             return
         self.busy = True
-        ms, frame.value, size = self._costs[decision.name]
+        ms, frame.value, size = self._costs[name]
         elapsed = int(log_normal(self._rng, ms) * 1e6)
         frame.payload_bytes = int(log_normal(self._rng, size)) if size.p50 else 0
         self.loop.at(now + elapsed, self._device_done, (frame, decision, elapsed))
 
     def _device_done(self, done: tuple[Frame, Decision, int]) -> None:
         frame, decision, elapsed = done
-        now = self.loop.now_ns
         self.busy = False
-        self.policy.on_device(decision, elapsed, now)
+        self.policy.on_device(decision, elapsed, self.loop.now_ns)
         if isinstance(decision, Local):
             self._answer(
                 frame, "local", frame.value if not frame.choice.startswith(("split", "jpeg", "webp")) else self._costs["local"][1]
             )
-        elif self._send(frame, self._layers.get(frame.choice, ())):
-            frame.whole = isinstance(decision, Offload)
-            if isinstance(decision, Split | Offload) and decision.fallback_ns is not None:
-                self.loop.at(decision.fallback_ns, self._fall_back, frame)
-        elif isinstance(decision, Split | Offload) and decision.fallback_ns is not None:
-            self._fallbacks.append(frame)
-        else:
-            self._drop(frame, "window")
+        elif isinstance(decision, _REMOTE):
+            sent, fallback_ns = self._send(frame, self._layers.get(frame.choice, ())), decision.fallback_ns
+            if sent:
+                frame.whole = isinstance(decision, Offload)
+                if fallback_ns is not None:
+                    self.loop.at(fallback_ns, self._fall_back, frame)
+            elif fallback_ns is not None:
+                self._fallbacks.append(frame)
+            else:
+                self._drop(frame, "window")
         self._next()
 
     def _send(self, frame: Frame, layers: Sequence[Layer]) -> bool:

@@ -68,8 +68,8 @@ class Link:
     """A running link. The same seed and the same packets give the same fates."""
 
     __slots__ = (
-        "_bad", "_bad_to_good", "_busy_until", "_delay", "_good_to_bad", "_jitter", "_last_arrival", "_loss", "_loss_in_bad",
-        "_queue_bits", "_rng", "bytes_carried", "dropped", "lost", "trace",
+        "_bad", "_bad_to_good", "_busy_until", "_delay", "_fastest", "_good_to_bad", "_jitter", "_last_arrival", "_loss",
+        "_loss_in_bad", "_queue_bits", "_rng", "bytes_carried", "dropped", "lost", "trace",
     )  # fmt: skip
 
     def __init__(self, config: LinkConfig, seed: int | str) -> None:
@@ -77,6 +77,7 @@ class Link:
         self._delay = config.delay_ns
         self._jitter = config.jitter_ns
         self._queue_bits = 8.0 * config.room_bytes
+        self._fastest = 1.001 * config.trace.peak_bps() * 1e-9  # bits per ns, a little more for rounding
         self._rng = random.Random(f"link/{seed}")  # noqa: S311
         m = config.loss
         self._loss = m.loss
@@ -107,7 +108,10 @@ class Link:
         bits = 8.0 * n_bytes
         busy = self._busy_until
         if busy > now_ns:
-            if self.trace.bits_until(busy) - self.trace.bits_until(now_ns) + bits > self._queue_bits:
+            # No need to count what waits while not even the fastest of the link could have let the queue grow full.
+            if (busy - now_ns) * self._fastest + bits > self._queue_bits and (
+                self.trace.bits_until(busy) - self.trace.bits_until(now_ns) + bits > self._queue_bits
+            ):
                 self.dropped += 1
                 return LOST
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Protocol
 
 from deploy.testbed.workload import Workload
@@ -28,11 +29,14 @@ class Policy(Protocol):
     ) -> None: ...
 
 
+_worth_offering = lru_cache(maxsize=8)(pareto_offloads)  # a thousand cameras have one workload
+
+
 class Ours(Controller):
     """The project's controller."""
 
     def __init__(self, workload: Workload, config: ControlConfig) -> None:
-        super().__init__(config, workload.points, local=workload.local, offloads=pareto_offloads(workload.offloads))
+        super().__init__(config, workload.points, local=workload.local, offloads=_worth_offering(workload.offloads))
 
 
 class Baseline(Controller):

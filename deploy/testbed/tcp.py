@@ -156,15 +156,16 @@ class TcpFlow:
 
     def write(self, n_bytes: int, now_ns: int, deliver: Callable[[int], None]) -> None:
         """The application writes a message."""
-        self._work_off(now_ns)
+        if self._acks:
+            self._work_off(now_ns)
         if not self._order and self._sent_seq:
             idle_ns = now_ns - self._last_sent_ns
-            if idle_ns > (rto_ns := self._rto_ns()):
+            if idle_ns > _RTO_MIN_NS and idle_ns > (rto_ns := self._rto_ns()):
                 self._cubic.on_idle(idle_ns, rto_ns)
             self._cubic.on_start(idle_ns, now_ns)
         message = _Message(0, deliver)
         self._messages.append(message)
-        pending, seq, left = self._pending, self._seq, max(1, n_bytes)
+        pending, seq, left = self._pending, self._seq, n_bytes if n_bytes > 0 else 1
         self.unsent_bytes += left
         if pending and pending[-1].n_bytes < MSS_BYTES:
             part = min(left, MSS_BYTES - pending[-1].n_bytes)
@@ -173,7 +174,7 @@ class TcpFlow:
             message.missing += 1
             left -= part
         while left > 0:
-            pending.append(_Packet(min(left, MSS_BYTES), message, seq))
+            pending.append(_Packet(left if left < MSS_BYTES else MSS_BYTES, message, seq))
             message.missing += 1
             left -= MSS_BYTES
             seq += 1
@@ -190,7 +191,8 @@ class TcpFlow:
                     self._reduce(1, clean=False)
             elif not self._acks and self._timer_ns() <= now_ns:
                 self._on_timer(now_ns)
-        self._transmit(now_ns)
+        if self._pending or self._resend:
+            self._transmit(now_ns)
         self._set_wake()
 
     @property
@@ -201,25 +203,26 @@ class TcpFlow:
     # ------------------------------------------------------------------ sending
 
     def _transmit(self, now_ns: int) -> None:
+        """What the window allows, the lost first."""
         resend, pending = self._resend, self._pending
-        if not resend and not pending:
-            return
-        room = self._cubic.cwnd - len(self._out)
+        room = before = self._cubic.cwnd - len(self._out)
+        quiet, arms = self._state == _OPEN and not self._sacked, False
         while room > 0:
             if resend:
                 packet = resend.popleft()
-                if packet.seq == self._una:
-                    self._arm(now_ns)
+                arms = arms or packet.seq == self._una
             elif pending:
                 packet = self._take()
-                if self._state == _OPEN and not self._sacked:
-                    self._arm(now_ns)
+                arms = arms or quiet
             else:
                 break
-            if self._state == _RECOVERY:
-                self._prr_out += 1
             self._put_on_link(packet, now_ns)
             room -= 1
+        if room < before:
+            if self._state == _RECOVERY:
+                self._prr_out += before - room
+            if arms:
+                self._arm(now_ns)
         self._note_use(now_ns, limited=room <= 0)
 
     def _take(self) -> _Packet:
@@ -239,7 +242,8 @@ class TcpFlow:
         if self._may_grow():
             self._used, self._used_ns = 0, now_ns
             return
-        self._used = max(self._used, out)
+        if out > self._used:
+            self._used = out
         if now_ns - self._used_ns >= _RTO_MIN_NS and now_ns - self._used_ns >= self._rto_ns():
             if self._state == _OPEN and not self._pending:
                 self._cubic.on_unused(self._used)
@@ -250,11 +254,10 @@ class TcpFlow:
         return cubic.cwnd < 2 * self._max_out if cubic.cwnd < cubic.ssthresh else self._limited
 
     def _put_on_link(self, packet: _Packet, now_ns: int) -> None:
-        packet.sent_ns = now_ns
+        packet.sent_ns = self._last_sent_ns = now_ns
         xid = packet.xid = self._xid
         self._xid = xid + 1
         self._out[xid] = packet
-        self._last_sent_ns = now_ns
         arrival_ns = self._forward.send(packet.n_bytes + HEADER_BYTES, now_ns)
         if arrival_ns == LOST:
             packet.lost = True
@@ -289,37 +292,34 @@ class TcpFlow:
     # ------------------------------------------------------------------ acknowledgements
 
     def _work_off(self, now_ns: int) -> None:
-        acks = self._acks
+        acks, out = self._acks, self._out
         while acks and acks[0][0].ack_ns <= now_ns:
             packet, xid = acks.popleft()
             at_ns = packet.ack_ns
-            if packet.xid == xid and xid in self._out:
+            if packet.xid == xid and xid in out:
                 self._on_ack(packet, at_ns)
-                self._transmit(at_ns)
+                if self._pending or self._resend:
+                    self._transmit(at_ns)
 
     def _on_ack(self, packet: _Packet, at_ns: int) -> None:
         out = self._out
         del out[packet.xid]
         packet.acked = True
-        rtt = at_ns - packet.sent_ns
-        if rtt < self._min_rtt:
-            self._min_rtt = rtt
-        self._rtt_sample(rtt)
+        self._rtt_sample(at_ns - packet.sent_ns)
         self._backoff = 0
         if not packet.retransmitted:
-            self._cubic.on_rtt(rtt, at_ns)
+            self._cubic.on_rtt(at_ns - packet.sent_ns, at_ns)
         delivered = 1
         if self._lost or self._resend:
             delivered += self._covered(packet)
-        self._sacked += delivered
-        before = self._una
-        order = self._order
+        order, passed = self._order, 0
         while order and order[0].acked:
             order.popleft()
-            self._una += 1
-            self._sacked -= 1
-        advanced = self._una > before
+            passed += 1
+        self._sacked += delivered - passed
+        advanced = passed > 0
         if advanced:
+            self._una += passed
             self._on_advance(at_ns)
         found_lost = self._lost > 0 and next(iter(out)) < packet.xid and self._suspect(packet, at_ns)
         if self._state == _RECOVERY:
@@ -415,7 +415,9 @@ class TcpFlow:
         self._lost -= len(packets)
         self.retransmits += len(packets)
 
-    def _rtt_sample(self, rtt: float) -> None:
+    def _rtt_sample(self, rtt: int) -> None:
+        if rtt < self._min_rtt:
+            self._min_rtt = rtt
         if self._srtt == 0.0:
             self._srtt, self._rttvar = rtt, rtt / 2
         else:
@@ -425,6 +427,7 @@ class TcpFlow:
     # ------------------------------------------------------------------ timers
 
     def _rto_ns(self) -> int:
+        """Never below ``_RTO_MIN_NS``."""
         base = int(self._srtt + max(4 * self._rttvar, _RTO_MIN_NS)) if self._srtt else _FIRST_RTO_NS
         return min(base << self._backoff, _RTO_MAX_NS)
 
@@ -473,12 +476,10 @@ class TcpFlow:
 
     def _set_wake(self) -> None:
         wake = NEVER_NS
-        if self._acks and (self._pending or self._resend or self._lost):
-            wake = self._acks[0][0].ack_ns
         if self._lost:
-            wake = min(wake, self._rack_ns)
-            if not self._acks:
-                wake = min(wake, self._timer_ns())
+            wake = min(self._rack_ns, self._acks[0][0].ack_ns if self._acks else self._timer_ns())
+        elif self._acks and (self._pending or self._resend):
+            wake = self._acks[0][0].ack_ns
         self.wake_ns = wake
 
 

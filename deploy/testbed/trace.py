@@ -52,6 +52,10 @@ class Trace:
         """Over one period."""
         return self._per_period / self.period_ns * 1e9
 
+    def peak_bps(self) -> float:
+        """The most there ever is."""
+        return max(self._rates) * 1e9
+
     def bits_until(self, at_ns: float) -> float:
         """Bits the link can have carried between 0 and ``at_ns``."""
         turns, rest = divmod(at_ns, self.period_ns)

@@ -69,11 +69,12 @@ class Controller:
         if not remote and self._local is None:
             raise ConfigError("the controller has nothing to choose from: give it operating points, offloads or a local model")
         self._all = remote
-        self._least_bytes = self._longest_ns = 0.0
+        self._least_ns = self._longest_ns = 0.0
+        self._bytes = (0.0, 0.0)
         self._consider()
         self._by_name = {o.name: o for o in [*remote, *([self._local] if self._local else [])]}
         self._learnt = 0
-        self._last = ""
+        self._last: Option | None = None
         self._hoped_ns = -_HOPE_INTERVAL_NS
         self._span_ns = 0  # capture to deadline: the longest seen
         self._captured_ns = 0.0  # of the frame decided last
@@ -110,8 +111,9 @@ class Controller:
             self._learnt += 1
             if self._learnt % 64 == 0:
                 self._consider()
-            elif option is not self._local and option.high_ns > self._longest_ns:
-                self._longest_ns = option.high_ns
+            elif option is not self._local:
+                self._least_ns = min(self._least_ns, option.mid_ns)
+                self._longest_ns = max(self._longest_ns, option.high_ns)
 
     def set_device_ms(self, decision: Decision, ms: Quantiles) -> None:
         """Overrides what is believed of a choice's device time (the measurement at start)."""
@@ -142,11 +144,13 @@ class Controller:
             explain = self._explain(frame_id, now_ns, deadline_ns, tokens, scores, best.option.name if best else f"skip {reason}")
         if best is None:
             return Skip(reason=reason, explain=explain)
-        self._last = best.option.name
+        self._last = best.option
         self._typical += 0.05 * (best.value - self._typical)
         if best.p < _HOPELESS:
             self._hoped_ns = now_ns
         limit = None if tokens == inf else int(tokens)
+        if best.fallback_ns is None and limit is None and explain is None:
+            return best.option.decision
         match best.option.decision:
             case Split(point_id=point_id):
                 return Split(point_id=point_id, fallback_ns=best.fallback_ns, limit_bytes=limit, explain=explain)
@@ -189,8 +193,11 @@ class Controller:
     def _consider(self) -> None:
         """Leaves out what is beaten in everything, and notes what holds for the rest."""
         self._remote = useful(self._all)
-        self._least_bytes = min((o.typical_bytes for o in self._remote), default=0.0)
-        self._longest_ns = max((o.high_ns for o in self._remote), default=0.0)  # at least: learnt times may raise it
+        sizes = [o.typical_bytes for o in self._remote] or [0.0]
+        self._bytes = min(sizes), max(sizes)
+        # Bounds of all device times: what is learnt in between widens them.
+        self._least_ns = min((o.mid_ns for o in self._remote), default=0.0)
+        self._longest_ns = max((o.high_ns for o in self._remote), default=0.0)
 
     def _scores(self, now_ns: int, deadline_ns: int, tokens: float) -> tuple[list[Score], str]:
         """Every option's score, and the word for a skip should none be worth it."""
@@ -220,15 +227,17 @@ class Controller:
         closed, roomy = False, moment.roomy
         # A choice that is sure, and takes nothing from other frames, sets a bar. What cannot pass it need not be looked at;
         # below it by the margin is what was chosen last, and anything where device time may have a price (see ``device_price``).
-        sure, margin, last = -inf, self._margin, self._last
+        sure, margin, last, options = -inf, self._margin, self._last, self._remote
         if roomy and scores and self._is_sure(scores[0], moment.late_ns):
             sure = scores[0].value
+            if moment.too_late(self._least_ns, self._longest_ns, self._bytes):
+                options = [last] if last in options else []
         # The smallest there is may always be tried: a model whose frames are all large would else never be.
-        untried = max(e.room_to_try_bytes, self._least_bytes)
-        for o in self._remote:
+        untried = max(e.room_to_try_bytes, self._bytes[0])
+        for o in options:
             if o.accuracy <= sure - margin:
                 break  # the most accurate came first
-            least = sure if roomy and o.name != last else sure - margin
+            least = sure if roomy and o is not last else sure - margin
             if o.accuracy <= least:
                 continue
             if o.n_bytes > tokens or o.typical_bytes > untried:
@@ -291,7 +300,7 @@ class Controller:
             if score.value - score.displaced > _WORTHLESS * self._unit and not score.refused and not hopeless:
                 if best is None or score.net > best.net:
                     best = score
-                if score.option.name == self._last:
+                if score.option is self._last:
                     last = score
         return last if last is not None and best is not None and best.net - last.net < self._margin else best
 

@@ -84,18 +84,22 @@ class Lateness:
         best_ns, worst_ns = slack_ns - _LEAST_NOISE * spread_ns, slack_ns - _MOST_NOISE * spread_ns
         best, worst = best_ns / scale_ns, worst_ns / scale_ns
         body, prior, tail = bisect_right(residuals, best), bisect_right(_PRIOR_RESIDUALS, best), bisect_right(repairs, best_ns)
-        if body == tail == prior == 0:
-            return 0.0
         if (
-            body == bisect_right(residuals, worst)
-            and tail == bisect_right(repairs, worst_ns)
-            and prior == bisect_right(_PRIOR_RESIDUALS, worst)
-        ):
-            return self._p(body, prior, tail, packets)  # so it is almost always: no sample lies in between
+            (not body or residuals[body - 1] <= worst)
+            and (not prior or _PRIOR_RESIDUALS[prior - 1] <= worst)
+            and (not tail or repairs[tail - 1] <= worst_ns)
+        ):  # so it is almost always: no sample lies in between
+            return self._p(body, prior, tail, packets) if body or prior or tail else 0.0
         p = 0.0
         for at, weight in DEVICE_NOISE:
             p += weight * self.p_within(slack_ns - at * spread_ns, scale_ns, packets)
         return p
+
+    def is_never(self, slack_ns: float, scale_ns: float) -> bool:
+        """Whether ``p_within`` is zero whatever the packets: no frame was ever that early."""
+        unit, residuals, repairs = slack_ns / scale_ns, self._residuals.ordered, self._repairs.ordered
+        least = min(residuals[0], _PRIOR_RESIDUALS[0]) if residuals else _PRIOR_RESIDUALS[0]
+        return unit < least and not (repairs and repairs[0] <= slack_ns)
 
     def _p(self, body: int, prior: int, tail: int, packets: int) -> float:
         """From how many of the residuals, of those believed beforehand, and of the repairs were no later."""

@@ -33,7 +33,7 @@ class Option:
         self.n_bytes = max(payload.p50, payload.p95)
         self.typical_bytes = (payload.p50 + self.n_bytes) / 2
         self.packets = int(-(-(self.typical_bytes + _OVERHEAD_BYTES) // _SEGMENT_BYTES))
-        self._samples = SlidingQuantile(size=64, age_ns=60_000_000_000)
+        self._samples: SlidingQuantile | None = None  # most are never chosen
         self.mid_ns = self.high_ns = 0.0
         self.set_ms(ms)
 
@@ -44,22 +44,19 @@ class Option:
 
     def learn(self, elapsed_ns: int, now_ns: int) -> None:
         """A measured device time."""
-        self._samples.add(max(0, elapsed_ns), now_ns)
-        if len(self._samples) >= 8:
-            self.mid_ns = self._samples.quantile(0.5, self.mid_ns)
-            self.high_ns = max(self.mid_ns, self._samples.quantile(0.95, self.high_ns))
+        if self._samples is None:
+            self._samples = SlidingQuantile(size=64, age_ns=60_000_000_000)
+        samples = self._samples
+        samples.add(elapsed_ns if elapsed_ns > 0 else 0, now_ns)
+        if len(samples.ordered) >= 8:
+            self.mid_ns = samples.quantile(0.5, self.mid_ns)
+            self.high_ns = samples.quantile(0.95, self.high_ns)
 
 
 def useful(options: Sequence[Option]) -> list[Option]:
     """Those no other beats in bytes, device time and accuracy at once, the most accurate first."""
-
-    def beaten(o: Option) -> bool:
-        return any(
-            p.n_bytes <= o.n_bytes
-            and p.high_ns <= o.high_ns
-            and p.accuracy >= o.accuracy
-            and (p.n_bytes, p.high_ns, -p.accuracy, p.name) < (o.n_bytes, o.high_ns, -o.accuracy, o.name)
-            for p in options
-        )
-
-    return sorted((o for o in options if not beaten(o)), key=lambda o: (-o.accuracy, o.n_bytes))
+    kept: list[Option] = []
+    for o in sorted(options, key=lambda o: (o.n_bytes, o.high_ns, -o.accuracy, o.name)):
+        if not any(p.high_ns <= o.high_ns and p.accuracy >= o.accuracy for p in kept):
+            kept.append(o)
+    return sorted(kept, key=lambda o: (-o.accuracy, o.n_bytes))

@@ -1,4 +1,4 @@
-"""Quantiles and sums over a sliding window of time."""
+"""Quantiles over a sliding window of time."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ class SlidingQuantile:
 
     def add(self, value: float, now_ns: int) -> None:
         """Takes a sample; ``now_ns`` may go backwards (the sample then merely leaves by count)."""
-        self._order.append((now_ns, value))
+        order = self._order
+        order.append((now_ns, value))
         insort(self.ordered, value)
-        if len(self._order) > self._size:
+        if len(order) > self._size:
             self._drop_oldest()
-        self.expire(now_ns)
+        if now_ns - order[0][0] > self._age_ns:
+            self.expire(now_ns)
 
     def expire(self, now_ns: int) -> int:
         """Forgets what is too old; returns how many that were."""
@@ -49,10 +51,12 @@ class SlidingQuantile:
 
     def quantile(self, q: float, default: float) -> float:
         """The smallest sample that at least a share ``q`` of the samples do not exceed; ``default`` when empty."""
-        n = len(self.ordered)
-        if not n:
+        ordered = self.ordered
+        if not ordered:
             return default
-        return self.ordered[min(n - 1, max(0, int(q * n)))]
+        n = len(ordered)
+        i = int(q * n)
+        return ordered[i if i < n else -1]
 
     def minimum(self, default: float) -> float:
         """The least sample, or ``default``."""
@@ -65,28 +69,3 @@ class SlidingQuantile:
     def _drop_oldest(self) -> None:
         _, value = self._order.popleft()
         del self.ordered[bisect_left(self.ordered, value)]
-
-
-class SlidingSum:
-    """Sum of what was added within ``age_ns``."""
-
-    __slots__ = ("_age_ns", "_items", "total")
-
-    def __init__(self, *, age_ns: int) -> None:
-        self._age_ns = age_ns
-        self._items: deque[tuple[int, int]] = deque()
-        self.total = 0
-
-    def add(self, value: int, now_ns: int) -> None:
-        """Adds, and forgets what is too old."""
-        self._items.append((now_ns, value))
-        self.total += value
-        self.expire(now_ns)
-
-    def expire(self, now_ns: int) -> int:
-        """Forgets what is too old; returns how many that were."""
-        gone = 0
-        while self._items and now_ns - self._items[0][0] > self._age_ns:
-            self.total -= self._items.popleft()[1]
-            gone += 1
-        return gone

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import inf
 
 from edge_client.control.estimator import Estimator
-from edge_client.control.options import Option
+from edge_client.control.options import DEVICE_NOISE, Option
 
 # The local model's p95 fits, so it makes it that often (other work on the device may stand in its way).
 LOCAL_SURE = 0.98
@@ -97,6 +97,14 @@ class Moment:
         p = LOCAL_SURE if local.high_ns <= budget_ns else (0.5 if local.mid_ns <= budget_ns else 0.0)
         return Score(local, local.mid_ns, p, p, p * local.accuracy, local.mid_ns)
 
+    def too_late(self, least_ns: float, most_ns: float, n_bytes: tuple[float, float]) -> bool:
+        """Whether no choice within these device times and sizes (least, most) has any hope of an answer in time."""
+        reaches_ns = self.now_ns + least_ns + self.base_ns
+        per_byte = self.estimator.ns_per_byte
+        done_ns = max(self.drained_ns, reaches_ns) + per_byte * n_bytes[0] + self.server_ns
+        slack_ns = self.deadline_ns - done_ns - DEVICE_NOISE[0][0] * (most_ns - least_ns)
+        return self.estimator.lateness.is_never(slack_ns, self.noise_ns + per_byte * n_bytes[slack_ns < 0])
+
     def score_remote(self, o: Option, least: float = -inf) -> Score | None:
         """A payload sent, with the local model to fall back on where there is time for it; None if worth ``least`` at most."""
         service_ns = o.typical_bytes * self.estimator.ns_per_byte
@@ -108,7 +116,9 @@ class Moment:
         done_ns = begins_ns + service_ns + self.server_ns
         scale_ns = self.noise_ns + service_ns
         spread_ns = o.high_ns - o.mid_ns
-        p = self._p_by(self.deadline_ns, done_ns, spread_ns, scale_ns, service_ns, o.packets)
+        p = self.estimator.lateness.p_after_device(self.deadline_ns - done_ns, spread_ns, scale_ns, o.packets)
+        if self.waited and p > 0.0:  # what is stuck in front must come loose in time, too
+            p *= self.estimator.p_unblocked(self.now_ns, self.deadline_ns - service_ns)
         if p * o.accuracy + (1 - p) * self.local_value <= least:
             return None
         score = Score(o, done_ns - self.now_ns, p, p, p * o.accuracy, o.mid_ns)
@@ -118,13 +128,6 @@ class Moment:
             score.value *= share_ns / service_ns
             score.p_all *= share_ns / service_ns
         return score
-
-    def _p_by(self, by_ns: float, done_ns: float, spread_ns: float, scale_ns: float, service_ns: float, packets: int) -> float:
-        """P(answer by then), over the device's own noise; what is stuck in front must come loose in time, too."""
-        p = self.estimator.lateness.p_after_device(by_ns - done_ns, spread_ns, scale_ns, packets)
-        if self.waited and p > 0.0:
-            p *= self.estimator.p_unblocked(self.now_ns, by_ns - service_ns)
-        return p
 
     def _fall_back(self, score: Score, local: Option, done_ns: float, spread_ns: float, scale_ns: float, service_ns: float) -> None:
         """Adds what the local model is worth to a frame whose answer has not come when it must start."""
@@ -136,7 +139,11 @@ class Moment:
             start_ns -= phase_ns
         if self.now_ns + o.high_ns > start_ns:
             return
-        p_early = 0.0 if self.roomy else self._p_by(start_ns, done_ns, spread_ns, scale_ns, service_ns, o.packets)
+        p_early = 0.0
+        if not self.roomy:
+            p_early = self.estimator.lateness.p_after_device(start_ns - done_ns, spread_ns, scale_ns, o.packets)
+            if self.waited and p_early > 0.0:
+                p_early *= self.estimator.p_unblocked(self.now_ns, start_ns - service_ns)
         # Failures come in runs: then every frame wants both its head and its fallback.
         room = interval_ns / (o.mid_ns + local.mid_ns)
         sure = LOCAL_SURE if room > 1 else LOCAL_SURE * room

@@ -34,9 +34,10 @@ class CreditWindow:
         # The lower quartile: a frame's own transmission belongs to the round trip, the queue behind others does not.
         loop_s = (e.rtt_ns(0.25) + e.server_ns + e.repair_ns) * 1e-9
         frames = max(2, ceil(min(self._fps * loop_s, 1e6)) + 1)
-        for limit in (self._max_in_flight, e.grant_max_in_flight):
-            if 0 < limit < frames:
-                frames = limit
+        if 0 < self._max_in_flight < frames:
+            frames = self._max_in_flight
+        if 0 < e.grant_max_in_flight < frames:
+            frames = e.grant_max_in_flight
         return frames, e.delivery_bps / 8 * (loop_s + 1 / self._fps)
 
     @property
