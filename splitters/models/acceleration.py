@@ -73,8 +73,7 @@ def _close(a: Any, b: Any) -> bool:
 def _gain(plain: Callable[..., Any], fused: Callable[..., Any], examples: Sequence[tuple[Tensor, ...]]) -> float:
     """How many times as fast the second is: least processor times of this thread, taken in turns, summed over the examples.
 
-    By the wall's clock a process that starts beside others would sometimes find its fused form slower than it is, and keep the
-    plain one for its whole life.
+    Not by the wall's clock: the choice is for the process's whole life, and what else the machine does at its start is not.
     """
     spent = [0.0, 0.0]
     for inputs in examples:

@@ -13,15 +13,21 @@ from splitters.bundle import Bundle, exported_path
 from tests.unit.test_bundle import write
 
 
-def test_exported_once_and_again_when_the_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """One default, ``tiny``, in a cache of its own: where it was exported to, each time."""
     monkeypatch.setenv("HEADTAIL_CACHE", str(tmp_path))
-    made: list[Path] = []
+    found: list[Path] = []
 
     def exporter(out: Path) -> Bundle:
-        made.append(out)
+        found.append(out)
         return write(out)
 
     monkeypatch.setattr(module, "EXPORTERS", {"tiny": exporter})
+    return found
+
+
+def test_exported_once_and_again_when_the_source_changes(made: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.ensure_exported("tiny") == exported_path("tiny") == module.ensure_exported("tiny")
     assert len(made) == 1
     monkeypatch.setattr(module, "_source_sha256", lambda: "other weights")
@@ -32,16 +38,8 @@ def test_exported_once_and_again_when_the_source_changes(tmp_path: Path, monkeyp
     assert len(made) == 3
 
 
-def test_what_was_exported_by_hand_is_not_exported_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_exported_by_hand_is_not_exported_again(made: list[Path], tmp_path: Path) -> None:
     """A server's image is built with `splitters export NAME`, and its root is read-only."""
-    monkeypatch.setenv("HEADTAIL_CACHE", str(tmp_path))
-    made: list[Path] = []
-
-    def exporter(out: Path) -> Bundle:
-        made.append(out)
-        return write(out)
-
-    monkeypatch.setattr(module, "EXPORTERS", {"tiny": exporter})
     assert cli.main(["export", "tiny"]) == 0
     assert cli.main(["export", "tiny", "--out", str(tmp_path / "elsewhere")]) == 0
     assert module.ensure_exported("tiny") == exported_path("tiny")
