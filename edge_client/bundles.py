@@ -23,7 +23,7 @@ from protos.errors import BundleError, ProtocolError, StorageError, UnknownModel
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION
 from splitters.bundle import MANIFEST, Bundle, cache_dir, open_bundle, verify_part
-from splitters.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from splitters.bundle.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 
 log = logging.getLogger(__name__)
 

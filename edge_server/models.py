@@ -76,7 +76,7 @@ def locate(name_or_path: str) -> Path:
         return path
     if "/" in name_or_path or path.exists():
         raise BundleError(f"{name_or_path} is no bundle's directory")
-    from splitters.export import ensure_exported
+    from splitters.zoo.defaults import ensure_exported
 
     return ensure_exported(name_or_path)
 

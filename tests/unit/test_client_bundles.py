@@ -176,7 +176,7 @@ def test_device_times_are_measured_once_and_kept(tmp_path: Path, bundle: Bundle)
 def test_unmeasured_points_get_believable_stand_ins(bundle: Bundle) -> None:
     import dataclasses
 
-    from splitters.operating_point import UNMEASURED
+    from splitters.bundle.operating_point import UNMEASURED
 
     engine = Engine(bundle, clock=lambda: 0)
     bare = tuple(dataclasses.replace(p, accuracy=0.0, payload_bytes=UNMEASURED) for p in bundle.points)
