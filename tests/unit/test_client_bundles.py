@@ -13,7 +13,8 @@ from edge_client.engine import Engine
 from protos.errors import BundleError, HeadtailError, ProtocolError, UnknownModelError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import Classification, bundle_hash
-from splitters.bundle import MANIFEST, Bundle
+from splitters.bundle import Bundle
+from splitters.manifest import MANIFEST
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_loop import VirtualLoop
 
