@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protos.errors import BundleError, HeadtailError, UnknownModelError
-from splitters.bundle import MANIFEST, Bundle, open_bundle, sha256_hex
+from splitters.bundle import Bundle, open_bundle, sha256_hex
+from splitters.bundle.manifest import MANIFEST
 from splitters.codec import LatentCodec, codec_from_spec
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,6 @@
 """The bundle: the directory that a model is shipped as, and what it says of itself."""
 
 from splitters.bundle.bundle import (
-    MANIFEST,
     OFFLOADS,
     POINTS,
     Bundle,
@@ -14,6 +13,7 @@ from splitters.bundle.bundle import (
     sha256_hex,
     verify_part,
 )
+from splitters.bundle.manifest import MANIFEST
 
 __all__ = [
     "MANIFEST",

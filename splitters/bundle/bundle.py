@@ -16,11 +16,19 @@ from types import TracebackType
 from typing import Any, Self
 
 from protos.errors import BundleError, ConfigError, StorageError
-from splitters.bundle.manifest import FORMAT_VERSION, MAX_MANIFEST_BYTES, Manifest, Part, Side, check_part_path, parse_manifest
+from splitters.bundle.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    Part,
+    Side,
+    check_part_path,
+    parse_manifest,
+)
 from splitters.bundle.offload import OffloadOption, dump_offloads, load_offloads
 from splitters.bundle.operating_point import OperatingPoint, dump_points, load_points
 
-MANIFEST = "manifest.json"
 POINTS = "operating_points.json"
 OFFLOADS = "offloads.json"
 
