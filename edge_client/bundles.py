@@ -18,7 +18,7 @@ from protos.errors import BundleError, ProtocolError, StorageError, UnknownModel
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION, bundle_hash
 from splitters.bundle import Bundle, verify_part
-from splitters.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from splitters.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from edge_client.frames import NS_PER_MS, NS_PER_S, Clock
 from protos.errors import BundleError
 from protos.schema import read_json
 from splitters.bundle import Bundle
-from splitters.offload import OffloadOption
-from splitters.operating_point import OperatingPoint, Quantiles
-from splitters.preprocess import Frame
+from splitters.bundle.offload import OffloadOption
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
+from splitters.tasks.preprocess import Frame
 
 log = logging.getLogger(__name__)
 

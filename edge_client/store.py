@@ -22,7 +22,7 @@ from protos.errors import BundleError, ProtocolError, StorageError
 from protos.messages import bundle_hash
 from protos.schema import read_json
 from splitters.bundle import Bundle, cache_dir, open_bundle
-from splitters.manifest import MANIFEST
+from splitters.bundle.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 

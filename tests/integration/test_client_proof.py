@@ -22,7 +22,7 @@ from edge_client.engine import Engine
 from edge_client.proof import Limits, prove
 from protos.errors import BundleError, ModelError
 from splitters.bundle import Bundle, open_bundle, sha256_hex
-from splitters.manifest import MANIFEST
+from splitters.bundle.manifest import MANIFEST
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_process import client
 from tests.fakes.server_running import running
