@@ -21,7 +21,7 @@ from edge_client.frames import NS_PER_S, Clock
 from edge_client.rpc import Endpoint, open_channel, stub, translated
 from protos.errors import HeadtailError, ProtocolError, UnreachableError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.messages import PROTOCOL_VERSION, FrameLayer, Grant, Result
+from protos.messages import PROTOCOL_VERSION, FrameLayer, Grant, Result, bundle_hash
 
 if TYPE_CHECKING:
     from edge_client.rpc import Call
@@ -189,7 +189,8 @@ class Session:
             was_up, self.up = self.up, False
             self._queue.clear()
             if was_up:
-                wait_s = self._config.backoff_s[0]
+                # A server that breaks the protocol in every session is not dialled several times a second.
+                wait_s = wait_s if isinstance(error, ProtocolError) else self._config.backoff_s[0]
                 self._events.on_down(error)
             if self._closing:
                 return
@@ -235,7 +236,7 @@ class Session:
                 f"this client {PROTOCOL_VERSION}; update the older of the two"
             )
         return Welcome(
-            session_id=w.session_id, model=w.model, bundle_sha256=w.bundle_sha256, max_in_flight=w.max_in_flight,
+            session_id=w.session_id, model=w.model, bundle_sha256=bundle_hash(w.bundle_sha256), max_in_flight=w.max_in_flight,
             max_payload_bytes=w.max_payload_bytes,
         )  # fmt: skip
 
@@ -279,7 +280,7 @@ class Session:
                     self._note_round_trip(now_ns - message.pong.echo_sent_ns)
                     self._events.on_pong(max(0, now_ns - message.pong.echo_sent_ns), now_ns)
                 case "bundle_changed":
-                    self._events.on_bundle_changed(message.bundle_changed.bundle_sha256)
+                    self._events.on_bundle_changed(bundle_hash(message.bundle_changed.bundle_sha256))
                 case "draining":
                     self._events.on_draining(message.draining.grace_ns)
                 case other:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protos.errors import BundleError, HeadtailError, UnknownModelError
-from splitters.bundle import MANIFEST, Bundle, open_bundle, sha256_hex
+from splitters.bundle import Bundle, open_bundle, sha256_hex
 from splitters.codec import LatentCodec, codec_from_spec
+from splitters.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 

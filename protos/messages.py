@@ -7,6 +7,7 @@ checked message. All times are nanoseconds, all sizes bytes, all boxes source-fr
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from dataclasses import dataclass, field
 from enum import Enum
@@ -21,6 +22,18 @@ MAX_PAYLOAD_BYTES: Final = 8 << 20
 MAX_SIDE_PX: Final = 32768
 CHUNK_BYTES: Final = 256 << 10
 MAX_TRACEPARENT_CHARS: Final = 55
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def bundle_hash(text: str) -> str:
+    """Returns what a peer names a bundle by, where it is a hash; it becomes a directory's name, so nothing else will do.
+
+    Raises:
+        ProtocolError: it is not 64 lower-case hex digits.
+    """
+    if not _HASH.fullmatch(text):
+        raise ProtocolError(f"the server names a bundle by {text[:100]!r}, which is not a sha256 of 64 lower-case hex digits")
+    return text
 
 
 class PayloadKind(Enum):
