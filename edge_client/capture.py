@@ -247,7 +247,7 @@ class _Reader(threading.Thread):
             complete = self._read_all()
         except HeadtailError as error:
             failure = error
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever a driver raises is the source's failure
             source = self._owner.config.source
             log.debug("capture failed\n%s", traceback.format_exc().replace(source.target, source.shown))
             failure = SourceError(f"{source.shown} cannot be read: {str(error).replace(source.target, source.shown)}")
@@ -309,9 +309,7 @@ class _Reader(threading.Thread):
         found, known = camera.faults(), self._faults
         if found.video and not known.video:
             log.warning("%s", found.video)
-        self._faults = SourceFaults(
-            unreadable=found.unreadable, left_out=found.left_out, video=found.video or known.video
-        )
+        self._faults = SourceFaults(unreadable=found.unreadable, left_out=found.left_out, video=found.video or known.video)
 
     def _tell(self, function: Callable[..., None], *args: object) -> None:
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,6 +15,7 @@ from typing import Literal, Protocol
 import cv2
 import numpy as np
 
+from edge_client.masking import may_hold_secret, shown_url
 from protos.errors import ConfigError, SourceError
 from splitters.preprocess import Frame
 from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below, read_picture
@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["device", "url", "video", "picture", "directory", "synthetic"]
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
-_HOST = re.compile(r"[A-Za-z0-9._-]+(:[0-9]+)?|\[[0-9A-Fa-f:.%]+\](:[0-9]+)?")
 _NAMED = 5  # files named in a warning about many
 
 
@@ -63,25 +61,6 @@ class Source:
     def pictures(self) -> bool:
         """Whether it is made of single pictures."""
         return self.kind in ("picture", "directory")
-
-
-def shown_url(url: str) -> str:
-    """A URL's scheme and host, and nothing else: cameras take secrets as user, password, path and query.
-
-    People type passwords with ``/``, ``?``, ``#`` and ``@`` in them, and then no parser tells password from host. Where it is not
-    certain what the host is, it is left out, too.
-    """
-    scheme, _, rest = url.partition("://")
-    before, at, after = rest.rpartition("@")
-    host = re.split(r"[/?#]", after, maxsplit=1)[0]
-    if (at and re.search(r"[/?#\\]", before)) or not _HOST.fullmatch(host):
-        return f"{scheme.lower()}://…"
-    return f"{scheme.lower()}://{host}" + ("/…" if len(after) > len(host) else "")
-
-
-def hide_secrets(text: str) -> str:
-    """Text from a command line with whatever may be a camera's URL made safe to show."""
-    return re.sub(r"\S*(?:[A-Za-z][A-Za-z0-9+.-]*:/|@)\S*", lambda m: shown_url(m[0]) if "://" in m[0] else "…", text)
 
 
 def parse_source(text: str) -> Source:
@@ -128,7 +107,7 @@ def _elsewhere(text: str) -> Source:
         return Source(kind="url", target=f"{scheme.lower()}://{rest}")
     if text.startswith("/dev/video"):
         raise SourceError(f"there is no camera at {text}")
-    if "@" in text or _URL.match(text):
+    if may_hold_secret(text):
         raise SourceError("--camera is no file, and no URL either: one begins with rtsp://, http:// or the like")
     raise SourceError(f"{text} is neither a file, a directory, a camera index nor a URL")
 

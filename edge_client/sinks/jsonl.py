@@ -16,6 +16,7 @@ import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -167,7 +168,7 @@ class JsonFile:
         """``results.jsonl`` becomes ``results.jsonl.1``, that one ``.2``, and so on; the oldest goes."""
         names = [self._path, *(self._path.with_name(f"{self._path.name}.{n}") for n in range(1, _KEPT + 1))]
         try:
-            for newer, older in reversed(list(zip(names, names[1:], strict=False))):
+            for newer, older in reversed(list(pairwise(names))):
                 if newer.exists():
                     newer.replace(older)
         except OSError as error:

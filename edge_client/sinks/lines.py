@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from edge_client.frames import NS_PER_MS, Age, FrameReport
+from edge_client.frames import Age, FrameReport
 from protos.messages import Answer, Classification, Detection
 
 

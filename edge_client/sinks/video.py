@@ -142,8 +142,8 @@ class _Clip:
         names = ("mjpeg",) if form == "avi" else ("libx264", "libopenh264", "h264_videotoolbox", "h264")
         codec = next((name for name in names if _can_encode(av_module, name)), None)
         if codec is None:
-            raise ConfigError("--save-video needs an FFmpeg that writes H.264, and this one does not; a name with .avi works without")
-        stream = self._container.add_stream(codec, rate=self._rate)
+            raise ConfigError("--save-video needs an FFmpeg that writes H.264, which this one does not; a .avi works without")
+        stream: Any = self._container.add_stream(codec, rate=self._rate)
         stream.width, stream.height = self._size
         if codec == "mjpeg":
             stream.pix_fmt = "yuvj420p"

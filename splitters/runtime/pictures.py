@@ -31,7 +31,8 @@ MAX_PIXELS: Final = 1 << 28
 """More are not decoded: 268 megapixels are 800 MB; a few kilobytes of PNG can claim far more."""
 
 PICTURE_SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif", ".gif", ".heic"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".jp2", ".avif", ".gif", ".heic"}
 )
 """Names that promise a picture: a file of that name which holds none is worth a warning of its own."""
 

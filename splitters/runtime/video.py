@@ -91,18 +91,18 @@ class VideoReader:
         try:
             if isinstance(target, Path):
                 self._file = _File(target)
-                self._container = av.open(self._file, metadata_errors="replace")
+                self._container = av.open(self._file, "r", metadata_errors="replace")
             else:
-                self._container = av.open(
-                    target, metadata_errors="replace", timeout=(open_timeout_s, read_timeout_s), options=_options(target)
-                )
-            self._stream = next((s for s in self._container.streams.video if not _is_cover(s)), None)
+                limits = (open_timeout_s, read_timeout_s)
+                self._container = av.open(target, "r", metadata_errors="replace", timeout=limits, options=_options(target))
+            stream = next((s for s in self._container.streams.video if not _is_cover(s)), None)
         except (OSError, ValueError, av.FFmpegError) as error:
             self.close()
             raise SourceError(self._why_not(error)) from None  # its text may hold the URL with its password
-        if self._stream is None:
+        if stream is None:
             self.close()
             raise SourceError(f"{shown} holds no video")
+        self._stream = stream
         self._stream.thread_type = "SLICE"  # threads by frame delay a camera, and lose frames beside a damaged one
         rate = float(self._stream.average_rate or self._stream.guessed_rate or 0)
         self.fps = rate if math.isfinite(rate) and 0 < rate <= MAX_FPS else 0.0
@@ -257,8 +257,8 @@ def _is_constant(average: Fraction | None, base: Fraction | None) -> bool:
 
 
 def _upright(frame: av.VideoFrame) -> Frame:
-    image: Frame = frame.to_ndarray(format="bgr24")
-    data = frame.side_data.get("DISPLAYMATRIX")
+    image: Frame = frame.to_ndarray(format="bgr24").astype(np.uint8, copy=False)
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return image
     # Row vectors: x' = a·x + c·y, y' = b·x + d·y, in 16.16 fixed point; only quarter turns and mirrors are applied.
