@@ -137,6 +137,4 @@ def _label(picture: Frame, text: str, corner: tuple[int, int], size: float, colo
     x, y = corner
     area = picture[max(0, y) : y + height + below + 2 * pad, max(0, x) : x + width + 2 * pad]
     area[:] = (0.3 * area + 0.7 * np.asarray(ground)).astype(np.uint8)
-    cv2.putText(
-        picture, text, (x + pad, y + height + pad), cv2.FONT_HERSHEY_SIMPLEX, size, colour, _thickness(size), cv2.LINE_AA
-    )
+    cv2.putText(picture, text, (x + pad, y + height + pad), cv2.FONT_HERSHEY_SIMPLEX, size, colour, _thickness(size), cv2.LINE_AA)

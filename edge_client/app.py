@@ -31,7 +31,7 @@ from edge_client.parts import Parts, PipelineConfig
 from edge_client.pipeline import Pipeline
 from edge_client.rpc import Endpoint
 from edge_client.session import Session
-from edge_client.sinks import InOrder, JsonLines, Sink, Window, open_json_file, open_video
+from edge_client.sinks import InOrder, JsonLines, PictureLines, Sink, Window, open_json_file, open_video
 from edge_client.sinks.jsonl import is_pipe, open_pipe
 from edge_client.sinks.output_file import refuse_overwriting
 from edge_client.sources import Source, SourceFaults, parse_source
@@ -40,6 +40,7 @@ from edge_client.summary import JpegSampler, Summary
 from edge_client.tracing import Traces, untraced
 from edge_client.tracking import Follower
 from protos.errors import ConfigError, HeadtailError, SourceError
+from protos.text import printable
 from protos.tracing import open_spans
 from protos.version import package_version
 from splitters.bundle import Bundle
@@ -98,7 +99,7 @@ class Client:
         """Runs to the end, whatever ends it, and says how it was."""
         loop = asyncio.get_running_loop()
         sampler = JpegSampler(clock=self._clock, every_s=0.0)
-        summary = Summary(lambda: self._pipeline.ledger if self._pipeline else Ledger(), sampler)
+        summary = Summary(lambda: self._pipeline.ledger if self._pipeline else Ledger(), sampler, self._labels)
         server: EmbeddedServer | None = None
         try:
             source = parse_source(self._config.camera)
@@ -145,7 +146,14 @@ class Client:
         address = await server.start() if server is not None else config.server
         endpoint = config.endpoint(address)
         capture = self._capture = Capture(
-            CaptureConfig(source=source, realtime=config.realtime, loop=config.loop, frames=config.frames, fps=config.fps),
+            CaptureConfig(
+                source=source,
+                realtime=config.realtime,
+                loop=config.loop,
+                frames=config.frames,
+                fps=config.fps,
+                camera_id=config.camera_id,
+            ),
             clock=self._clock,
         )
         live = capture.live
@@ -294,13 +302,20 @@ class Client:
                 Path(config.save_video), self._labels, fps=lambda: config.fps or capture.fps, pictures=source.pictures, many=many
             )
             sinks.append(clip)
+        if source.pictures and config.output != "-":
+            sinks.append(PictureLines(self._console.results, self._labels))
         if config.display:
             sinks.append(Window(self._labels))
         return sinks
 
     def _status(self, *, summary_sink: InOrder) -> Status:
         status = Status(
-            self._console.status, clock=self._clock, terminal=self._console.terminal, note=self._note, columns=self._console.columns
+            self._console.status,
+            clock=self._clock,
+            terminal=self._console.terminal,
+            note=self._note,
+            columns=self._console.columns,
+            labels=self._labels,
         )
         summary_sink.add(status)
         return status
@@ -360,7 +375,7 @@ class Client:
             ("late_results", "results came too late"), ("reconnects", "reconnects"), ("bundle_switches", "bundle switches"),
             ("unreadable_files", "unreadable files left out"), ("left_out_files", "files that are no pictures left out"),
         ) if facts[key]]  # fmt: skip
-        model = f"\nmodel    {facts['model']} ({str(facts['bundle_sha256'])[:12]})" if facts["model"] else ""
+        model = f"\nmodel    {printable(facts['model'])} ({str(facts['bundle_sha256'])[:12]})" if facts["model"] else ""
         also = f"\nalso     {', '.join(more)}" if more else ""
         gone = f"\nserver   none at the end: {facts['server_error']}" if facts["server_error"] else ""
         lacks = f"\nsource   {facts['source_faults']}" if facts["source_faults"] else ""

@@ -36,6 +36,7 @@ class CaptureConfig:
         loop: begin again at the end (files).
         frames: end after so many captured frames; 0: no limit.
         fps: overrides the pace of ``realtime``; 0: the file's own stamps, or 25 where it has none.
+        camera_id: what results call the source; empty: as people may see it.
         open_timeout_s: for the first frame at start.
         stall_timeout_s: a camera silent for so long is opened again.
         backoff_s: (first, longest) wait between attempts to open it again.
@@ -46,6 +47,7 @@ class CaptureConfig:
     loop: bool = False
     frames: int = 0
     fps: float = 0.0
+    camera_id: str = ""
     open_timeout_s: float = 15.0
     stall_timeout_s: float = 5.0
     backoff_s: tuple[float, float] = (0.5, 10.0)
@@ -155,7 +157,8 @@ class Capture:
             position_s = (captured_ns - self._first_ns) / NS_PER_S
         frame = CapturedFrame(
             index=self._index, image=shot.image, captured_ns=captured_ns, captured_unix_ns=captured_unix_ns,
-            source=shot.name or (self.config.source.shown if self.config.source.camera else ""),
+            camera=self.config.camera_id or self.config.source.shown,
+            source=shot.name or self.config.source.shown,
             position_ns=None if position_s is None else round(position_s * NS_PER_S),
             width_px=shot.image.shape[1], height_px=shot.image.shape[0],
         )  # fmt: skip

@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     add = parser.add_argument_group("where frames come from").add_argument
     add("--camera", metavar="SOURCE", help=_CAMERA_HELP)
+    add("--camera-id", metavar="NAME", help="what results call the camera (default: the source, without a URL's path and password)")
     add("--frames", type=int, metavar="N", help="end after N captured frames (default 0: no limit)")
     add("--loop", action="store_true", help="begin a file again at its end")
     add("--realtime", action="store_true", help="play a file at its own pace and treat it as a camera: newest frame wins")

@@ -29,6 +29,7 @@ class ClientConfig:
         max_in_flight: frames unanswered at a time; 0: as many as the network is ready for.
         frames: end after so many captured frames; 0: no limit.
         fps: pace of ``realtime``; 0: the file's own.
+        camera_id: what results call the camera; empty: the source as people may see it.
         output: where results go; ``-``: standard output; None: nowhere.
         append: ``output`` is gone on with instead of begun anew.
         output_max_mb: ``output`` is rotated when it is larger (megabytes); 0: it grows.
@@ -56,6 +57,7 @@ class ClientConfig:
     loop: bool = False
     realtime: bool = False
     fps: float = 0.0
+    camera_id: str = ""
     output: str | None = None
     append: bool = False
     output_max_mb: float = 0.0

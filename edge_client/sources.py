@@ -50,12 +50,13 @@ class Source:
     @property
     def shown(self) -> str:
         """The target as logs, results and people may see it."""
-        return shown_url(self.target) if self.kind == "url" else self.target
-
-    @property
-    def camera_id(self) -> str:
-        """What results call the camera where the user gave it no name."""
-        return f"synthetic:{self.target}" if self.kind == "synthetic" else self.shown
+        match self.kind:
+            case "url":
+                return shown_url(self.target)
+            case "synthetic":
+                return f"synthetic:{self.target}"
+            case _:
+                return self.target
 
     @property
     def pictures(self) -> bool:

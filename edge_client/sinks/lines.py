@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from edge_client.frames import Age, FrameReport
+from edge_client.frames import NS_PER_MS, Age, FrameReport
 from protos.messages import Answer, Classification, Detection
 
 
@@ -20,6 +20,7 @@ def to_json(report: FrameReport, labels: Mapping[int, str]) -> dict[str, Any]:
     frame = report.frame
     line: dict[str, Any] = {
         "frame": frame.index,
+        "camera": frame.camera or None,
         "source": frame.source or None,
         "captured_ns": frame.captured_ns,
         "captured_unix_ns": frame.captured_unix_ns,
@@ -31,6 +32,8 @@ def to_json(report: FrameReport, labels: Mapping[int, str]) -> dict[str, Any]:
         "payload_bytes": report.payload_bytes,
         "latency_ms": {name: round(ms, 3) for name, ms in report.stages_ms.items()},
     }
+    if frame.position_ns is not None:
+        line["position_ms"] = round(frame.position_ns / NS_PER_MS, 3)
     if report.detail:
         line["detail"] = report.detail
     return line | _answer(report.answer, labels, report.age)
