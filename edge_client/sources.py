@@ -17,9 +17,9 @@ import numpy as np
 
 from edge_client.masking import may_hold_secret, shown_url
 from protos.errors import ConfigError, SourceError
-from splitters.preprocess import Frame
 from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below, read_picture
 from splitters.runtime.video import DEFAULT_FPS, VideoReader
+from splitters.tasks.preprocess import Frame
 
 __all__ = ["DEFAULT_FPS", "Camera", "Shot", "Source", "SourceFaults", "open_camera", "parse_source"]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_client.frames import NS_PER_S, Clock, FrameReport, Ledger, Outcome
 from edge_client.told import AnswerCounts
-from splitters.preprocess import Frame
+from splitters.tasks.preprocess import Frame
 
 STAGES = ("capture", "preprocess", "head", "prefilter", "codec", "send", "network", "decode", "queue", "tail", "local", "total")
 _KEEP = 50_000

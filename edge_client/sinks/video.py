@@ -27,7 +27,7 @@ from edge_client.frames import NS_PER_S, FrameReport
 from edge_client.sinks.base import Labels, Sink
 from edge_client.sinks.output_file import OutputFile, State
 from protos.errors import ConfigError, StorageError
-from splitters.preprocess import Frame
+from splitters.tasks.preprocess import Frame
 
 if TYPE_CHECKING:
     import av

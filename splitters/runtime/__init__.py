@@ -1,1 +1,1 @@
-"""What device, server, training and evaluation share at run time; free of torch."""
+"""Runs what a bundle holds: the part that device, server and evaluation share."""
