@@ -6,15 +6,13 @@ it. MP4 is written in fragments and made an ordinary file at its end, so that a 
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import math
-import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,8 +177,9 @@ class _Clip:
         self._mux(frame)
 
     def _mux(self, frame: av.VideoFrame | None) -> None:
-        for packet in self._stream.encode(frame):
-            self._container.mux(packet)
+        with self._as_oserror():
+            for packet in self._stream.encode(frame):
+                self._container.mux(packet)
 
     def close(self) -> None:
         """Ends the clip.
@@ -191,7 +190,18 @@ class _Clip:
         try:
             self._mux(None)
         finally:
-            self._container.close()
+            with self._as_oserror():
+                self._container.close()
+
+    @contextmanager
+    def _as_oserror(self) -> Iterator[None]:
+        """What the file refused, whatever FFmpeg makes of it."""
+        import av
+
+        try:
+            yield
+        except av.FFmpegError as error:
+            raise self._file.failure or OSError(error.errno, error.strerror) from error
 
 
 def _can_encode(av_module: Any, name: str) -> bool:
@@ -208,6 +218,7 @@ class _Writer(io.RawIOBase):
     def __init__(self, output: OutputFile) -> None:
         self._file = output.file
         self.size_bytes = 0
+        self.failure: OSError | None = None
         if output.regular:
             self._file.truncate(0)
             self._file.seek(0)
@@ -218,11 +229,12 @@ class _Writer(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data)
         size = len(view)
-        while view:
-            done = self._file.write(view)
-            if not done:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            view = view[done:]
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            self.failure = error
+            raise
         self.size_bytes = max(self.size_bytes, self._file.tell())
         return size
 
