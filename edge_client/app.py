@@ -40,6 +40,7 @@ from edge_client.summary import JpegSampler, Summary
 from edge_client.tracing import Traces, untraced
 from edge_client.tracking import Follower
 from protos.errors import ConfigError, HeadtailError
+from protos.text import printable
 from protos.tracing import open_spans
 from splitters.bundle import Bundle
 
@@ -325,7 +326,7 @@ class Client:
             ("late_results", "results came too late"), ("reconnects", "reconnects"), ("bundle_switches", "bundle switches"),
             ("unreadable_files", "unreadable files left out"),
         ) if facts[key]]  # fmt: skip
-        model = f"\nmodel    {facts['model']} ({str(facts['bundle_sha256'])[:12]})" if facts["model"] else ""
+        model = f"\nmodel    {printable(facts['model'])} ({str(facts['bundle_sha256'])[:12]})" if facts["model"] else ""
         also = f"\nalso     {', '.join(more)}" if more else ""
         gone = f"\nserver   none at the end: {facts['server_error']}" if facts["server_error"] else ""
         return f"{model}{also}{gone}\nmemory   {facts['peak_memory_bytes'] / 2**20:.0f} MiB at its peak"

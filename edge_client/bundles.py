@@ -21,9 +21,9 @@ from typing import Any
 from edge_client.rpc import Endpoint, open_channel, stub, translated
 from protos.errors import BundleError, ProtocolError, StorageError, UnknownModelError, UnreachableError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION
-from splitters.bundle import MANIFEST, Bundle, cache_dir, open_bundle, verify_part
-from splitters.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION, bundle_hash
+from splitters.bundle import Bundle, cache_dir, open_bundle, verify_part
+from splitters.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,12 @@ class BundleStore:
         self._memory = self.root / "servers.json"
 
     def path(self, sha256: str) -> Path:
-        """Where the bundle of that hash lies, if it does."""
-        return self._bundles / sha256
+        """Where the bundle of that hash lies, if it does.
+
+        Raises:
+            ProtocolError: it is no hash, and could name any place of the disk.
+        """
+        return self._bundles / bundle_hash(sha256)
 
     def open(self, sha256: str) -> Bundle | None:
         """The bundle, verified; None where it is absent. One that was altered is moved away, with a warning."""
@@ -61,7 +65,10 @@ class BundleStore:
     def remembered(self, server: str, model: str) -> str | None:
         """Hash of the bundle this server last gave for this model name ("": its default)."""
         value = self._read_memory().get(f"{server} {model}")
-        return value if isinstance(value, str) and len(value) == 64 and value.isalnum() else None
+        try:
+            return bundle_hash(value) if isinstance(value, str) else None
+        except ProtocolError:
+            return None
 
     def remember(self, server: str, model: str, sha256: str) -> None:
         """Keeps it for the next start; a full disk is no reason to stop."""
@@ -84,8 +91,8 @@ class BundleStore:
     @contextmanager
     def partial(self, sha256: str) -> Iterator[Path]:
         """A directory to receive into; of its own where another client of this device receives the same bundle."""
+        shared = self.path(sha256).with_name(f".partial-{sha256}")
         self._bundles.mkdir(parents=True, exist_ok=True)
-        shared = self._bundles / f".partial-{sha256}"
         with (self._bundles / f".lock-{sha256}").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,12 +105,22 @@ class BundleStore:
                 shutil.rmtree(directory, ignore_errors=True)
 
     def adopt(self, directory: Path, sha256: str) -> Bundle:
-        """Moves a complete directory into place."""
+        """Moves a complete directory into place.
+
+        Raises:
+            BundleError: it is not the bundle of that hash; the directory is removed.
+        """
         target = self.path(sha256)
-        if not target.is_dir():
-            directory.rename(target)
-        else:
+        try:
+            if open_bundle(directory, side="device").sha256 != sha256:
+                raise BundleError(f"what the server sent is not the bundle {sha256[:12]} that was asked for")
+        except BundleError:
             shutil.rmtree(directory, ignore_errors=True)
+            raise
+        if target.is_dir():
+            shutil.rmtree(directory, ignore_errors=True)
+        else:
+            directory.rename(target)
         return open_bundle(target, side="device")
 
 
@@ -126,6 +143,8 @@ async def list_models(endpoint: Endpoint, *, timeout_s: float = 5.0) -> list[pb.
         raise VersionMismatchError(
             f"the server at {endpoint.address} speaks protocol version {response.protocol_version}, this client {PROTOCOL_VERSION}"
         )
+    for info in response.models:
+        bundle_hash(info.bundle_sha256)
     return list(response.models)
 
 
@@ -155,17 +174,15 @@ async def fetch_bundle(
         idle_timeout_s: longest silence of the server.
 
     Raises:
+        ProtocolError: the hash is none.
         BundleError: what arrived is not what the manifest says.
         StorageError: it cannot be stored.
         HeadtailError: the server cannot be reached or refuses.
     """
-    if sha256 and (cached := store.open(sha256)):
-        return cached
     if not sha256:
         sha256 = choose_model(await list_models(endpoint), model, endpoint.address).bundle_sha256
-        return await fetch_bundle(endpoint, store, model=model, sha256=sha256, pace=pace, idle_timeout_s=idle_timeout_s)
-    if len(sha256) != 64 or not sha256.isalnum():
-        raise ProtocolError(f"the server at {endpoint.address} names a bundle by {sha256!r}, which is no sha256")
+    if cached := store.open(sha256):
+        return cached
     try:
         with store.partial(sha256) as directory:
             await _receive(endpoint, directory, model, sha256, pace, idle_timeout_s)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from edge_server.backends import Backend
 from protos.errors import BundleError, HeadtailError, ModelError, UnknownModelError
-from splitters.bundle import MANIFEST, Bundle, open_bundle, sha256_hex
+from splitters.bundle import Bundle, open_bundle, sha256_hex
 from splitters.codec import LatentCodec, codec_from_spec
+from splitters.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from protos.errors import BundleError, ConfigError, StorageError
-from splitters.manifest import FORMAT_VERSION, MAX_MANIFEST_BYTES, Manifest, Part, Side, check_part_path, parse_manifest
+from splitters.manifest import FORMAT_VERSION, MANIFEST, MAX_MANIFEST_BYTES, Manifest, Part, Side, check_part_path, parse_manifest
 from splitters.offload import OffloadOption, dump_offloads, load_offloads
 from splitters.operating_point import OperatingPoint, dump_points, load_points
 
-MANIFEST = "manifest.json"
 POINTS = "operating_points.json"
 OFFLOADS = "offloads.json"
 

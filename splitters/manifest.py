@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal, cast
@@ -13,6 +14,11 @@ from protos.errors import BundleError
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 8 << 20
 MAX_PART_BYTES = 2 << 30
+MAX_PARTS = 1024
+MAX_PATH_CHARS = 200
+MAX_PATH_DEPTH = 4
+MANIFEST = "manifest.json"
+_PATH = re.compile(r"[A-Za-z0-9._+=/-]+")
 
 Task = Literal["classification", "detection"]
 Side = Literal["device", "server"]
@@ -22,13 +28,36 @@ def check_part_path(path: str) -> str:
     """Returns ``path`` when it is a safe relative one.
 
     Raises:
-        BundleError: absolute, empty, with ``..``, a backslash or a drive: it could leave the bundle.
+        BundleError: absolute, empty, with ``..`` or unusual characters, too deep or too long: it could leave the bundle
+            or not be stored; or it is the manifest's own name.
     """
     pure = PurePosixPath(path)
-    unsafe = not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or "\0" in path
-    if unsafe or str(pure) != path or len(path) > 200:
-        raise BundleError(f"part path {path!r} is not a plain relative path")
+    unsafe = not _PATH.fullmatch(path) or pure.is_absolute() or any(p.strip(".") == "" for p in pure.parts)
+    if unsafe or str(pure) != path or len(path) > MAX_PATH_CHARS or len(pure.parts) > MAX_PATH_DEPTH:
+        raise BundleError(
+            f"part path {path[:MAX_PATH_CHARS]!r} is not a plain relative path: letters, digits and ._+=- only, "
+            f"at most {MAX_PATH_DEPTH} levels and {MAX_PATH_CHARS} characters"
+        )
+    if path.lower() == MANIFEST:
+        raise BundleError(f"a part may not be called {path}: that is the manifest's own name")
     return path
+
+
+def check_parts(parts: Sequence[Part]) -> None:
+    """Parts together fit on a disk, and none is in the way of another, also where a disk knows no capital letters.
+
+    Raises:
+        BundleError: too many, one path twice, or one that is a directory of another.
+    """
+    if len(parts) > MAX_PARTS:
+        raise BundleError(f"the manifest lists {len(parts)} parts; at most {MAX_PARTS} are allowed")
+    files = {p.path.lower() for p in parts}
+    if len(files) != len(parts):
+        raise BundleError("manifest.json lists the same part twice")
+    for part in parts:
+        for directory in PurePosixPath(part.path.lower()).parents:
+            if str(directory) in files:
+                raise BundleError(f"part {part.path!r} lies in a directory that is a part itself")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,9 +239,7 @@ def _build(data: dict[str, Any]) -> Manifest:
     if data["task"] not in ("classification", "detection"):
         raise BundleError(f"task must be classification or detection, got {data['task']!r}")
     manifest = Manifest(**cast("Any", data))
-    paths = [p.path for p in manifest.parts]
-    if len(set(paths)) != len(paths):
-        raise BundleError("manifest.json lists the same part twice")
+    check_parts(manifest.parts)
     named = [manifest.head.stem, *manifest.head.graphs.values(), manifest.codec, "operating_points.json"]
     named += [p for p in (manifest.head.prefilter, manifest.local.path if manifest.local else None) if p]
     for path in named:

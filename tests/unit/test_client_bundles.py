@@ -12,8 +12,9 @@ from edge_client.choices import believable, make_controller, measure
 from edge_client.engine import Engine
 from protos.errors import BundleError, HeadtailError, ProtocolError, UnknownModelError
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.messages import Classification
-from splitters.bundle import MANIFEST, Bundle
+from protos.messages import Classification, bundle_hash
+from splitters.bundle import Bundle
+from splitters.manifest import MANIFEST
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_loop import VirtualLoop
 
@@ -90,6 +91,33 @@ def test_what_a_hostile_server_may_not_do(tmp_path: Path, bundle: Bundle) -> Non
             receive(tmp_path / f"case-{number}", bundle, messages)
     assert not (tmp_path / "evil").exists()
     assert not list(tmp_path.glob("**/tail.onnx"))
+
+
+@pytest.mark.parametrize(
+    "name", ["/victim", "../victim", "../../victim", "", ".", "A" * 64, "a" * 63, "a" * 65, "a" * 64 + "\n", "\x1b" * 64]
+)
+def test_only_a_hash_names_a_bundle(tmp_path: Path, name: str) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").touch()
+    store = BundleStore(tmp_path / "cache")
+    for use in (store.path, store.open, lambda n: store.partial(n).__enter__(), lambda n: store.adopt(victim, n)):
+        with pytest.raises(ProtocolError, match="not a sha256"):
+            use(str(victim) if name == "/victim" else name)
+    with pytest.raises(ProtocolError, match="not a sha256"):
+        bundle_hash(name)
+    assert (victim / "precious").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_not_the_bundle_that_was_asked_for_is_not_adopted(tmp_path: Path, bundle: Bundle) -> None:
+    store = BundleStore(tmp_path)
+    with store.partial("a" * 64) as directory:
+        receive(directory, bundle, chunks(bundle))
+        with pytest.raises(BundleError, match="not the bundle"):
+            store.adopt(directory, "a" * 64)
+    assert store.open("a" * 64) is None
+    assert not directory.exists()
 
 
 def test_an_altered_cached_bundle_is_removed(tmp_path: Path, bundle: Bundle) -> None:
