@@ -201,7 +201,8 @@ async def test_a_tail_thread_that_dies_ends_the_server_with_a_message(bundle: Bu
             await serving
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().remove_signal_handler(number)
-    assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer)], "nothing is left that ends the process"
+    timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+    assert all(t.finished.is_set() for t in timers), "nothing is left that ends the process"
 
 
 async def test_one_bad_bundle_does_not_keep_a_server_from_starting(bundle: Bundle, tmp_path: Path) -> None:
