@@ -22,8 +22,8 @@ from edge_client.rpc import Endpoint, open_channel, stub, translated
 from protos.errors import BundleError, ProtocolError, StorageError, UnknownModelError, UnreachableError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION, bundle_hash
-from splitters.bundle import Bundle, cache_dir, open_bundle, verify_part
-from splitters.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from splitters.bundle import MANIFEST, Bundle, cache_dir, open_bundle, verify_part
+from splitters.bundle.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from edge_client.control import ControlConfig, Controller, Decision, Local, Loca
 from edge_client.engine import Engine
 from edge_client.frames import NS_PER_MS, NS_PER_S, Clock
 from protos.errors import BundleError
-from splitters.offload import OffloadOption
-from splitters.operating_point import OperatingPoint, Quantiles
-from splitters.preprocess import Frame
+from splitters.bundle.offload import OffloadOption
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
+from splitters.tasks.preprocess import Frame
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from edge_client.head import Floats, Head, open_graph
 from protos.errors import BundleError, ConfigError, PayloadError
 from protos.messages import Answer, Result
 from splitters.bundle import Bundle
+from splitters.bundle.offload import compress
+from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import LatentCodec, Predictor, Symbols, codec_from_spec
-from splitters.offload import compress
-from splitters.operating_point import OperatingPoint
-from splitters.postprocess import build_postprocess
-from splitters.preprocess import Frame, input_image, normalise
+from splitters.tasks.postprocess import build_postprocess
+from splitters.tasks.preprocess import Frame, input_image, normalise
 
 Reference = tuple[Symbols | None, int | None]
 NO_REFERENCE: Reference = (None, None)

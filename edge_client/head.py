@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edge_client.frames import Clock
 from protos.errors import BundleError, ModelError
 from splitters.bundle import Bundle
-from splitters.operating_point import OperatingPoint
+from splitters.bundle.operating_point import OperatingPoint
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -25,8 +25,8 @@ from edge_client.update import BundleUpdate
 from protos.errors import HeadtailError, OverloadedError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, Answer, FrameLayer, Grant, PayloadKind, Result
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import Predictor, is_predicted
-from splitters.operating_point import OperatingPoint, Quantiles
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from edge_server.backends import Backend
 from protos.errors import BundleError, HeadtailError, ModelError, UnknownModelError
 from splitters.bundle import Bundle, open_bundle, sha256_hex
+from splitters.bundle.manifest import MANIFEST
 from splitters.codec import LatentCodec, codec_from_spec
-from splitters.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def locate(name_or_path: str) -> Path:
         return path
     if "/" in name_or_path or path.exists():
         raise BundleError(f"{name_or_path} is no bundle's directory")
-    from splitters.export import ensure_exported
+    from splitters.zoo.defaults import ensure_exported
 
     return ensure_exported(name_or_path)
 

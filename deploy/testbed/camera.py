@@ -15,7 +15,7 @@ from deploy.testbed.policies import Policy
 from deploy.testbed.server import Server
 from deploy.testbed.workload import Workload
 from edge_client.control import Decision, Explanation, Local, Offload, Skip, Split
-from splitters.operating_point import Quantiles
+from splitters.bundle.operating_point import Quantiles
 
 # HTTP/2, gRPC and protobuf around a layer, as measured on the wire for a small payload.
 OVERHEAD_BYTES = 64

@@ -12,7 +12,7 @@ from edge_server.admission import Work, shed
 from edge_server.arrivals import Arrivals
 from edge_server.bandwidth import BandwidthManager
 from protos.messages import Grant
-from splitters.operating_point import Quantiles
+from splitters.bundle.operating_point import Quantiles
 
 if TYPE_CHECKING:
     from deploy.testbed.camera import Camera, Frame

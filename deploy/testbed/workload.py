@@ -14,8 +14,8 @@ from edge_client.control import LocalOption, OffloadOption
 from edge_client.engine import Engine
 from protos.errors import ConfigError
 from splitters.bundle import cache_dir, open_bundle
-from splitters.offload import offload_from_json
-from splitters.operating_point import OperatingPoint, Quantiles
+from splitters.bundle.offload import offload_from_json
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +93,7 @@ def find_workload(name: str) -> Workload:
 
         path = exported_path(name)
         if not path.exists():
-            from splitters.export import ensure_exported
+            from splitters.zoo.defaults import ensure_exported
 
             path = ensure_exported(name)
     return load_workload(path)

@@ -25,7 +25,7 @@ from edge_server.recent import Recent
 from protos.errors import DrainingError, HeadtailError, InternalError, ModelError, UnknownModelError
 from protos.messages import Answer, PayloadKind
 from splitters.bundle import Bundle
-from splitters.tails import Tail, load_tail
+from splitters.runtime.tail import Tail, load_tail
 
 log = logging.getLogger(__name__)
 

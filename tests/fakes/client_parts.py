@@ -19,7 +19,7 @@ from edge_client.frames import CapturedFrame
 from edge_client.session import Gate, Welcome
 from protos.errors import HeadtailError, OverloadedError, UnreachableError
 from protos.messages import Classification, ClassScore, FrameLayer, Result, ServerTimings
-from splitters.operating_point import OperatingPoint, Quantiles
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from tests.fakes.client_loop import VirtualLoop
 
 ANSWER = Classification(top=(ClassScore(class_id=1, score=0.9),))

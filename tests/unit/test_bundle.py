@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from protos.errors import BundleError, ConfigError
-from splitters.bundle import OFFLOADS, POINTS, Bundle, BundleWriter, open_bundle, rewrite_points, sha256_hex
-from splitters.manifest import MANIFEST, Head, Preprocess, check_part_path, parse_manifest
-from splitters.offload import OffloadOption
-from splitters.operating_point import OperatingPoint, Quantiles
+from splitters.bundle import MANIFEST, OFFLOADS, POINTS, Bundle, BundleWriter, open_bundle, rewrite_points, sha256_hex
+from splitters.bundle.manifest import Head, Preprocess, check_part_path, parse_manifest
+from splitters.bundle.offload import OffloadOption
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 
 FIELDS: dict[str, Any] = {
     "name": "tiny",

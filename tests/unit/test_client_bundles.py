@@ -14,7 +14,7 @@ from protos.errors import BundleError, HeadtailError, ProtocolError, UnknownMode
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import Classification, bundle_hash
 from splitters.bundle import Bundle
-from splitters.manifest import MANIFEST
+from splitters.bundle.manifest import MANIFEST
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_loop import VirtualLoop
 
@@ -204,7 +204,7 @@ def test_device_times_are_measured_once_and_kept(tmp_path: Path, bundle: Bundle)
 def test_unmeasured_points_get_believable_stand_ins(bundle: Bundle) -> None:
     import dataclasses
 
-    from splitters.operating_point import UNMEASURED
+    from splitters.bundle.operating_point import UNMEASURED
 
     engine = Engine(bundle, clock=lambda: 0)
     bare = tuple(dataclasses.replace(p, accuracy=0.0, payload_bytes=UNMEASURED) for p in bundle.points)
