@@ -102,7 +102,7 @@ def test_a_key_of_another_certificate_or_with_a_password_is_told(tmp_path: Path)
 
 SLOW = """
 import sys, threading, time
-from splitters.tails import Tail
+from splitters.runtime.tail import Tail
 import edge_server.models, edge_server.cli
 def for_ever(*_):
     print("AT IT", file=sys.stderr, flush=True)
