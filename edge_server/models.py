@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_server.backends import Backend
-from protos.errors import BundleError, HeadtailError, ModelError, UnknownModelError
+from protos.errors import BundleError, HeadtailError, UnknownModelError
 from splitters.bundle import Bundle, open_bundle, sha256_hex
 from splitters.bundle.manifest import MANIFEST
 from splitters.codec import LatentCodec, codec_from_spec
@@ -157,33 +155,3 @@ class ModelStore:
     def all(self) -> list[Model]:
         """Every model in use, the default first."""
         return list(self._in_use.values())
-
-
-async def bring_up_to_date(
-    store: ModelStore, backend: Backend, on_used: Callable[[Model, Model | None], None]
-) -> list[HeadtailError]:
-    """Reads the bundles from disk and puts those into use that are new or changed, one after the other.
-
-    Args:
-        store: whose sources.
-        backend: loads their tails.
-        on_used: told each model put into use, and the one it replaces.
-
-    Returns:
-        Why others were left as they were.
-
-    Raises:
-        HeadtailError: the sources contradict each other; nothing was changed.
-    """
-    fresh, failures = await asyncio.get_running_loop().run_in_executor(None, store.read)
-    for source, model in fresh:
-        try:
-            await backend.load(model.bundle)
-        except HeadtailError as error:
-            failures.append(error)
-        except Exception as error:
-            log.exception("%s: its tail cannot be loaded", model.name)
-            failures.append(ModelError(f"{model.name}: its tail cannot be loaded: {type(error).__name__}: {error}"))
-        else:
-            on_used(model, store.use(source, model))
-    return failures

@@ -11,6 +11,7 @@ from pathlib import Path
 from edge_server.auth import Tokens
 from edge_server.config import SecurityConfig, ServerConfig, split_address
 from edge_server.files import read_small
+from edge_server.machine import check_cpus, check_device
 from protos.errors import ConfigError
 
 _MAX_PEM_BYTES = 1 << 20
@@ -109,36 +110,3 @@ def _check_port_file(path: Path) -> None:
         raise ConfigError(f"cannot write the port file {path}: its directory does not exist")
     if not os.access(path.parent, os.W_OK):
         raise ConfigError(f"cannot write the port file {path}: its directory is not writable")
-
-
-def check_cpus(cpus: tuple[int, ...]) -> None:
-    """Whether a thread of this process may be pinned to these cores.
-
-    Raises:
-        ConfigError: it may not be.
-    """
-    if not cpus:
-        return
-    allowed = os.sched_getaffinity(0)
-    if absent := sorted(set(cpus) - allowed):
-        given = ",".join(map(str, absent))
-        raise ConfigError(f"--tail-cpus: this process has no core {given}; it has {','.join(map(str, sorted(allowed)))}")
-
-
-def check_device(device: str) -> None:
-    """Whether torch can run on this device.
-
-    Raises:
-        ConfigError: it does not know it, or the machine lacks it.
-    """
-    if device == "cpu":
-        return
-    try:
-        import torch
-    except ImportError as error:
-        raise ConfigError(f"--tail-device {device} needs torch, which is not installed") from error
-    try:
-        torch.zeros(1, device=device).add_(1).cpu()
-    except Exception as error:  # torch raises whatever its build makes of an absent driver: AssertionError, RuntimeError, …
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"--tail-device {device} cannot be used on this machine: {first}") from error

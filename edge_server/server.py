@@ -27,8 +27,9 @@ from edge_server.bandwidth import BandwidthManager
 from edge_server.config import SecurityConfig, ServerConfig, split_address
 from edge_server.gate import Gate
 from edge_server.ingress import Ingress
+from edge_server.loading import bring_up_to_date
 from edge_server.metrics import Metrics, NoMetrics, PrometheusMetrics
-from edge_server.models import Model, ModelStore, bring_up_to_date
+from edge_server.models import Model, ModelStore
 from edge_server.open_inference import OpenInference
 from edge_server.quota import Client
 from edge_server.session import Services

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from edge_server.backends import Load, TailAnswer, TailWork
-from edge_server.models import Model, ModelStore, bring_up_to_date
+from edge_server.loading import bring_up_to_date
+from edge_server.models import Model, ModelStore
 from protos.errors import BundleError, ModelError, UnknownModelError
 from splitters.bundle import Bundle
 from tests.fakes.bundles import write_tiny_bundle

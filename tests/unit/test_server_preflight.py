@@ -8,6 +8,7 @@ from edge_server import preflight
 from edge_server.auth import Tokens, parse_tokens
 from edge_server.config import SecurityConfig, ServerConfig
 from edge_server.files import read_small
+from edge_server.machine import check_cpus, check_device
 from protos.errors import ConfigError
 
 TOKEN = "0123456789abcdef"
@@ -49,15 +50,15 @@ def test_files_are_read_with_a_bound(tmp_path: Path) -> None:
 
 
 def test_cores_that_are_not_there_are_named() -> None:
-    preflight.check_cpus(())
+    check_cpus(())
     with pytest.raises(ConfigError, match="no core 4095; it has"):
-        preflight.check_cpus((4095,))
+        check_cpus((4095,))
 
 
 @pytest.mark.parametrize("device", ["zz", "cuda:77"])
 def test_devices_that_are_not_there_are_named(device: str) -> None:
     with pytest.raises(ConfigError, match=f"--tail-device {device}"):
-        preflight.check_device(device)
+        check_device(device)
 
 
 def test_a_port_file_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
