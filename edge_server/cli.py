@@ -27,7 +27,8 @@ from edge_server.config import (
 from edge_server.memory import keep_freed_memory
 from protos.errors import ConfigError, HeadtailError
 from protos.logs import FORMATS, say, set_up
-from protos.process import add_version, leave, steady_streams
+from protos.process import leave, steady_streams
+from protos.version import package_version
 
 log = logging.getLogger("edge_server")
 
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_version(p)
+    p.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     p.add_argument(
         "--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help="address; port 0 picks a free one (default %(default)s)"
     )

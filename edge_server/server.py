@@ -35,8 +35,9 @@ from edge_server.quota import Client
 from edge_server.session import Services
 from edge_server.tracing import NoTracing, Traces
 from protos.errors import ConfigError, HeadtailError, InternalError
-from protos.process import installed_version, leave
+from protos.process import leave
 from protos.tracing import open_spans
+from protos.version import package_version
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class EdgeServer:
             metrics = PrometheusMetrics()
             self.metrics_port = metrics.serve(self.config.metrics_port)
             self._metrics = metrics
-        spans = open_spans("headtail-server", installed_version(), self.config.otel_endpoint)
+        spans = open_spans("headtail-server", package_version(), self.config.otel_endpoint)
         if spans is not None:
             self.tracing = Traces(spans)
         self._backend = backend = await self._make_backend()
@@ -130,7 +131,7 @@ class EdgeServer:
         self._spawn(_watch_lag(bandwidth), "the watch of the event loop")
         services = Services(
             store=store, backend=backend, answerer=self._answerer, bandwidth=bandwidth, limits=self.config.limits,
-            metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=installed_version(),
+            metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=package_version(),
         )  # fmt: skip
         self._anyone = Client(max_unary=self.config.limits.max_unary_in_flight)
         self._ingress = Ingress(services, self._anyone)

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
-from importlib.metadata import PackageNotFoundError, version
-from typing import TextIO
-
-
-def installed_version() -> str:
-    """The release that is installed; ``0`` in a source tree that is not."""
-    try:
-        return version("headtail")
-    except PackageNotFoundError:
-        return "0"
-
-
-def add_version(parser: argparse.ArgumentParser) -> None:
-    """Gives a command its ``--version``."""
-    parser.add_argument("--version", action="version", version=f"%(prog)s {installed_version()}")
+import threading
+from typing import NoReturn, TextIO
 
 
 def steady_streams() -> None:
@@ -46,9 +32,14 @@ def _steady(stream: TextIO | None, number: int) -> TextIO:
     return stream
 
 
-def leave(code: int) -> None:
-    """Ends the process now. Threads that are inside a library's call are not waited for. Never returns."""
+def leave(code: int) -> NoReturn:
+    """Ends the process, also while a thread of ours sits in a camera's driver or in a model that does not come back.
+
+    Python would wait for such a thread, or end it inside the library it is in, which ends the process with a signal.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(code)
+    if any(thread is not threading.main_thread() for thread in threading.enumerate()):
+        os._exit(code)
+    sys.exit(code)

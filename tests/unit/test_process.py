@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from protos.process import installed_version
+from protos.version import package_version
 
 PROGRAM = (
     "import os, sys, threading, time\n"
@@ -42,4 +42,4 @@ def test_the_server_tells_its_version() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "edge_server", "--version"], capture_output=True, text=True, timeout=60, check=True
     )
-    assert done.stdout == f"edge-server {installed_version()}\n"
+    assert done.stdout == f"edge-server {package_version()}\n"
