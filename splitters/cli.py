@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any, Self
 
 from protos.errors import ConfigError, StorageError
+from protos.version import package_version
 from splitters.commands.failures import as_known
 
 VERBS = {
@@ -43,6 +44,7 @@ def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     parser.add_argument("--verbose", action="store_true", help="log what is being done")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in verbs:

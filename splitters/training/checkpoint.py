@@ -10,18 +10,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from protos.errors import ConfigError
 from splitters.exporting.learned import WEIGHTS_FILE
 from splitters.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    from splitters.training.loop import Trainer
+from splitters.training.photos import PhotoCache
 
 NAME = "checkpoint.safetensors"
 _FREE = ("checkpoint_s",)  # how often to save changes no weight
@@ -62,7 +61,46 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def save_checkpoint(trainer: Trainer) -> None:
+class _Steering(Protocol):
+    log_lambda: torch.Tensor
+
+
+class Resumable(Protocol):
+    """A training run that a checkpoint is made of: the student, its running average, the optimiser, the steering and the step."""
+
+    ema: dict[str, torch.Tensor]
+    running_bytes: list[float]
+    step: int
+    out: Path
+    device: torch.device
+
+    @property
+    def config(self) -> TrainConfig:
+        """What the recipe says."""
+        ...
+
+    @property
+    def photos(self) -> PhotoCache:
+        """What it is trained on."""
+        ...
+
+    @property
+    def student(self) -> nn.Module:
+        """What is trained."""
+        ...
+
+    @property
+    def optimiser(self) -> torch.optim.Optimizer:
+        """Of the student."""
+        ...
+
+    @property
+    def steering(self) -> _Steering:
+        """Of the bitrates."""
+        ...
+
+
+def save_checkpoint(trainer: Resumable) -> None:
     """Writes ``checkpoint.safetensors`` into the run directory, atomically."""
     tensors = {f"model/{k}": v.contiguous() for k, v in trainer.student.state_dict().items()}
     tensors |= {f"ema/{k}": v.contiguous() for k, v in trainer.ema.items()}
@@ -82,7 +120,7 @@ def save_checkpoint(trainer: Trainer) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load_checkpoint(trainer: Trainer) -> int:
+def load_checkpoint(trainer: Resumable) -> int:
     """Restores a trainer from its run directory; returns the steps done.
 
     Raises:
