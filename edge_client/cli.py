@@ -10,13 +10,13 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from edge_client.config import ClientConfig, read_toml
+from edge_client.config import ClientConfig, read_config
 from protos.errors import HeadtailError
 from protos.logs import FORMATS, say, set_up
+from protos.text import printable, steady_streams
 
 if TYPE_CHECKING:
     from edge_client.app import Client, Console
@@ -111,15 +111,10 @@ def parse(argv: Sequence[str] | None) -> tuple[ClientConfig, str, str]:
     Raises:
         ConfigError: a setting is wrong.
     """
-    parser = build_parser()
-    given = vars(parser.parse_args(argv))
+    given = vars(build_parser().parse_args(argv))
     level, form = given.pop("log_level"), given.pop("log_format")
     path = given.pop("config", None)
-    settings = {**(read_toml(Path(path)) if path else {}), **given}
-    if "camera" not in settings:
-        parser.error("--camera is required")
-    known = {f.name for f in fields(ClientConfig)}
-    return ClientConfig(**{k: v for k, v in settings.items() if k in known}), level, form
+    return read_config(Path(path) if path else None, given), level, form
 
 
 def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Console], Client] | None = None) -> int:
@@ -129,14 +124,12 @@ def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Consol
         argv: the command line; None: the process's own.
         make: makes the client, for a test bed that puts parts of its own in; None: ``Client``.
     """
+    steady_streams()
     try:
         config, level, form = parse(argv)
     except HeadtailError as error:
         print(f"edge-client: {error.message}", file=sys.stderr)
         return error.exit_code
-    except TypeError as error:
-        print(f"edge-client: a setting has the wrong type: {error}", file=sys.stderr)
-        return 2
     logging.getLogger("edge_client.explain").setLevel("INFO" if config.explain else "WARNING")
     # In a terminal a log line replaces the status line, which is then written anew below it.
     set_up(level, form, sys.stderr, before="\r\x1b[2K" if sys.stderr.isatty() else "")
@@ -165,6 +158,15 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
         ending = asyncio.run((make or Client)(config, console).run())
     except KeyboardInterrupt:
         return 130
+    except HeadtailError as error:
+        say(
+            f"edge-client: {error.message}",
+            form,
+            sys.stderr,
+            logger="edge_client",
+            extra={"code": error.code, "exit_code": error.exit_code},
+        )
+        return error.exit_code
     except Exception:
         logging.getLogger(__name__).debug("unexpected", exc_info=True)
         logging.getLogger(__name__).critical("our own fault; --log-level debug shows the traceback")
@@ -178,11 +180,15 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
         facts = {"code": ending.error.code, "exit_code": code}
         say(f"edge-client: {ending.error.message}", form, sys.stderr, logger="edge_client", extra=facts)
     if config.json:
-        _print(json.dumps({**ending.summary, "exit_code": code}), sys.stdout)
+        _write(json.dumps({**ending.summary, "exit_code": code}), sys.stdout)
     return code
 
 
 def _print(text: str, stream: TextIO) -> None:
+    _write("\n".join(map(printable, text.split("\n"))), stream)
+
+
+def _write(text: str, stream: TextIO) -> None:
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:  # whoever read us has had enough; without this the interpreter would complain at its end

@@ -135,6 +135,8 @@ def main() -> None:
         answer: dict[str, object] = {"times": try_bundle(path, threads).as_json()}
     except HeadtailError as error:
         answer = {"message": error.message}
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # what its outputs were taken for, they are not
+        answer = {"message": f"its outputs are not what the manifest says: {error}"}
     except MemoryError:
         answer = {"message": f"it wants more than the {memory_bytes >> 20} MiB of memory allowed"}
     sys.stdout.write(json.dumps(answer))
