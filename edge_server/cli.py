@@ -23,6 +23,7 @@ from edge_server.config import (
 from edge_server.memory import keep_freed_memory
 from protos.errors import ConfigError, HeadtailError
 from protos.logs import FORMATS, say, set_up
+from protos.version import package_version
 
 log = logging.getLogger("edge_server")
 
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="edge-server", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    p.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     p.add_argument(
         "--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help="address; port 0 picks a free one (default %(default)s)"
     )

@@ -6,10 +6,7 @@ right-to-left mark turns a name round. Such characters are shown as what they ar
 
 from __future__ import annotations
 
-import io
-import os
 import re
-import sys
 import unicodedata
 from typing import Final
 
@@ -49,22 +46,3 @@ def ascii_escaped(json_text: str) -> str:
 def _json_escape(character: str) -> str:
     units = character.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
-
-
-def steady_streams() -> None:
-    """Makes standard streams usable whatever a command was started with; once, before anything else.
-
-    A closed one becomes ``/dev/null``: else the next file opened would take its place, and what is printed would land in it.
-    A console that cannot show a character is given its code.
-    """
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - until the process ends
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")

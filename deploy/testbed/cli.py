@@ -20,6 +20,7 @@ from deploy.testbed.study import ALL_POLICIES, Condition, Job, pool_rows, run_jo
 from deploy.testbed.synthetic import KINDS
 from deploy.testbed.workload import Workload, find_workload
 from protos.errors import ConfigError, HeadtailError
+from protos.version import package_version
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     parser.add_argument("--verbose", action="store_true", help="log what is being done")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
