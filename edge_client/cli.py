@@ -18,6 +18,7 @@ from edge_client.interrupts import Interrupts
 from edge_client.masking import hide_secrets
 from protos.errors import ConfigError, HeadtailError
 from protos.logs import FORMATS, say, set_up
+from protos.process import leave, steady_streams
 from protos.version import package_version
 
 if TYPE_CHECKING:
@@ -226,8 +227,8 @@ def _to_its_end(client: Client, interrupts: Interrupts) -> Ending:
 
 def entry() -> NoReturn:
     """The command: ``main`` in a process of its own, which ends whatever its threads are at."""
-    consoles.mend()
-    consoles.leave(main())
+    steady_streams()
+    leave(main())
 
 
 if __name__ == "__main__":
