@@ -101,10 +101,13 @@ def export(what: str, out: Path) -> Bundle:
 
     Raises:
         UnknownModelError: no default has that name.
+        BundleError: a directory that holds no finished training.
         StorageError: ``out`` cannot be written.
     """
     if (Path(what) / "recipe.json").is_file():
         return _run(Path(what), out)
+    if what not in EXPORTERS and Path(what).is_dir():
+        raise BundleError(f"{what} holds no finished training: `splitters train` with the same settings goes on to its last step")
     if what not in EXPORTERS:
         raise UnknownModelError(f"{what!r} is no default model; there are {', '.join(EXPORTERS)}, or give a bundle's directory")
     log.info("exporting %s to %s", what, out)
