@@ -33,9 +33,17 @@ OFFLOADS = "offloads.json"
 
 
 def cache_dir() -> Path:
-    """``$HEADTAIL_CACHE``, or ``~/.cache/headtail``: fetched and exported bundles, device timings."""
-    configured = os.environ.get("HEADTAIL_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "headtail"
+    """``$HEADTAIL_CACHE``, or ``~/.cache/headtail``: fetched and exported bundles, device timings.
+
+    Raises:
+        ConfigError: neither is known.
+    """
+    if configured := os.environ.get("HEADTAIL_CACHE"):
+        return Path(configured)
+    try:
+        return Path.home() / ".cache" / "headtail"
+    except RuntimeError:
+        raise ConfigError("this user has no home directory; HEADTAIL_CACHE names a place for bundles") from None
 
 
 def exported_path(name: str) -> Path:

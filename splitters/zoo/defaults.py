@@ -135,12 +135,14 @@ def ensure_exported(name: str) -> Path:
     path = exported_path(name)
     stamp = _stamp(path)
     try:
-        open_bundle(path)
-        if stamp.is_file() and stamp.read_text(encoding="utf-8") == _source_sha256():
+        if not path.exists():
+            log.info("%s is made for the first time; later starts find it in %s", name, path)
+        elif open_bundle(path) and stamp.is_file() and stamp.read_text(encoding="utf-8") == _source_sha256():
             return path
-        log.info("%s was exported by other code or weights; exporting it anew", path)
+        else:
+            log.info("%s was exported by other code or weights; it is exported again", path)
     except BundleError as error:
-        log.info("%s", error.message)
+        log.info("%s; it is exported again", error.message)
     export(name, path)
     return path
 
