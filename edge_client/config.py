@@ -29,8 +29,11 @@ class ClientConfig:
         max_in_flight: frames unanswered at a time; 0: as many as the network is ready for.
         frames: end after so many captured frames; 0: no limit.
         fps: pace of ``realtime``; 0: the file's own.
+        camera_id: what results call the camera; empty: the source as people may see it.
         output: where results go; ``-``: standard output; None: nowhere.
         append: ``output`` is gone on with instead of begun anew.
+        output_max_mb: ``output`` is rotated when it is larger (megabytes); 0: it grows.
+        strict: a source that is not whole is an error at the end.
         wait_for_server_s: None: 0 live, 30 for files.
         operating_point: always this one; None: chosen frame by frame.
         threads: of the head.
@@ -54,8 +57,11 @@ class ClientConfig:
     loop: bool = False
     realtime: bool = False
     fps: float = 0.0
+    camera_id: str = ""
     output: str | None = None
     append: bool = False
+    output_max_mb: float = 0.0
+    strict: bool = False
     wait_for_server_s: float | None = None
     display: bool = False
     save_video: str | None = None
@@ -79,7 +85,7 @@ class ClientConfig:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("deadline_ms", 0, 3_600_000), ("max_in_flight", 0, 1024), ("frames", 0, 2**53), ("fps", 0, 1000),
-            ("wait_for_server_s", 0, 86_400), ("threads", 1, 256), ("operating_point", 0, 65_535),
+            ("wait_for_server_s", 0, 86_400), ("output_max_mb", 0, 1e6), ("threads", 1, 256), ("operating_point", 0, 65_535),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and low <= value <= high):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from splitters.cutting.split import Split, split
-    from splitters.profiling.table import Profile, profile
+    from splitters.profiling.measure import profile
+    from splitters.profiling.table import Profile
 
 # ONNX Runtime from 1.29 on reports its sessions to Microsoft unless told otherwise before it is loaded. Whoever loads it here has
 # loaded this package first.
@@ -23,7 +24,7 @@ _HOMES = {
     "Split": "splitters.cutting.split",
     "split": "splitters.cutting.split",
     "Profile": "splitters.profiling.table",
-    "profile": "splitters.profiling.table",
+    "profile": "splitters.profiling.measure",
 }
 
 

@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from protos.errors import ConfigError, HeadtailError
+from protos.version import package_version
 
 VERBS = {
     "profile": "what every candidate cut of a model would cost",
@@ -35,6 +36,7 @@ def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     parser.add_argument("--verbose", action="store_true", help="log what is being done")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in verbs:

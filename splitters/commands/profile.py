@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from splitters.cutting.rcnn import is_detector
     from splitters.cutting.rcnn_bundle import backbone_source
     from splitters.cutting.trace import flat_inputs
-    from splitters.profiling.table import profile
+    from splitters.profiling.measure import profile
     from splitters.tasks.preprocess import preprocess
 
     source = load_model(args)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 import zstandard
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.utils.flop_counter import FlopCounterMode
 
 from protos.errors import CutError
@@ -59,8 +60,30 @@ def zstd_8bit_bytes(tensor: Tensor) -> int:
     return len(zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(symbols.contiguous().numpy().tobytes()))
 
 
-def measure(cutter: Cutter, name: str, picture_bytes: int | None, budget_s: float) -> Profile:
-    """Builds the table; see :func:`splitters.profile`."""
+def profile(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    *,
+    name: str = "",
+    picture_bytes: int | None = None,
+    budget_s: float = 30.0,
+) -> Profile:
+    """Measures every candidate cut of ``model`` on this machine, one thread.
+
+    Args:
+        model: any module that :func:`splitters.split` can cut, or an exported program.
+        example_inputs: a real, preprocessed image, or a tuple of tensors; only the first of the batch is used.
+        name: how the table calls the model.
+        picture_bytes: what sending the picture would cost; by default the input's own bytes, 8 bits, compressed.
+        budget_s: time for the latency measurements; rows that do not fit are interpolated and say so.
+
+    Raises:
+        CutError: the model cannot be traced or has no cut.
+    """
+    return _measure(Cutter(model, example_inputs), name or type(model).__name__, picture_bytes, budget_s)
+
+
+def _measure(cutter: Cutter, name: str, picture_bytes: int | None, budget_s: float) -> Profile:
     cuts = cutter.candidates()
     if not cuts:
         raise CutError(f"{name} has no place where only whole, batch-first tensors cross")

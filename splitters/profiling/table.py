@@ -12,11 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from torch import nn
-from torch.export import ExportedProgram
-
 from protos.errors import ConfigError
-from splitters.cutting.split import Cutter
 
 WORTH = 0.97  # a good cut saves at least 3 % of the bytes of the good cut before it
 
@@ -183,28 +179,3 @@ def mark_good(names: Sequence[str], work: Sequence[float], sent_bytes: Sequence[
             good[min(alike, key=lambda j: (names[j].count("."), j))] = True
             fewest = sent_bytes[i]
     return good
-
-
-def profile(
-    model: nn.Module | ExportedProgram,
-    example_inputs: Any,
-    *,
-    name: str = "",
-    picture_bytes: int | None = None,
-    budget_s: float = 30.0,
-) -> Profile:
-    """Measures every candidate cut of ``model`` on this machine, one thread.
-
-    Args:
-        model: any module that :func:`splitters.split` can cut, or an exported program.
-        example_inputs: a real, preprocessed image, or a tuple of tensors; only the first of the batch is used.
-        name: how the table calls the model.
-        picture_bytes: what sending the picture would cost; by default the input's own bytes, 8 bits, compressed.
-        budget_s: time for the latency measurements; rows that do not fit are interpolated and say so.
-
-    Raises:
-        CutError: the model cannot be traced or has no cut.
-    """
-    from splitters.profiling.measure import measure
-
-    return measure(Cutter(model, example_inputs), name or type(model).__name__, picture_bytes, budget_s)

@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from protos.errors import ConfigError
-
-if TYPE_CHECKING:
-    from splitters.training.loop import Trainer
 
 NAME = "checkpoint.safetensors"
 
 
-def save_checkpoint(trainer: Trainer) -> None:
+class _Steering(Protocol):
+    log_lambda: torch.Tensor
+
+
+class Resumable(Protocol):
+    """A training run that a checkpoint is made of: the student, its running average, the optimiser, the steering and the step."""
+
+    ema: dict[str, torch.Tensor]
+    running_bytes: list[float]
+    step: int
+    out: Path
+    device: torch.device
+
+    @property
+    def student(self) -> nn.Module:
+        """What is trained."""
+        ...
+
+    @property
+    def optimiser(self) -> torch.optim.Optimizer:
+        """Of the student."""
+        ...
+
+    @property
+    def steering(self) -> _Steering:
+        """Of the bitrates."""
+        ...
+
+
+def save_checkpoint(trainer: Resumable) -> None:
     """Writes ``checkpoint.safetensors`` into the run directory, atomically."""
     tensors = {f"model/{k}": v.contiguous() for k, v in trainer.student.state_dict().items()}
     tensors |= {f"ema/{k}": v.contiguous() for k, v in trainer.ema.items()}
@@ -31,7 +59,7 @@ def save_checkpoint(trainer: Trainer) -> None:
     partial.replace(trainer.out / NAME)
 
 
-def load_checkpoint(trainer: Trainer) -> int:
+def load_checkpoint(trainer: Resumable) -> int:
     """Restores a trainer from its run directory; returns the steps done.
 
     Raises:

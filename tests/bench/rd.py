@@ -1,6 +1,6 @@
 """Bytes at equal accuracy on imagenette val: the default bundle's operating points beside JPEG, WebP and AVIF.
 
-    python -m tests.bench.rd --data $HEADTAIL_DATA --plot deploy/figures/rd_efficientnet_lite0.png
+    python -m tests.bench.rd --data $HEADTAIL_DATA --plot docs/figures/rd_efficientnet_lite0.png
 
 Top-1 is 1000-way. The image codecs' results are cached, so a second call takes minutes less. `--agreement DIR` adds top-1
 agreement with the whole model on other photos, for three points: the most accurate, a middle one and the smallest.

@@ -47,8 +47,9 @@ CLASSES = Classification(top=(ClassScore(class_id=7, score=0.75), ClassScore(cla
 
 def test_a_line_of_results_is_as_documented() -> None:
     line = to_json(report(3, answer=DETECTION, payload_bytes=1234, operating_point=2), LABELS)
-    assert list(line)[:11] == [
-        "frame", "source", "captured_ns", "captured_unix_ns", "model", "bundle_sha256", "outcome", "reason", "operating_point",
+    assert list(line)[:12] == [
+        "frame", "camera", "source", "captured_ns", "captured_unix_ns", "model", "bundle_sha256", "outcome", "reason",
+        "operating_point",
         "payload_bytes", "latency_ms",
     ]  # fmt: skip
     assert line["detections"] == [{"class_id": 1, "label": "person", "score": 0.5, "box_px": [10.12, 20, 30, 40]}]
@@ -240,8 +241,8 @@ def test_the_help_teaches() -> None:
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
-        ("rtsp://admin:se@cret@cam.example:554/stream/1", "rtsp://cam.example:554/stream/1"),
-        ("http://cam/video.mjpg?user=a&pwd=secret", "http://cam/video.mjpg?…"),
+        ("rtsp://admin:se@cret@cam.example:554/stream/1", "rtsp://cam.example:554/…"),
+        ("http://cam/video.mjpg?user=a&pwd=secret", "http://cam/…"),
         ("rtsp://cam", "rtsp://cam"),
     ],
 )

@@ -18,9 +18,9 @@ from splitters.training.detector.data import Example, held_out, teach
 from splitters.training.detector.fast import speed_up
 from splitters.training.detector.loss import Targets, add_teacher, assign, detection_loss, overlap, pad_boxes
 from splitters.training.detector.teacher import Dense, DenseTeacher
-from splitters.zoo.detector.fpn import conv_unit, separable_unit
 from splitters.zoo.detector.network import STRIDES, Detector, centres
 from splitters.zoo.efficientnet_lite0.network import SamePadConv
+from splitters.zoo.layers import conv_unit, separable_unit
 from splitters.zoo.onnx_detectors import IMAGENET_MEAN, IMAGENET_STD, yolox_boxes
 
 

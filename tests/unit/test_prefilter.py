@@ -185,16 +185,17 @@ def test_what_was_measured_of_other_weights_does_not_count(tmp_path: Path, monke
     import json
 
     from splitters.bundle import sha256_file
+    from splitters.zoo.detector.network import WEIGHTS
     from splitters.zoo.prefilter import export as prefilter_export
     from splitters.zoo.prefilter.promise import SURE
 
     file = tmp_path / "sure.json"
     monkeypatch.setattr(prefilter_export, "SURE_OF_DETECTOR", file)
-    assert prefilter_export.sure_score() == SURE
+    assert prefilter_export.sure_score(WEIGHTS) == SURE
     file.write_text(json.dumps({"score": 0.31, "weights_sha256": "0" * 64}))
-    assert prefilter_export.sure_score() == SURE
-    file.write_text(json.dumps({"score": 0.31, "weights_sha256": sha256_file(prefilter_export.DETECTOR_WEIGHTS)}))
-    assert prefilter_export.sure_score() == 0.31
+    assert prefilter_export.sure_score(WEIGHTS) == SURE
+    file.write_text(json.dumps({"score": 0.31, "weights_sha256": sha256_file(WEIGHTS)}))
+    assert prefilter_export.sure_score(WEIGHTS) == 0.31
 
 
 def test_a_detectors_boxes_are_right_where_an_object_of_their_class_lies() -> None:

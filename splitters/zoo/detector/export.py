@@ -100,7 +100,11 @@ def write_heads(writer: BundleWriter, student: LearnedSplit) -> Head:
         graphs[name] = f"device/encoder_{name}.onnx"
         module = exportable(student.ensemble.encoders[index], width)
         export_onnx(module, [stem_map], writer.file(graphs[name], "device"), inputs=["stem_map"], outputs=["latent_0"])
-    return Head(stem="device/stem.onnx", graphs=graphs, prefilter=write_prefilter(writer, score_min=SCORE_MIN))
+    return Head(
+        stem="device/stem.onnx",
+        graphs=graphs,
+        prefilter=write_prefilter(writer, input_px=INPUT_SIZE_PX, detector=WEIGHTS, score_min=SCORE_MIN),
+    )
 
 
 def export_learned(out: Path, folder: Path = FOLDER, detector: Path = WEIGHTS) -> Bundle:

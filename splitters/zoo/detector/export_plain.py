@@ -181,7 +181,7 @@ def export_plain(out: Path, codec: Mapping[str, Any] | None = None, points: Sequ
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         half = {k: v.half() if v.dtype.is_floating_point else v for k, v in model.state_dict().items()}
         save_file(half, writer.file("server/tail.safetensors", "server"))
-        prefilter = write_prefilter(writer, score_min=SCORE_MIN)
+        prefilter = write_prefilter(writer, input_px=INPUT_SIZE_PX, detector=WEIGHTS, score_min=SCORE_MIN)
         return writer.finish(
             points=table, name="detector", latent_shape=(shape,),
             head=Head(stem="device/stem.onnx", graphs={"blocks": "device/blocks.onnx"}, prefilter=prefilter),

@@ -11,16 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
-
-def conv_unit(c_in: int, c_out: int, kernel: int = 1, *, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution, batch norm, ReLU6."""
-    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out, momentum=0.03, eps=1e-3), nn.ReLU6())
-
-
-def separable_unit(c_in: int, c_out: int, kernel: int = 5, *, stride: int = 1) -> nn.Sequential:
-    """Depthwise ``kernel`` x ``kernel`` then 1x1 convolution, each with batch norm and ReLU6."""
-    return nn.Sequential(conv_unit(c_in, c_in, kernel, stride=stride, groups=c_in), conv_unit(c_in, c_out))
+from splitters.zoo.layers import conv_unit, separable_unit
 
 
 class LightPan(nn.Module):

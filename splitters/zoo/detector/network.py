@@ -17,15 +17,15 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from protos.errors import MissingDependencyError, ModelError
 from splitters.bundle.manifest import Preprocess
 from splitters.tasks.boxes import Detections, Pixels, select
 from splitters.tasks.coco_classes import CATEGORY_IDS
 from splitters.tasks.preprocess import geometry, preprocess
-from splitters.zoo.detector.fpn import LightPan, conv_unit
+from splitters.zoo.detector.fpn import LightPan
 from splitters.zoo.efficientnet_lite0.network import INPUT_MEAN, INPUT_STD, EfficientNetLite0
+from splitters.zoo.layers import conv_unit, fold_batch_norm
 
 STRIDES = (8, 16, 32)
 TAPS = (4, 10, 15)  # the backbone's last blocks at strides 8, 16 and 32
@@ -40,17 +40,6 @@ PREPROCESS = Preprocess(
     resize="letterbox", size_px=(INPUT_SIZE_PX, INPUT_SIZE_PX), interpolation="auto", anchor="top_left", pad=PAD,
     mean=(INPUT_MEAN,) * 3, std=(INPUT_STD,) * 3, channel_order="rgb",
 )  # fmt: skip
-
-
-def fold_batch_norm(module: nn.Module) -> None:
-    """Folds every batch norm that follows a convolution in a ``Sequential`` into it, in place; for frozen statistics only."""
-    for child in module.children():
-        if isinstance(child, nn.Sequential) and len(child) > 1 and isinstance(child[1], nn.BatchNorm2d):
-            conv, norm = child[0], child[1]
-            if not isinstance(conv, nn.Conv2d):
-                raise ModelError(f"a batch norm follows a {type(conv).__name__}, and only convolutions can absorb one")
-            child[0], child[1] = fuse_conv_bn_eval(conv.eval(), norm.eval()), nn.Identity()
-        fold_batch_norm(child)
 
 
 class Backbone(nn.Module):

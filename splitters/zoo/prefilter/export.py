@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,6 @@ from safetensors.torch import load_file
 
 from splitters.bundle import BundleWriter, sha256_file
 from splitters.cutting.onnx_export import export_onnx
-from splitters.zoo.detector.network import INPUT_SIZE_PX
-from splitters.zoo.detector.network import WEIGHTS as DETECTOR_WEIGHTS
 from splitters.zoo.prefilter.network import STEM_CHANNELS, WEIGHTS, InterestScore, columns_of, load_prefilter
 from splitters.zoo.prefilter.promise import RECALLS, SURE, promises
 
@@ -25,7 +24,13 @@ RECALL = 0.98
 
 
 def write_prefilter(
-    writer: BundleWriter, interest: Sequence[str] = INTEREST, recall: float = RECALL, *, score_min: float = 0.25
+    writer: BundleWriter,
+    interest: Sequence[str] = INTEREST,
+    recall: float = RECALL,
+    *,
+    input_px: int,
+    detector: Path,
+    score_min: float = 0.25,
 ) -> str | None:
     """Adds the prefilter and its promise for a set of classes; None where no weights were trained.
 
@@ -36,16 +41,18 @@ def write_prefilter(
         writer: of the detector's bundle.
         interest: class names.
         recall: asked for.
+        input_px: side of the detector's input.
+        detector: its weights.
         score_min: the bundle's own score threshold; weaker boxes are never reported.
     """
     if not WEIGHTS.exists():
         return None
     model, ids = load_prefilter()
     scorer = InterestScore(model, columns_of(interest, ids)).eval()
-    side = INPUT_SIZE_PX // 2
+    side = input_px // 2
     path = writer.file(PREFILTER_PART, "device")
     export_onnx(scorer, [torch.zeros(1, STEM_CHANNELS, side, side)], path, inputs=["stem"], outputs=["scores"])
-    promise = {**prefilter_promise(interest, ids, recall), "sure": max(score_min, sure_score())}
+    promise = {**prefilter_promise(interest, ids, recall), "sure": max(score_min, sure_score(detector))}
     writer.add(PROMISE_PART, json.dumps(promise, indent=1).encode(), "device")
     return PREFILTER_PART
 
@@ -71,12 +78,12 @@ def prefilter_promise(interest: Sequence[str], category_ids: Sequence[int], reca
     }  # fmt: skip
 
 
-def sure_score() -> float:
-    """The detector's score from which its boxes can be believed, as measured for exactly these weights; else 0.5.
+def sure_score(detector: Path) -> float:
+    """The detector's score from which its boxes can be believed, as measured for exactly these ``detector`` weights; else 0.5.
 
     The client counts a probe as a miss of the prefilter where the server reports a box of interest with this score or more.
     """
     if not SURE_OF_DETECTOR.exists():
         return SURE
     stored = json.loads(SURE_OF_DETECTOR.read_text(encoding="utf-8"))
-    return float(stored["score"]) if stored["weights_sha256"] == sha256_file(DETECTOR_WEIGHTS) else SURE
+    return float(stored["score"]) if stored["weights_sha256"] == sha256_file(detector) else SURE

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from protos.errors import ConfigError, ModelError
 from splitters.tasks.coco_classes import NAME_OF
-from splitters.zoo.detector.fpn import conv_unit, separable_unit
-from splitters.zoo.detector.network import fold_batch_norm
 from splitters.zoo.efficientnet_lite0.network import EfficientNetLite0
+from splitters.zoo.layers import conv_unit, fold_batch_norm, separable_unit
 
 STEM_CHANNELS = 32
 PEAKS = 2
