@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{name:42} {found['method']}{'' if found['dynamic_batch'] else ' (fixed batch)'}  {found['candidates']:4} candidates  "
             f"tensors {'/'.join(str(r['tensors']) for r in found['cuts']):12} relative {most:.1e}  "
-            f"1 % moves ≥ {sensitivity:.1e}  {time.perf_counter() - start:.1f} s",
+            f"replaced moves ≥ {sensitivity:.1e}  {time.perf_counter() - start:.1f} s",
             flush=True,
         )
     result = {"architectures": verified, "cuts": cuts, "cuts_with_several_tensors": multiple, "worst_relative": worst}
