@@ -101,10 +101,13 @@ def export(what: str, out: Path) -> Bundle:
 
     Raises:
         UnknownModelError: no default has that name.
+        BundleError: a directory that holds no finished training.
         StorageError: ``out`` cannot be written.
     """
     if (Path(what) / "recipe.json").is_file():
         return _run(Path(what), out)
+    if what not in EXPORTERS and Path(what).is_dir():
+        raise BundleError(f"{what} holds no finished training: `splitters train` with the same settings goes on to its last step")
     if what not in EXPORTERS:
         raise UnknownModelError(f"{what!r} is no default model; there are {', '.join(EXPORTERS)}, or give a bundle's directory")
     log.info("exporting %s to %s", what, out)
@@ -125,12 +128,14 @@ def ensure_exported(name: str) -> Path:
     path = exported_path(name)
     stamp = _stamp(path)
     try:
-        open_bundle(path)
-        if stamp.is_file() and stamp.read_text(encoding="utf-8") == _source_sha256():
+        if not path.exists():
+            log.info("%s is made for the first time; later starts find it in %s", name, path)
+        elif open_bundle(path) and stamp.is_file() and stamp.read_text(encoding="utf-8") == _source_sha256():
             return path
-        log.info("%s was exported by other code or weights; exporting it anew", path)
+        else:
+            log.info("%s was exported by other code or weights; it is exported again", path)
     except BundleError as error:
-        log.info("%s", error.message)
+        log.info("%s; it is exported again", error.message)
     export(name, path)
     return path
 
