@@ -202,11 +202,12 @@ def open_session(path: Path) -> ort.InferenceSession:
 
 def _onnx_difference(split: Split, head: ort.InferenceSession, tail: ort.InferenceSession, images: Tensor) -> float:
     """Largest difference of the ONNX halves to the model over the largest output: each picture alone, and all in one batch."""
-    singles = [_tuple(flat(split.model(image[None].clone()))) for image in images]
+    rows = [images[i : i + 1] for i in range(len(images))]
+    singles = [_tuple(flat(split.model(row.clone()))) for row in rows]
     # Frames that a server batches must not see one another: every row is what its picture gives alone.
     together = tuple(torch.cat(parts) for parts in zip(*singles, strict=True))
     worst = 0.0
-    for batch, wanted in zip([*images.split(1), images], [*singles, together], strict=True):
+    for batch, wanted in zip([*rows, images], [*singles, together], strict=True):
         latents = head.run(None, {"image": batch.numpy()})
         got = tail.run(None, {i.name: latent for i, latent in zip(tail.get_inputs(), latents, strict=True)})
         for w, g in zip(wanted, got, strict=True):
