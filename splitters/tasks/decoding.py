@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import BundleError, ConfigError, HeadtailError
-from protos.messages import Answer, Classification, ClassScore, Detection
+from protos.messages import Answer, Box, Classification, ClassScore, Detection
 from protos.schema import checked, read_json
 from splitters.bundle.manifest import Preprocess
 from splitters.tasks.boxes import nms
@@ -75,7 +75,9 @@ def _rows(array: NDArray[Any], axes: Axes, which: int) -> NDArray[Any]:
     if axes == "pc" and array.ndim == 2:
         array = array[:, None, :]
     if array.ndim != ranks[axes]:
-        raise BundleError(f"output {which} has shape {array.shape}; decoding it as (N, {', '.join(axes.upper())}) needs {ranks[axes]} axes")
+        raise BundleError(
+            f"output {which} has shape {array.shape}; decoding it as (N, {', '.join(axes.upper())}) needs {ranks[axes]} axes"
+        )
     if axes == "cp":
         return array.transpose(0, 2, 1)
     if axes == "chw":
@@ -90,16 +92,16 @@ def activate(values: Floats, how: str) -> Floats:
     if how == "sigmoid":
         return _sigmoid(values)
     if how == "tanh":
-        return np.tanh(values)
+        return np.asarray(np.tanh(values), np.float32)
     if how == "softmax":
         shifted = np.exp(values - values.max(axis=-1, keepdims=True))
-        return (shifted / shifted.sum(axis=-1, keepdims=True)).astype(np.float32)
+        return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), np.float32)
     return values
 
 
 def _sigmoid(values: Floats) -> Floats:
     half = np.float32(0.5)
-    return (half * (np.tanh(half * values) + np.float32(1))).astype(np.float32)
+    return np.asarray(half * (np.tanh(half * values) + np.float32(1)), np.float32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +148,9 @@ class BoxForm:
     def _on_grid(self, raw: Floats, size_px: tuple[int, int]) -> Floats:
         cells, stride = grid(size_px, self.strides)
         if len(cells) != raw.shape[1]:
-            raise BundleError(f"strides {list(self.strides)} give {len(cells)} positions at {size_px} px, the output has {raw.shape[1]}")
+            raise BundleError(
+                f"strides {list(self.strides)} give {len(cells)} positions at {size_px} px, the output has {raw.shape[1]}"
+            )
         centre = (cells + np.float32(self.cell)) * stride + np.float32(self.shift_px)
         if self.form == "ltrb":
             reach = raw * stride
@@ -356,10 +360,7 @@ class Declared:
             rows, columns, values = rows[best], columns[best], values[best]
         if not values.size:
             return Detection(boxes=())
-        if named is not None:
-            kinds = np.rint(named[rows]).astype(np.int64)
-        else:
-            kinds = columns if ids is None else ids[columns]
+        kinds = np.rint(named[rows]).astype(np.int64) if named is not None else columns if ids is None else ids[columns]
         found = boxes[rows].astype(np.float32)
         if how.suppression == "none":
             order = np.argsort(-values, kind="stable")[: how.keep]
@@ -371,10 +372,11 @@ class Declared:
 
 
 def _detection(corners: Floats, scores: Floats, kinds: NDArray[np.int64]) -> Detection:
-    from splitters.tasks.postprocess import detection
-
-    right_way = (corners[:, 2] >= corners[:, 0]) & (corners[:, 3] >= corners[:, 1]) & np.isfinite(corners).all(axis=1) & (kinds >= 0)
-    return detection(corners[right_way], np.clip(scores[right_way], 0, 1), kinds[right_way])
+    right_way = (
+        (corners[:, 2] >= corners[:, 0]) & (corners[:, 3] >= corners[:, 1]) & np.isfinite(corners).all(axis=1) & (kinds >= 0)
+    )
+    found = zip(corners[right_way].tolist(), np.clip(scores[right_way], 0, 1).tolist(), kinds[right_way].tolist(), strict=True)
+    return Detection(boxes=tuple(Box(class_id=k, score=s, box_px=(b[0], b[1], b[2], b[3])) for b, s, k in found))
 
 
 def declared(spec: Mapping[str, Any], preprocess: Preprocess) -> Declared:

@@ -8,7 +8,7 @@ Shape legend: N batch (1 here), P positions, C columns.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,7 +82,7 @@ def guess(outputs: Outputs) -> Guess:
     found = [g for rule in (_classifier, _named, _map, _queries, _levels, _one_detector) for g in rule(outputs)]
     if not found:
         raise ConfigError(
-            f"nothing is known of outputs like these: {outputs.shapes()}; say what they are with --output PRESET or --output FILE.json"
+            f"nothing is known of outputs like these: {outputs.shapes()}; say what they are with --output PRESET or FILE.json"
         )
     if len({g.preset for g in found}) > 1:
         names = " or ".join(f"{g.preset} ({g.why})" for g in found)
@@ -106,7 +106,9 @@ def _ultralytics(outputs: Outputs, task: str) -> Guess:
             return Guess(preset="rtdetr-ultralytics", why=shape)
         if first.ndim == 3 and classes and first.shape[2] == 5 + classes:
             return Guess(preset="yolov5", why=shape)
-    raise ConfigError(f"{said}, and outputs {outputs.shapes()} of {classes or 'unknown'} classes have no preset; use --output FILE.json")
+    raise ConfigError(
+        f"{said}, and outputs {outputs.shapes()} of {classes or 'unknown'} classes have no preset; use --output FILE.json"
+    )
 
 
 def _is_shares(values: Array) -> bool:
@@ -196,6 +198,8 @@ def _one_detector(outputs: Outputs) -> list[Guess]:
         if np.allclose(last, np.rint(last), atol=1e-3) and _given(values[0, :, 4]):
             return [Guess(preset="end-to-end", why=f"one output {shape} of box, score and class")]
         return []
+    if columns == 7 and rows not in positions and not values[0, :, 0].any() and _given(values[0, :, 6]):
+        return [Guess(preset="yolov7-end-to-end", why=f"one output {shape} of picture, box, class and score")]
     if columns in positions and 5 <= rows < columns:
         if _given(values[0, 4:]):
             return [Guess(preset="yolov8", why=f"one output {shape}: {rows - 4} class scores for each of {columns} positions")]
@@ -279,5 +283,9 @@ def _resolved(how: Decoding, outputs: Outputs) -> Decoding:
 
     scores = resolve(how.scores)
     return replace(
-        how, scores=scores or how.scores, boxes=resolve(how.boxes), objectness=resolve(how.objectness), class_id=resolve(how.class_id)
+        how,
+        scores=scores or how.scores,
+        boxes=resolve(how.boxes),
+        objectness=resolve(how.objectness),
+        class_id=resolve(how.class_id),
     )

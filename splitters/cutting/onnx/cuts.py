@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from protos.errors import CutError
-from splitters.codec.base import MAX_ELEMENTS, MAX_TENSORS
+from splitters.codec.base import MAX_TENSORS
 from splitters.cutting.onnx.model import BATCH, OnnxModel, to_bytes
 from splitters.cutting.onnx.runtime import Session
 
@@ -77,17 +77,12 @@ class Cuts:
 
     def _live(self) -> dict[ir.Value, tuple[int, int]]:
         """Of every tensor of the picture: the positions between which it crosses."""
-        place = {node: i for i, node in enumerate(self.order)}
-        graph = self.model.graph.graph
-        outputs, last = set(graph.outputs), len(self.order)
-        spans: dict[ir.Value, tuple[int, int]] = {}
-        for value, made in [(self._picture, 0), *((v, i + 1) for i, n in enumerate(self.order) for v in n.outputs)]:
-            uses = [place[user] for user in _users(value) if user in place]
-            if value in outputs:
-                uses.append(last)
-            if uses:
-                spans[value] = (made, max(uses))
-        return spans
+        used: dict[ir.Value, int] = {}
+        for position, node in enumerate(self.order):
+            used.update(dict.fromkeys(reads(node), position))
+        used.update(dict.fromkeys(self.model.graph.graph.outputs, len(self.order)))
+        made = [(self._picture, 0), *((v, i + 1) for i, n in enumerate(self.order) for v in n.outputs)]
+        return {value: (position, used[value]) for value, position in made if value in used}
 
     def crossing(self, position: int) -> tuple[ir.Value, ...]:
         """The tensors that cross there, in the order they are made."""
@@ -191,18 +186,6 @@ def reads(node: ir.Node) -> list[ir.Value]:
     return found
 
 
-def _users(value: ir.Value) -> set[ir.Node]:
-    """Nodes of the value's own graph that read it, also from inside a sub-graph."""
-    users: set[ir.Node] = set()
-    for user in value.consumers():
-        node: ir.Node | None = user
-        while node is not None and node.graph is not value.graph:
-            node = node.graph.parent_node if node.graph is not None else None
-        if node is not None:
-            users.add(node)
-    return users
-
-
 def is_size(node: ir.Node) -> bool:
     """Whether the node tells a shape that is known but for the batch."""
     if node.op_type not in ("Shape", "Size") or node.domain not in ("", "ai.onnx"):
@@ -225,15 +208,15 @@ def _data_nodes(graph: ir.Graph, picture: ir.Value) -> list[ir.Node]:
     return found
 
 
-def _static(value: ir.Value | None) -> tuple[int, ...] | None:
+def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     """A shape for a batch of one; None where it is not known."""
     if value is None:
         return None
     if value.const_value is not None:
-        return tuple(int(d) for d in value.const_value.shape)
+        return tuple(d if isinstance(d, int) else 0 for d in value.const_value.shape)
     if value.shape is None:
         return None
-    sides = [d if isinstance(d, int) else (1 if i == 0 else 0) for i, d in enumerate(value.shape)]
+    sides = [int(d) if isinstance(d, int) else (1 if i == 0 else 0) for i, d in enumerate(value.shape)]
     return None if 0 in sides else tuple(sides)
 
 
@@ -247,7 +230,7 @@ def _macs(model: OnnxModel, order: Sequence[ir.Node]) -> list[int]:
     """Multiply-accumulates of every node, for one picture; shapes that inference could not tell come from a run."""
     unknown = [
         str(v.name) for n in order if n.op_type in _WORKING for v in (*n.inputs[:1], *n.outputs[:1])
-        if v is not None and v.const_value is None and _static(v) is None
+        if v is not None and v.const_value is None and static_shape(v) is None
     ]  # fmt: skip
     shapes: Mapping[str, tuple[int, ...]] = {}
     if unknown:
@@ -255,7 +238,7 @@ def _macs(model: OnnxModel, order: Sequence[ir.Node]) -> list[int]:
         shapes = {name: array.shape for name, array in run_for(model, sorted(set(unknown)), [zeros])[0].items()}
 
     def shape(value: ir.Value | None) -> tuple[int, ...]:
-        return shapes.get(str(value.name) if value is not None else "") or _static(value) or (1,)
+        return shapes.get(str(value.name) if value is not None else "") or static_shape(value) or (1,)
 
     return [_node_macs(n, shape) if n.op_type in _WORKING else 0 for n in order]
 
@@ -270,9 +253,9 @@ def _node_macs(node: ir.Node, shape: Any) -> int:
         weight = shape(node.inputs[3 if kind == "QLinearConv" else 1])
         return out * int(np.prod(weight[1:]))
     left = shape(node.inputs[0])
-    if kind == "Gemm" and node.attributes.get_int("transA", 0):
-        return out * left[0]
-    return out * left[-1]
+    if kind == "Gemm" and int(node.attributes.get_int("transA", 0) or 0):
+        return out * int(left[0])
+    return out * int(left[-1])
 
 
 def run_for(
@@ -287,9 +270,7 @@ def run_for(
     session = Session(to_bytes(graph, str(model.path)), optimised=False, what=str(model.path))
     found = []
     for image in images:
-        given = {model.picture.name: model.picture.of(image), **model.constants}
-        if model.batch > 1:
-            given[model.picture.name] = np.repeat(given[model.picture.name], model.batch, axis=0)
+        given = {model.picture.name: np.repeat(model.picture.of(image), model.copies, axis=0), **model.constants}
         found.append({n: a for n, a in zip(session.outputs, session.run(given), strict=True) if n in set(names)})
     return found
 

@@ -7,7 +7,7 @@ cut has to carry it. Weights and their quantisation stay as the file has them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +80,7 @@ class OnnxModel:
         metadata: what its exporter wrote beside the graph.
         free_batch: whether the file leaves the batch open (not yet proven).
         batch: the file's own batch where it is fixed.
+        copies: how many copies of a picture the graph is given: 1, or the file's batch where it runs with no other.
         notes: what was decided about it, for people.
     """
 
@@ -92,6 +93,7 @@ class OnnxModel:
     metadata: Mapping[str, str]
     free_batch: bool
     batch: int
+    copies: int = 1
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -100,11 +102,10 @@ class OnnxModel:
         return int(self.graph.graph.opset_imports.get("", self.graph.graph.opset_imports.get("ai.onnx", 1)) or 1)
 
     def run_reference(self, image: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        """The user's own file on one image (1, 3, h, w), every output; a fixed batch is filled with copies."""
-        given = self.picture.of(image)
-        if self.batch > 1 and len(given) == 1:
-            given = np.repeat(given, self.batch, axis=0)
-        return self.reference.run({self.picture.name: given, **self.constants})
+        """The user's own file on one image (1, 3, h, w), every output; a fixed batch is filled with copies, of which one counts."""
+        given = np.repeat(self.picture.of(image), self.batch, axis=0)
+        outputs = self.reference.run({self.picture.name: given, **self.constants})
+        return [a[:1] if self.batch > 1 and a.ndim and a.shape[0] == self.batch else a for a in outputs]
 
 
 def load_onnx_model(path: Path, *, size_px: tuple[int, int] | None = None) -> OnnxModel:
@@ -150,16 +151,26 @@ def load_onnx_model(path: Path, *, size_px: tuple[int, int] | None = None) -> On
     else:
         if size_px is not None:
             raise ConfigError(
-                f"{path} does not run at {size_px[0]}x{size_px[1]} pixels, so its size is fixed in the file; export it at that size, "
-                f"or leave --size out ({first_line(failure)})"
+                f"{path} does not run at {size_px[0]}x{size_px[1]} pixels, so its size is fixed in the file; export it at that "
+                f"size, or leave --size out ({first_line(failure)})"
             ) from failure
         raise failure or ModelError(f"{path} cannot be run")
-    _fix(model, candidate, constants, batch or 1, free=free)
+    _fix(model, candidate, constants, 1, free=free)
+    copies = 1
+    if batch > 1:
+        notes = (*notes, f"the file takes {batch} pictures at once; the bundle takes one")
+        if not _runs_alone(model, candidate, constants, path):
+            copies = batch
+            _fix(model, candidate, constants, batch, free=False)
+            notes = (
+                *notes,
+                f"the graph runs only with {batch}, so that each picture is worked on {batch} times: export it with a batch of one",
+            )
     outputs = tuple(str(v.name) for v in graph.outputs)
     normalise(model)
     return OnnxModel(
         path=path, graph=model, reference=reference, picture=candidate, constants=constants, outputs=outputs, metadata=metadata,
-        free_batch=free, batch=batch or 1, notes=notes,
+        free_batch=free, batch=batch or 1, copies=copies, notes=notes,
     )  # fmt: skip
 
 
@@ -171,19 +182,30 @@ def at_batch_one(model: OnnxModel) -> OnnxModel:
     return replace(model, graph=graph, free_batch=False)
 
 
+def _runs_alone(model: ir.Model, picture: Picture, constants: Arrays, path: Path) -> bool:
+    """Whether a file of a fixed batch runs with one picture."""
+    try:
+        alone = Session(to_bytes(model, str(path)), optimised=False, what=str(path))
+        alone.run({picture.name: np.zeros(picture.shape(1), picture.dtype.numpy()), **constants})
+    except ModelError:
+        return False
+    return True
+
+
 def normalise(model: ir.Model) -> None:
     """Constants as initialisers, shapes inferred, integer arithmetic folded, what nobody reads removed, in topological order."""
     from onnxscript.optimizer import fold_constants
 
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    for step in (
+    steps: tuple[Callable[[], object], ...] = (
         lambda: common.ShapeInferencePass()(model),
         lambda: fold_constants(model, onnx_shape_inference=True, should_fold=_may_fold),
         lambda: common.RemoveUnusedNodesPass()(model),
-    ):
+    )
+    for step in steps:
         try:
             step()
-        except Exception as error:  # they raise many kinds on graphs they do not know; a graph can be cut without them
+        except Exception as error:  # noqa: BLE001  (they raise many kinds on graphs they do not know, and can be left out)
             log.info("a normalising step was left out: %s", first_line(error))
     common.TopologicalSortPass()(model)
 
@@ -209,7 +231,8 @@ def _read(path: Path) -> ir.Model:
         ir.external_data.load_to_model(model)
     except Exception as error:
         raise ModelError(
-            f"the weights of {path} lie in a file of their own that cannot be read: {first_line(error)}; it belongs beside the model"
+            f"the weights of {path} lie in a file of their own that cannot be read: {first_line(error)}; it belongs beside "
+            "the model"
         ) from error
     if not model.graph.num_nodes():
         raise ModelError(f"{path} holds no operators: it is no ONNX model, or an empty one")
@@ -301,7 +324,8 @@ def _constants(path: Path, inputs: Sequence[ir.Value], picture: ir.Value, spec: 
         if how is None or value.dtype is None or value.shape is None:
             others = ", ".join(str(v.name) for v in inputs if v is not picture)
             raise ModelError(
-                f"{path} has inputs beside the picture ({others}), and nothing says what to feed {name!r}; export it with the picture alone"
+                f"{path} has inputs beside the picture ({others}), and nothing says what to feed {name!r}; "
+                "export it with the picture alone"
             )
         kind = value.dtype.numpy()
         if how == "height_width":

@@ -62,14 +62,12 @@ def divide(model: OnnxModel, cut: OnnxCut, shapes: Sequence[tuple[int, ...]]) ->
     values = ir.convenience.create_value_mapping(model.graph.graph, include_subgraphs=False)
     latents = tuple(
         Latent(
-            tensor=name, dtype=values[name].dtype or ir.DataType.FLOAT, unbatched=not shape or shape[0] != 1,
-            shape=tuple(shape) if not shape or shape[0] != 1 else tuple(shape[1:]),
+            tensor=name, dtype=values[name].dtype or ir.DataType.FLOAT, unbatched=not shape or shape[0] != model.copies,
+            shape=tuple(shape) if not shape or shape[0] != model.copies else tuple(shape[1:]),
         )
         for name, shape in zip(cut.crossing, shapes, strict=True)
     )  # fmt: skip
-    return Pieces(
-        head=_head(model, latents), tail=_tail(model, latents, shapes), whole=whole(model), latents=latents
-    )
+    return Pieces(head=_head(model, latents), tail=_tail(model, latents, shapes), whole=whole(model), latents=latents)
 
 
 def whole(model: OnnxModel) -> ir.Model:
@@ -79,6 +77,20 @@ def whole(model: OnnxModel) -> ir.Model:
     edit.picture()
     edit.outputs(model.outputs)
     return edit.done()
+
+
+def unbatched_outputs(model: OnnxModel) -> tuple[bool, ...]:
+    """Which outputs have no batch axis: a suppression in the graph returns as many rows as it finds."""
+    if model.free_batch:
+        return tuple(False for _ in model.outputs)
+    values = {str(v.name): v for v in model.graph.graph.outputs}
+    first = [list(values[name].shape or [None])[:1] for name in model.outputs]
+    return tuple(sides != [model.copies] for sides in first)
+
+
+def whole_outputs(model: OnnxModel, image: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+    """The user's own file on one image, as the pieces give it: batch first."""
+    return [a[None] if bare else a for a, bare in zip(model.run_reference(image), unbatched_outputs(model), strict=True)]
 
 
 def _extract(model: ir.Model, inputs: Iterable[str], outputs: Iterable[str]) -> ir.Model:
@@ -219,9 +231,8 @@ class _Edit:
             made.append(self._node("Add", parts[:2]))
             made.append(self._node("Add", [made[-1].outputs[0], parts[2]]))
         last = made[-1].outputs[0] if made else new
-        if self._source.batch > 1:
-            repeats = self._number(np.asarray([self._source.batch, 1, 1, 1], np.int64))
-            made.append(self._node("Tile", [last, repeats]))
+        if self._source.copies > 1:
+            made.append(self._repeat(last, 3))
             last = made[-1].outputs[0]
         if spec.channels_last:
             made.append(self._node("Transpose", [last], perm=[0, 2, 3, 1]))
@@ -244,6 +255,14 @@ class _Edit:
         made.append(self._node("Cast", [value], to=int(dtype)))
         return made
 
+    def _repeat(self, value: ir.Value, rank: int) -> ir.Node:
+        """As many copies as the graph is made for, along the batch; ``rank`` without it."""
+        return self._node("Tile", [value, self._number(np.asarray([self._source.copies, *[1] * rank], np.int64))])
+
+    def _first(self, value: ir.Value) -> ir.Node:
+        """Of the copies the first."""
+        return self._node("Gather", [value, self._number(np.asarray([0], np.int64))], axis=0)
+
     def _axes(self, kind: str, value: ir.Value) -> ir.Node:
         """Unsqueeze or Squeeze of the first axis; opset 13 moved the axes into an input."""
         if self._source.opset >= 13:
@@ -262,6 +281,8 @@ class _Edit:
                 kinds.append(self._node("Cast", [value], to=int(ir.DataType.FLOAT)))
             if latent.unbatched:
                 kinds.append(self._axes("Unsqueeze", kinds[-1].outputs[0] if kinds else value))
+            elif self._source.copies > 1:
+                kinds.append(self._first(kinds[-1].outputs[0] if kinds else value))
             if not kinds:
                 kinds.append(self._node("Identity", [value]))
             self._graph.extend(kinds)
@@ -280,15 +301,25 @@ class _Edit:
             made: list[ir.Node] = []
             if latent.unbatched:
                 made.append(self._axes("Squeeze", new))
+            elif self._source.copies > 1:
+                made.append(self._repeat(new, len(latent.shape)))
             made += self._cast(made[-1].outputs[0] if made else new, latent.dtype)
             self._input(old, new, made)
 
     def outputs(self, names: Sequence[str]) -> None:
-        """The file's own outputs, without shapes that were inferred for another batch."""
+        """The file's own outputs; what has no batch axis in a model of one picture gets one."""
         values = {str(v.name): v for v in self._graph.outputs}
-        ordered = [values[self._own(name)] for name in names]
-        for value in ordered:
+        ordered = []
+        for name, bare in zip(names, unbatched_outputs(self._source), strict=True):
+            value = values[self._own(name)]
+            if bare or self._source.copies > 1:
+                node = self._axes("Unsqueeze", value) if bare else self._first(value)
+                self._graph.append(node)
+                node.outputs[0].type = value.type
+                value.name, node.outputs[0].name = f"{value.name}__bare", value.name
+                value = node.outputs[0]
             value.shape = None
+            ordered.append(value)
         self._graph.outputs[:] = ordered
 
     def done(self) -> ir.Model:

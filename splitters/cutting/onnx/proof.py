@@ -6,7 +6,7 @@ as they are served, ONNX Runtime joins operators differently in the pieces than 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,12 +69,17 @@ def prove(model: OnnxModel, pieces: Pieces, images: Sequence[Array]) -> Proof:
     served = _Halves(model, pieces, optimised=True)
     runs = [served(image) for image in chosen]
     gap = max(_difference(model, w, run[1]) for w, run in zip(wanted, runs, strict=True))
-    if plain_gap > TOLERANCE or gap > TOLERANCE:
+    if plain_gap > TOLERANCE or (plain_gap and gap > TOLERANCE):
         raise CutError(
             f"head and tail of {model.path.name} differ from the whole file by {max(plain_gap, gap):.2g} of its largest output "
             f"(allowed: {TOLERANCE})"
         )
     notes = _weak(served, runs[0], runs[1])
+    if gap > TOLERANCE:
+        notes.append(
+            f"the pieces are the file to the last bit, but ONNX Runtime's own optimisation moves an output by {gap:.2g} of its "
+            "largest: the model picks among near equals, as a top-k does"
+        )
     free = model.free_batch and _rows_apart(served, chosen[:2], [run[1] for run in runs[:2]])
     return Proof(identical=plain_gap == 0.0, difference=gap, free_batch=free, pictures=len(chosen), notes=tuple(notes))
 
@@ -98,8 +103,12 @@ class _Halves:
 def _difference(model: OnnxModel, wanted: Sequence[Array], got: Sequence[Array]) -> float:
     worst = 0.0
     for name, w, g in zip(model.outputs, wanted, got, strict=True):
+        if g.shape == (1, *w.shape):  # the pieces give every output a batch axis
+            g = g[0]  # noqa: PLW2901
         if w.shape != g.shape:
-            raise CutError(f"output {name!r} of {model.path.name} has shape {g.shape} from the halves, {w.shape} from the whole file")
+            raise CutError(
+                f"output {name!r} of {model.path.name} has shape {g.shape} from the halves, {w.shape} from the whole file"
+            )
         if w.dtype.kind not in "fiub" or not w.size or np.array_equal(w, g):
             continue
         gap = np.abs(w.astype(np.float64) - g.astype(np.float64))
@@ -109,7 +118,7 @@ def _difference(model: OnnxModel, wanted: Sequence[Array], got: Sequence[Array])
 
 def _weak(halves: _Halves, first: tuple[list[Array], list[Array]], second: tuple[list[Array], list[Array]]) -> list[str]:
     """Tensors that cross and change nothing when another picture's takes their place."""
-    notes = []
+    weak = []
     for index in range(len(first[0])):
         swapped = [*first[0][:index], second[0][index], *first[0][index + 1 :]]
         try:
@@ -117,8 +126,8 @@ def _weak(halves: _Halves, first: tuple[list[Array], list[Array]], second: tuple
         except ModelError:
             continue
         if all(a.shape == b.shape and np.array_equal(a, b) for a, b in zip(moved, first[1], strict=True)):
-            notes.append(f"another picture's {latent_name(index)} changes no output: either it is not needed, or the model barely uses it")
-    return notes
+            weak.append(latent_name(index))
+    return [f"another picture's {', '.join(weak)} changes no output: the model barely uses what crosses there"] if weak else []
 
 
 def _rows_apart(halves: _Halves, images: Sequence[Array], alone: Sequence[Sequence[Array]]) -> bool:
@@ -139,8 +148,3 @@ def _rows_apart(halves: _Halves, images: Sequence[Array], alone: Sequence[Sequen
             if gap > 1e-4 * (float(np.abs(wanted).max()) or 1.0):
                 return False
     return True
-
-
-def as_mapping(names: Sequence[str], arrays: Sequence[Array]) -> Mapping[str, Array]:
-    """Names and arrays as one mapping."""
-    return dict(zip(names, arrays, strict=True))
