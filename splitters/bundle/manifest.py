@@ -32,7 +32,6 @@ _MAX_MEAN = 1e4
 _PATH = re.compile(r"[A-Za-z0-9._+=/-]+")
 
 Task = Literal["classification", "detection"]
-_Value = Annotated[int, msgspec.Meta(ge=0, le=255)]
 Side = Literal["device", "server"]
 
 
@@ -123,7 +122,8 @@ class Preprocess:
     interpolation: Literal["auto", "area", "bilinear", "bicubic"] = "auto"
     resampler: Literal["opencv", "pillow"] = "opencv"
     anchor: Literal["top_left", "centre"] = "top_left"
-    pad: _Value | tuple[_Value, _Value, _Value] = 114
+    # Bounds are checked below: msgspec 0.22 crashes on a bounded number in a union with a fixed tuple.
+    pad: int | tuple[int, int, int] = 114
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     channel_order: Literal["rgb", "bgr"] = "rgb"
@@ -139,6 +139,8 @@ class Preprocess:
         for name, size in (("size_px", self.size_px), ("box_px", self.box_px or self.size_px)):
             if not all(8 <= s <= 8192 for s in size):
                 raise BundleError(f"preprocess.{name} must be (height, width), 8..8192 each, got {size}")
+        if not all(0 <= v <= 255 for v in (self.pad if isinstance(self.pad, tuple) else (self.pad,))):
+            raise BundleError(f"preprocess.pad must be 0..255, got {self.pad}")
         if self.resize == "shortest" and not 8 <= self.resize_px <= 8192:
             raise BundleError(f"preprocess.resize_px must be 8..8192 for resize=shortest, got {self.resize_px}")
         if not all(abs(m) <= _MAX_MEAN for m in self.mean) or not all(1 / _MAX_MEAN <= s <= _MAX_MEAN for s in self.std):
