@@ -98,7 +98,7 @@ def test_image_codecs_are_not_run_again_for_the_same_photos_and_model(
 
 
 def test_what_cannot_be_measured_is_said(cells: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    bundle, images, labels = cells
+    _, images, labels = cells
     tail_only = write_cell_detector(tmp_path / "tail-only", whole=False)
     with pytest.raises(ConfigError, match="no whole model"):
         evaluate(tail_only, EvaluateConfig(images=images, labels=labels))
