@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_client.frames import NS_PER_MS, Clock
-from edge_client.head import Floats, Head, open_graph, run_options
+from edge_client.head import Head, run_options
 from protos.errors import BundleError, ConfigError, ModelError, PayloadError
 from protos.messages import Answer, Result
 from protos.schema import read_json
@@ -15,6 +15,7 @@ from splitters.bundle import Bundle
 from splitters.bundle.offload import compress
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import LatentCodec, Predictor, Symbols, codec_from_spec
+from splitters.runtime.sessions import Floats, open_graph
 from splitters.tasks.postprocess import build_postprocess
 from splitters.tasks.preprocess import Frame, input_image, normalise
 

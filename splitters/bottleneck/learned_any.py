@@ -242,6 +242,7 @@ def build_any(model: nn.Module, example: Tensor, config: AnyCutConfig, sample: T
     """
     cutter = Cutter(model, example)
     split = cutter.split(config.at)
+    cutter.partitioner.check_payload(config.at)
     crossings = describe(split.latent_shapes, config.at)
     gather = Gather(crossings, latent_grid(crossings, config.shrink or _shrink(crossings, example.shape[-2])))
     taps = _taps(cutter, split, config)

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from splitters.bundle import Bundle, cache_dir, open_bundle, rewrite_points
-from splitters.bundle.operating_point import pareto_frontier
 from splitters.evaluation.plot import plot
 from splitters.evaluation.run import EvaluateConfig, dump, evaluate
 from splitters.zoo.defaults import ensure_exported
@@ -54,7 +53,7 @@ def main() -> None:
         )
         config = EvaluateConfig(images=photos, labels=labels, limit=args.limit, cache=cache_dir() / "evaluations")
         report = evaluate(bundle, config, tick=lambda what: print(" ", what, flush=True))
-    frontier = pareto_frontier(report.points)
+    frontier = sorted((p for p in report.points if p.pareto), key=lambda p: p.payload_bytes.p50)
     told = report.to_json()
     told["frontier"] = [[p.id, *p.graphs, p.payload_bytes.p50, p.head_ms.p50, p.accuracy] for p in frontier]
     if args.agreement is not None:

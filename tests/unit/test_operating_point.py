@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.errors import BundleError
-from splitters.bundle.operating_point import OperatingPoint, Quantiles, best_point, dump_points, load_points, pareto_frontier
+from splitters.bundle.operating_point import OperatingPoint, Quantiles, best_point, dump_points, load_points, mark_pareto
 
 
 def point(i: int, size: float, ms: float, accuracy: float) -> OperatingPoint:
@@ -21,7 +21,7 @@ triples = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0
 @given(triples)
 def test_the_frontier_is_the_set_of_non_dominated_points(rows: list[tuple[int, int, int]]) -> None:
     points = [point(i, b, ms, a / 10) for i, (b, ms, a) in enumerate(rows)]
-    kept = {p.id for p in pareto_frontier(points)}
+    kept = {p.id for p in mark_pareto(points) if p.pareto}
     for i, mine in enumerate(rows):
         beaten = any(o[0] <= mine[0] and o[1] <= mine[1] and o[2] >= mine[2] and o != mine for o in rows)
         assert (i in kept) == (not beaten)
@@ -33,9 +33,12 @@ def test_round_trip(rows: list[tuple[int, int, int]]) -> None:
     assert load_points(dump_points(points)) == points
 
 
-def test_best_point_prefers_accuracy_then_bits() -> None:
+def test_the_best_point_is_the_cheapest_of_the_most_accurate() -> None:
     assert best_point([point(0, 1, 1, 0.2), point(1, 9, 9, 0.3)]).id == 1
-    assert best_point([OperatingPoint(id=0, channels=1, bits=2), OperatingPoint(id=1, channels=1, bits=8)]).id == 1
+    table = [point(0, 13_200, 5, 0.9), point(1, 2_300, 5, 0.9), point(2, 2_300, 4, 0.9), point(3, 900, 1, 0.8)]
+    assert best_point(table).id == 2
+    assert best_point(table[::-1]).id == 2
+    assert next(p for p in mark_pareto(table) if p.id == 2).pareto
 
 
 @pytest.mark.parametrize(
