@@ -34,9 +34,21 @@ OFFLOADS = "offloads.json"
 
 
 def cache_dir() -> Path:
-    """``$HEADTAIL_CACHE``, or ``~/.cache/headtail``: fetched and exported bundles, device timings."""
+    """``$HEADTAIL_CACHE``, or ``~/.cache/headtail``: fetched and exported bundles, device timings.
+
+    Raises:
+        ConfigError: there is neither that variable nor a home directory.
+    """
     configured = os.environ.get("HEADTAIL_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "headtail"
+    if configured:
+        return Path(configured)
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path()
+    if not home.is_absolute() or os.environ.get("HOME") == "":  # which Python takes for the root directory
+        raise ConfigError("this user has no home directory to cache models in; set HEADTAIL_CACHE to a directory")
+    return home / ".cache" / "headtail"
 
 
 def exported_path(name: str) -> Path:

@@ -5,6 +5,7 @@ Shape legend: N batch. Latents are float32, batch first, one array per latent te
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -21,6 +22,8 @@ from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.tasks.postprocess import Floats, Postprocess, SizePx, build_postprocess
 from splitters.tasks.preprocess import normalise
+
+log = logging.getLogger(__name__)
 
 # Who builds the torch module of a tail; the bundle names the factory, never code.
 FACTORIES: Mapping[str, str] = {
@@ -125,7 +128,7 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
 
     Args:
         bundle: opened and verified.
-        device: a torch device, for tails of kind ``torch``.
+        device: a torch device; a tail of kind ``onnx`` runs on a GPU where its runtime can, and says so where it cannot.
         threads: of a tail of kind ``onnx``; 0: as torch is set, or the environment says.
         ready_soon: frames can run as soon as this returns, at full speed once `Tail.prepare` is done; else at full speed from
             the first frame, which takes the longer.
@@ -138,20 +141,28 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
     post = build_postprocess(bundle.manifest.postprocess, bundle.manifest.preprocess)
     if kind == "onnx":
         whole = spec.get("whole")
-        later = Later(lambda: _onnx(bundle, str(whole), threads)) if whole else None
-        return Tail(bundle, _onnx(bundle, spec["path"], threads), later, post)
+        later = Later(lambda: _onnx(bundle, str(whole), threads, device)) if whole else None
+        return Tail(bundle, _onnx(bundle, spec["path"], threads, device), later, post)
     if kind == "torch":
         return _torch_tail(bundle, spec, post, device, ready_soon)
     raise BundleError(f"tail kind {kind!r} is unknown; this headtail knows onnx and torch")
 
 
-def _onnx(bundle: Bundle, path: str, threads: int) -> Runner:
+def _onnx(bundle: Bundle, path: str, threads: int, device: str) -> Runner:
     import onnxruntime as ort
+
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device != "cpu":
+        kind, _, index = device.partition(":")
+        if kind == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers():
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(index or 0)}))
+        else:
+            log.warning("%s: its tail is ONNX and runs on the CPU: this ONNX Runtime has no %s", bundle.manifest.name, device)
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or _threads()
     try:
-        session = ort.InferenceSession(str(_checked(bundle, path)), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(_checked(bundle, path)), options, providers=providers)
     except Exception as error:
         raise BundleError(f"part {path!r} is no usable ONNX model: {error}") from error
     names = [i.name for i in session.get_inputs()]
@@ -221,6 +232,9 @@ class _OwnAnswers(Tail):
         self.bundle = bundle
         self._module = module
         self._whole = None
+
+    def prepare(self) -> None:
+        """See ``Tail.prepare``; nothing was left for later."""
 
     def run(self, latents: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
         """See ``Tail.run``."""
