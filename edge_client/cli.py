@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -136,17 +135,12 @@ def parse(argv: Sequence[str] | None) -> tuple[ClientConfig, str, str]:
     Raises:
         ConfigError: a setting is wrong.
     """
-    from edge_client.config import ClientConfig, read_toml
+    from edge_client.config import read_config
 
-    parser = build_parser()
-    given = vars(parser.parse_args(argv))
+    given = vars(build_parser().parse_args(argv))
     level, form = given.pop("log_level"), given.pop("log_format")
     path = given.pop("config", None)
-    settings = {**(read_toml(Path(path)) if path else {}), **given}
-    if "camera" not in settings:
-        parser.error("--camera is required")
-    known = {f.name for f in fields(ClientConfig)}
-    config = ClientConfig(**{k: v for k, v in settings.items() if k in known})
+    config = read_config(Path(path) if path else None, given)
     for option in ("output", "save_video"):
         target = getattr(config, option)
         if path and target not in (None, "-") and Path(target).absolute() == Path(path).absolute():
@@ -172,9 +166,6 @@ def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Consol
     except HeadtailError as error:
         consoles.say(sys.stderr, f"edge-client: {error.message}")
         return error.exit_code
-    except TypeError as error:
-        consoles.say(sys.stderr, f"edge-client: a setting has the wrong type: {error}")
-        return 2
     finally:
         interrupts.restore()
 

@@ -7,6 +7,10 @@ import select
 from contextlib import suppress
 from typing import TextIO
 
+from protos.text import printable
+
+_MAX_LINE_CHARS = 1 << 20
+
 
 def put(stream: TextIO, text: str) -> None:
     """Writes text that may be lost: where nobody empties the pipe it is left out, since the next line says more."""
@@ -22,6 +26,6 @@ def put(stream: TextIO, text: str) -> None:
 def say(stream: TextIO, text: str) -> None:
     """Writes a line to whoever still reads."""
     try:
-        print(text, file=stream, flush=True)
+        print("\n".join(printable(line, max_chars=_MAX_LINE_CHARS) for line in text.split("\n")), file=stream, flush=True)
     except OSError:  # whoever read us has had enough; without this the interpreter would complain at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import groupby
@@ -55,22 +55,6 @@ def _placed(kept: list[Work], group: list[Work], asked: int, at_ns: int) -> tupl
             at_ns += cost
             gone.add(id(gives_way))
     return [w for w in ordered if id(w) not in gone], [w for w in ordered if id(w) in gone]
-
-
-def admits(work: Work, queue: Sequence[Work], now_ns: int, *, margin_ns: int = 0) -> bool:
-    """Whether ``work`` can still be done in time without making one of ``queue``, which was in time, late."""
-    with_it = {id(w) for w in _late([*queue, work], now_ns, margin_ns)}
-    without = {id(w) for w in _late(queue, now_ns, margin_ns)}
-    return with_it <= without
-
-
-def _late(queue: Sequence[Work], now_ns: int, margin_ns: int) -> list[Work]:
-    late, at_ns = [], now_ns + margin_ns
-    for work in sorted(queue, key=_deadline):
-        at_ns += work.cost_ns
-        if work.deadline_ns is not None and at_ns > work.deadline_ns:
-            late.append(work)
-    return late
 
 
 def _deadline(work: Work) -> float:

@@ -41,7 +41,7 @@ exit codes: 0 done; 2 a wrong argument or scenario; 3 no such frames; 4 the bund
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         _check_paths(args)
@@ -90,7 +90,8 @@ def _number(text: str) -> float:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="edge-testbed",
         description="What a split-computing system does on a bad network: simulated, shaped or relayed.",

@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from protos.errors import BundleError, ConfigError
 from protos.messages import Answer
 from splitters.bundle import Bundle
+from splitters.runtime.sessions import open_graph
 from splitters.tasks.postprocess import Floats, Postprocess, SizePx, build_postprocess
 from splitters.tasks.preprocess import normalise
 
@@ -35,7 +35,7 @@ FACTORIES: Mapping[str, str] = {
 class Runner(Protocol):
     """A loaded tail, or a whole model."""
 
-    def __call__(self, arrays: Sequence[Floats]) -> list[Floats]:
+    def __call__(self, arrays: Sequence[Floats], /) -> list[Floats]:
         """Raw outputs, batch first."""
         ...
 
@@ -62,7 +62,7 @@ class Later:
                 self._made = self._make()
             return self._made
 
-    def __call__(self, arrays: Sequence[Floats]) -> list[Floats]:
+    def __call__(self, arrays: Sequence[Floats], /) -> list[Floats]:
         """See ``Runner``."""
         return (self._made or self._plain or self.prepare())(arrays)
 
@@ -128,7 +128,7 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
 
     Args:
         bundle: opened and verified.
-        device: a torch device; a tail of kind ``onnx`` runs on a GPU where its runtime can, and says so where it cannot.
+        device: a torch device, for tails of kind ``torch``; one of kind ``onnx`` runs on the processor, and says so.
         threads: of a tail of kind ``onnx``; 0: as torch is set, or the environment says.
         ready_soon: frames can run as soon as this returns, at full speed once `Tail.prepare` is done; else at full speed from
             the first frame, which takes the longer.
@@ -140,37 +140,18 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
     kind = spec.get("kind")
     post = build_postprocess(bundle.manifest.postprocess, bundle.manifest.preprocess)
     if kind == "onnx":
+        if device != "cpu":
+            log.warning("%s: its tail is ONNX and runs on the processor, not on %s", bundle.manifest.name, device)
         whole = spec.get("whole")
-        later = Later(lambda: _onnx(bundle, str(whole), threads, device)) if whole else None
-        return Tail(bundle, _onnx(bundle, spec["path"], threads, device), later, post)
+        later = Later(lambda: _onnx(bundle, str(whole).threads)) if whole else None
+        return Tail(bundle, _onnx(bundle, spec["path"], threads), later, post)
     if kind == "torch":
         return _torch_tail(bundle, spec, post, device, ready_soon)
     raise BundleError(f"tail kind {kind!r} is unknown; this headtail knows onnx and torch")
 
 
-def _onnx(bundle: Bundle, path: str, threads: int, device: str) -> Runner:
-    import onnxruntime as ort
-
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device != "cpu":
-        kind, _, index = device.partition(":")
-        if kind == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers():
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(index or 0)}))
-        else:
-            log.warning("%s: its tail is ONNX and runs on the CPU: this ONNX Runtime has no %s", bundle.manifest.name, device)
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or _threads()
-    try:
-        session = ort.InferenceSession(str(_checked(bundle, path)), options, providers=providers)
-    except Exception as error:
-        raise BundleError(f"part {path!r} is no usable ONNX model: {error}") from error
-    names = [i.name for i in session.get_inputs()]
-
-    def run(arrays: Sequence[Floats]) -> list[Floats]:
-        return cast("list[Floats]", session.run(None, dict(zip(names, arrays, strict=True))))
-
-    return run
+def _onnx(bundle: Bundle, path: str, threads: int) -> Runner:
+    return open_graph(bundle.part_path(path), threads=threads or _threads(), spinning=True)
 
 
 def _threads() -> int:
@@ -182,10 +163,6 @@ def _threads() -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def _checked(bundle: Bundle, path: str) -> Path:
-    return bundle.part_path(path)
-
-
 def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, device: str, ready_soon: bool) -> Tail:
     import torch
     from safetensors.torch import load_file
@@ -195,7 +172,7 @@ def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, devi
     family, _, name = str(spec.get("factory", "")).partition(":")
     if family not in FACTORIES or not name:
         raise BundleError(f"tail factory {spec.get('factory')!r} is unknown; known families: {', '.join(sorted(FACTORIES))}")
-    state = {key: value for path in spec["weights"] for key, value in load_file(_checked(bundle, path)).items()}
+    state = {key: value for path in spec["weights"] for key, value in load_file(bundle.part_path(path)).items()}
     module = import_module(FACTORIES[family]).build_tail(name, spec, state).eval().to(device)
 
     def runner(function: Any) -> Runner:
@@ -216,7 +193,7 @@ def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, devi
                 return runner(accelerate(module, name, shapes))
             from splitters.accelerate.gpu import fastest
 
-            return cast("Runner", fastest(module, name, shapes, torch.device(device)))
+            return fastest(module, name, shapes, torch.device(device))
 
         return Later(make, runner(getattr(module, name)) if ready_soon else None)
 

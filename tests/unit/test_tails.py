@@ -82,12 +82,12 @@ def test_a_tail_ready_soon_gives_the_same_answers_before_and_after(tmp_path: Pat
     assert before == after == (whole.run([latent], [(32, 32)]), whole.run_images([image], [(32, 32)]))
 
 
-def test_a_gpu_that_onnx_runtime_does_not_have_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_device_that_an_onnx_tail_does_not_run_on_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bundle = write_tiny_bundle(tmp_path / "tiny")
     load_tail(bundle)
     assert not caplog.records
-    load_tail(bundle, device="mps")
-    assert "tiny: its tail is ONNX and runs on the CPU" in caplog.text
+    load_tail(bundle, device="cuda")
+    assert "tiny: its tail is ONNX and runs on the processor, not on cuda" in caplog.text
 
 
 def test_a_tail_that_answers_by_itself_has_nothing_to_prepare(tmp_path: Path) -> None:
