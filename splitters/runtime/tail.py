@@ -143,7 +143,7 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
         if device != "cpu":
             log.warning("%s: its tail is ONNX and runs on the processor, not on %s", bundle.manifest.name, device)
         whole = spec.get("whole")
-        later = Later(lambda: _onnx(bundle, str(whole).threads)) if whole else None
+        later = Later(lambda: _onnx(bundle, str(whole), threads)) if whole else None
         return Tail(bundle, _onnx(bundle, spec["path"], threads), later, post)
     if kind == "torch":
         return _torch_tail(bundle, spec, post, device, ready_soon)
