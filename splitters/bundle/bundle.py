@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from protos.errors import BundleError, ConfigError
+from protos.schema import read_json
 from splitters.bundle.draft import Draft
 from splitters.bundle.manifest import (
     FORMAT_VERSION,
@@ -151,6 +152,26 @@ def _read(path: Path) -> bytes:
         raise BundleError(f"cannot read {path}: {error.strerror}") from error
 
 
+def _may_be_replaced(out: Path) -> bool:
+    """Whether nothing is lost with ``out``: it is absent, empty, or holds a bundle and nothing else.
+
+    Other things have a ``manifest.json``, too: browser extensions, web applications.
+    """
+    if not out.exists() and not out.is_symlink():
+        return True
+    if out.is_symlink() or not out.is_dir():
+        return False
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir()}
+    if not files:
+        return True
+    try:
+        data = read_json(_read(out / MANIFEST), dict[str, Any], what=MANIFEST, limit=MAX_MANIFEST_BYTES)
+        listed = {part["path"] for part in data["parts"]}
+    except (BundleError, LookupError, TypeError):
+        return False
+    return "format_version" in data and files <= listed | {MANIFEST}
+
+
 class BundleWriter:
     """Collects parts in a temporary directory beside ``out``; ``finish`` makes the bundle appear all at once.
 
@@ -158,8 +179,8 @@ class BundleWriter:
     """
 
     def __init__(self, out: Path) -> None:
-        if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"{out} exists and is no bundle; choose another --out")
+        if not _may_be_replaced(out):
+            raise ConfigError(f"{out} exists and is no bundle, or holds other files than a bundle's; choose another --out")
         self._out = out
         self._draft = Draft(out)
         self._dir = self._draft.path
@@ -212,6 +233,7 @@ def rewrite_points(
     *,
     offloads: Sequence[OffloadOption] | None = None,
     local: tuple[float, str] | None = None,
+    score_min: float | None = None,
 ) -> Bundle:
     """Replaces what was measured of a bundle; its hash changes with it.
 
@@ -220,6 +242,7 @@ def rewrite_points(
         points: its operating points.
         offloads: its offload options; None leaves them as they are.
         local: accuracy and metric of its local model; None leaves them.
+        score_min: of a detector, the score from which on boxes are shown; None leaves it.
     """
     texts = {POINTS: dump_points(points).encode()}
     if offloads is not None:
@@ -229,6 +252,9 @@ def rewrite_points(
     manifest = replace(bundle.manifest, parts=tuple(part for _, part in sorted(parts.items())))
     if local is not None and manifest.local is not None:
         manifest = replace(manifest, local=replace(manifest.local, accuracy=local[0], accuracy_metric=local[1]))
+    if score_min is not None:
+        tail = {**manifest.tail, **({"score_min": score_min} if "score_min" in manifest.tail else {})}
+        manifest = replace(manifest, postprocess={**manifest.postprocess, "score_min": score_min}, tail=tail)
     for name, data in (*texts.items(), (MANIFEST, manifest.to_json().encode())):
         temporary = bundle.path / f".{name}.new"
         temporary.write_bytes(data)
