@@ -9,6 +9,13 @@ import threading
 from contextlib import suppress
 from typing import NoReturn, TextIO
 
+_closed: set[int] = set()
+
+
+def was_closed(number: int) -> bool:
+    """Whether the client was started with this descriptor closed."""
+    return number in _closed
+
 
 def mend() -> None:
     """Makes standard input, output and error usable, whatever the client was started with.
@@ -20,6 +27,7 @@ def mend() -> None:
         try:
             os.fstat(number)
         except OSError:
+            _closed.add(number)
             with suppress(OSError):
                 os.open(os.devnull, os.O_RDWR)
     if sys.stdout is None:

@@ -209,14 +209,6 @@ def test_a_signal_flushes_and_ends_with_zero(tmp_path: Path, server: str, cache:
     assert sum(done.outcomes().values()) == done.summary["frames"]
 
 
-def test_a_second_interrupt_ends_at_once(tmp_path: Path, bundle: Path, photos: Path) -> None:
-    with listening() as address, client(tmp_path, "--camera", str(photos), "--server", address) as edge:
-        time.sleep(2.5)
-        edge.process.send_signal(signal.SIGINT)
-        edge.process.send_signal(signal.SIGINT)
-        assert edge.finish(timeout_s=20).code in (0, 130)
-
-
 # ---------------------------------------------------------------- the embedded server
 
 
