@@ -222,6 +222,9 @@ class _File(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
     def read(self, size: int = -1) -> bytes | None:
         return self._file.read(size)
 
