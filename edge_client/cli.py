@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,6 +18,7 @@ from edge_client.interrupts import Interrupts
 from edge_client.masking import hide_secrets
 from protos.errors import ConfigError, HeadtailError
 from protos.logs import FORMATS, say, set_up
+from protos.process import leave, steady_streams, was_closed
 from protos.version import package_version
 
 if TYPE_CHECKING:
@@ -136,17 +136,12 @@ def parse(argv: Sequence[str] | None) -> tuple[ClientConfig, str, str]:
     Raises:
         ConfigError: a setting is wrong.
     """
-    from edge_client.config import ClientConfig, read_toml
+    from edge_client.config import read_config
 
-    parser = build_parser()
-    given = vars(parser.parse_args(argv))
+    given = vars(build_parser().parse_args(argv))
     level, form = given.pop("log_level"), given.pop("log_format")
     path = given.pop("config", None)
-    settings = {**(read_toml(Path(path)) if path else {}), **given}
-    if "camera" not in settings:
-        parser.error("--camera is required")
-    known = {f.name for f in fields(ClientConfig)}
-    config = ClientConfig(**{k: v for k, v in settings.items() if k in known})
+    config = read_config(Path(path) if path else None, given)
     for option in ("output", "save_video"):
         target = getattr(config, option)
         if path and target not in (None, "-") and Path(target).absolute() == Path(path).absolute():
@@ -166,7 +161,7 @@ def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Consol
     try:
         config, level, form = parse(argv)
         logging.getLogger("edge_client.explain").setLevel("INFO" if config.explain else "WARNING")
-        if config.output == "-" and consoles.was_closed(1):
+        if config.output == "-" and was_closed(1):
             raise ConfigError("--output - is standard output, and standard output is closed")
         # In a terminal a log line replaces the status line, which is then written again below it.
         set_up(level, form, sys.stderr, before="\r\x1b[2K" if sys.stderr.isatty() else "")
@@ -174,9 +169,6 @@ def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Consol
     except HeadtailError as error:
         consoles.say(sys.stderr, f"edge-client: {error.message}")
         return error.exit_code
-    except TypeError as error:
-        consoles.say(sys.stderr, f"edge-client: a setting has the wrong type: {error}")
-        return 2
     finally:
         interrupts.restore()
 
@@ -238,8 +230,8 @@ def _to_its_end(client: Client, interrupts: Interrupts) -> Ending:
 
 def entry() -> NoReturn:
     """The command: ``main`` in a process of its own, which ends whatever its threads are at."""
-    consoles.mend()
-    consoles.leave(main())
+    steady_streams()
+    leave(main())
 
 
 if __name__ == "__main__":

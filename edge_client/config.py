@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edge_client.floor import ScoreFloor, read_floor
-from edge_client.rpc import Endpoint, token_from_environment
+from edge_client.rpc import Endpoint, is_port, token_from_environment
 from protos.errors import ConfigError
+from protos.schema import checked, read_toml
 
 LIVE_DEADLINE_MS = 500.0
 FILE_PATIENCE_S = 30.0
 EMBEDDED = "embedded"
+_MAX_NAME_CHARS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +73,7 @@ class ClientConfig:
     prefilter: str = "auto"
     interest: str = ""
     recall: float | None = None
-    score_min: str = ""
+    score_min: str | float = ""
     track: bool = False
     group: str = ""
     metrics_listen: str | None = None
@@ -91,7 +91,7 @@ class ClientConfig:
             ("wait_for_server_s", 0, 86_400), ("output_max_mb", 0, 1e6), ("threads", 1, 256), ("operating_point", 0, 65_535),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and low <= value <= high):
+            if value is not None and not low <= value <= high:  # false for NaN, too
                 raise ConfigError(f"--{name.replace('_', '-')} must be {low}..{high}, got {value}")
         for name in ("change_gate", "prefilter"):
             if getattr(self, name) not in ("on", "off", "auto"):
@@ -101,6 +101,10 @@ class ClientConfig:
         self.floor()
         if self.recall is not None and not 0 < self.recall < 1:
             raise ConfigError(f"--recall must lie between 0 and 1, got {self.recall}")
+        for name in ("model", "group", "interest"):
+            text = getattr(self, name)
+            if not text.isprintable() or len(text) > _MAX_NAME_CHARS:
+                raise ConfigError(f"--{name} takes at most {_MAX_NAME_CHARS} printable characters, got {text!r}")
         if self.metrics_listen is not None:
             self.metrics_address()
         if self.server != EMBEDDED:
@@ -119,7 +123,7 @@ class ClientConfig:
         Raises:
             ConfigError: ``score_min`` cannot be read.
         """
-        return read_floor(self.score_min)
+        return read_floor(str(self.score_min))
 
     def metrics_address(self) -> tuple[str, int]:
         """Host and port of the metrics' endpoint.
@@ -128,7 +132,7 @@ class ClientConfig:
             ConfigError: it is no address.
         """
         host, _, port = (self.metrics_listen or "").rpartition(":")
-        if not host or not port.isdecimal() or not 0 <= int(port) < 65536:
+        if not host or not is_port(port):
             raise ConfigError(f"--metrics-listen must be host:port, for instance 127.0.0.1:9465, got {self.metrics_listen!r}")
         return host.strip("[]"), int(port)
 
@@ -141,21 +145,24 @@ class ClientConfig:
         return self.wait_for_server_s if self.wait_for_server_s is not None else 0.0 if live else FILE_PATIENCE_S
 
 
-def read_toml(path: Path) -> Mapping[str, Any]:
-    """Settings of a TOML file; keys are the options' names, with ``_`` or ``-``.
+def read_config(path: Path | None, given: Mapping[str, Any]) -> ClientConfig:
+    """Settings of a TOML file, if any, and of the command line, which wins.
+
+    Args:
+        path: the file; its keys are the options' names, with ``_`` or ``-``.
+        given: the command line's, by name.
 
     Raises:
-        ConfigError: unreadable, not TOML, or a key that is no option.
+        ConfigError: unreadable, not TOML, a key that is no option, or a value of another type or out of range.
     """
+    what = f"--config {path}" if path else "the command line"
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        from_file = read_toml(path.read_text(encoding="utf-8"), what=what) if path else {}
     except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not TOML: {error}") from error
-    known = {f.name for f in fields(ClientConfig)}
-    settings = {key.replace("-", "_"): value for key, value in data.items()}
-    for key in settings:
-        if key not in known:
-            raise ConfigError(f"--config {path} has the unknown key {key!r}; known keys: {', '.join(sorted(known))}")
-    return settings
+        raise ConfigError(f"{what} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} is not TOML: {error}") from error
+    settings = {**from_file, **given}
+    if "camera" not in settings:
+        raise ConfigError("--camera is required: what frames come from; --help tells more")
+    return checked(settings, ClientConfig, what=what, error=ConfigError)

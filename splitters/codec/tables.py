@@ -7,16 +7,18 @@ The index is {version, channels, layers, tiers, radius, arrays: [{name, dtype, s
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
 from protos.errors import BundleError
+from protos.schema import read_json
 from splitters.codec.coder import TableSet
 from splitters.codec.context import TABLES, WEIGHT_NAMES, Weights, weight_shapes
 
@@ -26,7 +28,6 @@ MAX_CHANNELS = 512
 MAX_TIERS = 64
 _MAGIC = b"HTCT"
 _MAX_BYTES = 32 * 2**20
-_DTYPES = ("<i2", "<u2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +79,24 @@ def pack_tables(tables: Mapping[str, Any], arrays: Mapping[str, NDArray[np.integ
     return zstandard.ZstdCompressor(level=19, write_content_size=True).compress(raw)
 
 
-def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[np.integer[Any]]]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Array:
+    name: str
+    dtype: Literal["<i2", "<u2"]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Index:
+    version: int
+    channels: int
+    layers: tuple[int, ...]
+    tiers: int
+    radius: int
+    arrays: tuple[_Array, ...]
+
+
+def _unpack(data: bytes) -> tuple[_Index, dict[str, NDArray[np.integer[Any]]]]:
     try:
         with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(data) as reader:
             raw = reader.read(_MAX_BYTES + 1)
@@ -87,15 +105,14 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[np.integer[A
     if raw[:4] != _MAGIC or len(raw) > _MAX_BYTES or len(raw) < 8:
         raise BundleError("the codec's tables are not of this format")
     (size,) = struct.unpack_from("<I", raw, 4)
-    index = json.loads(raw[8 : 8 + size])
+    index = read_json(raw[8 : 8 + size], _Index, what="the index of the codec's tables")
     at = 8 + size
-    arrays = {}
-    for entry in index["arrays"]:
-        shape = tuple(int(n) for n in entry["shape"])
-        if entry["dtype"] not in _DTYPES or any(not 0 <= n <= 2**20 for n in shape):
-            raise BundleError("the codec's tables hold an array of another type")
-        count = int(np.prod(shape, dtype=np.int64))
-        arrays[str(entry["name"])] = np.frombuffer(raw, dtype=entry["dtype"], count=count, offset=at).reshape(shape)
+    arrays: dict[str, NDArray[np.integer[Any]]] = {}
+    for entry in index.arrays:
+        count = math.prod(entry.shape)
+        if any(n < 0 for n in entry.shape) or 2 * count > len(raw) - at:
+            raise BundleError("the codec's tables are shorter than their index says")
+        arrays[entry.name] = np.frombuffer(raw, dtype=entry.dtype, count=count, offset=at).reshape(entry.shape)
         at += 2 * count
     if at != len(raw):
         raise BundleError("the codec's tables are longer than their index says")
@@ -110,10 +127,9 @@ def read_tables(data: bytes) -> Tables:
     """
     try:
         index, arrays = _unpack(data)
-        if index.get("version") != TABLES_VERSION:
-            raise BundleError(f"the codec's tables have version {index.get('version')!r}, this release reads {TABLES_VERSION}")
-        channels, tiers, radius = int(index["channels"]), int(index["tiers"]), int(index["radius"])
-        layers = tuple(int(n) for n in index["layers"])
+        if index.version != TABLES_VERSION:
+            raise BundleError(f"the codec's tables have version {index.version}, this release reads {TABLES_VERSION}")
+        channels, tiers, radius, layers = index.channels, index.tiers, index.radius, index.layers
         if not (1 <= channels <= MAX_CHANNELS and 1 <= tiers <= MAX_TIERS and 1 <= radius <= 256):
             raise BundleError("the codec's tables name impossible sizes")
         if not layers or layers[-1] != channels or any(b <= a for a, b in zip((0, *layers), layers, strict=False)):
