@@ -5,6 +5,7 @@ It is told by lines on standard input what to do: ``stall``, ``go``, ``form WIDT
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -40,18 +41,23 @@ class Camera:
         return Gst.PadProbeReturn.DROP if self.stalled else Gst.PadProbeReturn.OK
 
     def told(self, _channel: Any, _condition: Any) -> bool:
-        """A line came."""
-        line = sys.stdin.readline()
-        word, _, rest = line.strip().partition(" ")
-        if not line:
+        """Lines came, perhaps several at once: Python's own buffer would keep the later ones to itself."""
+        data = os.read(sys.stdin.fileno(), 4096)
+        for line in data.decode().splitlines():
+            self.obey(line)
+        if not data:
             self.loop.quit()
-        elif word in ("stall", "go"):
+        return bool(data)
+
+    def obey(self, line: str) -> None:
+        """One line."""
+        word, _, rest = line.partition(" ")
+        if word in ("stall", "go"):
             self.stalled = word == "stall"
         elif word == "form":
             width, height, fps = rest.split()
             caps = f"video/x-raw,width={width},height={height},framerate={fps}/1"
             self.media.get_by_name("form").set_property("caps", Gst.Caps.from_string(caps))
-        return bool(line)
 
 
 def main(port: str) -> None:
