@@ -16,7 +16,7 @@ from splitters.bundle.offload import compress
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import LatentCodec, Predictor, Symbols, codec_from_spec
 from splitters.runtime.sessions import Floats, open_graph
-from splitters.tasks.postprocess import build_postprocess
+from splitters.tasks.base import open_task
 from splitters.tasks.preprocess import Frame, input_image, normalise
 
 Reference = tuple[Symbols | None, int | None]
@@ -62,10 +62,7 @@ class LocalModel:
             raise ConfigError(f"bundle {bundle.manifest.name!r} carries no local model")
         self._preprocess = spec.preprocess
         self._graph = open_graph(bundle.part_path(spec.path), threads=threads, options=options)
-        post = dict(bundle.manifest.postprocess)
-        if post.get("kind") == "yolox":
-            post["kind"] = "dense_boxes"  # a local model's boxes are decoded already
-        self._post = build_postprocess(post, spec.preprocess)
+        self._task = open_task(bundle.manifest, local=True)
         self._clock = clock
 
     def prepare(self, frame: Frame) -> Frame:
@@ -77,7 +74,7 @@ class LocalModel:
         start_ns = self._clock()
         outputs = self._graph([normalise(image, self._preprocess)])
         try:
-            answer = self._post(outputs, [size_px])[0]
+            answer = self._task.decode(outputs, [size_px])[0]
         except (ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise ModelError(f"the local model's outputs are not what the manifest says: {error}") from error
         return answer, (self._clock() - start_ns) / NS_PER_MS
@@ -96,6 +93,7 @@ class Engine:
         self.model = bundle.manifest.name
         self.sha256 = bundle.sha256
         self.labels = bundle.manifest.labels
+        self.task = open_task(bundle.manifest)
         self._clock = clock
         self._options = run_options()
         self.head = Head(bundle, clock=clock, threads=threads, options=self._options)

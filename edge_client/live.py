@@ -20,7 +20,7 @@ from edge_client.parts import Parts, PipelineConfig, Shot
 from edge_client.pipeline import Pipeline
 from edge_client.timings import SCHEDULING_NS
 from protos.errors import UnreachableError
-from protos.messages import Answer, Detection, Result
+from protos.messages import Answer, Result
 
 log = logging.getLogger(__name__)
 explain_log = logging.getLogger("edge_client.explain")
@@ -229,6 +229,6 @@ class LivePipeline(Pipeline):
 
     def _on_settled(self, flight: Flight, outcome: Outcome, answer: Answer | None) -> None:
         if outcome is Outcome.FILTERED:
-            answer = Detection(boxes=())
+            answer = flight.engine.task.empty()
         if answer is not None and outcome is not Outcome.UNCHANGED and (self._last is None or flight.frame.index > self._last[0]):
             self._last = (flight.frame.index, answer)

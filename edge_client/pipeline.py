@@ -22,7 +22,7 @@ from edge_client.parts import Link, Parts, PipelineConfig, Shot
 from edge_client.session import Gate, Welcome
 from edge_client.timings import SCHEDULING_NS, DevicePace, Timings
 from edge_client.update import BundleUpdate
-from protos.errors import HeadtailError, OverloadedError, VersionMismatchError
+from protos.errors import HeadtailError, OverloadedError, ProtocolError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, Answer, FrameLayer, Grant, PayloadKind, Result
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
@@ -440,6 +440,11 @@ class Pipeline:
         if result.error is not None:
             self._on_refused(flight, result.error)
             return
+        try:
+            answer = flight.engine.task.check(result.answer)
+        except ProtocolError as error:
+            self._on_refused(flight, error)
+            return
         t = result.timings
         sent_ns = result.echo_sent_ns or flight.encoded_ns
         flight.stages_ms |= {
@@ -454,7 +459,7 @@ class Pipeline:
             self._settle(flight, Outcome.EXPIRED)
             return
         self._on_answer(flight, result)
-        self._settle(flight, Outcome.RESULT, answer=result.answer)
+        self._settle(flight, Outcome.RESULT, answer=answer)
 
     def _on_answer(self, flight: Flight, result: Result) -> None:
         """A hook for what learns from the server's answers."""

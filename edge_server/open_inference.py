@@ -23,11 +23,16 @@ from edge_server.status import translated
 from edge_server.wire import checked
 from protos.errors import HeadtailError, LimitError, ProtocolError
 from protos.headtail.v1 import open_inference_pb2 as oip
-from protos.messages import MAX_SIDE_PX, Answer, Classification, PayloadKind, Result, ServerTimings
+from protos.messages import MAX_SIDE_PX, PayloadKind, Result, ServerTimings
+from splitters.tasks.base import open_task
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _MAX_BATCH = 256
+_DATATYPES: Mapping[str, str] = {
+    "bool": "BOOL",
+    **{f"{kind}{n}": f"{name}{n}" for kind, name in (("int", "INT"), ("uint", "UINT"), ("float", "FP")) for n in (8, 16, 32, 64)},
+}
 _TYPES: Mapping[str, tuple[np.dtype[Any], str]] = {
     "FP32": (np.dtype("<f4"), "fp32_contents"),
     "UINT8": (np.dtype("u1"), "uint_contents"),
@@ -74,11 +79,8 @@ class OpenInference:
             manifest = model.bundle.manifest
             tensor = oip.ModelMetadataResponse.TensorMetadata
             inputs = [tensor(name=n, datatype=t, shape=[-1, *s]) for n, (t, s) in _inputs(model).items()]
-            outputs = [
-                tensor(name="class_ids", datatype="INT64", shape=[-1, -1]), tensor(name="scores", datatype="FP32", shape=[-1, -1])
-            ]  # fmt: skip
-            if manifest.task == "detection":
-                outputs.append(tensor(name="boxes", datatype="FP32", shape=[-1, -1, 4]))
+            signature = open_task(manifest).signature()
+            outputs = [tensor(name=n, datatype=_DATATYPES[t], shape=[-1, *s[1:]]) for n, (t, s) in signature.items()]
             return oip.ModelMetadataResponse(
                 name=model.name, versions=[model.sha256[:12]], platform="headtail", inputs=inputs, outputs=outputs
             )
@@ -118,7 +120,7 @@ class OpenInference:
             result = Result(frame_id=row, answer=each.answer, timings=timings)
             self._s.metrics.on_result(model.name, result, sum(a.nbytes for a in works[row].arrays))
             self._s.tracing.on_result(model.name, trace, result)
-        outputs = _outputs([each.answer for each in answers])
+        outputs = open_task(model.bundle.manifest).arrays([each.answer for each in answers])
         return _respond(request, model, outputs)
 
 
@@ -180,22 +182,6 @@ def _source_size(request: oip.ModelInferRequest, model: Model) -> tuple[int, int
     return size
 
 
-def _outputs(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
-    """Answers as padded arrays."""
-    rows = [a.top if isinstance(a, Classification) else a.boxes for a in answers]
-    most = max(len(row) for row in rows)
-    ids = np.full((len(rows), most), -1, np.int64)
-    scores = np.zeros((len(rows), most), np.float32)
-    boxes = np.zeros((len(rows), most, 4), np.float32)
-    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        ids[i, : len(row)] = [each.class_id for each in row]
-        scores[i, : len(row)] = [each.score for each in row]
-        if not isinstance(answer, Classification) and answer.boxes:
-            boxes[i, : len(row)] = [box.box_px for box in answer.boxes]
-    found: dict[str, NDArray[Any]] = {"class_ids": ids, "scores": scores}
-    return found if isinstance(answers[0], Classification) else {**found, "boxes": boxes}
-
-
 def _respond(request: oip.ModelInferRequest, model: Model, outputs: dict[str, NDArray[Any]]) -> oip.ModelInferResponse:
     wanted = [output.name for output in request.outputs] or list(outputs)
     for name in wanted:
@@ -204,6 +190,6 @@ def _respond(request: oip.ModelInferRequest, model: Model, outputs: dict[str, ND
     tensor = oip.ModelInferResponse.InferOutputTensor
     return oip.ModelInferResponse(
         model_name=model.name, model_version=model.sha256[:12], id=request.id,
-        outputs=[tensor(name=n, datatype="INT64" if n == "class_ids" else "FP32", shape=outputs[n].shape) for n in wanted],
+        outputs=[tensor(name=n, datatype=_DATATYPES[outputs[n].dtype.name], shape=outputs[n].shape) for n in wanted],
         raw_output_contents=[outputs[n].tobytes() for n in wanted],
     )  # fmt: skip

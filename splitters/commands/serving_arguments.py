@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError
-from splitters.bundle.manifest import Preprocess, Task
+from splitters.bundle.manifest import Preprocess
 from splitters.commands.model_arguments import default_preprocess
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Described:
         labels: class id → name.
     """
 
-    task: Task
+    task: str
     preprocess: Preprocess
     postprocess: Mapping[str, Any]
     labels: Mapping[int, str]
@@ -84,7 +84,7 @@ def described(source: Source, args: argparse.Namespace) -> Described:
             spec = Preprocess(**fields)
         except TypeError as error:
             raise ConfigError(f"{args.preprocess}: {error}") from error
-    task: Task = "classification" if args.output == "softmax" else "detection"
+    task = "classification" if args.output == "softmax" else "detection"
     return Described(task=task, preprocess=spec, postprocess=postprocess, labels=labels)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from protos.errors import CutError, SourceError
 from splitters.bundle import Bundle, BundleWriter
-from splitters.bundle.manifest import Head, LocalModel, Preprocess, Task
+from splitters.bundle.manifest import Head, LocalModel, Preprocess
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import calibrate_plain, codec_from_spec
 from splitters.cutting.checks import inference
@@ -58,7 +58,7 @@ class Serving:
     """
 
     name: str
-    task: Task
+    task: str
     preprocess: Preprocess
     postprocess: Mapping[str, Any]
     labels: Mapping[int, str]

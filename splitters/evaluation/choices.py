@@ -17,7 +17,7 @@ from splitters.bundle.offload import OffloadOption, compress, ladder, pareto_off
 from splitters.evaluation.measure import Measured, Photos, quantiles, run_whole
 from splitters.runtime.sessions import open_graph
 from splitters.runtime.tail import Tail
-from splitters.tasks.postprocess import build_postprocess
+from splitters.tasks.base import open_task
 from splitters.tasks.preprocess import preprocess
 
 Value = Callable[[Sequence[Answer]], float]
@@ -90,15 +90,12 @@ def measure_local(bundle: Bundle, files: Sequence[Path], value: Value) -> float 
     if model is None:
         return None
     run = open_graph(bundle.part_path(model.path))
-    post = dict(bundle.manifest.postprocess)
-    if post.get("kind") == "yolox":
-        post["kind"] = "dense_boxes"  # a local model's boxes are decoded already
-    answer = build_postprocess(post, model.preprocess)
+    task = open_task(bundle.manifest, local=True)
     answers: list[Answer] = []
     for file in files:
         frame = cv2.imread(str(file), cv2.IMREAD_COLOR)
         if frame is None:
             raise SourceError(f"{file} is no readable image")
         outputs = run([preprocess(frame.astype(np.uint8, copy=False), model.preprocess)])
-        answers += answer(outputs, [(frame.shape[1], frame.shape[0])])
+        answers += task.decode(outputs, [(frame.shape[1], frame.shape[0])])
     return value(answers)
