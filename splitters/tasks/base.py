@@ -140,7 +140,7 @@ def open_task(manifest: Manifest, *, local: bool = False) -> Task:
     own = manifest.local if local else None
     try:
         return kind(manifest.postprocess, manifest.preprocess if own is None else own.preprocess, decoded=own is not None)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BundleError(f"postprocess in the manifest does not fit the task {manifest.task}: {error!r}") from error
 
 

@@ -114,7 +114,7 @@ class FakeEngine:
         self, device: FakeDevice, sha256: str = "a" * 64, *, head_ms: float = 5, local_ms: float = 20, local: bool = True
     ) -> None:
         self.sha256, self.model, self.labels = sha256, "fake", {1: "one", 2: "two"}
-        self.task = ClassificationTask({}, Preprocess(size_px=(8, 8)))
+        self.task = ClassificationTask({}, Preprocess(resize="stretch", size_px=(8, 8)))
         self.bundle = SimpleNamespace(points=POINTS, point=lambda i: {p.id: p for p in POINTS}[i])
         self._device, self._head_ms, self.local_ms = device, head_ms, local_ms
         self.local: Any = self if local else None
