@@ -424,6 +424,11 @@ class Pipeline:
     def on_result(self, result: Result, now_ns: int) -> None:
         """See ``SessionEvents``."""
         flight = self._flights.pop(result.frame_id, None)
+        if flight is not None and result.error is None:
+            try:
+                flight.engine.task.check(result.answer)
+            except ProtocolError as failure:
+                result = replace(result, answer=None, error=failure)
         if self.predictor is not None:
             learn_reference(self.predictor, result)
         estimator = self.controller.estimator
@@ -440,11 +445,6 @@ class Pipeline:
         if result.error is not None:
             self._on_refused(flight, result.error)
             return
-        try:
-            answer = flight.engine.task.check(result.answer)
-        except ProtocolError as error:
-            self._on_refused(flight, error)
-            return
         t = result.timings
         sent_ns = result.echo_sent_ns or flight.encoded_ns
         flight.stages_ms |= {
@@ -459,7 +459,7 @@ class Pipeline:
             self._settle(flight, Outcome.EXPIRED)
             return
         self._on_answer(flight, result)
-        self._settle(flight, Outcome.RESULT, answer=answer)
+        self._settle(flight, Outcome.RESULT, answer=result.answer)
 
     def _on_answer(self, flight: Flight, result: Result) -> None:
         """A hook for what learns from the server's answers."""
