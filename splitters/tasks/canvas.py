@@ -14,6 +14,7 @@ MIN_WIDTH_PX = 640
 _MAX_HEIGHT_PX = 1280  # that a small picture is enlarged to: a picture of 3 x 9000 px is not
 _PALETTE = 37
 _BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+_DARK = 120  # a ground of less luminance needs white letters
 _LABEL_CHARS = 40
 
 Colour = tuple[int, int, int]
@@ -77,7 +78,7 @@ class Canvas:
             if area[1] > corners[3] or area[3] < corners[1]:  # the label had to move away: a line says whose it is
                 start = (max(corners[0], area[0]), corners[1])
                 cv2.line(self.picture, start, (area[0], area[1]), colour, 1, cv2.LINE_AA)
-            _label(self.picture, text, area[:2], 0.8 * self._size, _BLACK, colour)
+            _label(self.picture, text, area[:2], 0.8 * self._size, _readable_on(colour), colour)
 
     def finish(self) -> Frame:
         """The picture, its lines of text drawn."""
@@ -117,6 +118,11 @@ def class_colour(class_id: int) -> Colour:
     hue = np.uint8([[[class_id * _PALETTE % 180, 200, 255]]])  # type: ignore[arg-type]
     blue, green, red = cv2.cvtColor(hue, cv2.COLOR_HSV2BGR)[0, 0].tolist()  # type: ignore[call-overload]
     return int(blue), int(green), int(red)
+
+
+def _readable_on(ground: Colour) -> Colour:
+    blue, green, red = ground
+    return _BLACK if 0.114 * blue + 0.587 * green + 0.299 * red > _DARK else WHITE
 
 
 def _measure(text: str, size: float) -> tuple[int, int, int, int]:

@@ -14,24 +14,29 @@ from protos.messages import Answer, Classification, ClassScore
 from splitters.bundle.manifest import Preprocess
 from splitters.tasks.base import Arrays, Floats, Labels, SizePx, Task
 from splitters.tasks.canvas import Canvas, label_of
+from splitters.tasks.decoding import declared
 
 TOP = 5
 _DRAWN = 3
 
 
 class ClassificationTask(Task):
-    """Logits to the five most probable classes."""
+    """Logits to the five most probable classes, or what ``spec`` declares; see `splitters.tasks.decoding`."""
 
     name: ClassVar[str] = "classification"
     form: ClassVar[type[Answer]] = Classification
 
     def __init__(self, spec: Mapping[str, Any], preprocess: Preprocess, *, decoded: bool = False) -> None:
         super().__init__(spec, preprocess, decoded=decoded)
-        if (kind := spec.get("kind", "softmax")) != "softmax":
-            raise BundleError(f"postprocess kind {kind!r} is unknown; a classification has softmax")
+        kind = spec.get("kind", "softmax")
+        if kind not in ("softmax", "declared"):
+            raise BundleError(f"postprocess kind {kind!r} is unknown; a classification has softmax or declared")
+        self._declared = declared(spec, preprocess) if kind == "declared" else None
 
     def decode(self, outputs: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
         """See `Task.decode`."""
+        if self._declared is not None:
+            return self._declared(outputs, sizes_px)
         logits = outputs[0].astype(np.float64)
         shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = shifted / shifted.sum(axis=1, keepdims=True)

@@ -19,6 +19,7 @@ from splitters.tasks.base import Arrays, Floats, Labels, SizePx, Task
 from splitters.tasks.boxes import iou_matrix, select, yolox_boxes
 from splitters.tasks.canvas import Canvas, label_of
 from splitters.tasks.classification import padded
+from splitters.tasks.decoding import declared
 from splitters.tasks.preprocess import geometry
 
 _NAMED = 6  # classes in one line of text
@@ -36,8 +37,8 @@ DECODINGS: Mapping[str, Decoding] = {
 class DetectionTask(Task):
     """Raw outputs to boxes, after non-maximum suppression.
 
-    ``spec`` has ``kind`` (one of `DECODINGS`; empty: the tail decodes by itself), ``class_ids`` (C,) the id of each score column,
-    and may have ``score_min``, ``iou`` and ``keep``.
+    ``spec`` has ``kind``: ``declared`` (see `splitters.tasks.decoding`), empty (the tail decodes by itself), or one of `DECODINGS`,
+    with ``class_ids`` (C,), the id of each score column, and perhaps ``score_min``, ``iou`` and ``keep``.
     """
 
     name: ClassVar[str] = "detection"
@@ -46,16 +47,19 @@ class DetectionTask(Task):
     def __init__(self, spec: Mapping[str, Any], preprocess: Preprocess, *, decoded: bool = False) -> None:
         super().__init__(spec, preprocess, decoded=decoded)
         kind = spec.get("kind", "")
-        if kind and kind not in DECODINGS:
-            raise BundleError(f"postprocess kind {kind!r} is unknown; a detection has one of {', '.join(DECODINGS)}")
-        self._decoding = DECODINGS["dense_boxes" if decoded else kind] if kind else None
-        self._ids = np.asarray(spec["class_ids"] if kind else [], np.int64)
+        if kind not in ("", "declared", *DECODINGS):
+            raise BundleError(f"postprocess kind {kind!r} is unknown; a detection has one of {', '.join(DECODINGS)}, declared")
+        self._declared = declared(spec, preprocess) if kind == "declared" else None
+        self._decoding = DECODINGS["dense_boxes" if decoded else kind] if kind in DECODINGS else None
+        self._ids = np.asarray(spec["class_ids"] if kind in DECODINGS else [], np.int64)
         self._score_min = float(spec.get("score_min", 0.05))
         self._iou = float(spec.get("iou", 0.65))
         self._keep = int(spec.get("keep", 100))
 
     def decode(self, outputs: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
         """See `Task.decode`."""
+        if self._declared is not None:
+            return self._declared(outputs, sizes_px)
         if self._decoding is None:
             raise BundleError("the manifest does not say how the outputs become boxes")
         boxes, scores = self._decoding(outputs, self.preprocess)
