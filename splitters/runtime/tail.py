@@ -5,6 +5,7 @@ Shape legend: N batch. Latents are float32, batch first, one array per latent te
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -21,6 +22,8 @@ from splitters.bundle import Bundle
 from splitters.runtime.sessions import open_graph
 from splitters.tasks.postprocess import Floats, Postprocess, SizePx, build_postprocess
 from splitters.tasks.preprocess import normalise
+
+log = logging.getLogger(__name__)
 
 # Who builds the torch module of a tail; the bundle names the factory, never code.
 FACTORIES: Mapping[str, str] = {
@@ -125,7 +128,7 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
 
     Args:
         bundle: opened and verified.
-        device: a torch device, for tails of kind ``torch``.
+        device: a torch device, for tails of kind ``torch``; one of kind ``onnx`` runs on the processor, and says so.
         threads: of a tail of kind ``onnx``; 0: as torch is set, or the environment says.
         ready_soon: frames can run as soon as this returns, at full speed once `Tail.prepare` is done; else at full speed from
             the first frame, which takes the longer.
@@ -137,6 +140,8 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
     kind = spec.get("kind")
     post = build_postprocess(bundle.manifest.postprocess, bundle.manifest.preprocess)
     if kind == "onnx":
+        if device != "cpu":
+            log.warning("%s: its tail is ONNX and runs on the processor, not on %s", bundle.manifest.name, device)
         whole = spec.get("whole")
         later = Later(lambda: _onnx(bundle, str(whole), threads)) if whole else None
         return Tail(bundle, _onnx(bundle, spec["path"], threads), later, post)
@@ -204,6 +209,9 @@ class _OwnAnswers(Tail):
         self.bundle = bundle
         self._module = module
         self._whole = None
+
+    def prepare(self) -> None:
+        """See ``Tail.prepare``; nothing was left for later."""
 
     def run(self, latents: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
         """See ``Tail.run``."""
