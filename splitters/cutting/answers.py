@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from protos.errors import CutError, HeadtailError
+from protos.schema import checked
 from splitters.bundle.manifest import Preprocess
 from splitters.cutting.checks import first_line, run_model
+from splitters.tasks.decoding import Decoding
 from splitters.tasks.postprocess import build_postprocess
 from splitters.tasks.preprocess import Frame, preprocess
 
@@ -50,8 +52,8 @@ def raw_outputs(model: nn.Module, photos: Sequence[Frame], spec: Preprocess) -> 
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
 
-def count_classes(kind: str, outputs: Sequence[Floats], spec: Preprocess) -> int:
-    """How many classes the outputs tell apart.
+def count_classes(postprocess: Mapping[str, Any], outputs: Sequence[Floats], spec: Preprocess) -> int:
+    """How many classes the outputs tell apart; 0 where a declaration reads a class from the outputs themselves.
 
     Raises:
         CutError: they are not what a postprocess of that kind reads; says what was seen and what was expected.
@@ -59,7 +61,13 @@ def count_classes(kind: str, outputs: Sequence[Floats], spec: Preprocess) -> int
     for output in outputs:
         if not np.isfinite(output).all():
             raise CutError("the model returns numbers that are not finite for a photograph")
-    return {"softmax": _softmax, "yolox": _yolox, "dense_boxes": _boxes}[kind](outputs, spec)
+    kind = str(postprocess.get("kind", "softmax"))
+    if kind == "declared":
+        return _declared(postprocess, outputs)
+    known = {"softmax": _softmax, "yolox": _yolox, "dense_boxes": _boxes}
+    if kind not in known:
+        raise CutError(f"postprocess kind {kind!r} is unknown; it is declared or one of {', '.join(known)}")
+    return known[kind](outputs, spec)
 
 
 def check_answers(
@@ -77,19 +85,19 @@ def check_answers(
     """
     kind = str(postprocess.get("kind", "softmax"))
     outputs = raw_outputs(model, photos, preprocess)
-    classes = count_classes(kind, outputs, preprocess)
-    ids = list(postprocess.get("class_ids", range(classes)))
-    if len(ids) != classes:
+    classes = count_classes(postprocess, outputs, preprocess)
+    ids = list(postprocess.get("class_ids") or range(classes))
+    if classes and len(ids) != classes:
         raise CutError(f"the model tells {classes} classes apart, and there are {len(ids)} class ids{_seen(outputs)}")
-    if labels and set(labels) != set(ids):
+    if classes and labels and set(labels) != set(ids):
         raise CutError(
             f"the model tells {classes} classes apart and there are {len(labels)} labels{_seen(outputs)}; give one for each "
             f"of the ids {_span(ids)}"
         )
     try:
         build_postprocess(postprocess, preprocess)(outputs, [(p.shape[1], p.shape[0]) for p in photos[:PHOTOS]])
-    except HeadtailError:
-        raise
+    except HeadtailError as error:
+        raise CutError(f"{error.message}{_seen(outputs)}") from error
     except Exception as error:
         raise CutError(f"the postprocess {kind} fails on the model's outputs: {first_line(error)}{_seen(outputs)}") from error
 
@@ -107,6 +115,16 @@ def _seen(outputs: Sequence[Floats]) -> str:
     return f" (for one picture the model returns {_shapes(outputs)})"
 
 
+def _declared(postprocess: Mapping[str, Any], outputs: Sequence[Floats]) -> int:
+    how = checked({k: v for k, v in postprocess.items() if k != "kind"}, Decoding, what="the decoding", error=CutError)
+    if how.class_id is not None:
+        return 0
+    try:
+        return int(how.scores.read(outputs).shape[2]) - (how.background != "none")
+    except HeadtailError as error:
+        raise CutError(f"{error.message}{_seen(outputs)}") from error
+
+
 def _softmax(outputs: Sequence[Floats], _spec: Preprocess) -> int:
     if len(outputs) != 1 or outputs[0].ndim != 2:
         raise CutError(
@@ -122,7 +140,7 @@ def _softmax(outputs: Sequence[Floats], _spec: Preprocess) -> int:
     if logits.min() >= 0 and np.abs(logits.sum(axis=1) - 1).max() <= _SUM:
         raise CutError(
             f"the model returns probabilities, (1, {logits.shape[1]}) that add up to 1; --output softmax reads logits, and softmax "
-            "would be applied twice. Leave the model's own softmax out"
+            "would be applied twice: --output probabilities reads them"
         )
     return int(logits.shape[1])
 

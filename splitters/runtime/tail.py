@@ -143,8 +143,9 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
         if device != "cpu":
             log.warning("%s: its tail is ONNX and runs on the processor, not on %s", bundle.manifest.name, device)
         whole = spec.get("whole")
-        later = Later(lambda: _onnx(bundle, str(whole), threads)) if whole else None
-        return Tail(bundle, _onnx(bundle, spec["path"], threads), later, post)
+        batch = int(spec.get("batch", 0))
+        later = Later(lambda: batched(_onnx(bundle, str(whole), threads), batch)) if whole else None
+        return Tail(bundle, batched(_onnx(bundle, spec["path"], threads), batch), later, post)
     if kind == "torch":
         return _torch_tail(bundle, spec, post, device, ready_soon)
     raise BundleError(f"tail kind {kind!r} is unknown; this headtail knows onnx and torch")
@@ -152,6 +153,31 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
 
 def _onnx(bundle: Bundle, path: str, threads: int) -> Runner:
     return open_graph(bundle.part_path(path), threads=threads or _threads(), spinning=True)
+
+
+def batched(runner: Runner, batch: int) -> Runner:
+    """A runner whose model takes ``batch`` 1: frame by frame, the answers as one batch again. 0: any batch, as it is.
+
+    Where frames differ in length, as after a suppression in the graph, zeros fill up.
+    """
+    if batch != 1:
+        return runner
+
+    def run(arrays: Sequence[Floats]) -> list[Floats]:
+        frames = [runner([a[n : n + 1] for a in arrays]) for n in range(len(arrays[0]))]
+        return [_stacked(outputs) for outputs in zip(*frames, strict=True)]
+
+    return run
+
+
+def _stacked(parts: Sequence[Floats]) -> Floats:
+    if len(parts) == 1:
+        return parts[0]
+    most = [max(sides) for sides in zip(*(p.shape[1:] for p in parts), strict=True)]
+    joined = np.zeros((len(parts), *most), parts[0].dtype)
+    for row, part in zip(joined, parts, strict=True):
+        row[tuple(slice(0, side) for side in part.shape[1:])] = part[0]
+    return cast("Floats", joined)
 
 
 def _threads() -> int:
