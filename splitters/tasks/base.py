@@ -136,12 +136,21 @@ def open_task(manifest: Manifest, *, local: bool = False) -> Task:
     Raises:
         BundleError: nobody registered the task, or ``postprocess`` does not fit it.
     """
-    kind = TASKS.get(manifest.task)
     own = manifest.local if local else None
+    preprocess = manifest.preprocess if own is None else own.preprocess
+    return make_task(manifest.task, manifest.postprocess, preprocess, decoded=own is not None)
+
+
+def make_task(name: str, spec: Mapping[str, Any], preprocess: Preprocess, *, decoded: bool = False) -> Task:
+    """A task by its name; see `Task` for the rest.
+
+    Raises:
+        BundleError: nobody registered it, or ``spec`` does not fit it.
+    """
     try:
-        return kind(manifest.postprocess, manifest.preprocess if own is None else own.preprocess, decoded=own is not None)
+        return TASKS.get(name)(spec, preprocess, decoded=decoded)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise BundleError(f"postprocess in the manifest does not fit the task {manifest.task}: {error!r}") from error
+        raise BundleError(f"postprocess in the manifest does not fit the task {name}: {error!r}") from error
 
 
 def task_of(answer: Answer) -> type[Task]:
