@@ -174,8 +174,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_the_verb_prints_a_table_draws_a_picture_and_ends_with_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("skimage")
     picture = tmp_path / "deep" / "profile.png"
-    code = main(["profile", "py:tests.unit.test_profiling:build", "--size", "32x32", "--budget-s", "1", "--all", "--plot", str(picture),
-                 "--bitrate-bps", "1e6", "--json"])  # fmt: skip
+    code = main(["profile", "py:tests.unit.test_profiling:build", "--size", "32x32", "--budget-s", "1", "--all",
+                 "--plot", str(picture), "--bitrate-bps", "1e6", "--json"])  # fmt: skip
     lines = capsys.readouterr().out.strip().splitlines()
     assert code == 0
     assert any(line.split()[:1] == ["a"] or line.split()[:2] == ["*", "a"] for line in lines)
