@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from protos.errors import CutError, SourceError
 from splitters.bundle import Bundle, BundleWriter
-from splitters.bundle.manifest import Head, LocalModel, Preprocess, Task
+from splitters.bundle.manifest import Head, LocalModel, Preprocess
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import calibrate_plain, codec_from_spec
 from splitters.cutting.answers import check_answers
@@ -60,7 +60,7 @@ class Serving:
     """
 
     name: str
-    task: Task
+    task: str
     preprocess: Preprocess
     postprocess: Mapping[str, Any]
     labels: Mapping[int, str]
@@ -118,7 +118,14 @@ def write_bundle(
         raise SourceError("photographs are needed to choose the codec's scales: give --photos DIR")
     total = _STEPS + serving.local + len(photos)
     on_step(0, total, "trying the answers on photographs")
-    check_answers(cutter.model, photos, preprocess=serving.preprocess, postprocess=serving.postprocess, labels=serving.labels)
+    check_answers(
+        cutter.model,
+        photos,
+        preprocess=serving.preprocess,
+        postprocess=serving.postprocess,
+        labels=serving.labels,
+        task=serving.task,
+    )
     split = cutter.split(at)
     cutter.partitioner.check_payload(at)
     if not split.dynamic_batch:
