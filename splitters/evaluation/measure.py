@@ -68,11 +68,11 @@ def load_photos(files: Sequence[Path], bundle: Bundle) -> Photos:
             raise SourceError(f"{file} is no readable image")
         pictures.append(input_image(frame.astype(np.uint8, copy=False), spec))
         sizes.append((frame.shape[1], frame.shape[0]))
-        content.append(_content(spec, *sizes[-1]))
+        content.append(content_area(spec, *sizes[-1]))
     return Photos(pictures=np.stack(pictures), sizes_px=tuple(sizes), content=tuple(content))
 
 
-def _content(spec: Preprocess, width_px: int, height_px: int) -> tuple[slice, slice]:
+def content_area(spec: Preprocess, width_px: int, height_px: int) -> tuple[slice, slice]:
     if spec.resize != "letterbox":
         return slice(0, spec.size_px[0]), slice(0, spec.size_px[1])
     g = geometry(spec, width_px, height_px)
