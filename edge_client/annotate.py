@@ -9,7 +9,7 @@ import numpy as np
 
 from edge_client.frames import FrameReport, Outcome
 from protos.messages import Classification, Detection
-from splitters.preprocess import Frame
+from splitters.tasks.preprocess import Frame
 
 _COLOURS = {
     Outcome.RESULT: (80, 200, 80), Outcome.LOCAL: (60, 160, 250), Outcome.UNCHANGED: (200, 200, 120),

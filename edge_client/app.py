@@ -16,9 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-from edge_client.bundles import BundleStore, choose_model, fetch_bundle, list_models
+from edge_client.bundles import choose_model, fetch_bundle, list_models
 from edge_client.capture import Capture, CaptureConfig
-from edge_client.choices import DeviceTimes, make_controller, measure
+from edge_client.choices import DeviceTimes, make_controller
 from edge_client.config import EMBEDDED, ClientConfig
 from edge_client.control import Controller
 from edge_client.device import DeviceWorker, ThreadExecutor
@@ -31,15 +31,18 @@ from edge_client.live import LivePipeline
 from edge_client.metrics import Metrics
 from edge_client.parts import Parts, PipelineConfig
 from edge_client.pipeline import Pipeline
+from edge_client.proof import prove
 from edge_client.rpc import Endpoint
 from edge_client.session import Session
 from edge_client.sinks import InOrder, JsonLines, Sink, Window, open_json_file, open_video
 from edge_client.sources import DEFAULT_FPS, Source, parse_source
 from edge_client.status import Status
+from edge_client.store import BundleStore
 from edge_client.summary import JpegSampler, Summary
 from edge_client.tracing import Traces, untraced
 from edge_client.tracking import Follower
 from protos.errors import ConfigError, HeadtailError
+from protos.text import printable
 from protos.tracing import open_spans
 from splitters.bundle import Bundle
 
@@ -135,6 +138,8 @@ class Client:
         model = "" if server is not None else config.model
         bundle = await self._first_bundle(endpoint, model, live=live, wait_s=config.effective_wait_s(live=live))
         engine = await self._load(bundle)
+        if self._fresh:
+            self._store.remember(self._memory_key(endpoint), model, bundle.sha256)
         if live:
             sampler.every_s = 1.0
         follower = self._follower = Follower() if config.track and bundle.manifest.task == "detection" else None
@@ -214,7 +219,6 @@ class Client:
                     raise
                 await asyncio.sleep(_RETRY_S)
                 continue
-            self._store.remember(self._memory_key(endpoint), model, bundle.sha256)
             self._fresh = True
             return bundle
 
@@ -229,12 +233,10 @@ class Client:
         return engine
 
     async def _load(self, bundle: Bundle) -> Engine:
-        def work() -> tuple[Engine, DeviceTimes]:
-            engine = Engine(bundle, clock=self._clock, threads=self._config.threads)
-            return engine, measure(engine, clock=self._clock, cache=self._store.root / "times")
-
-        engine, self._times = await asyncio.get_running_loop().run_in_executor(None, work)
-        self._engine = engine
+        times = await prove(bundle, threads=self._config.threads, cache=self._store.root / "times")
+        load = functools.partial(Engine, bundle, clock=self._clock, threads=self._config.threads)
+        engine = await asyncio.get_running_loop().run_in_executor(None, load)
+        self._engine, self._times = engine, times
         return engine
 
     def _controller(self, engine: Engine, fps: float) -> Controller:
@@ -325,7 +327,7 @@ class Client:
             ("late_results", "results came too late"), ("reconnects", "reconnects"), ("bundle_switches", "bundle switches"),
             ("unreadable_files", "unreadable files left out"),
         ) if facts[key]]  # fmt: skip
-        model = f"\nmodel    {facts['model']} ({str(facts['bundle_sha256'])[:12]})" if facts["model"] else ""
+        model = f"\nmodel    {printable(facts['model'])} ({str(facts['bundle_sha256'])[:12]})" if facts["model"] else ""
         also = f"\nalso     {', '.join(more)}" if more else ""
         gone = f"\nserver   none at the end: {facts['server_error']}" if facts["server_error"] else ""
         return f"{model}{also}{gone}\nmemory   {facts['peak_memory_bytes'] / 2**20:.0f} MiB at its peak"

@@ -1,110 +1,30 @@
-"""The client's bundles: fetched once, verified, kept by hash under ``cache_dir()/bundles``; a second start fetches nothing.
+"""A server's bundles: what it has, and fetching the device part, resumed where it stopped and verified.
 
-Parts arrive into ``.partial-<hash>`` and are resumed from where they stopped. ``servers.json`` remembers which bundle
-each server last gave for each model, so that a device starts although no server answers.
+A server may be hostile. It is given up on when it is silent, when it sends less than a few kilobytes a second, and when it
+sends what does not belong to the bundle that was asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
-import json
 import logging
-import os
-import shutil
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 from edge_client.rpc import Endpoint, open_channel, stub, translated
+from edge_client.store import BundleStore
 from protos.errors import BundleError, ProtocolError, StorageError, UnknownModelError, UnreachableError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION
-from splitters.bundle import MANIFEST, Bundle, cache_dir, open_bundle, verify_part
-from splitters.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION, bundle_hash
+from splitters.bundle import Bundle, verify_part
+from splitters.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 
 log = logging.getLogger(__name__)
 
 MAX_DEVICE_BYTES = 1 << 30
+MIN_BYTES_PER_S = 8 << 10
 Pace = Callable[[], Awaitable[None]]
-
-
-class BundleStore:
-    """Bundles on this device's disk."""
-
-    def __init__(self, root: Path | None = None) -> None:
-        self.root = root or cache_dir()
-        self._bundles = self.root / "bundles"
-        self._memory = self.root / "servers.json"
-
-    def path(self, sha256: str) -> Path:
-        """Where the bundle of that hash lies, if it does."""
-        return self._bundles / sha256
-
-    def open(self, sha256: str) -> Bundle | None:
-        """The bundle, verified; None where it is absent. One that was altered is moved away, with a warning."""
-        path = self.path(sha256)
-        if not path.is_dir():
-            return None
-        try:
-            bundle = open_bundle(path, side="device")
-            if bundle.sha256 != sha256:
-                raise BundleError(f"{path / MANIFEST} was altered")
-        except BundleError as error:
-            log.warning("the cached bundle is unusable and will be fetched again: %s", error.message)
-            shutil.rmtree(path, ignore_errors=True)
-            return None
-        return bundle
-
-    def remembered(self, server: str, model: str) -> str | None:
-        """Hash of the bundle this server last gave for this model name ("": its default)."""
-        value = self._read_memory().get(f"{server} {model}")
-        return value if isinstance(value, str) and len(value) == 64 and value.isalnum() else None
-
-    def remember(self, server: str, model: str, sha256: str) -> None:
-        """Keeps it for the next start; a full disk is no reason to stop."""
-        memory = self._read_memory() | {f"{server} {model}": sha256}
-        temporary = self._memory.with_name(f".servers.{os.getpid()}")
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(memory, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(self._memory)
-        except OSError as error:
-            log.warning("cannot remember the bundle in %s: %s", self._memory, error.strerror)
-
-    def _read_memory(self) -> dict[str, Any]:
-        try:
-            data = json.loads(self._memory.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return data if isinstance(data, dict) else {}
-
-    @contextmanager
-    def partial(self, sha256: str) -> Iterator[Path]:
-        """A directory to receive into; of its own where another client of this device receives the same bundle."""
-        self._bundles.mkdir(parents=True, exist_ok=True)
-        shared = self._bundles / f".partial-{sha256}"
-        with (self._bundles / f".lock-{sha256}").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                directory = shared
-            except BlockingIOError:
-                directory = shared.with_name(f"{shared.name}-{os.getpid()}")
-            directory.mkdir(exist_ok=True)
-            yield directory
-            if directory != shared:
-                shutil.rmtree(directory, ignore_errors=True)
-
-    def adopt(self, directory: Path, sha256: str) -> Bundle:
-        """Moves a complete directory into place."""
-        target = self.path(sha256)
-        if not target.is_dir():
-            directory.rename(target)
-        else:
-            shutil.rmtree(directory, ignore_errors=True)
-        return open_bundle(target, side="device")
 
 
 async def list_models(endpoint: Endpoint, *, timeout_s: float = 5.0) -> list[pb.ModelInfo]:
@@ -126,6 +46,8 @@ async def list_models(endpoint: Endpoint, *, timeout_s: float = 5.0) -> list[pb.
         raise VersionMismatchError(
             f"the server at {endpoint.address} speaks protocol version {response.protocol_version}, this client {PROTOCOL_VERSION}"
         )
+    for info in response.models:
+        bundle_hash(info.bundle_sha256)
     return list(response.models)
 
 
@@ -155,21 +77,20 @@ async def fetch_bundle(
         idle_timeout_s: longest silence of the server.
 
     Raises:
+        ProtocolError: the hash is none.
         BundleError: what arrived is not what the manifest says.
         StorageError: it cannot be stored.
         HeadtailError: the server cannot be reached or refuses.
     """
-    if sha256 and (cached := store.open(sha256)):
-        return cached
     if not sha256:
         sha256 = choose_model(await list_models(endpoint), model, endpoint.address).bundle_sha256
-        return await fetch_bundle(endpoint, store, model=model, sha256=sha256, pace=pace, idle_timeout_s=idle_timeout_s)
-    if len(sha256) != 64 or not sha256.isalnum():
-        raise ProtocolError(f"the server at {endpoint.address} names a bundle by {sha256!r}, which is no sha256")
+    if cached := store.open(sha256):
+        return cached
     try:
         with store.partial(sha256) as directory:
-            await _receive(endpoint, directory, model, sha256, pace, idle_timeout_s)
-            bundle = store.adopt(directory, sha256)
+            receiver = await _receive(endpoint, _Receiver(directory, sha256, store), model, pace, idle_timeout_s)
+            # Hashing a gigabyte takes seconds: not on the loop that serves the camera.
+            bundle = await asyncio.to_thread(receiver.finish)
     except OSError as error:
         # Not again in half a second: what is here is kept, and a later start goes on from it.
         raise StorageError(
@@ -179,30 +100,37 @@ async def fetch_bundle(
     return bundle
 
 
-async def _receive(endpoint: Endpoint, directory: Path, model: str, sha256: str, pace: Pace | None, idle_timeout_s: float) -> None:
-    held = _offsets(directory)
-    have = [pb.PartOffset(path=p, offset=n) for p, n in held.items()]
-    request = pb.FetchBundleRequest(model=model, bundle_sha256=sha256, have=have)
+async def _receive(endpoint: Endpoint, receiver: _Receiver, model: str, pace: Pace | None, idle_timeout_s: float) -> _Receiver:
+    have = [pb.PartOffset(path=p, offset=n) for p, n in receiver.held.items()]
+    request = pb.FetchBundleRequest(model=model, bundle_sha256=receiver.sha256, have=have)
+    begun_s = asyncio.get_running_loop().time()
     with translated(endpoint):
         async with open_channel(endpoint) as channel:
             call = stub(channel).FetchBundle(request, metadata=endpoint.metadata)
-            receiver = _Receiver(directory, sha256, held)
             try:
                 while True:
-                    async with asyncio.timeout(idle_timeout_s):
+                    now_s = asyncio.get_running_loop().time()
+                    due_s = begun_s + idle_timeout_s + receiver.received_bytes / MIN_BYTES_PER_S
+                    async with asyncio.timeout(min(idle_timeout_s, due_s - now_s)):
                         chunk = await call.read()
                     if not isinstance(chunk, pb.BundleChunk):
                         break
-                    receiver.take(chunk)
+                    if chunk.WhichOneof("content") == "manifest_json":  # of megabytes, perhaps
+                        await asyncio.to_thread(receiver.take, chunk)
+                    else:
+                        receiver.take(chunk)
                     if pace is not None:
                         await pace()
             except TimeoutError:
-                raise BundleError(f"the server at {endpoint.address} stopped sending the bundle; it is resumed next time") from None
-    receiver.finish()
+                raise UnreachableError(
+                    f"the server at {endpoint.address} stopped sending the bundle, or sends less than {MIN_BYTES_PER_S} bytes/s; "
+                    "it is resumed next time"
+                ) from None
+    return receiver
 
 
 def _offsets(directory: Path) -> dict[str, int]:
-    """What an earlier attempt left, by the manifest it left; no manifest: begin anew."""
+    """What an earlier attempt left, by the manifest it left; no manifest: nothing is held."""
     try:
         manifest = parse_manifest((directory / MANIFEST).read_bytes())
     except (OSError, BundleError):
@@ -216,48 +144,66 @@ def _offsets(directory: Path) -> dict[str, int]:
 
 
 class _Receiver:
-    """Writes chunks where they belong and nowhere else."""
+    """Writes chunks where they belong and nowhere else.
 
-    def __init__(self, directory: Path, sha256: str, held: dict[str, int]) -> None:
+    Args:
+        directory: to write into; what an earlier attempt left there is kept.
+        sha256: of the bundle asked for.
+        store: where room is made, and where the bundle ends up.
+    """
+
+    def __init__(self, directory: Path, sha256: str, store: BundleStore) -> None:
+        self.sha256 = sha256
+        self.held = _offsets(directory)
+        self.received_bytes = 0
         self._dir = directory
-        self._sha256 = sha256
-        self._held = dict(held)
+        self._store = store
         self._manifest: Manifest | None = None
 
     def take(self, chunk: pb.BundleChunk) -> None:
         """Stores one chunk.
 
         Raises:
-            ProtocolError: out of order, or not of this bundle.
-            BundleError: larger than the manifest says.
+            ProtocolError: out of order, empty, or not of this bundle.
+            BundleError: larger than the manifest says, or a manifest that cannot be.
         """
         which = chunk.WhichOneof("content")
         if self._manifest is None:
             if which != "manifest_json":
                 raise ProtocolError("a bundle must begin with its manifest")
-            if len(chunk.manifest_json) > MAX_MANIFEST_BYTES or hashlib.sha256(chunk.manifest_json).hexdigest() != self._sha256:
-                raise BundleError(f"the manifest that arrived is not that of bundle {self._sha256[:12]}")
-            self._manifest = parse_manifest(chunk.manifest_json)
-            if sum(p.bytes for p in self._manifest.device_parts()) > MAX_DEVICE_BYTES:
-                raise BundleError(f"the bundle's device part is larger than {MAX_DEVICE_BYTES} bytes")
-            (self._dir / MANIFEST).write_bytes(chunk.manifest_json)
-            return
-        if which != "part":
+            self._manifest = self._begin(chunk.manifest_json)
+        elif which != "part":
             raise ProtocolError("a bundle has one manifest")
-        part = self._manifest.part(chunk.part.path)
-        have = self._held.get(part.path, 0)
-        if part.side != "device" or chunk.part.offset != have or len(chunk.part.data) > CHUNK_BYTES:
-            raise ProtocolError(f"part {part.path!r} arrives out of order or is not for the device")
-        if have + len(chunk.part.data) > part.bytes:
+        else:
+            self._write(self._manifest, chunk.part)
+
+    def _begin(self, text: bytes) -> Manifest:
+        if len(text) > MAX_MANIFEST_BYTES or hashlib.sha256(text).hexdigest() != self.sha256:
+            raise BundleError(f"the manifest that arrived is not that of bundle {self.sha256[:12]}")
+        manifest = parse_manifest(text)
+        total = sum(p.bytes for p in manifest.device_parts())
+        if total > MAX_DEVICE_BYTES:
+            raise BundleError(f"the bundle's device part has {total} bytes; at most {MAX_DEVICE_BYTES} are allowed")
+        self._store.make_room(total + len(text), beside=self._dir)
+        (self._dir / MANIFEST).write_bytes(text)
+        return manifest
+
+    def _write(self, manifest: Manifest, piece: pb.PartChunk) -> None:
+        part = manifest.part(piece.path)
+        have, size = self.held.get(part.path, 0), len(piece.data)
+        if part.side != "device" or piece.offset != have or not 0 < size <= CHUNK_BYTES:
+            raise ProtocolError(f"part {part.path!r} arrives empty or out of order, or is not for the device")
+        if have + size > part.bytes:
             raise BundleError(f"part {part.path!r} is longer than the manifest says")
         file = self._dir / part.path
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("ab" if have else "wb") as out:
-            out.write(chunk.part.data)
-        self._held[part.path] = have + len(chunk.part.data)
+            out.write(piece.data)
+        self.held[part.path] = have + size
+        self.received_bytes += size
 
-    def finish(self) -> None:
-        """Verifies every part; a bad one is removed, so that the next attempt fetches it whole.
+    def finish(self) -> Bundle:
+        """Verifies every part and keeps the bundle; a bad part is removed, so that the next attempt fetches it whole.
 
         Raises:
             BundleError: a part is short or altered.
@@ -265,13 +211,14 @@ class _Receiver:
         if self._manifest is None:
             raise ProtocolError("the server sent no manifest")
         for part in self._manifest.device_parts():
-            if part.bytes == 0 and not (self._dir / part.path).exists():
-                (self._dir / part.path).parent.mkdir(parents=True, exist_ok=True)
-                (self._dir / part.path).touch()
+            file = self._dir / part.path
+            if part.bytes == 0 and not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
             try:
                 verify_part(self._dir, part)
             except BundleError:
-                file = self._dir / part.path
                 if file.is_file() and file.stat().st_size >= part.bytes:
                     file.unlink()
                 raise
+        return self._store.adopt(self._dir, self.sha256)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from edge_client.frames import NS_PER_S, CapturedFrame, Clock
 from edge_client.sources import DEFAULT_FPS, Camera, PictureCamera, Source, open_camera
 from protos.errors import HeadtailError, SourceError
-from splitters.preprocess import Frame
+from splitters.tasks.preprocess import Frame
 
 log = logging.getLogger(__name__)
 

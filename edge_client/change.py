@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edge_client.frames import NS_PER_S
 from protos.errors import ConfigError
-from splitters.preprocess import Frame
+from splitters.tasks.preprocess import Frame
 
 _WIDTH_PX, _HEIGHT_PX, _BLOCK_PX = 64, 48, 8
 

@@ -1,6 +1,6 @@
 """What the controller may choose from on this device: the bundle's table, with this device's own times.
 
-``measure`` times every operating point once per device and bundle (three seconds at most) and keeps the figures in the
+``measure`` times every operating point once per device and bundle, in three seconds at most, and the figures are kept in the
 cache; a table's ``head_ms`` measured elsewhere is only a prior.
 """
 
@@ -13,7 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +22,18 @@ from edge_client.control import ControlConfig, Controller, Decision, Local, Loca
 from edge_client.engine import Engine
 from edge_client.frames import NS_PER_MS, NS_PER_S, Clock
 from protos.errors import BundleError
-from splitters.offload import OffloadOption
-from splitters.operating_point import OperatingPoint, Quantiles
-from splitters.preprocess import Frame
+from protos.schema import read_json
+from splitters.bundle import Bundle
+from splitters.bundle.offload import OffloadOption
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
+from splitters.tasks.preprocess import Frame
 
 log = logging.getLogger(__name__)
 
 # A measured device is optimistic about its link: what does not arrive in time, the local model answers.
 _INITIAL_BPS = 20_000_000.0
 _BUDGET_NS = 3 * NS_PER_S
+_KEPT_TIMES = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,25 +50,64 @@ class DeviceTimes:
         offloads: dict[Decision, Quantiles] = {Offload.named(name): ms for name, ms in self.offload_ms.items()}
         return {**{Split(point_id=i): ms for i, ms in self.head_ms.items()}, **offloads, **local}
 
+    def as_json(self) -> dict[str, object]:
+        """As plain JSON types."""
+        return asdict(self)
 
-def measure(engine: Engine, *, clock: Clock = time.monotonic_ns, cache: Path | None = None) -> DeviceTimes:
-    """Times the engine on a test picture, or reads what an earlier start measured."""
-    file = cache / f"{engine.sha256[:32]}-{_device_id()}.json" if cache is not None else None
-    if file is not None and (known := _read(file)) is not None:
-        return known
-    times = _measure(engine, clock)
-    if file is not None:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(_to_json(times)), encoding="utf-8")
-        except OSError as error:
-            log.debug("device times are not kept: %s", error)
-    return times
+
+def measure(engine: Engine, *, clock: Clock = time.monotonic_ns) -> DeviceTimes:
+    """Runs every graph of the engine once on a test picture, then times them.
+
+    Raises:
+        ModelError: a graph fails on a picture.
+    """
+    picture = _picture(engine)
+    features = engine.features(picture)
+    engine.head.prefilter_scores(features.maps)
+    if engine.local is not None:
+        engine.local.answer(engine.local.prepare(picture), (picture.shape[1], picture.shape[0]))
+    for point in {p.graphs: p for p in engine.bundle.points}.values():
+        engine.encode(features, point)
+    return _measure(engine, clock)
+
+
+def known_times(bundle: Bundle, *, threads: int, cache: Path) -> DeviceTimes | None:
+    """What an earlier start measured of this bundle on this device."""
+    try:
+        return read_json(_times_file(bundle, threads, cache).read_bytes(), DeviceTimes, what="the device's times")
+    except (OSError, BundleError):
+        return None
+
+
+def keep_times(times: DeviceTimes, bundle: Bundle, *, threads: int, cache: Path) -> None:
+    """For the next start; of the bundles measured longest ago nothing is kept."""
+    file = _times_file(bundle, threads, cache)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        for old in sorted(cache.iterdir(), key=lambda p: p.stat().st_mtime_ns)[:-_KEPT_TIMES]:
+            old.unlink(missing_ok=True)
+        temporary.write_text(json.dumps(times.as_json()), encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        log.debug("device times are not kept: %s", error)
+
+
+def _times_file(bundle: Bundle, threads: int, cache: Path) -> Path:
+    import onnxruntime
+
+    device = f"{platform.machine()}-{os.cpu_count()}-{threads}t-ort{onnxruntime.__version__}"
+    return cache / f"{bundle.sha256}-{device}.json"
+
+
+def _picture(engine: Engine) -> Frame:
+    height, width = engine.bundle.manifest.preprocess.size_px
+    return np.random.default_rng(0).integers(0, 255, (height * 5 // 4, width * 5 // 4, 3)).astype(np.uint8)
 
 
 def _measure(engine: Engine, clock: Clock) -> DeviceTimes:
+    picture = _picture(engine)
     height, width = engine.bundle.manifest.preprocess.size_px
-    picture: Frame = np.random.default_rng(0).integers(0, 255, (height * 5 // 4, width * 5 // 4, 3)).astype(np.uint8)
     until_ns = clock() + _BUDGET_NS
     heads = {p.graphs: p for p in engine.bundle.points}  # points with the same graphs cost the same
     samples: dict[tuple[str, ...], list[float]] = {graphs: [] for graphs in heads}
@@ -105,30 +147,6 @@ def name_of(o: OffloadOption) -> str:
 
 def _quantiles(values: list[float]) -> Quantiles:
     return Quantiles(p50=float(np.median(values)), p95=float(np.quantile(values, 0.95)))
-
-
-def _device_id() -> str:
-    return f"{platform.machine()}-{os.cpu_count()}"
-
-
-def _to_json(times: DeviceTimes) -> dict[str, object]:
-    local = [times.local_ms.p50, times.local_ms.p95] if times.local_ms else None
-    return {
-        "head_ms": {str(i): [q.p50, q.p95] for i, q in times.head_ms.items()},
-        "offload_ms": {name: [q.p50, q.p95] for name, q in times.offload_ms.items()},
-        "local_ms": local,
-    }
-
-
-def _read(file: Path) -> DeviceTimes | None:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        head = {int(i): Quantiles(p50=a, p95=b) for i, (a, b) in data["head_ms"].items()}
-        offload = {str(name): Quantiles(p50=a, p95=b) for name, (a, b) in data["offload_ms"].items()}
-        local = Quantiles(p50=data["local_ms"][0], p95=data["local_ms"][1]) if data["local_ms"] else None
-    except (OSError, ValueError, KeyError, TypeError, BundleError):
-        return None
-    return DeviceTimes(head_ms=head, local_ms=local, offload_ms=offload)
 
 
 def make_controller(engine: Engine, times: DeviceTimes, *, fps: float, explain: bool = False) -> Controller:

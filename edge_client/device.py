@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
+_OVERDUE_S = 20.0
+
 
 class Executor(Protocol):
     """Runs one blocking function somewhere and gives its value."""
@@ -40,9 +42,15 @@ class ThreadExecutor:
 
 
 class DeviceWorker:
-    """One job at a time, earliest ``due_ns`` first."""
+    """One job at a time, earliest ``due_ns`` first.
+
+    Attributes:
+        overdue: called, again and again, while a job runs for longer than any can take: a graph that loops for ever on just
+            this frame. It should make the job end.
+    """
 
     def __init__(self, execute: Executor) -> None:
+        self.overdue: Callable[[], None] = lambda: None
         self._execute = execute
         self._heap: list[tuple[int, int, Callable[[], Any], asyncio.Future[Any]]] = []
         self._order = itertools.count()
@@ -70,12 +78,20 @@ class DeviceWorker:
         result: T = await future
         return result
 
+    async def _watch(self) -> None:
+        while True:
+            # In two steps: a machine that slept finds the first one over at once, and the job deserves the second.
+            await asyncio.sleep(_OVERDUE_S / 2)
+            await asyncio.sleep(_OVERDUE_S / 2)
+            self.overdue()
+
     async def _drain(self) -> None:
         try:
             while self._heap:
                 _, _, function, future = heapq.heappop(self._heap)
                 if future.done():  # whoever asked was cancelled
                     continue
+                watch = asyncio.get_running_loop().create_task(self._watch())
                 try:
                     value = await self._execute(function)
                 except Exception as error:  # noqa: BLE001 - handed to whoever asked
@@ -84,5 +100,7 @@ class DeviceWorker:
                 else:
                     if not future.done():
                         future.set_result(value)
+                finally:
+                    watch.cancel()
         finally:
             self._running = None

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from edge_client.frames import NS_PER_MS, Clock
-from edge_client.head import Floats, Head, open_graph
+from edge_client.head import Floats, Head, open_graph, run_options
 from protos.errors import BundleError, ConfigError, PayloadError
 from protos.messages import Answer, Result
 from splitters.bundle import Bundle
+from splitters.bundle.offload import compress
+from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import LatentCodec, Predictor, Symbols, codec_from_spec
-from splitters.offload import compress
-from splitters.operating_point import OperatingPoint
-from splitters.postprocess import build_postprocess
-from splitters.preprocess import Frame, input_image, normalise
+from splitters.tasks.postprocess import build_postprocess
+from splitters.tasks.preprocess import Frame, input_image, normalise
 
 Reference = tuple[Symbols | None, int | None]
 NO_REFERENCE: Reference = (None, None)
@@ -54,12 +55,12 @@ class Encoded:
 class LocalModel:
     """The whole model on the device, smaller than the server's."""
 
-    def __init__(self, bundle: Bundle, *, clock: Clock, threads: int) -> None:
+    def __init__(self, bundle: Bundle, *, clock: Clock, threads: int, options: Any = None) -> None:
         spec = bundle.manifest.local
         if spec is None:
             raise ConfigError(f"bundle {bundle.manifest.name!r} carries no local model")
         self._preprocess = spec.preprocess
-        self._graph = open_graph(bundle.part_path(spec.path), threads=threads)
+        self._graph = open_graph(bundle.part_path(spec.path), threads=threads, options=options)
         post = dict(bundle.manifest.postprocess)
         if post.get("kind") == "yolox":
             post["kind"] = "dense_boxes"  # a local model's boxes are decoded already
@@ -91,9 +92,15 @@ class Engine:
         self.sha256 = bundle.sha256
         self.labels = bundle.manifest.labels
         self._clock = clock
-        self.head = Head(bundle, clock=clock, threads=threads)
-        self.local = LocalModel(bundle, clock=clock, threads=threads) if bundle.manifest.local else None
+        self._options = run_options()
+        self.head = Head(bundle, clock=clock, threads=threads, options=self._options)
+        local = bundle.manifest.local is not None
+        self.local = LocalModel(bundle, clock=clock, threads=threads, options=self._options) if local else None
         self.codec = _open_codec(bundle)
+
+    def abandon(self) -> None:
+        """Ends a graph that is running, from another thread, and every later run; the run raises ``ModelError``."""
+        self._options.terminate = True
 
     def input_image(self, frame: Frame) -> Frame:
         """The model's own input as a picture: the fair baseline for JPEG, and what offload sends."""

@@ -15,7 +15,7 @@ from edge_client.frames import NS_PER_S, Outcome
 from edge_client.parts import Parts, PipelineConfig
 from edge_client.pipeline import Pipeline
 from protos.errors import DrainingError, HeadtailError, OverloadedError, UnreachableError, VersionMismatchError, from_code
-from splitters.operating_point import OperatingPoint, best_point
+from splitters.bundle.operating_point import OperatingPoint, best_point
 
 _WINDOW = 8
 _MAX_TRIES = 6

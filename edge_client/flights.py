@@ -12,7 +12,7 @@ from edge_client.control import Decision, Offload, Split
 from edge_client.engine import Engine, Features
 from edge_client.frames import NS_PER_MS, CapturedFrame, FrameReport, Outcome
 from protos.messages import Answer
-from splitters.preprocess import Frame
+from splitters.tasks.preprocess import Frame
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

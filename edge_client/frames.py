@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from protos.errors import InternalError
 from protos.messages import Answer
-from splitters.preprocess import Frame
+from splitters.tasks.preprocess import Frame
 
 Clock = Callable[[], int]
 """Monotonic nanoseconds."""

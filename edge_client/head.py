@@ -8,7 +8,9 @@ Shape legend: input (1, 3, h, w); the stem's outputs and every latent carry a ba
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from edge_client.frames import Clock
 from protos.errors import BundleError, ModelError
 from splitters.bundle import Bundle
-from splitters.operating_point import OperatingPoint
+from splitters.bundle.operating_point import OperatingPoint
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -27,13 +29,25 @@ Floats = NDArray[np.float32]
 Graph = Callable[[Sequence[Floats]], list[Floats]]
 
 
+# Weights may be said to lie in another file, by a path; ONNX Runtime's own checks of that path came release by release.
+_WEIGHTS_ELSEWHERE = re.compile(rb"\x0a(\x08|\x88\x80*\x00)location\x12")
+
+
 def _open(path: Path, threads: int) -> ort.InferenceSession:
     import onnxruntime as ort
+
+    try:
+        elsewhere = _WEIGHTS_ELSEWHERE.search(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+    if elsewhere:
+        raise BundleError(f"{path} keeps its weights in another file; the graphs of a bundle carry their own")
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called
     # A spinning pool would take the core from the capture thread on small devices.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
@@ -42,8 +56,20 @@ def _open(path: Path, threads: int) -> ort.InferenceSession:
         raise BundleError(f"{path} is no ONNX model that can be run: {error}") from error
 
 
-def open_graph(path: Path, *, threads: int = 1) -> Graph:
+def run_options() -> ort.RunOptions:
+    """Options that runs of several graphs share, so that one flag ends whichever is under way."""
+    import onnxruntime as ort
+
+    return ort.RunOptions()
+
+
+def open_graph(path: Path, *, threads: int = 1, options: ort.RunOptions | None = None) -> Graph:
     """Opens an ONNX file as a function from its inputs, in order, to its outputs.
+
+    Args:
+        path: the file.
+        threads: of ONNX Runtime.
+        options: of every run; its ``terminate`` ends one that is under way.
 
     Raises:
         BundleError: the file is no model that ONNX Runtime can run.
@@ -54,7 +80,7 @@ def open_graph(path: Path, *, threads: int = 1) -> Graph:
 
     def run(arrays: Sequence[Floats]) -> list[Floats]:
         try:
-            outputs: list[Floats] = session.run(None, dict(zip(names, arrays, strict=True)))
+            outputs: list[Floats] = session.run(None, dict(zip(names, arrays, strict=True)), options)
         except Exception as error:
             raise ModelError(f"{path.name} failed on its input: {error}") from error
         return outputs
@@ -84,12 +110,14 @@ class BoundStem:
     Args:
         path: the ONNX file.
         threads: of ONNX Runtime.
+        options: of every run.
 
     Raises:
         BundleError: the file is no model that ONNX Runtime can run.
     """
 
-    def __init__(self, path: Path, *, threads: int = 1) -> None:
+    def __init__(self, path: Path, *, threads: int = 1, options: ort.RunOptions | None = None) -> None:
+        self._options = options
         self._session, self._path = _open(path, threads), path
         self._input = self._session.get_inputs()[0].name
         self._outputs = [o.name for o in self._session.get_outputs()]
@@ -106,7 +134,7 @@ class BoundStem:
         """
         try:
             if image.shape != self._shape:  # the first frame tells the outputs' shapes
-                buffers = list(self._session.run(None, {self._input: image}))
+                buffers = list(self._session.run(None, {self._input: image}, self._options))
                 self._shape, self._free, self._sizes = image.shape, [], [b.shape for b in buffers]
                 return Maps(buffers, self._free)
             buffers = self._free.pop() if self._free else [np.empty(size, np.float32) for size in self._sizes]
@@ -114,7 +142,7 @@ class BoundStem:
             self._binding.bind_cpu_input(self._input, given)
             for name, buffer in zip(self._outputs, buffers, strict=True):
                 self._binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:
             raise ModelError(f"{self._path.name} failed on its input: {error}") from error
         return Maps(buffers, self._free)
@@ -127,14 +155,16 @@ class Head:
         bundle: opened and verified.
         clock: for the stages' times.
         threads: of ONNX Runtime.
+        options: of every run of a graph.
     """
 
-    def __init__(self, bundle: Bundle, *, clock: Clock, threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle, *, clock: Clock, threads: int = 1, options: ort.RunOptions | None = None) -> None:
         spec = bundle.manifest.head
         self._clock = clock
-        self._stem = BoundStem(bundle.part_path(spec.stem), threads=threads)
-        self._graphs = {name: open_graph(bundle.part_path(path), threads=threads) for name, path in spec.graphs.items()}
-        self._prefilter = open_graph(bundle.part_path(spec.prefilter), threads=threads) if spec.prefilter else None
+        self._stem = BoundStem(bundle.part_path(spec.stem), threads=threads, options=options)
+        opened = partial(open_graph, threads=threads, options=options)
+        self._graphs = {name: opened(bundle.part_path(path)) for name, path in spec.graphs.items()}
+        self._prefilter = opened(bundle.part_path(spec.prefilter)) if spec.prefilter else None
         for point in bundle.points:
             for name in point.graphs:
                 if name not in self._graphs:

@@ -18,7 +18,7 @@ from edge_client.session import Gate
 from edge_client.tracing import Traceparent, untraced
 from protos.errors import HeadtailError
 from protos.messages import FrameLayer
-from splitters.preprocess import Frame
+from splitters.tasks.preprocess import Frame
 
 
 class Frames(Protocol):

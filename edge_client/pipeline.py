@@ -25,8 +25,8 @@ from edge_client.update import BundleUpdate
 from protos.errors import HeadtailError, OverloadedError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, Answer, FrameLayer, Grant, PayloadKind, Result
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import Predictor, is_predicted
-from splitters.operating_point import OperatingPoint, Quantiles
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ LATE_GRACE_NS = 100 * NS_PER_MS
 _HISTORY = 16  # frames back that a latent may be predicted from; every server remembers so many
 _FORGET_NS = 6 * NS_PER_S  # longer than a session waits for a silent server: else frames would go on entering a dead network
 _UNANSWERED_NS = 60 * NS_PER_S
+_LAST_JOB_S = 1.0
 
 
 class Pipeline:
@@ -52,6 +53,7 @@ class Pipeline:
         self._clock = parts.clock
         self._frames = parts.frames
         self._worker = parts.worker
+        self._worker.overdue = self._abandon
         self.controller = parts.controller(engine, 0.0)
         self.timings = Timings()
         self._pace = self._new_pace()
@@ -100,7 +102,16 @@ class Pipeline:
             with suppress(TimeoutError, HeadtailError):
                 await asyncio.wait_for(session, 1.5)
             await asyncio.gather(main, rescue, return_exceptions=True)
+            hopeless = asyncio.get_running_loop().call_later(_LAST_JOB_S, self._abandon)
             await self._worker.join()
+            hopeless.cancel()
+
+    def _abandon(self) -> None:
+        """The device is at a job that does not end by itself."""
+        log.error("a model has been at one frame for too long; it is given up")
+        engines = [self.engine, *(f.engine for f in [*self._in_flight(), *self._waiting()])]
+        for engine in {id(e): e for e in engines}.values():
+            engine.abandon()
 
     def stop(self) -> None:
         """Ends the source; what is in flight is still waited for, shortly."""

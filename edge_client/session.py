@@ -21,7 +21,7 @@ from edge_client.frames import NS_PER_S, Clock
 from edge_client.rpc import Endpoint, open_channel, stub, translated
 from protos.errors import HeadtailError, ProtocolError, UnreachableError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.messages import PROTOCOL_VERSION, FrameLayer, Grant, Result
+from protos.messages import PROTOCOL_VERSION, FrameLayer, Grant, Result, bundle_hash
 
 if TYPE_CHECKING:
     from edge_client.rpc import Call
@@ -135,7 +135,7 @@ class Session:
         self._next_id = 0
         self._closing = False
         self._again = False
-        self._heard_ns = 0
+        self._heard_ns = self._began_ns = 0
         self._unanswered_ns: int | None = None
 
     # ------------------------------------------------------------------ for the pipeline
@@ -189,7 +189,8 @@ class Session:
             was_up, self.up = self.up, False
             self._queue.clear()
             if was_up:
-                wait_s = self._config.backoff_s[0]
+                # A server that breaks the protocol in every session is not dialled several times a second.
+                wait_s = wait_s if isinstance(error, ProtocolError) else self._config.backoff_s[0]
                 self._events.on_down(error)
             if self._closing:
                 return
@@ -235,7 +236,7 @@ class Session:
                 f"this client {PROTOCOL_VERSION}; update the older of the two"
             )
         return Welcome(
-            session_id=w.session_id, model=w.model, bundle_sha256=w.bundle_sha256, max_in_flight=w.max_in_flight,
+            session_id=w.session_id, model=w.model, bundle_sha256=bundle_hash(w.bundle_sha256), max_in_flight=w.max_in_flight,
             max_payload_bytes=w.max_payload_bytes,
         )  # fmt: skip
 
@@ -245,7 +246,8 @@ class Session:
         self.up = True
         self.reconnects += self.welcomed.is_set()
         self.welcomed.set()
-        self._heard_ns, self._unanswered_ns = self._clock(), None
+        self._heard_ns = self._began_ns = self._clock()
+        self._unanswered_ns = None
         self._least_rtt_ns = None
         self.error = None
         self._events.on_up(welcome)
@@ -270,16 +272,22 @@ class Session:
             match message.WhichOneof("content"):
                 case "result":
                     result = Result.from_proto(message.result)
+                    if result.echo_sent_ns and not self._began_ns <= result.echo_sent_ns <= now_ns:
+                        failure = ProtocolError("an answer echoes a time at which this session sent nothing")
+                        result = Result(frame_id=result.frame_id, error=failure)
                     if result.echo_sent_ns:
                         self._note_round_trip(now_ns - result.echo_sent_ns - result.timings.total_ns)
                     self._events.on_result(result, now_ns)
                 case "grant":
                     self._events.on_grant(Grant.from_proto(message.grant), now_ns)
                 case "pong":
-                    self._note_round_trip(now_ns - message.pong.echo_sent_ns)
-                    self._events.on_pong(max(0, now_ns - message.pong.echo_sent_ns), now_ns)
+                    rtt_ns = now_ns - message.pong.echo_sent_ns
+                    if not 0 <= rtt_ns <= now_ns - self._began_ns:
+                        raise ProtocolError("the server answers a ping that was never sent")
+                    self._note_round_trip(rtt_ns)
+                    self._events.on_pong(rtt_ns, now_ns)
                 case "bundle_changed":
-                    self._events.on_bundle_changed(message.bundle_changed.bundle_sha256)
+                    self._events.on_bundle_changed(bundle_hash(message.bundle_changed.bundle_sha256))
                 case "draining":
                     self._events.on_draining(message.draining.grace_ns)
                 case other:

@@ -22,7 +22,7 @@ from edge_client.annotate import annotate
 from edge_client.frames import Age, FrameReport
 from protos.errors import ConfigError, HeadtailError, MissingDependencyError, StorageError
 from protos.messages import Answer, Classification, Detection
-from splitters.preprocess import Frame
+from splitters.tasks.preprocess import Frame
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from protos.errors import ConfigError, SourceError
-from splitters.preprocess import Frame
+from splitters.tasks.preprocess import Frame
 
 Kind = Literal["device", "url", "video", "picture", "directory", "synthetic"]
 

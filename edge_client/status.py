@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from edge_client.frames import NS_PER_S, Clock, FrameReport, Outcome
+from protos.text import printable
 
 _WINDOW_NS = 5 * NS_PER_S
 
@@ -70,4 +71,4 @@ class Status:
             parts.append("no frames")
         if note := self._note():
             parts.append(f"[{note}]")
-        return " | ".join(parts)
+        return printable(" | ".join(parts))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from edge_client.frames import NS_PER_MS, Age, Clock, FrameReport, Outcome
 from protos.errors import ConfigError
 from protos.messages import Box, Detection
-from splitters.preprocess import Frame
+from splitters.tasks.preprocess import Frame
 
 Floats = NDArray[np.float32]
 Grey = NDArray[np.uint8]

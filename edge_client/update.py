@@ -5,17 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from edge_client.engine import Engine
-from protos.errors import HeadtailError
+from protos.errors import BundleError, HeadtailError, ProtocolError
 
 log = logging.getLogger(__name__)
 
-_FETCH_AGAIN_S = 2.0
+_FIRST_S = 2.0
+_LONGEST_S = 32.0
+_CALM_S = 60.0
+_REFUSED_S = 600.0
+_REFUSALS = 64
 
 
 class BundleUpdate:
-    """At most one download at a time; a failed one is tried again ever more seldom.
+    """At most one download at a time, and each the later the more there were of late.
+
+    A network that fails, a disk that is full and a server that announces one bundle after another all cost the same: downloads.
+    Every attempt doubles the wait for the next, whatever came of it; a quiet minute makes it short again. A bundle that was
+    refused as bad is not asked for again for ten minutes, another one is.
 
     Args:
         fetch: fetches the bundle of a hash and makes an engine of it.
@@ -29,6 +38,11 @@ class BundleUpdate:
         self._wanted = ""
         self._ready: Engine | None = None
         self._task: asyncio.Task[None] | None = None
+        self._wait_s = 0.0
+        self._next_s = self._calm_s = -1.0
+        self._refused: dict[str, float] = {}
+        self._renewed = asyncio.Event()
+        self._over = False
 
     @property
     def running(self) -> bool:
@@ -37,8 +51,10 @@ class BundleUpdate:
 
     def want(self, sha256: str) -> None:
         """The bundle with this hash is wanted; empty: none, the one in use is the server's."""
+        if sha256 != self._wanted:
+            self._renewed.set()
         self._wanted = sha256
-        if sha256 and self._task is None:
+        if sha256 and self._task is None and not self._over:
             self.note = f"fetching bundle {sha256[:12]}"
             self._task = asyncio.create_task(self._run())
 
@@ -50,23 +66,41 @@ class BundleUpdate:
         return engine
 
     def cancel(self) -> None:
-        """Ends the download."""
+        """Ends the download; there will be no other."""
+        self._over = True
         if self._task is not None:
             self._task.cancel()
 
     async def _run(self) -> None:
-        wait_s = _FETCH_AGAIN_S
+        loop = asyncio.get_running_loop()
         try:
             while self._wanted and self._ready is None:
+                wanted = self._wanted
+                early_s = max(self._next_s, self._refused.get(wanted, 0.0)) - loop.time()
+                if early_s > 0:
+                    await self._wait(early_s)
+                    continue
                 try:
-                    self._ready = await self._fetch(self._wanted)
+                    self._ready = await self._fetch(wanted)
                 except HeadtailError as error:
                     self.note = f"the server's bundle cannot be had: {error.message}"
                     log.warning("%s", self.note)
-                    await asyncio.sleep(wait_s)
-                    wait_s = min(2 * wait_s, 16 * _FETCH_AGAIN_S)  # a full disk does not empty itself
-                    self._wanted = self._wanted if self._is_up() else ""  # the next welcome names it
+                    if isinstance(error, BundleError | ProtocolError):
+                        self._refused[wanted] = loop.time() + _REFUSED_S
+                        self._refused = dict([*self._refused.items()][-_REFUSALS:])
+                self._wait_s = min(2 * self._wait_s, _LONGEST_S) if loop.time() < self._calm_s else _FIRST_S
+                self._next_s = loop.time() + self._wait_s
+                self._calm_s = self._next_s + _CALM_S
         finally:
             self._task = None
             self.note = self.note if self._wanted else ""
         self._notify()
+
+    async def _wait(self, seconds: float) -> None:
+        """Until then, or until another bundle is wanted."""
+        self._renewed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._renewed.wait()
+                return
+        self._wanted = self._wanted if self._is_up() else ""  # the next welcome names it

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from edge_server.config import Limits
 from protos.errors import HeadtailError, LimitError, PayloadError, ProtocolError
-from protos.messages import FrameLayer, PayloadKind
+from protos.headtail.v1 import headtail_pb2 as pb
+from protos.messages import MAX_LAYERS, FrameLayer, PayloadKind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,27 @@ def frame_of(layers: list[FrameLayer], begun_ns: int, now_ns: int, deadline_ns: 
         deadline_ns=deadline_ns, begun_ns=begun_ns, arrived_ns=now_ns, echo_sent_ns=last.sent_ns,
         traceparent=first.traceparent,
     )  # fmt: skip
+
+
+def read_frame(request: pb.InferRequest, limits: Limits, now_ns: int) -> Frame:
+    """The frame of a unary request.
+
+    Raises:
+        ProtocolError: its layers are no gapless prefix of one frame.
+        LimitError: it is too large.
+        PayloadError: a layer's checksum is wrong.
+    """
+    if not 1 <= len(request.layers) <= MAX_LAYERS:
+        raise ProtocolError(f"a frame has 1..{MAX_LAYERS} layers, got {len(request.layers)}")
+    layers = [FrameLayer.from_proto(layer, max_payload_bytes=limits.max_payload_bytes) for layer in request.layers]
+    first = layers[0]
+    for index, layer in enumerate(layers):
+        same = (layer.frame_id, layer.layer_count, layer.kind) == (first.frame_id, first.layer_count, first.kind)
+        if layer.layer != index or not same:
+            raise ProtocolError("the layers of one frame must be gapless and of one kind, base first")
+    if sum(len(layer.payload) for layer in layers) > limits.max_frame_bytes:
+        raise LimitError(f"the frame has more than {limits.max_frame_bytes} bytes")
+    return frame_of(layers, now_ns, now_ns, deadline_of(first, now_ns))
 
 
 @dataclass(slots=True)

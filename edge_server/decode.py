@@ -18,8 +18,8 @@ from edge_server.assembly import Frame
 from edge_server.models import Model
 from protos.errors import LimitError, PayloadError
 from protos.messages import PayloadKind
+from splitters.bundle.offload import restorable, restore
 from splitters.codec import Symbols
-from splitters.offload import restorable, restore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,17 +11,16 @@ from typing import Any
 
 import grpc.aio
 
-from edge_server.assembly import Frame, deadline_of, frame_of
+from edge_server.assembly import read_frame
 from edge_server.auth import caller
-from edge_server.config import Limits
 from edge_server.fetch import FetchSlots, chunks
 from edge_server.quota import Client
 from edge_server.session import Services, Session
 from edge_server.status import translated
 from edge_server.wire import checked
-from protos.errors import DrainingError, HeadtailError, LimitError, ProtocolError, VersionMismatchError
+from protos.errors import DrainingError, HeadtailError, LimitError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.messages import MAX_LAYERS, MAX_TRACEPARENT_CHARS, PROTOCOL_VERSION, FrameLayer
+from protos.messages import MAX_TRACEPARENT_CHARS, PROTOCOL_VERSION
 from splitters.codec import ReferenceStore
 
 log = logging.getLogger(__name__)
@@ -188,24 +187,3 @@ def trace_of(context: Context) -> str:
         if name == "traceparent" and isinstance(value, str) and len(value) <= MAX_TRACEPARENT_CHARS:
             return value
     return ""
-
-
-def read_frame(request: pb.InferRequest, limits: Limits, now_ns: int) -> Frame:
-    """The frame of a unary request.
-
-    Raises:
-        ProtocolError: its layers are no gapless prefix of one frame.
-        LimitError: it is too large.
-        PayloadError: a layer's checksum is wrong.
-    """
-    if not 1 <= len(request.layers) <= MAX_LAYERS:
-        raise ProtocolError(f"a frame has 1..{MAX_LAYERS} layers, got {len(request.layers)}")
-    layers = [FrameLayer.from_proto(layer, max_payload_bytes=limits.max_payload_bytes) for layer in request.layers]
-    first = layers[0]
-    for index, layer in enumerate(layers):
-        same = (layer.frame_id, layer.layer_count, layer.kind) == (first.frame_id, first.layer_count, first.kind)
-        if layer.layer != index or not same:
-            raise ProtocolError("the layers of one frame must be gapless and of one kind, base first")
-    if sum(len(layer.payload) for layer in layers) > limits.max_frame_bytes:
-        raise LimitError(f"the frame has more than {limits.max_frame_bytes} bytes")
-    return frame_of(layers, now_ns, now_ns, deadline_of(first, now_ns))

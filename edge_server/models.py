@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protos.errors import BundleError, HeadtailError, UnknownModelError
-from splitters.bundle import MANIFEST, Bundle, open_bundle, sha256_hex
+from splitters.bundle import Bundle, open_bundle, sha256_hex
+from splitters.bundle.manifest import MANIFEST
 from splitters.codec import LatentCodec, codec_from_spec
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def locate(name_or_path: str) -> Path:
         return path
     if "/" in name_or_path or path.exists():
         raise BundleError(f"{name_or_path} is no bundle's directory")
-    from splitters.export import ensure_exported
+    from splitters.zoo.defaults import ensure_exported
 
     return ensure_exported(name_or_path)
 

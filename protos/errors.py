@@ -26,6 +26,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from protos.text import printable
+
 
 class HeadtailError(Exception):
     """Root of the tree.
@@ -43,8 +45,8 @@ class HeadtailError(Exception):
     retryable: bool = False
 
     def __init__(self, message: str, *, retryable: bool | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = printable(message)  # it may quote a peer, a file or its name
+        super().__init__(self.message)
         if retryable is not None:
             self.retryable = retryable
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
+from protos.text import ascii_escaped, printable
+
 FORMATS: Final = ("text", "json")
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
@@ -31,7 +33,20 @@ class JsonFormatter(logging.Formatter):
         line |= {name: value for name, value in vars(record).items() if name not in _OWN}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+        return ascii_escaped(json.dumps(line, default=str, ensure_ascii=False))
+
+
+class TextFormatter(logging.Formatter):
+    """A line a record; a traceback's lines are set in, so that no text of others in it can pass for a record."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        """See logging."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
+        """See logging."""
+        return "\n".join("  " + printable(line) for line in super().formatException(ei).split("\n"))
 
 
 def set_up(level: str, form: str, stream: TextIO, *, before: str = "") -> None:
@@ -44,7 +59,7 @@ def set_up(level: str, form: str, stream: TextIO, *, before: str = "") -> None:
         before: put before each text line, to clear a status line.
     """
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(before + _TEXT))
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter(before + _TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
@@ -53,5 +68,5 @@ def say(text: str, form: str, stream: TextIO, *, logger: str, extra: Mapping[str
     if form == "json":
         logging.getLogger(logger).critical("%s", text, extra=dict(extra))
     else:
-        stream.write(f"{text}\n")
+        stream.write(f"{printable(text)}\n")
         stream.flush()

@@ -6,7 +6,7 @@ checked message. All times are nanoseconds, all sizes bytes, all boxes source-fr
 
 from __future__ import annotations
 
-import math
+import re
 import zlib
 from dataclasses import dataclass, field
 from enum import Enum
@@ -21,6 +21,26 @@ MAX_PAYLOAD_BYTES: Final = 8 << 20
 MAX_SIDE_PX: Final = 32768
 CHUNK_BYTES: Final = 256 << 10
 MAX_TRACEPARENT_CHARS: Final = 55
+MAX_TOP: Final = 1000
+MAX_BOXES: Final = 5000
+MAX_CLASS_ID: Final = 10**6
+MAX_DURATION_NS: Final = 3600 * 10**9
+MAX_BITRATE_BPS: Final = 10**13
+MAX_BATCH: Final = 1 << 16
+_ROUNDING: Final = 1e-3  # of a probability computed in half precision
+_MAX_TREND: Final = 1e9
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def bundle_hash(text: str) -> str:
+    """Returns what a peer names a bundle by, where it is a hash; it becomes a directory's name, so nothing else will do.
+
+    Raises:
+        ProtocolError: it is not 64 lower-case hex digits.
+    """
+    if not _HASH.fullmatch(text):
+        raise ProtocolError(f"the server names a bundle by {text[:100]!r}, which is not a sha256 of 64 lower-case hex digits")
+    return text
 
 
 class PayloadKind(Enum):
@@ -168,13 +188,17 @@ class Result:
 
     @classmethod
     def from_proto(cls, message: pb.Result) -> Result:
-        """Reads and checks a result.
-
-        Raises:
-            ProtocolError: no outcome, or numbers that are not finite.
-        """
+        """Reads and checks a result; one with impossible numbers is a ``ProtocolError`` of its frame, in ``error``."""
         t = message.timings
-        answer, error = _outcome_from_proto(message)
+        answer: Answer | None = None
+        error: HeadtailError | None = None
+        try:
+            answer, error = _outcome_from_proto(message)
+            _check_durations(t.decode_ns, t.queue_ns, t.tail_ns, t.total_ns)
+            if message.layers_decoded > MAX_LAYERS or t.batch_size > MAX_BATCH:
+                raise ProtocolError(f"a result speaks of {message.layers_decoded} layers in a batch of {t.batch_size}")
+        except ProtocolError as failure:
+            return cls(frame_id=message.frame_id, error=failure)
         return cls(
             frame_id=message.frame_id, answer=answer, error=error, layers_decoded=message.layers_decoded,
             symbols_crc32=message.symbols_crc32, echo_sent_ns=message.echo_sent_ns,
@@ -195,24 +219,47 @@ def _outcome_from_proto(message: pb.Result) -> tuple[Answer | None, HeadtailErro
         e = message.error
         return None, from_code(e.code, e.message, retryable=e.retryable)
     if which == "classification":
-        scores = tuple(ClassScore(class_id=s.class_id, score=_finite(s.score)) for s in message.classification.top)
-        return Classification(top=scores), None
+        top = message.classification.top
+        _check_count(len(top), MAX_TOP, "classes")
+        return Classification(top=tuple(ClassScore(class_id=_class_id(s.class_id), score=_score(s.score)) for s in top)), None
     if which == "detection":
-        boxes = tuple(
-            Box(
-                class_id=b.class_id,
-                score=_finite(b.score),
-                box_px=(_finite(b.x1_px), _finite(b.y1_px), _finite(b.x2_px), _finite(b.y2_px)),
-            )
-            for b in message.detection.boxes
-        )
-        return Detection(boxes=boxes), None
+        boxes = message.detection.boxes
+        _check_count(len(boxes), MAX_BOXES, "boxes")
+        return Detection(boxes=tuple(_box_from_proto(b) for b in boxes)), None
     raise ProtocolError(f"result of frame {message.frame_id} holds neither an answer nor an error")
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ProtocolError(f"a result holds the number {value}")
+def _box_from_proto(box: pb.Box) -> Box:
+    x1, y1, x2, y2 = (_within(v, -MAX_SIDE_PX, 2 * MAX_SIDE_PX) for v in (box.x1_px, box.y1_px, box.x2_px, box.y2_px))
+    if x2 < x1 or y2 < y1:
+        raise ProtocolError(f"an answer holds a box whose corners are reversed: {x1:g}, {y1:g}, {x2:g}, {y2:g}")
+    return Box(class_id=_class_id(box.class_id), score=_score(box.score), box_px=(x1, y1, x2, y2))
+
+
+def _class_id(value: int) -> int:
+    if value > MAX_CLASS_ID:
+        raise ProtocolError(f"an answer names the class {value}; at most {MAX_CLASS_ID} is possible")
+    return value
+
+
+def _score(value: float) -> float:
+    return min(1.0, max(0.0, _within(value, -_ROUNDING, 1 + _ROUNDING)))
+
+
+def _check_count(count: int, limit: int, what: str) -> None:
+    if count > limit:
+        raise ProtocolError(f"an answer holds {count} {what}; at most {limit} are possible")
+
+
+def _check_durations(*durations_ns: int) -> None:
+    for value in durations_ns:
+        if not 0 <= value <= MAX_DURATION_NS:
+            raise ProtocolError(f"the server speaks of a duration of {value} ns, which is impossible")
+
+
+def _within(value: float, low: float, high: float) -> float:
+    if not low <= value <= high:  # false for NaN, too
+        raise ProtocolError(f"the server sent the number {value:g}; it must lie in {low:g}..{high:g}")
     return value
 
 
@@ -239,9 +286,11 @@ class Grant:
         """Reads and checks a grant.
 
         Raises:
-            ProtocolError: a number is not finite.
+            ProtocolError: a number is impossible.
         """
+        _check_durations(message.queue_ns, message.tail_ns)
         return cls(
-            bitrate_bps=message.bitrate_bps, max_in_flight=message.max_in_flight, queue_ns=message.queue_ns,
-            tail_ns=message.tail_ns, delivery_bps=_finite(message.delivery_bps), delay_trend=_finite(message.delay_trend),
+            bitrate_bps=int(_within(message.bitrate_bps, 0, MAX_BITRATE_BPS)), max_in_flight=message.max_in_flight,
+            queue_ns=message.queue_ns, tail_ns=message.tail_ns, delivery_bps=_within(message.delivery_bps, 0, MAX_BITRATE_BPS),
+            delay_trend=_within(message.delay_trend, -_MAX_TREND, _MAX_TREND),
         )  # fmt: skip

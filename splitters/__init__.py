@@ -10,8 +10,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from splitters.cut import Split, split
-    from splitters.profiling import Profile, profile
+    from splitters.cutting.split import Split, split
+    from splitters.profiling.measure import profile
+    from splitters.profiling.table import Profile
 
 # ONNX Runtime from 1.29 on reports its sessions to Microsoft unless told otherwise before it is loaded. Whoever loads it here has
 # loaded this package first.
@@ -19,7 +20,12 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["Profile", "Split", "profile", "split"]
 
-_HOMES = {"Split": "splitters.cut", "split": "splitters.cut", "Profile": "splitters.profiling", "profile": "splitters.profiling"}
+_HOMES = {
+    "Split": "splitters.cutting.split",
+    "split": "splitters.cutting.split",
+    "Profile": "splitters.profiling.table",
+    "profile": "splitters.profiling.measure",
+}
 
 
 def __getattr__(name: str) -> Any:

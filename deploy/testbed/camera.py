@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
 
+from deploy.testbed.frame import Frame
 from deploy.testbed.layering import Layer, Layers, split_bytes
 from deploy.testbed.loop import Loop
 from deploy.testbed.path import Pipe
@@ -15,56 +16,13 @@ from deploy.testbed.policies import Policy
 from deploy.testbed.server import Server
 from deploy.testbed.workload import Workload
 from edge_client.control import Decision, Explanation, Local, Offload, Skip, Split
-from splitters.operating_point import Quantiles
+from protos.messages import Grant
+from splitters.bundle.operating_point import Quantiles
 
 # HTTP/2, gRPC and protobuf around a layer, as measured on the wire for a small payload.
 OVERHEAD_BYTES = 64
 PING_BYTES = 40
 _REMOTE = (Split, Offload)
-
-
-class Frame:
-    """One captured frame and what became of it."""
-
-    __slots__ = (
-        "accuracy",
-        "answered_ns",
-        "arrived_bytes",
-        "camera",
-        "captured_ns",
-        "choice",
-        "deadline_ns",
-        "frame_id",
-        "layers",
-        "outcome",
-        "payload_bytes",
-        "read_ns",
-        "reason",
-        "refused",
-        "remaining_ns",
-        "sent_ns",
-        "taken",
-        "value",
-        "whole",
-    )  # fmt: skip
-
-    def __init__(self, camera: Camera, frame_id: int, captured_ns: int, deadline_ns: int) -> None:
-        self.camera = camera
-        self.frame_id = frame_id
-        self.captured_ns = captured_ns
-        self.deadline_ns = deadline_ns
-        self.answered_ns = 0
-        self.outcome = ""
-        self.reason = ""
-        self.choice = ""
-        self.accuracy = 0.0
-        self.value = 0.0  # accuracy of the answer that is on its way
-        self.payload_bytes = 0
-        self.sent_ns = self.read_ns = self.remaining_ns = 0
-        self.whole = False
-        self.refused = False
-        self.layers: tuple[float, ...] = ()  # accuracy with the first one, two ... of its layers; empty: it travels whole
-        self.taken = False  # by the server, with what had arrived
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,6 +179,16 @@ class Camera:
             return
         self.policy.on_ack(frame.frame_id, now, frame.read_ns)
         self._answer(frame, "result", frame.value)
+
+    def granted(self, grant: Grant) -> None:
+        """A grant arrived."""
+        self.policy.on_grant(
+            self.loop.now_ns,
+            bitrate_bps=grant.bitrate_bps,
+            max_in_flight=grant.max_in_flight,
+            queue_ns=grant.queue_ns,
+            tail_ns=grant.tail_ns,
+        )
 
     def _answer(self, frame: Frame, outcome: str, accuracy: float) -> None:
         now = self.loop.now_ns

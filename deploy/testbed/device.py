@@ -31,8 +31,8 @@ from edge_client.frames import NS_PER_MS, NS_PER_S
 from protos.errors import ConfigError
 from protos.messages import Answer
 from splitters.bundle import Bundle
-from splitters.operating_point import OperatingPoint, Quantiles
-from splitters.preprocess import Frame
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
+from splitters.tasks.preprocess import Frame
 
 
 class Pace:

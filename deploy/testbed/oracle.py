@@ -28,8 +28,8 @@ from deploy.testbed.report import Summary
 from deploy.testbed.scenario import Scenario
 from deploy.testbed.tcp import HEADER_BYTES, MSS_BYTES
 from deploy.testbed.workload import Workload
-from splitters.offload import pareto_offloads
-from splitters.operating_point import Quantiles
+from splitters.bundle.offload import pareto_offloads
+from splitters.bundle.operating_point import Quantiles
 
 Floats = NDArray[np.float64]
 

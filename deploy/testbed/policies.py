@@ -10,7 +10,7 @@ from deploy.testbed.workload import Workload
 from edge_client.control import ControlConfig, Controller, Decision, Local, Offload, Skip, Split
 from edge_client.control.estimator import Estimator
 from protos.errors import ConfigError
-from splitters.offload import pareto_offloads
+from splitters.bundle.offload import pareto_offloads
 
 
 class Policy(Protocol):

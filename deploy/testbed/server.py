@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import random
 from math import exp, log
-from typing import TYPE_CHECKING
 
+from deploy.testbed.frame import Device, Frame
 from deploy.testbed.loop import Loop
 from deploy.testbed.workload import ServerTimes
 from edge_server.admission import Work, shed
 from edge_server.arrivals import Arrivals
 from edge_server.bandwidth import BandwidthManager
-from protos.messages import Grant
-from splitters.operating_point import Quantiles
-
-if TYPE_CHECKING:
-    from deploy.testbed.camera import Camera, Frame
+from splitters.bundle.operating_point import Quantiles
 
 _GRANT_BYTES = 60
 _MARGIN_NS = 5_000_000  # as the real server's
@@ -36,11 +32,11 @@ class Server:
         self._partial: dict[int, tuple[Frame, int]] = {}  # by camera: a frame of which layers are missing, its deadline
         self.refused = 0
 
-    def open(self, camera: Camera, session_id: str, group: str, points: list[tuple[float, float]]) -> None:
+    def open(self, camera: Device, session_id: str, group: str, fps: float, points: list[tuple[float, float]]) -> None:
         """A camera connects."""
         self._sessions[id(camera)] = session_id
         if self._bandwidth is not None:
-            self._bandwidth.open(session_id, group, fps=camera.config.fps, points=points)
+            self._bandwidth.open(session_id, group, fps=fps, points=points)
 
     def arrived(self, frame: Frame) -> None:
         """A whole frame was read."""
@@ -85,7 +81,7 @@ class Server:
         waited_ns = self._bandwidth.queue_ns(session)
         grant = self._bandwidth.grant(session, now)
         if grant is not None:
-            frame.camera.down.send(_GRANT_BYTES, _granted, (frame.camera, grant))
+            frame.camera.down.send(_GRANT_BYTES, frame.camera.granted, grant)
         return waited_ns
 
     def _take(self, frame: Frame, due_ns: int, arrived_ns: int) -> None:
@@ -127,17 +123,6 @@ class Server:
         self._busy = False
         if self._queue:
             self._start()
-
-
-def _granted(told: tuple[Camera, Grant]) -> None:
-    camera, grant = told
-    camera.policy.on_grant(
-        camera.loop.now_ns,
-        bitrate_bps=grant.bitrate_bps,
-        max_in_flight=grant.max_in_flight,
-        queue_ns=grant.queue_ns,
-        tail_ns=grant.tail_ns,
-    )
 
 
 def _draw(rng: random.Random, q: Quantiles) -> float:

@@ -94,7 +94,7 @@ def simulate(
             server,
             layers,
         )
-        server.open(camera, str(i), scenario.group, utility)
+        server.open(camera, str(i), scenario.group, camera.config.fps, utility)
         cameras.append(camera)
     with _no_collector():
         loop.run(duration_ns + _DRAIN_NS)

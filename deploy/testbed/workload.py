@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edge_client.choices import DeviceTimes, believable, measure, name_of
+from edge_client.choices import DeviceTimes, believable, keep_times, known_times, measure, name_of
 from edge_client.control import LocalOption, OffloadOption
 from edge_client.engine import Engine
 from protos.errors import ConfigError
 from splitters.bundle import cache_dir, open_bundle
-from splitters.offload import offload_from_json
-from splitters.operating_point import OperatingPoint, Quantiles
+from splitters.bundle.offload import offload_from_json
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +93,7 @@ def find_workload(name: str) -> Workload:
 
         path = exported_path(name)
         if not path.exists():
-            from splitters.export import ensure_exported
+            from splitters.zoo.defaults import ensure_exported
 
             path = ensure_exported(name)
     return load_workload(path)
@@ -102,7 +102,12 @@ def find_workload(name: str) -> Workload:
 def _of_bundle(path: Path) -> Workload:
     clock = time.thread_time_ns  # the thread's own processor time: what else this machine does is not the device's affair
     engine = Engine(open_bundle(path, side="device"), clock=clock)
-    return workload_of(engine, measure(engine, clock=clock, cache=cache_dir() / "testbed-times"))
+    cache = cache_dir() / "testbed-times"
+    times = known_times(engine.bundle, threads=1, cache=cache)
+    if times is None:
+        times = measure(engine, clock=clock)
+        keep_times(times, engine.bundle, threads=1, cache=cache)
+    return workload_of(engine, times)
 
 
 def workload_of(engine: Engine, times: DeviceTimes) -> Workload:

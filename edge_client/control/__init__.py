@@ -18,7 +18,7 @@ from edge_client.control.controller import Controller
 from edge_client.control.decision import Candidate, Decision, Explanation, Local, LocalOption, Offload, Skip, Split
 from edge_client.control.estimator import Estimator, NetworkEstimate
 from edge_client.control.window import CreditWindow
-from splitters.offload import OffloadOption
+from splitters.bundle.offload import OffloadOption
 
 __all__ = [
     "Candidate",

@@ -20,8 +20,8 @@ from edge_client.control.options import DEVICE_NOISE, Option, useful
 from edge_client.control.scoring import Moment, Score, device_price
 from edge_client.control.window import CreditWindow
 from protos.errors import ConfigError
-from splitters.offload import OffloadOption
-from splitters.operating_point import OperatingPoint, Quantiles
+from splitters.bundle.offload import OffloadOption
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 
 # A frame worth less than this is not sent: it would only stand in the next one's way.
 _WORTHLESS = 0.02

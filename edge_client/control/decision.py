@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from protos.errors import ConfigError
-from splitters.operating_point import Quantiles
+from splitters.bundle.operating_point import Quantiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from edge_client.control.decision import Decision
 from edge_client.control.quantile import SlidingQuantile
-from splitters.operating_point import Quantiles
+from splitters.bundle.operating_point import Quantiles
 
 _SEGMENT_BYTES = 1448
 _OVERHEAD_BYTES = 64

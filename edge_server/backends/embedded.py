@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_server.backends import Load, TailAnswer, TailWork
+from edge_server.backends.recent import Recent
 from edge_server.batcher import BatchQueue, Waiting
 from edge_server.config import BatchConfig, TailConfig
-from edge_server.recent import Recent
 from protos.errors import DrainingError, HeadtailError, ModelError, UnknownModelError
 from protos.messages import Answer, PayloadKind
 from splitters.bundle import Bundle
-from splitters.tails import Tail, load_tail
+from splitters.runtime.tail import Tail, load_tail
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from edge_server.backends import Load, TailAnswer, TailWork
 from edge_server.backends.packing import Reply, pack_call, unpack_reply
 from edge_server.backends.ray_import import ray, serve
 from edge_server.backends.ray_replica import SHELF_APP, app_name, deployment, model_id, shelf, site_name
+from edge_server.backends.recent import Recent
 from edge_server.config import BatchConfig, RayConfig, TailConfig
-from edge_server.recent import Recent
 from protos.errors import ConfigError, HeadtailError, ModelError, OverloadedError, UnknownModelError
 from splitters.bundle import Bundle
 

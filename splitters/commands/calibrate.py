@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from protos.errors import ConfigError
     from splitters.bundle import open_bundle
     from splitters.evaluation.scene import columns_named, examine, fit, promise_part, read_video, store, watch
-    from splitters.export import ensure_exported
+    from splitters.zoo.defaults import ensure_exported
 
     if not 0 < args.until <= 1 or not 0 < args.sure < 1:
         raise ConfigError("--until must lie in (0, 1] and --sure between 0 and 1")
@@ -96,7 +96,7 @@ def _teacher(name: str, bundle: Bundle) -> Look:
 
     from protos.errors import ConfigError
     from splitters.evaluation.scene import UNSURE, own_detector
-    from splitters.models.onnx_detectors import YoloxNano
+    from splitters.zoo.onnx_detectors import YoloxNano
 
     if name == "own":
         manifest = replace(bundle.manifest, postprocess={**bundle.manifest.postprocess, "score_min": UNSURE})

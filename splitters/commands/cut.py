@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from protos.errors import SourceError
 from splitters.commands.model_arguments import add_model_arguments, load_model, read_picture
 from splitters.commands.serving_arguments import add_serving_arguments, described
-from splitters.preprocess import Frame
+from splitters.tasks.preprocess import Frame
 
 if TYPE_CHECKING:
-    from splitters.cut_bundle import Serving
-    from splitters.sources import Source
+    from splitters.cutting.bundle import Serving
+    from splitters.cutting.sources import Source
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Cuts and says what was proved and measured."""
-    from splitters.cut_bundle import write_bundle
+    from splitters.cutting.bundle import write_bundle
 
     source = load_model(args)
     photos = read_photos(args.photos, args.photos_max)
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         import torch
 
-        from splitters.cut import Cutter
-        from splitters.preprocess import preprocess
+        from splitters.cutting.split import Cutter
+        from splitters.tasks.preprocess import preprocess
 
         serving = _serving(source, args)
         image = torch.from_numpy(preprocess(photos[0], serving.preprocess))
@@ -79,11 +79,11 @@ def _detector(source: Source, args: argparse.Namespace, photos: list[Frame]) -> 
     """The bundle of one of torchvision's detectors, which bring their own resize and postprocess; None for other models."""
     if not str(args.model).startswith("torchvision:"):
         return None
-    from splitters.models import detectors
+    from splitters.cutting import rcnn
 
-    if not detectors.is_detector(source.model):
+    if not rcnn.is_detector(source.model):
         return None
-    from splitters.detector_bundle import write_detector_bundle
+    from splitters.cutting.rcnn_bundle import write_detector_bundle
 
     return write_detector_bundle(
         source, args.at, photos, args.out, name=args.name or source.name, bits=args.bits, licence=args.licence
@@ -91,7 +91,7 @@ def _detector(source: Source, args: argparse.Namespace, photos: list[Frame]) -> 
 
 
 def _serving(source: Source, args: argparse.Namespace) -> Serving:
-    from splitters.cut_bundle import Serving
+    from splitters.cutting.bundle import Serving
 
     told = described(source, args)
     return Serving(

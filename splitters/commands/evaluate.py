@@ -50,8 +50,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, rewrites the bundle's points."""
     from splitters.bundle import open_bundle, rewrite_points
-    from splitters.evaluate import EvaluateConfig, dump, evaluate
-    from splitters.export import ensure_exported
+    from splitters.evaluation.run import EvaluateConfig, dump, evaluate
+    from splitters.zoo.defaults import ensure_exported
 
     path = Path(args.bundle)
     bundle = open_bundle(path if path.is_dir() else ensure_exported(args.bundle))

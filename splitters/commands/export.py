@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from splitters.bundle import exported_path
-from splitters.export import EXPORTERS, export, recalibrate
+from splitters.zoo.defaults import EXPORTERS, export, recalibrate
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 
 from protos.errors import ConfigError, SourceError
-from splitters.manifest import Preprocess
-from splitters.preprocess import Frame, input_image
+from splitters.bundle.manifest import Preprocess
+from splitters.tasks.preprocess import Frame, input_image
 
 if TYPE_CHECKING:
-    from splitters.sources import Source
+    from splitters.cutting.sources import Source
 
 JPEG_QUALITY = 90
 
@@ -36,7 +36,7 @@ def load_model(args: argparse.Namespace) -> Source:
     Raises:
         ConfigError: --size is no HxW.
     """
-    from splitters.sources import load_source
+    from splitters.cutting.sources import load_source
 
     size = None
     if args.size:

@@ -38,11 +38,11 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints, draws."""
     import torch
 
+    from splitters.cutting.rcnn import is_detector
+    from splitters.cutting.rcnn_bundle import backbone_source
     from splitters.cutting.trace import flat_inputs
-    from splitters.detector_bundle import backbone_source
-    from splitters.models.detectors import is_detector
-    from splitters.preprocess import preprocess
-    from splitters.profiling import profile
+    from splitters.profiling.measure import profile
+    from splitters.tasks.preprocess import preprocess
 
     source = load_model(args)
     if is_detector(source.model):
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
                   f"+ server {c.server_ms:.1f}{'' if c.meets_deadline else '  (misses the deadline)'}")  # fmt: skip
         result["best"] = [{"where": c.where, "name": c.name, "latency_ms": c.latency_ms} for c in best[:5]]
     if args.plot:
-        from splitters.profiling_plot import plot
+        from splitters.profiling.plot import plot
 
         plot(table, args.plot)
         print(f" picture of the table: {args.plot}")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError
+from splitters.bundle.manifest import Preprocess, Task
 from splitters.commands.model_arguments import default_preprocess
-from splitters.manifest import Preprocess, Task
 
 if TYPE_CHECKING:
-    from splitters.sources import Source
+    from splitters.cutting.sources import Source
 
 YOLOX_PREPROCESS: dict[str, Any] = {
     "resize": "letterbox", "anchor": "top_left", "pad": 114, "interpolation": "bilinear",
@@ -71,7 +71,7 @@ def described(source: Source, args: argparse.Namespace) -> Described:
     spec = default_preprocess(source)
     postprocess: dict[str, Any] = {"kind": "softmax"}
     if args.output != "softmax":
-        from splitters.models.coco_classes import NAME_OF
+        from splitters.tasks.coco_classes import NAME_OF
 
         labels = labels or dict(NAME_OF)
         kind = "yolox" if args.output == "yolox" else "dense_boxes"

@@ -13,7 +13,7 @@ from protos.errors import ConfigError
 from splitters.commands.serving_arguments import add_serving_arguments, described
 
 if TYPE_CHECKING:
-    from splitters.train.config import TrainConfig
+    from splitters.training.config import TrainConfig
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -79,9 +79,9 @@ def _add_any(parser: argparse.ArgumentParser) -> None:
 
 
 def _any(args: argparse.Namespace) -> TrainConfig:
-    from splitters.models.learned_any import AnyCutConfig
-    from splitters.sources import load_source
-    from splitters.train.recipes import any_cut
+    from splitters.bottleneck.learned_any import AnyCutConfig
+    from splitters.cutting.sources import load_source
+    from splitters.training.recipes import any_cut
 
     if not args.model or not args.at:
         raise ConfigError("the recipe any needs --model and --at; `splitters profile MODEL` lists the cuts")
@@ -90,7 +90,7 @@ def _any(args: argparse.Namespace) -> TrainConfig:
         raise ConfigError("--task detection and --output yolox (or boxes) go together: the bundle must say how to read the boxes")
     source = load_source(args.model, weights=args.weights, size_px=(args.size, args.size) if args.size else None)
     if args.model.startswith("torchvision:"):
-        from splitters.models.detectors import is_detector
+        from splitters.cutting.rcnn import is_detector
 
         if is_detector(source.model):
             raise ConfigError(f"{args.model} makes its own anchors and boxes; export it to ONNX with boxes and scores as outputs")
@@ -109,7 +109,7 @@ def _any(args: argparse.Namespace) -> TrainConfig:
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:
-    from splitters.train.recipes import recipe
+    from splitters.training.recipes import recipe
 
     if args.recipe == "any":
         config = _any(args)
@@ -132,8 +132,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from splitters.train.loop import StepReport
-    from splitters.train.run import run_training
+    from splitters.training.loop import StepReport
+    from splitters.training.run import run_training
 
     config = _config(args)
     if args.threads:

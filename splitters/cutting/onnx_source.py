@@ -74,7 +74,7 @@ def load_onnx(path: Path) -> tuple[nn.Module, Tensor]:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist")
     try:
-        from splitters.models import torchvision_compat
+        from splitters.cutting import torchvision_compat
 
         torchvision_compat.activate()  # onnx2torch imports torchvision
         import onnx

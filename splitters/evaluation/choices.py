@@ -14,11 +14,11 @@ import onnxruntime as ort
 from protos.errors import SourceError
 from protos.messages import Answer
 from splitters.bundle import Bundle
+from splitters.bundle.offload import OffloadOption, compress, ladder, pareto_offloads, restore
 from splitters.evaluation.measure import Measured, Photos, quantiles, run_whole
-from splitters.offload import OffloadOption, compress, ladder, pareto_offloads, restore
-from splitters.postprocess import build_postprocess
-from splitters.preprocess import preprocess
-from splitters.tails import Tail
+from splitters.runtime.tail import Tail
+from splitters.tasks.postprocess import build_postprocess
+from splitters.tasks.preprocess import preprocess
 
 Value = Callable[[Sequence[Answer]], float]
 Remember = Callable[[Mapping[str, object], Callable[[], Measured]], Measured]

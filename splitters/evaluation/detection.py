@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from protos.errors import ConfigError, MissingDependencyError
 from splitters.evaluation.bdrate import Array, Counts, interval, resample
-from splitters.models.boxes import Detections
+from splitters.tasks.boxes import Detections
 
 __all__ = ["DetectionScores", "interval", "load_truth", "score"]
 

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from protos.errors import SourceError
 from protos.messages import Answer
 from splitters.bundle import Bundle
+from splitters.bundle.manifest import Preprocess
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import LatentCodec
 from splitters.evaluation.image_codecs import Picture, Setting, decode, encode
-from splitters.manifest import Preprocess
-from splitters.operating_point import OperatingPoint, Quantiles
-from splitters.postprocess import SizePx
-from splitters.preprocess import geometry, input_image, normalise
-from splitters.tails import Tail
+from splitters.runtime.tail import Tail
+from splitters.tasks.postprocess import SizePx
+from splitters.tasks.preprocess import geometry, input_image, normalise
 
 log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]

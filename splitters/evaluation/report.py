@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from splitters.bundle.offload import OffloadOption
+from splitters.bundle.operating_point import OperatingPoint
 from splitters.evaluation.bdrate import BdRate, Curve
-from splitters.offload import OffloadOption
-from splitters.operating_point import OperatingPoint
 
 Gap = tuple[float, float, float]
 

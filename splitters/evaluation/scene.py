@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from protos.errors import ConfigError, SourceError
 from protos.messages import Detection
+from splitters.bottleneck.narrow import narrow
 from splitters.bundle import MANIFEST, Bundle, open_bundle, sha256_hex
 from splitters.evaluation.measure import Device
 from splitters.evaluation.prefilter import Array, passage_scores, passages, present, roc_auc
-from splitters.models.boxes import Detections, empty_detections, iou_matrix
-from splitters.models.narrow import narrow
-from splitters.models.prefilter_promise import RECALLS, Calibration, calibrate, score_at_precision
-from splitters.preprocess import Frame, input_image
-from splitters.tails import load_tail
+from splitters.runtime.tail import load_tail
+from splitters.tasks.boxes import Detections, empty_detections, iou_matrix
+from splitters.tasks.preprocess import Frame, input_image
+from splitters.zoo.prefilter.promise import RECALLS, Calibration, calibrate, score_at_precision
 
 UNSURE = 0.1  # a passage lasts while the teacher sees this much
 _RIGHT_IOU = 0.5

@@ -15,8 +15,8 @@ import numpy as np
 
 from protos.errors import ConfigError, SourceError
 from protos.messages import Answer, Classification, Detection
+from splitters.bottleneck.narrow import narrow
 from splitters.evaluation.bdrate import Array, Counts
-from splitters.models.narrow import narrow
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -124,7 +124,7 @@ class AveragePrecision:
     def score(self, answers: Sequence[Answer], counts: Counts) -> Score:
         """See ``Judge``."""
         from splitters.evaluation.detection import score
-        from splitters.models.boxes import Detections
+        from splitters.tasks.boxes import Detections
 
         found = {}
         for image_id, answer in zip(self._ids.values(), answers, strict=True):

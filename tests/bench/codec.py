@@ -27,7 +27,7 @@ from edge_client.head import Head
 from splitters.bundle import Bundle, open_bundle
 from splitters.codec import LatentCodec, LearnedCodec, PlainCodec, Symbols, calibrate_plain, is_predicted, learned_spec
 from splitters.codec.fit import fit_tables
-from splitters.preprocess import preprocess
+from splitters.tasks.preprocess import preprocess
 
 VIDEOS = ("vtest.avi", "person-bicycle-car-detection.mp4")
 LAGS = (1, 2)

@@ -35,9 +35,9 @@ from deploy.testbed.simulate import simulate
 from deploy.testbed.study import Condition, Job, sample_traces, scenario_of
 from deploy.testbed.workload import Workload, load_workload
 from splitters.bundle import open_bundle
-from splitters.models.boxes import iou_matrix
-from splitters.preprocess import input_image
-from splitters.tails import load_tail
+from splitters.runtime.tail import load_tail
+from splitters.tasks.boxes import iou_matrix
+from splitters.tasks.preprocess import input_image
 
 CLASSIFIER, DETECTOR = "efficientnet-lite0", "detector"
 PLAN = (

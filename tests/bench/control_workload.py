@@ -28,8 +28,8 @@ from edge_client.engine import Engine
 from edge_server.decode import decode_image
 from protos.errors import ConfigError
 from splitters.bundle import Bundle, open_bundle
-from splitters.operating_point import OperatingPoint
-from splitters.preprocess import Frame, normalise
+from splitters.bundle.operating_point import OperatingPoint
+from splitters.tasks.preprocess import Frame, normalise
 
 _WARM, _ROUNDS = 3, 2
 _ALONE = " alone"
@@ -94,7 +94,7 @@ def server_times(bundle: Bundle, engine: Engine, frames: list[Frame]) -> dict[st
     """Decoding, tail and whole model."""
     import torch
 
-    from splitters.tails import load_tail  # torch: only when it is needed
+    from splitters.runtime.tail import load_tail  # torch: only when it is needed
 
     torch.set_num_threads(1)
     tail = load_tail(bundle)

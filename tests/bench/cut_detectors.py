@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 
-from splitters.models import detectors
+from splitters.cutting import rcnn
 from tests.bench.cut_zoo import randomise
 
 SMALL = {"min_size": 320, "max_size": 480}
@@ -51,15 +51,15 @@ def read_photo(path: Path | None) -> torch.Tensor:
 def build(name: str, options: dict[str, Any]) -> Any:
     """A detector with random weights that reports everything."""
     torch.manual_seed(0)
-    detector: Any = detectors.build_detector(name, options)
+    detector: Any = rcnn.build_detector(name, options)
     randomise(detector, gain=1.0)
-    detectors.set_score_min(detector, 0.0)
+    rcnn.set_score_min(detector, 0.0)
     return detector
 
 
 def check(name: str, at: str, photo: torch.Tensor, options: dict[str, Any]) -> dict[str, Any]:
     """Cuts and compares one detector at one place."""
-    found = detectors.DetectorSplit(build(name, options), at, [photo]).verify([photo])
+    found = rcnn.DetectorSplit(build(name, options), at, [photo]).verify([photo])
     if found.boxes < 20:
         raise AssertionError(f"{name}: only {found.boxes} boxes")
     return {"boxes": found.boxes, "before_nms": found.worst_before_nms, "iou": found.worst_iou, "score": found.worst_score,

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitters.cut import Cutter
+from splitters.cutting import torchvision_compat
 from splitters.cutting.partition import Cut
-from splitters.models import torchvision_compat
+from splitters.cutting.split import Cutter
 
 # Name, input side in pixels. Without a prefix: timm. The first of each family is the smallest there is.
 ZOO: dict[str, int] = {

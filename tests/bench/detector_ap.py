@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from splitters.evaluation.detection import DetectionScores, interval, load_truth, score
-from splitters.models.boxes import read_rgb
-from splitters.models.coco_classes import CATEGORY_IDS, NAMES
-from splitters.models.detector import WEIGHTS, PhotoDetector, load_detector
-from splitters.models.onnx_detectors import Detector, FastestDet, YoloxNano
-from splitters.train.detector_data import HELD_OUT_EVERY, LABELLED
+from splitters.tasks.boxes import read_rgb
+from splitters.tasks.coco_classes import CATEGORY_IDS, NAMES
+from splitters.training.detector.data import HELD_OUT_EVERY, LABELLED
+from splitters.zoo.detector.network import WEIGHTS, PhotoDetector, load_detector
+from splitters.zoo.onnx_detectors import Detector, FastestDet, YoloxNano
 
 SHOWN = ("person", "car", "bicycle", "bus", "dog", "cat", "chair", "bottle")
 

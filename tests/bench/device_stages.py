@@ -21,9 +21,9 @@ import numpy as np
 from edge_client.change import ChangeGate
 from edge_client.engine import Engine
 from splitters.bundle import open_bundle
+from splitters.bundle.operating_point import OperatingPoint
 from splitters.evaluation.scene import read_video
-from splitters.export import ensure_exported
-from splitters.operating_point import OperatingPoint
+from splitters.zoo.defaults import ensure_exported
 
 
 def default_points(points: tuple[OperatingPoint, ...]) -> list[OperatingPoint]:

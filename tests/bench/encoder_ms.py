@@ -19,9 +19,9 @@ import torch
 
 from edge_client.head import Head, open_graph
 from splitters.bundle import open_bundle
-from splitters.export import ensure_exported
-from splitters.models.efficientnet_lite import load_efficientnet_lite0
-from splitters.onnx_export import export_onnx
+from splitters.cutting.onnx_export import export_onnx
+from splitters.zoo.defaults import ensure_exported
+from splitters.zoo.efficientnet_lite0.network import load_efficientnet_lite0
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from edge_server.memory import keep_freed_memory
 from edge_server.models import locate
 from protos.headtail.v1 import headtail_pb2 as pb
 from splitters.bundle import open_bundle
-from splitters.tails import load_tail
+from splitters.runtime.tail import load_tail
 from tests.fakes.server_client import Device, picture, session
 from tests.fakes.server_running import child
 

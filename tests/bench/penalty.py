@@ -21,14 +21,15 @@ import numpy as np
 import torch
 
 from splitters.bundle import Bundle, open_bundle
-from splitters.evaluate import EvaluateConfig, evaluate
 from splitters.evaluation.bdrate import Curve, front, interval
-from splitters.models.learned_efficientnet import TIERS
-from splitters.models.learned_export import RECIPE_FILE, export_learned, tier_graphs
-from splitters.train.config import TrainConfig
-from splitters.train.recipes import recipe
-from splitters.train.run import run_training
-from splitters.train.single import parse_point
+from splitters.evaluation.run import EvaluateConfig, evaluate
+from splitters.exporting.learned import RECIPE_FILE, tier_graphs
+from splitters.training.config import TrainConfig
+from splitters.training.recipes import recipe
+from splitters.training.run import run_training
+from splitters.training.single import parse_point
+from splitters.zoo.efficientnet_lite0.export import export_learned
+from splitters.zoo.efficientnet_lite0.split import TIERS
 
 
 def train(config: TrainConfig, data: Path, out: Path, cache: Path) -> None:

@@ -25,14 +25,14 @@ from splitters.bundle import Bundle, open_bundle
 from splitters.evaluation.detection import load_truth
 from splitters.evaluation.prefilter import Array, draw_curves, roc_auc
 from splitters.evaluation.scene import UNSURE, Scene, examine, fit, interesting, read_video, watch
-from splitters.export import ensure_exported
-from splitters.models.boxes import Pixels, read_rgb
-from splitters.models.detector import PREPROCESS
-from splitters.models.efficientnet_lite import load_efficientnet_lite0
-from splitters.models.onnx_detectors import YoloxNano
-from splitters.models.prefilter import WEIGHTS, InterestScore, columns_of, load_prefilter
-from splitters.models.prefilter_promise import score_at_precision
-from splitters.preprocess import preprocess
+from splitters.tasks.boxes import Pixels, read_rgb
+from splitters.tasks.preprocess import preprocess
+from splitters.zoo.defaults import ensure_exported
+from splitters.zoo.detector.network import PREPROCESS
+from splitters.zoo.efficientnet_lite0.network import load_efficientnet_lite0
+from splitters.zoo.onnx_detectors import YoloxNano
+from splitters.zoo.prefilter.network import WEIGHTS, InterestScore, columns_of, load_prefilter
+from splitters.zoo.prefilter.promise import score_at_precision
 
 Score = Callable[[Pixels], float]
 Curves = dict[str, tuple[Array, np.ndarray]]

@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from splitters.bundle import Bundle, cache_dir, open_bundle, rewrite_points
-from splitters.evaluate import EvaluateConfig, dump, evaluate
+from splitters.bundle.operating_point import pareto_frontier
 from splitters.evaluation.plot import plot
-from splitters.export import ensure_exported
-from splitters.operating_point import pareto_frontier
+from splitters.evaluation.run import EvaluateConfig, dump, evaluate
+from splitters.zoo.defaults import ensure_exported
 
 
 def imagenette_labels(folder: Path, index: Path) -> dict[str, int]:

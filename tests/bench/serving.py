@@ -30,7 +30,7 @@ import torch
 from edge_server.memory import keep_freed_memory
 from edge_server.models import locate
 from splitters.bundle import Bundle, open_bundle
-from splitters.tails import Tail, load_tail
+from splitters.runtime.tail import Tail, load_tail
 from tests.bench.serving_systems import System, missing, started
 from tests.fakes.cpu_meter import CpuMeter, Pinned
 from tests.fakes.server_client import Device, picture

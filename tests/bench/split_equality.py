@@ -21,9 +21,9 @@ import onnxruntime as ort
 import torch
 
 from splitters.codec import codec_from_spec
-from splitters.export import PLAIN, export
-from splitters.preprocess import preprocess
-from splitters.tails import load_tail
+from splitters.runtime.tail import load_tail
+from splitters.tasks.preprocess import preprocess
+from splitters.zoo.defaults import PLAIN, export
 
 
 def main() -> None:

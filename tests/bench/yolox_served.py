@@ -34,9 +34,9 @@ from pycocotools.cocoeval import COCOeval
 
 from protos.messages import Detection
 from splitters.bundle import Bundle, open_bundle
-from splitters.postprocess import build_postprocess
-from splitters.preprocess import preprocess
-from splitters.tails import load_tail
+from splitters.runtime.tail import load_tail
+from splitters.tasks.postprocess import build_postprocess
+from splitters.tasks.preprocess import preprocess
 from tests.fakes.server_running import child
 
 AT = "node_conv2d_9"

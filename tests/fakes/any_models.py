@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitters.models import torchvision_compat
+from splitters.cutting import torchvision_compat
 
 torchvision_compat.activate()  # timm imports torchvision
 

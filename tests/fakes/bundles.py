@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from splitters.bundle import Bundle, BundleWriter
+from splitters.bundle.manifest import Head, LocalModel, Preprocess
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import calibrate_plain
-from splitters.manifest import Head, LocalModel, Preprocess
-from splitters.operating_point import OperatingPoint, Quantiles
 
 CHANNELS = 4
 

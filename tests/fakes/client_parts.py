@@ -19,7 +19,7 @@ from edge_client.frames import CapturedFrame
 from edge_client.session import Gate, Welcome
 from protos.errors import HeadtailError, OverloadedError, UnreachableError
 from protos.messages import Classification, ClassScore, FrameLayer, Result, ServerTimings
-from splitters.operating_point import OperatingPoint, Quantiles
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from tests.fakes.client_loop import VirtualLoop
 
 ANSWER = Classification(top=(ClassScore(class_id=1, score=0.9),))
@@ -115,6 +115,9 @@ class FakeEngine:
         self.bundle = SimpleNamespace(points=POINTS, point=lambda i: {p.id: p for p in POINTS}[i])
         self._device, self._head_ms, self.local_ms = device, head_ms, local_ms
         self.local: Any = self if local else None
+
+    def abandon(self) -> None:
+        raise AssertionError("no job here takes so long")
 
     def features(self, image: Any) -> Features:
         return Features(maps=[], image=image, stem_ns=0, preprocess_ns=0)

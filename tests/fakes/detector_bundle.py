@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from splitters.bundle import Bundle, BundleWriter
+from splitters.bundle.manifest import Head, Preprocess
+from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import calibrate_plain
-from splitters.manifest import Head, Preprocess
-from splitters.operating_point import OperatingPoint
 
 SIDE_PX, CELL_PX, CATEGORY = 64, 8, 1
 SPEC = Preprocess(resize="letterbox", size_px=(SIDE_PX, SIDE_PX), pad=0)

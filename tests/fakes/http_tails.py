@@ -19,7 +19,7 @@ import numpy as np
 
 from splitters.bundle import open_bundle
 from splitters.codec import codec_from_spec
-from splitters.tails import load_tail
+from splitters.runtime.tail import load_tail
 from tests.fakes.http_load import parted
 
 

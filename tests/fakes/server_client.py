@@ -18,7 +18,7 @@ from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
 from protos.messages import PROTOCOL_VERSION, FrameLayer, PayloadKind, Result
 from splitters.bundle import Bundle
 from splitters.codec import LatentCodec, codec_from_spec
-from splitters.preprocess import preprocess
+from splitters.tasks.preprocess import preprocess
 
 READ_S = 20.0
 

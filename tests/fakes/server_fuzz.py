@@ -25,10 +25,10 @@ from protos.errors import HeadtailError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import FrameLayer
 from splitters.bundle import Bundle
+from splitters.bundle.manifest import parse_manifest
+from splitters.bundle.operating_point import load_points
 from splitters.codec import LatentCodec, Symbols
 from splitters.codec.envelope import Header, Reference, open_layers, seal
-from splitters.manifest import parse_manifest
-from splitters.operating_point import load_points
 from tests.fakes.server_client import Device, picture
 
 SLOW_S = 2.0

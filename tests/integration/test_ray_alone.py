@@ -15,7 +15,7 @@ import pytest
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
 from protos.messages import PROTOCOL_VERSION, Result
-from splitters.tails import load_tail
+from splitters.runtime.tail import load_tail
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, picture
 from tests.fakes.server_running import environment

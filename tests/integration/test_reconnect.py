@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from splitters.export import ensure_exported
+from splitters.zoo.defaults import ensure_exported
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_process import client, standby, write_clip
 from tests.fakes.recovery import cheapest, kill_and_restart

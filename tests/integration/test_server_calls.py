@@ -20,7 +20,7 @@ from protos.headtail.v1 import headtail_pb2 as pb
 from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
 from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION, Result
 from splitters.bundle import Bundle, BundleWriter
-from splitters.manifest import parse_manifest
+from splitters.bundle.manifest import parse_manifest
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, hello, opened, picture, session
 from tests.fakes.server_running import running

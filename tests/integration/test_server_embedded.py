@@ -12,7 +12,7 @@ import pytest
 from edge_server.backends import embedded
 from edge_server.config import BatchConfig, TailConfig
 from splitters.bundle import Bundle
-from splitters.tails import Tail, load_tail
+from splitters.runtime.tail import Tail, load_tail
 from tests.fakes.bundles import write_tiny_bundle
 
 

@@ -15,7 +15,7 @@ from edge_server.server import EdgeServer
 from protos.headtail.v1 import open_inference_pb2 as oip
 from protos.headtail.v1 import open_inference_pb2_grpc as oip_grpc
 from splitters.bundle import Bundle
-from splitters.preprocess import input_image
+from splitters.tasks.preprocess import input_image
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, picture, session
 from tests.fakes.server_running import running

@@ -14,7 +14,7 @@ import pytest
 
 from protos.errors import OverloadedError
 from splitters.bundle import Bundle
-from splitters.tails import load_tail
+from splitters.runtime.tail import load_tail
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, Stream, picture, session
 from tests.fakes.server_running import Child, child, environment

@@ -17,8 +17,8 @@ from protos.errors import LimitError, OverloadedError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import Classification, FrameLayer
 from splitters.bundle import Bundle
-from splitters.preprocess import input_image
-from splitters.tails import load_tail
+from splitters.runtime.tail import load_tail
+from splitters.tasks.preprocess import input_image
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, hello, image_layer, opened, picture, session
 from tests.fakes.server_running import running

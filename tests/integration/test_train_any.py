@@ -15,9 +15,9 @@ from protos.messages import Classification, Detection
 from splitters.bundle import Bundle, open_bundle
 from splitters.cli import main
 from splitters.codec import codec_from_spec
-from splitters.models.learned_export_any import export_run, load_run
-from splitters.preprocess import preprocess
-from splitters.tails import load_tail
+from splitters.exporting.learned_any import export_run, load_run
+from splitters.runtime.tail import load_tail
+from splitters.tasks.preprocess import preprocess
 
 CASES = [
     ("resnet", ["--at", "layer2.0.conv1"]),

@@ -12,7 +12,7 @@ from deploy.testbed.camera import OVERHEAD_BYTES
 from deploy.testbed.real import Stage, answered_in_time, summary_of
 from deploy.testbed.scenario import Direction, Scenario
 from protos.errors import ModelError
-from splitters.export import ensure_exported
+from splitters.zoo.defaults import ensure_exported
 
 DEADLINE_MS, BEGIN_S, END_S = 400.0, 5.0, 15.0
 DARK = ((BEGIN_S, END_S),)

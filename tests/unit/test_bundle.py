@@ -10,9 +10,9 @@ import pytest
 
 from protos.errors import BundleError, ConfigError
 from splitters.bundle import MANIFEST, OFFLOADS, POINTS, Bundle, BundleWriter, open_bundle, rewrite_points, sha256_hex
-from splitters.manifest import Head, Preprocess, check_part_path, parse_manifest
-from splitters.offload import OffloadOption
-from splitters.operating_point import OperatingPoint, Quantiles
+from splitters.bundle.manifest import Head, Preprocess, check_part_path, parse_manifest
+from splitters.bundle.offload import OffloadOption
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 
 FIELDS: dict[str, Any] = {
     "name": "tiny",
@@ -85,10 +85,24 @@ def test_a_foreign_directory_is_not_overwritten(tmp_path: Path) -> None:
         BundleWriter(tmp_path / "b")
 
 
-@pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../../x", "a\\b", "c:x", "a//b", "./a", "a\0b", "x" * 300])
+UNSAFE = ["", "/etc/passwd", "../x", "a/../../x", "a\\b", "c:x", "a//b", "./a", "a\0b", "x" * 300, "a/b/c/d/e", "...", "a/..../b"]
+UNSAFE += ["manifest.json", "Manifest.JSON", "a b", "a\x1b", "a\n", "é", "~", "$HOME"]
+
+
+@pytest.mark.parametrize("path", UNSAFE)
 def test_a_part_cannot_leave_the_bundle(path: str) -> None:
     with pytest.raises(BundleError):
         check_part_path(path)
+
+
+def _parts(*paths: str) -> list[dict[str, Any]]:
+    return [{"path": path, "sha256": "0" * 64, "bytes": 0, "side": "device"} for path in paths]
+
+
+@pytest.mark.parametrize("paths", [("a", "a"), ("a", "A"), ("a", "a/b"), ("a/b/c", "A/B"), [f"p{i}" for i in range(1025)]])
+def test_parts_that_are_in_each_others_way_are_refused(tmp_path: Path, paths: list[str]) -> None:
+    with pytest.raises(BundleError, match=r"same part twice|lies in a directory|at most 1024"):
+        parse_manifest(_edited(tmp_path, parts=_parts(*paths)))
 
 
 def _edited(tmp_path: Path, **changes: Any) -> str:

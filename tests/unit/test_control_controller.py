@@ -26,7 +26,7 @@ from edge_client.control import (
 from edge_client.control.options import Option
 from edge_client.control.scoring import Score, device_price
 from protos.errors import ConfigError
-from splitters.operating_point import OperatingPoint, Quantiles
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 
 MS = 1_000_000
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import splitters
 from protos.errors import CutError
-from splitters.cut import Cutter, split
+from splitters.cutting.split import Cutter, split
 
 IMAGE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from protos.errors import CutError, SourceError
 from protos.messages import Classification
+from splitters.bundle.manifest import Preprocess
 from splitters.cli import main
 from splitters.codec import codec_from_spec
 from splitters.commands.cut import read_photos
-from splitters.cut import Cutter
-from splitters.cut_bundle import Serving, channel_axis, write_bundle
-from splitters.manifest import Preprocess
-from splitters.preprocess import preprocess
-from splitters.tails import load_tail
+from splitters.cutting.bundle import Serving, channel_axis, write_bundle
+from splitters.cutting.split import Cutter
+from splitters.runtime.tail import load_tail
+from splitters.tasks.preprocess import preprocess
 
 SIDE = 32
 
@@ -156,7 +156,7 @@ def test_an_onnx_file_with_a_fixed_batch_is_freed_and_cut(tmp_path: Path) -> Non
     assert program is not None
     program.save(str(path), external_data=False)
     wanted = ort.InferenceSession(str(path)).run(None, {program.model.graph.inputs[0].name: image.numpy()})[0]
-    from splitters.sources import load_source
+    from splitters.cutting.sources import load_source
 
     source = load_source(f"onnx:{path}")
     assert isinstance(source.model, nn.Module)

@@ -13,11 +13,11 @@ import torch
 from protos.errors import BundleError, CutError
 from protos.messages import Detection
 from splitters.bundle import Bundle
-from splitters.detector_bundle import detector_preprocess, write_detector_bundle
-from splitters.models.detectors import DetectorSplit, build_detector, build_tail, is_detector, match, resized_size
-from splitters.preprocess import preprocess
-from splitters.sources import Source
-from splitters.tails import load_tail
+from splitters.cutting.rcnn import DetectorSplit, build_detector, build_tail, is_detector, match, resized_size
+from splitters.cutting.rcnn_bundle import detector_preprocess, write_detector_bundle
+from splitters.cutting.sources import Source
+from splitters.runtime.tail import load_tail
+from splitters.tasks.preprocess import preprocess
 from tests.bench.cut_detectors import build, read_photo
 
 NAME, AT = "ssdlite320_mobilenet_v3_large", "backbone.features.0.6.block.1"

@@ -25,7 +25,7 @@ from edge_server.config import ServerConfig, is_loopback, split_address
 from edge_server.metrics import PrometheusMetrics
 from protos.errors import BY_CODE, LimitError
 from protos.messages import Answer, Classification, ClassScore, Result, ServerTimings
-from splitters.export import EXPORTERS
+from splitters.zoo.defaults import EXPORTERS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from protos.errors import ModelError
-from splitters.models.boxes import empty_detections, iou_matrix, letterbox, nms, select, to_source
-from splitters.models.coco_classes import CATEGORY_IDS, INDEX_OF, NAME_OF, NAMES
-from splitters.models.detector import (
+from splitters.tasks.boxes import empty_detections, iou_matrix, letterbox, nms, select, to_source
+from splitters.tasks.coco_classes import CATEGORY_IDS, INDEX_OF, NAME_OF, NAMES
+from splitters.zoo.detector.export_plain import CUT_BLOCK, DetectorBlocks, DetectorTail, build_detector_tail
+from splitters.zoo.detector.network import (
     PREPROCESS,
     STRIDES,
     TAPS,
@@ -22,8 +23,7 @@ from splitters.models.detector import (
     dense,
     load_detector,
 )
-from splitters.models.detector_export import CUT_BLOCK, DetectorBlocks, DetectorTail, build_detector_tail
-from splitters.models.efficientnet_lite import EfficientNetLite0
+from splitters.zoo.efficientnet_lite0.network import EfficientNetLite0
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +170,8 @@ def test_a_frame_of_any_shape_gives_boxes_inside_it() -> None:
 
 
 def test_staged_pieces_are_the_whole(fresh: Detector) -> None:
-    from splitters.models.detector_staged import joined, staged_detector
-    from splitters.models.learned import run_stages
+    from splitters.bottleneck.learned import run_stages
+    from splitters.zoo.detector.staged import joined, staged_detector
 
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(4))
     staged = staged_detector(fresh, 64)

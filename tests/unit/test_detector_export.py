@@ -12,12 +12,12 @@ import torch
 from protos.messages import Detection
 from splitters.bundle import Bundle
 from splitters.codec import codec_from_spec
-from splitters.models.detector import WEIGHTS, decode, load_detector
-from splitters.models.detector_export import SCORE_MIN, export_plain
-from splitters.models.prefilter import CATEGORY_IDS
-from splitters.models.prefilter_export import HELD_OUT, INTEREST, prefilter_promise
-from splitters.preprocess import preprocess
-from splitters.tails import load_tail
+from splitters.runtime.tail import load_tail
+from splitters.tasks.preprocess import preprocess
+from splitters.zoo.detector.export_plain import SCORE_MIN, export_plain
+from splitters.zoo.detector.network import WEIGHTS, decode, load_detector
+from splitters.zoo.prefilter.export import HELD_OUT, INTEREST, prefilter_promise
+from splitters.zoo.prefilter.network import CATEGORY_IDS
 
 pytestmark = pytest.mark.skipif(not WEIGHTS.exists(), reason="no detector weights in this tree")
 
@@ -64,7 +64,7 @@ def test_head_and_tail_through_onnx_are_the_whole(bundle: Bundle) -> None:
 
 
 def _input(bundle: Bundle, frame: np.ndarray) -> np.ndarray:
-    from splitters.preprocess import input_image
+    from splitters.tasks.preprocess import input_image
 
     return input_image(frame, bundle.manifest.preprocess)
 
@@ -93,7 +93,7 @@ def test_local_model_answers_alike_at_its_own_size(bundle: Bundle) -> None:
     boxes, scores = session.run(None, {"image": image})
     with torch.no_grad():
         raw = load_detector()(torch.from_numpy(image))
-    from splitters.models.detector import dense
+    from splitters.zoo.detector.network import dense
 
     expected, logits = dense(raw)
     assert np.abs(scores - logits.sigmoid().numpy()).max() < 1e-3

@@ -18,23 +18,23 @@ from edge_client.engine import Engine
 from edge_server.decode import decode_image
 from protos.errors import BundleError
 from protos.messages import Detection
+from splitters.bottleneck.learned import LearnedSplit, StagedModel, run_stages
 from splitters.bundle import Bundle
 from splitters.codec import codec_from_spec
-from splitters.models.detector import Detector, dense, load_detector
-from splitters.models.detector_learned import C_LATENT, TIERS, build_learned_detector, load_learned_detector
-from splitters.models.detector_learned_export import (
+from splitters.exporting.learned import WEIGHTS_FILE, exportable, graph_name, tuned_state
+from splitters.runtime.tail import load_tail
+from splitters.training.config import LossWeights
+from splitters.training.losses import staged_distortion
+from splitters.zoo.detector.export import (
     FOLDER,
     LATENT_SHAPE,
     LearnedDetectorTail,
     build_learned_detector_tail,
     export_learned,
 )
-from splitters.models.detector_staged import joined, staged_detector
-from splitters.models.learned import LearnedSplit, StagedModel, run_stages
-from splitters.models.learned_export import WEIGHTS_FILE, exportable, graph_name, tuned_state
-from splitters.tails import load_tail
-from splitters.train.config import LossWeights
-from splitters.train.losses import staged_distortion
+from splitters.zoo.detector.network import Detector, dense, load_detector
+from splitters.zoo.detector.split import C_LATENT, TIERS, build_learned_detector, load_learned_detector
+from splitters.zoo.detector.staged import joined, staged_detector
 
 SIZE = 128
 
@@ -142,7 +142,7 @@ def test_tail_from_a_bundles_tensors_is_the_students(
 
 def load_like(student: LearnedSplit, detector: Detector) -> tuple[StagedModel, LearnedSplit]:
     """The same student for 320 px."""
-    from splitters.models.detector_learned import skeleton
+    from splitters.zoo.detector.split import skeleton
 
     base = staged_detector(detector, 320)
     twin = skeleton(base, 3, 320)

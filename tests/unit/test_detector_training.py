@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from splitters.models.boxes import Detections
-from splitters.models.detector import STRIDES, Detector, centres
-from splitters.models.efficientnet_lite import SamePadConv
-from splitters.models.fpn import conv_unit, separable_unit
-from splitters.models.onnx_detectors import IMAGENET_MEAN, IMAGENET_STD, yolox_boxes
-from splitters.train.detector_augment import Sampler, mosaic, paste, single
-from splitters.train.detector_data import Example, held_out, teach
-from splitters.train.detector_fast import speed_up
-from splitters.train.detector_loss import Targets, add_teacher, assign, detection_loss, overlap, pad_boxes
-from splitters.train.detector_teacher import Dense, DenseTeacher
+from splitters.tasks.boxes import Detections
+from splitters.training.detector.augment import Sampler, mosaic, paste, single
+from splitters.training.detector.data import Example, held_out, teach
+from splitters.training.detector.fast import speed_up
+from splitters.training.detector.loss import Targets, add_teacher, assign, detection_loss, overlap, pad_boxes
+from splitters.training.detector.teacher import Dense, DenseTeacher
+from splitters.zoo.detector.network import STRIDES, Detector, centres
+from splitters.zoo.efficientnet_lite0.network import SamePadConv
+from splitters.zoo.layers import conv_unit, separable_unit
+from splitters.zoo.onnx_detectors import IMAGENET_MEAN, IMAGENET_STD, yolox_boxes
 
 
 def example(colour: int = 200, boxes: list[list[float]] | None = None, source: str = "a") -> Example:

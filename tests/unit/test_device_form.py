@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from splitters.models.device_form import SIZES, Graphed, Staged, choose, fastest, in_bfloat16, padded
+from splitters.accelerate.gpu import SIZES, Graphed, Staged, choose, fastest, in_bfloat16, padded
 
 Arrays = Sequence[NDArray[np.float32]]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitters.models.efficientnet_export import CUT_BLOCK, PlainHead
-from splitters.models.efficientnet_lite import EfficientNetLite0, load_efficientnet_lite0, weights_path
-from splitters.models.registry import EfficientNetLite0Tail
+from splitters.zoo.efficientnet_lite0.export_plain import CUT_BLOCK, PlainHead
+from splitters.zoo.efficientnet_lite0.network import EfficientNetLite0, load_efficientnet_lite0, weights_path
+from splitters.zoo.tails import EfficientNetLite0Tail
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 from protos.errors import ConfigError
 from splitters.bundle import open_bundle
 from splitters.cli import main
-from splitters.evaluate import EvaluateConfig, evaluate
 from splitters.evaluation.measure import load_photos
+from splitters.evaluation.run import EvaluateConfig, evaluate
 from tests.fakes.detector_bundle import write_cell_detector, write_cell_photos
 
 pytest.importorskip("pycocotools")
@@ -89,7 +89,7 @@ def test_image_codecs_are_not_run_again_for_the_same_photos_and_model(
     def refuse(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("splitters.evaluate.run_image_codec", refuse)
+    monkeypatch.setattr("splitters.evaluation.run.run_image_codec", refuse)
     monkeypatch.setattr("splitters.evaluation.choices._run", refuse)
     again = evaluate(open_bundle(bundle), config)
     assert again.to_json()["baselines"] == first.to_json()["baselines"]

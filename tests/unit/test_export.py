@@ -8,8 +8,8 @@ import pytest
 
 from protos.errors import StorageError, UnknownModelError
 from splitters import cli
-from splitters import export as module
 from splitters.bundle import Bundle, exported_path
+from splitters.zoo import defaults as module
 from tests.unit.test_bundle import write
 
 

@@ -12,7 +12,9 @@ from datetime import datetime
 
 import pytest
 
+from protos.errors import ProtocolError
 from protos.logs import say, set_up
+from protos.text import printable
 from tests.fakes.server_running import environment
 
 
@@ -53,6 +55,45 @@ def test_text_stays_as_it_was() -> None:
     assert lines[0].startswith("> 2")
     assert lines[0].endswith("WARNING x: careful")
     assert lines[1] == "edge-server: no"
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\r\n2026-01-01 00:00:00,000 CRITICAL forged: line \x9b31m \u202egnp.exe \u2028 \udce9 \U000e0041"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_text_of_a_peer_cannot_command_the_terminal_or_forge_a_line(form: str) -> None:
+    stream = io.StringIO()
+    set_up("info", form, stream)
+    log = logging.getLogger("x")
+    log.warning("the server says %s", EVIL, extra={"model": EVIL})
+    try:
+        raise ProtocolError(EVIL)
+    except ProtocolError:
+        log.exception("it failed: %s", EVIL)
+    try:
+        raise ValueError(EVIL)
+    except ValueError:
+        log.exception("it failed")
+    say(f"edge-client: {EVIL}", form, stream, logger="x", extra={"why": EVIL})
+    text = stream.getvalue()
+    text.encode()
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert not any(line.startswith("2026-01-01") for line in text.split("\n"))
+    if form == "json":
+        assert json.loads(text.splitlines()[0])["model"] == EVIL
+
+
+def test_an_error_is_one_printable_line_of_bounded_length() -> None:
+    error = ProtocolError(EVIL + "m" * 100_000)
+    assert str(error) == error.message
+    assert error.message.isprintable()
+    assert len(error.message) < 3000
+
+
+def test_text_that_is_harmless_stays_as_it_is() -> None:
+    for text in ("", "person", "日本　語", "\u06a9\u062a\u0627\u0628\u200c\u0647\u0627", "naïve café — ½"):
+        assert printable(text) == text
+    assert printable("a\r\n\tb\x00") == "a b\\x00"
 
 
 @pytest.mark.parametrize(

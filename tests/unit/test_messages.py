@@ -97,16 +97,53 @@ def test_errors_travel_in_results() -> None:
 def test_a_result_without_outcome_is_refused_on_both_sides() -> None:
     with pytest.raises(ProtocolError):
         Result(frame_id=1).to_proto()
-    with pytest.raises(ProtocolError):
-        Result.from_proto(pb.Result(frame_id=1))
+    assert isinstance(Result.from_proto(pb.Result(frame_id=1)).error, ProtocolError)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_numbers_that_are_not_finite_are_refused(bad: float) -> None:
+def _box(x1: float = 0, y1: float = 0, x2: float = 1, y2: float = 1, score: float = 0.5, class_id: int = 1) -> pb.Result:
+    return pb.Result(detection=pb.Detection(boxes=[pb.Box(class_id=class_id, score=score, x1_px=x1, y1_px=y1, x2_px=x2, y2_px=y2)]))
+
+
+IMPOSSIBLE = [
+    *(_box(x1=v) for v in (math.nan, math.inf, -math.inf, 3e9, -3e9, 2.0)),
+    *(_box(y2=v) for v in (math.nan, 1e38, -1.0)),
+    *(_box(score=v) for v in (math.nan, -5, 1e30, 1.1)),
+    _box(class_id=2**32 - 1),
+    pb.Result(detection=pb.Detection(boxes=[pb.Box()] * 5001)),
+    pb.Result(classification=pb.Classification(top=[pb.ClassScore(score=math.nan)])),
+    pb.Result(classification=pb.Classification(top=[pb.ClassScore(score=0.1)] * 1001)),
+    pb.Result(classification=pb.Classification(), layers_decoded=2**32 - 1),
+    pb.Result(classification=pb.Classification(), timings=pb.ServerTimings(tail_ns=2**64 - 1)),
+    pb.Result(classification=pb.Classification(), timings=pb.ServerTimings(total_ns=2**63)),
+    pb.Result(classification=pb.Classification(), timings=pb.ServerTimings(batch_size=2**32 - 1)),
+]
+
+
+@pytest.mark.parametrize("message", IMPOSSIBLE)
+def test_an_answer_with_impossible_numbers_is_a_protocol_error_of_its_frame(message: pb.Result) -> None:
+    message.frame_id = 7
+    result = Result.from_proto(message)
+    assert (result.frame_id, result.answer) == (7, None)
+    assert isinstance(result.error, ProtocolError)
+
+
+def test_a_score_that_is_rounded_past_one_is_one() -> None:
+    assert Result.from_proto(_box(score=1.0000001)).answer == Detection(boxes=(Box(class_id=1, score=1.0, box_px=(0, 0, 1, 1)),))
+
+
+GRANTS = [
+    {"delay_trend": math.nan},
+    {"delivery_bps": -1.0},
+    {"delivery_bps": math.inf},
+    {"bitrate_bps": 2**64 - 1},
+    {"tail_ns": 2**63},
+]
+
+
+@pytest.mark.parametrize("numbers", GRANTS)
+def test_a_grant_with_impossible_numbers_is_refused(numbers: dict[str, float]) -> None:
     with pytest.raises(ProtocolError):
-        Result.from_proto(pb.Result(classification=pb.Classification(top=[pb.ClassScore(score=bad)])))
-    with pytest.raises(ProtocolError):
-        Grant.from_proto(pb.Grant(delay_trend=bad))
+        Grant.from_proto(pb.Grant(**numbers))
 
 
 @given(st.binary(max_size=200))

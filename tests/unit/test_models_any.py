@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from protos.errors import ConfigError
-from splitters.models.bottleneck import GainQuantiser
-from splitters.models.crossing import Gather, Scatter, describe, latent_grid
-from splitters.models.learned import run_stages
-from splitters.models.learned_any import AnyCutConfig, build_any
-from splitters.models.raw_outputs import RawOutput
-from splitters.train.losses import detection_mismatch
+from splitters.bottleneck.bottleneck import GainQuantiser
+from splitters.bottleneck.crossing import Gather, Scatter, describe, latent_grid
+from splitters.bottleneck.learned import run_stages
+from splitters.bottleneck.learned_any import AnyCutConfig, build_any
+from splitters.bottleneck.raw_outputs import RawOutput
+from splitters.training.losses import detection_mismatch
 from tests.fakes import any_models
 
 

@@ -12,27 +12,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from protos.errors import BundleError, ConfigError
+from splitters.bottleneck.ensemble import OwnEncoder
+from splitters.bottleneck.learned import LearnedSplit
+from splitters.bundle.operating_point import load_points
 from splitters.codec import LearnedCodec, learned_spec
-from splitters.export import WEIGHTS
-from splitters.models.efficientnet_lite import load_efficientnet_lite0
-from splitters.models.ensemble import OwnEncoder
-from splitters.models.learned import LearnedSplit
-from splitters.models.learned_efficientnet import C_LATENT, fuse_norms
-from splitters.models.learned_export import (
-    TABLES_FILE,
-    LearnedTail,
-    Rung,
-    build_learned_tail,
-    exportable,
-    gains_at,
-    load_student,
-    operating_points,
-    tuned_state,
-)  # fmt: skip
-from splitters.models.pruning import eliminate, prune_blocks
-from splitters.operating_point import load_points
+from splitters.exporting.learned import TABLES_FILE, Rung, exportable, gains_at, operating_points, tuned_state
+from splitters.zoo.efficientnet_lite0 import WEIGHTS
+from splitters.zoo.efficientnet_lite0.export import LearnedTail, build_learned_tail, load_student  # fmt: skip
+from splitters.zoo.efficientnet_lite0.network import load_efficientnet_lite0
+from splitters.zoo.efficientnet_lite0.pruning import eliminate, prune_blocks
+from splitters.zoo.efficientnet_lite0.split import C_LATENT, fuse_norms
 
-FOLDER = WEIGHTS / "efficientnet-lite0"
+FOLDER = WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +113,7 @@ def test_payloads_carry_exactly_the_symbols_and_coarser_is_smaller(student: Lear
 
 
 def test_operating_points_are_distinct_and_name_known_graphs(student: LearnedSplit) -> None:
-    points = operating_points(student.ensemble, [Rung(gain=0.0), Rung(gain=1.0)])
+    points = operating_points(student.ensemble, [Rung(gain=0.0, channels=48), Rung(gain=1.0, channels=48)])
     assert len({p.id for p in points}) == len(points) == 2 * len(student.ensemble.tiers)
     assert len({(p.graphs, p.codec_point) for p in points}) == len(points)
 

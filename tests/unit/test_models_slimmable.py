@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from protos.errors import ConfigError
-from splitters.models.bottleneck import Decoder, GainQuantiser, principal_start
-from splitters.models.ensemble import EncoderEnsemble, SmallEncoder, SmallEncoderConfig, Tier
-from splitters.models.slimmable import (
+from splitters.bottleneck.bottleneck import Decoder, GainQuantiser, principal_start
+from splitters.bottleneck.ensemble import EncoderEnsemble, SmallEncoder, SmallEncoderConfig, Tier
+from splitters.bottleneck.slimmable import (
     SlimmableBatchNorm2d,
     SlimmableConv2d,
     at_width,

@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 
 from protos.errors import BundleError, ConfigError
-from splitters.offload import OffloadOption, compress, dump_offloads, ladder, load_offloads, pareto_offloads, restorable, restore
-from splitters.operating_point import Quantiles
+from splitters.bundle.offload import (
+    OffloadOption,
+    compress,
+    dump_offloads,
+    ladder,
+    load_offloads,
+    pareto_offloads,
+    restorable,
+    restore,
+)
+from splitters.bundle.operating_point import Quantiles
 
 
 def option(n_bytes: float, accuracy: float, ms: float = 1.0, quality: int = 50) -> OffloadOption:

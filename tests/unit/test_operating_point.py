@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.errors import BundleError
-from splitters.operating_point import OperatingPoint, Quantiles, best_point, dump_points, load_points, pareto_frontier
+from splitters.bundle.operating_point import OperatingPoint, Quantiles, best_point, dump_points, load_points, pareto_frontier
 
 
 def point(i: int, size: float, ms: float, accuracy: float) -> OperatingPoint:

@@ -20,7 +20,7 @@ from edge_client.live import LivePipeline
 from edge_client.parts import Parts, PipelineConfig
 from edge_client.pipeline import LATE_GRACE_NS, Pipeline
 from protos.errors import InternalError, StorageError, UnknownModelError, UnreachableError
-from splitters.operating_point import Quantiles
+from splitters.bundle.operating_point import Quantiles
 from tests.fakes.client_loop import VirtualLoop, run_virtual
 from tests.fakes.client_parts import FakeDevice, FakeEngine, FakeFrames, FakeLink, Fault, fake_controller
 

@@ -7,8 +7,8 @@ import pytest
 
 from protos.errors import BundleError
 from protos.messages import Classification, Detection
-from splitters.manifest import Preprocess
-from splitters.postprocess import build_postprocess
+from splitters.bundle.manifest import Preprocess
+from splitters.tasks.postprocess import build_postprocess
 
 SPEC = Preprocess(resize="letterbox", size_px=(64, 64))
 DENSE = {"kind": "dense_boxes", "class_ids": [1, 7], "score_min": 0.1, "iou": 0.5}

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from protos.errors import ConfigError, ModelError
 from splitters.evaluation.prefilter import draw_curves, passage_scores, passages, roc, roc_auc
-from splitters.models.prefilter import CATEGORY_IDS, WEIGHTS, InterestScore, Prefilter, columns_of, load_prefilter
-from splitters.models.prefilter_promise import calibrate, clopper_pearson_lower, promises
-from splitters.train.prefilter_loop import heat_targets, held_out, prefilter_loss
+from splitters.training.prefilter.loop import heat_targets, held_out, prefilter_loss
+from splitters.zoo.prefilter.network import CATEGORY_IDS, WEIGHTS, InterestScore, Prefilter, columns_of, load_prefilter
+from splitters.zoo.prefilter.promise import calibrate, clopper_pearson_lower, promises
 
 
 def test_shapes_and_the_interest_column() -> None:
@@ -185,22 +185,23 @@ def test_what_was_measured_of_other_weights_does_not_count(tmp_path: Path, monke
     import json
 
     from splitters.bundle import sha256_file
-    from splitters.models import prefilter_export
-    from splitters.models.prefilter_promise import SURE
+    from splitters.zoo.detector.network import WEIGHTS
+    from splitters.zoo.prefilter import export as prefilter_export
+    from splitters.zoo.prefilter.promise import SURE
 
     file = tmp_path / "sure.json"
     monkeypatch.setattr(prefilter_export, "SURE_OF_DETECTOR", file)
-    assert prefilter_export.sure_score() == SURE
+    assert prefilter_export.sure_score(WEIGHTS) == SURE
     file.write_text(json.dumps({"score": 0.31, "weights_sha256": "0" * 64}))
-    assert prefilter_export.sure_score() == SURE
-    file.write_text(json.dumps({"score": 0.31, "weights_sha256": sha256_file(prefilter_export.DETECTOR_WEIGHTS)}))
-    assert prefilter_export.sure_score() == 0.31
+    assert prefilter_export.sure_score(WEIGHTS) == SURE
+    file.write_text(json.dumps({"score": 0.31, "weights_sha256": sha256_file(WEIGHTS)}))
+    assert prefilter_export.sure_score(WEIGHTS) == 0.31
 
 
 def test_a_detectors_boxes_are_right_where_an_object_of_their_class_lies() -> None:
-    from splitters.models.boxes import Detections
-    from splitters.train.detector_data import Example
-    from splitters.train.prefilter_sure import judged
+    from splitters.tasks.boxes import Detections
+    from splitters.training.detector.data import Example
+    from splitters.training.prefilter.sure import judged
 
     boxes = np.array([[10, 10, 50, 50], [10, 10, 50, 50], [100, 100, 140, 140], [60, 60, 90, 90]], np.float32)
     found = Detections(boxes, np.array([0.9, 0.8, 0.7, 0.6], np.float32), np.array([1, 3, 1, 44]))

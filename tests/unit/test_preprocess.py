@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.errors import SourceError
-from splitters.manifest import Preprocess
-from splitters.preprocess import geometry, input_image, normalise, preprocess
+from splitters.bundle.manifest import Preprocess
+from splitters.tasks.preprocess import geometry, input_image, normalise, preprocess
 
 KINDS: list[dict[str, Any]] = [
     {"resize": "stretch"}, {"resize": "shortest", "resize_px": 64}, {"resize": "letterbox"},

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import splitters
 from protos.errors import ConfigError, ModelError
 from splitters.cli import main
-from splitters.profiling import CutCost, Profile, mark_good
-from splitters.profiling_measure import zstd_8bit_bytes
-from splitters.profiling_times import _coarse_to_fine
-from splitters.sources import load_source
+from splitters.cutting.sources import load_source
+from splitters.profiling.measure import zstd_8bit_bytes
+from splitters.profiling.table import CutCost, Profile, mark_good
+from splitters.profiling.times import _coarse_to_fine
 
 
 class Funnel(nn.Module):

@@ -16,7 +16,7 @@ from splitters.bundle import open_bundle
 from splitters.cli import main
 from splitters.evaluation.prefilter import present
 from splitters.evaluation.scene import Scene, examine, fit, interesting
-from splitters.models.prefilter_promise import clopper_pearson_lower, score_at_precision
+from splitters.zoo.prefilter.promise import clopper_pearson_lower, score_at_precision
 from tests.fakes.detector_bundle import write_cell_detector
 
 pytest.importorskip("torch")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from edge_server.decode import decode_image, image_size
 from protos.errors import HeadtailError, LimitError, PayloadError
-from splitters.offload import compress
+from splitters.bundle.offload import compress
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
 

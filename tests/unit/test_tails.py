@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from splitters.tails import Later, load_tail
+from splitters.runtime.tail import Later, load_tail
 from tests.fakes.bundles import write_tiny_bundle
 
 Arrays = Sequence[NDArray[np.float32]]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from splitters.models import torchvision_compat as compat
+from splitters.cutting import torchvision_compat as compat
 
 
 def brute_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
@@ -120,7 +120,7 @@ def test_roi_align_has_gradients() -> None:
 
 def test_torchvision_and_timm_import_and_detect_in_a_fresh_interpreter() -> None:
     program = """
-from splitters.models.torchvision_compat import activate
+from splitters.cutting.torchvision_compat import activate
 activate(); activate()
 import torch, torchvision, timm
 ours = torchvision.ops.nms(torch.tensor([[0, 0, 2, 2.], [0, 0, 2, 2.1]]), torch.tensor([.1, .9]), 0.5)

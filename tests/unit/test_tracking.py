@@ -13,7 +13,7 @@ from edge_client.sinks import InOrder, to_json
 from edge_client.tracking import BoxTracker, Follower, TrackConfig
 from protos.errors import ConfigError
 from protos.messages import Answer, Box, Classification, ClassScore, Detection
-from splitters.preprocess import Frame
+from splitters.tasks.preprocess import Frame
 
 SIDE = 60
 TEXTURE = np.random.default_rng(1).integers(0, 255, (SIDE, SIDE, 3)).astype(np.uint8)

@@ -11,19 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from protos.errors import ConfigError
+from splitters.bottleneck.ensemble import SmallEncoder, SmallEncoderConfig
+from splitters.bottleneck.learned import LearnedSplit
 from splitters.evaluation.bdrate import Curve, resample
-from splitters.export import WEIGHTS
-from splitters.models.ensemble import SmallEncoder, SmallEncoderConfig
-from splitters.models.learned import LearnedSplit
-from splitters.models.learned_efficientnet import DEEP, TIERS
-from splitters.models.learned_export import WEIGHTS_FILE, load_student
-from splitters.train.loop import parameter_groups
-from splitters.train.photos import hold_out_evenly
-from splitters.train.recipes import RECIPES, recipe
-from splitters.train.single import estimated_bytes, parse_point, single_from, single_point
+from splitters.exporting.learned import WEIGHTS_FILE
+from splitters.training.loop import parameter_groups
+from splitters.training.photos import hold_out_evenly
+from splitters.training.recipes import RECIPES, recipe
+from splitters.training.single import estimated_bytes, parse_point, single_from, single_point
+from splitters.zoo.efficientnet_lite0 import WEIGHTS
+from splitters.zoo.efficientnet_lite0.export import load_student
+from splitters.zoo.efficientnet_lite0.split import DEEP, TIERS
 from tests.bench.penalty import penalty, read_at
 
-FOLDER = WEIGHTS / "efficientnet-lite0"
+FOLDER = WEIGHTS
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,16 @@ from PIL import Image
 from torch import nn
 
 from protos.errors import ConfigError, SourceError
+from splitters.bottleneck.bottleneck import Decoder, GainQuantiser
+from splitters.bottleneck.ensemble import EncoderEnsemble, OwnEncoder, SmallEncoder, SmallEncoderConfig, Tier
+from splitters.bottleneck.learned import LearnedSplit, StagedModel, run_stages
+from splitters.bottleneck.learned_any import AnyCutConfig, build_any
 from splitters.cli import main
-from splitters.models.bottleneck import Decoder, GainQuantiser
-from splitters.models.ensemble import EncoderEnsemble, OwnEncoder, SmallEncoder, SmallEncoderConfig, Tier
-from splitters.models.learned import LearnedSplit, StagedModel, run_stages
-from splitters.models.learned_any import AnyCutConfig, build_any
-from splitters.train.config import LossWeights, Stage, TrainConfig
-from splitters.train.loop import StepReport, Trainer, shares
-from splitters.train.losses import BitrateSteering, distortion, divergence, relative_error
-from splitters.train.photos import Crops, PhotoCache, hold_out, list_photos
-from splitters.train.recipes import RECIPES, any_cut, recipe
+from splitters.training.config import LossWeights, Stage, TrainConfig
+from splitters.training.loop import StepReport, Trainer, shares
+from splitters.training.losses import BitrateSteering, distortion, divergence, relative_error
+from splitters.training.photos import Crops, PhotoCache, hold_out, list_photos
+from splitters.training.recipes import RECIPES, any_cut, recipe
 
 CONFIG = TrainConfig(
     model="tiny", size_px=32, batch=6, target_bytes=(60.0, 20.0), prefixes=(2,), groups=(0, 2),
@@ -114,7 +114,7 @@ def test_a_checkpoint_of_another_model_is_refused(make: Callable[..., Trainer], 
     trainer = make("b")
     trainer.student.decoder = Decoder(4, 12, 16, 1)
     trainer.out = tmp_path / "a"
-    from splitters.train.checkpoint import load_checkpoint
+    from splitters.training.checkpoint import load_checkpoint
 
     with pytest.raises(ConfigError, match="another recipe"):
         load_checkpoint(trainer)

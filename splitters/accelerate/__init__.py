@@ -1,0 +1,1 @@
+"""Faster forms of a torch tail, taken only where they were measured to be faster and to be the same function."""

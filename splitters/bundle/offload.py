@@ -1,0 +1,133 @@
+"""Offload: the model's input compressed as an image, for a server that runs the whole model.
+
+Device, server and ``splitters evaluate`` all compress and restore with the two functions here, so what was measured is what is
+sent. Shape legend: a picture is (H, W, 3) uint8 BGR; ``size_px`` is the shorter side of what is compressed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.errors import BundleError, ConfigError, ModelError
+from splitters.bundle.operating_point import Quantiles
+
+Picture = NDArray[np.uint8]
+
+_QUALITY_FLAG = {"jpeg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY}
+# Of an input whose shorter side is 224; smaller qualities and sizes lose more accuracy than they save bytes.
+_LADDER: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "jpeg": ((14, 28, 50, 80), (128, 160, 192, 224)),
+    "webp": ((12, 30, 60), (160, 224)),
+}
+_SAME_MS = 0.3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OffloadOption:
+    """The model's input, compressed as an image; the server runs the whole model.
+
+    Attributes:
+        format: ``jpeg`` (baseline, 4:2:0) or ``webp``.
+        quality: 1..100, the encoder's own scale.
+        size_px: shorter side of what is compressed; 0: the model's input size.
+        payload_bytes, accuracy: as measured, accuracy 0..1 in the operating points' metric.
+        encode_ms: frame to payload, resizing included, on the machine that measured; a prior, the client measures its own.
+    """
+
+    format: str
+    quality: int
+    size_px: int = 0
+    payload_bytes: Quantiles
+    accuracy: float
+    encode_ms: Quantiles
+
+    def __post_init__(self) -> None:
+        if self.format not in _QUALITY_FLAG:
+            raise ConfigError(f"offload format must be jpeg or webp, got {self.format!r}")
+        if not 1 <= self.quality <= 100 or self.size_px < 0:
+            raise ConfigError(f"offload quality must be 1..100 and size_px not negative, got {self.quality} and {self.size_px}")
+        if not 0 <= self.accuracy <= 1:
+            raise ConfigError(f"offload accuracy must be a fraction 0..1, got {self.accuracy}")
+
+
+def ladder(input_px: int, formats: Sequence[str] = ("jpeg", "webp")) -> list[tuple[str, int, int]]:
+    """What is worth measuring for a model whose input's shorter side is ``input_px``: format, quality, shorter side."""
+    return [(f, q, round(input_px * s / 224)) for f in formats for s in _LADDER[f][1] for q in _LADDER[f][0]]
+
+
+def compress(picture: Picture, *, image_format: str, quality: int, size_px: int = 0) -> bytes:
+    """The compressed picture, reduced first where ``size_px`` is below its shorter side.
+
+    Raises:
+        ModelError: OpenCV cannot write it.
+    """
+    height, width = picture.shape[:2]
+    scale = size_px / min(height, width) if size_px else 1.0
+    if scale < 1:
+        picture = cv2.resize(picture, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA).astype(
+            np.uint8, copy=False
+        )
+    ok, data = cv2.imencode(f".{image_format}", picture, [_QUALITY_FLAG[image_format], quality])
+    if not ok:
+        raise ModelError(f"OpenCV could not write a {image_format} of {picture.shape}")
+    return data.tobytes()
+
+
+def restore(picture: Picture, size_px: tuple[int, int]) -> Picture:
+    """A decoded picture at the model's own input size (height, width), enlarged (bicubic) where it was reduced."""
+    if picture.shape[:2] == tuple(size_px):
+        return picture
+    return cv2.resize(picture, (size_px[1], size_px[0]), interpolation=cv2.INTER_CUBIC).astype(np.uint8, copy=False)
+
+
+def restorable(height_px: int, width_px: int, size_px: tuple[int, int]) -> bool:
+    """Whether a picture of that size can be a reduced input: no larger, at least a quarter, and of the same shape."""
+    scale = min(height_px, width_px) / min(size_px)
+    same = abs(height_px - size_px[0] * scale) <= 1 and abs(width_px - size_px[1] * scale) <= 1
+    return 0.25 <= scale <= 1 and same
+
+
+def pareto_offloads(offloads: Iterable[OffloadOption]) -> list[OffloadOption]:
+    """Those no other beats in bytes, time and accuracy, fewest bytes first; times that differ little count as the same."""
+    every = list(offloads)
+
+    def beaten(o: OffloadOption) -> bool:
+        mine = (o.payload_bytes.p50, -o.accuracy)
+        for p in every:
+            theirs = (p.payload_bytes.p50, -p.accuracy)
+            quicker = p.encode_ms.p50 < o.encode_ms.p50 or theirs != mine
+            as_quick = p.encode_ms.p50 <= 1.25 * o.encode_ms.p50 + _SAME_MS
+            if p is not o and quicker and as_quick and all(a <= b for a, b in zip(theirs, mine, strict=True)):
+                return True
+        return False
+
+    return sorted((o for o in every if not beaten(o)), key=lambda o: o.payload_bytes.p50)
+
+
+def dump_offloads(offloads: Iterable[OffloadOption]) -> str:
+    """``offloads.json`` as text."""
+    return json.dumps([asdict(o) for o in offloads], indent=1) + "\n"
+
+
+def load_offloads(text: str | bytes) -> tuple[OffloadOption, ...]:
+    """Reads ``offloads.json``.
+
+    Raises:
+        BundleError: not JSON, or an option cannot be read.
+    """
+    try:
+        return tuple(offload_from_json(row) for row in json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+        raise BundleError(f"offloads.json cannot be read: {error}") from error
+
+
+def offload_from_json(data: Mapping[str, Any]) -> OffloadOption:
+    """From plain JSON types."""
+    return OffloadOption(**{**data, **{k: Quantiles(**data[k]) for k in ("payload_bytes", "encode_ms")}})

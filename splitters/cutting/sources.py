@@ -1,0 +1,204 @@
+"""Where a model to cut comes from: ``timm:name``, ``torchvision:name``, ``onnx:path``, ``py:module:factory`` or a ``.pt2``.
+
+Shape legend: examples are (1, C, H, W).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from protos.errors import ConfigError, MissingDependencyError, ModelError
+from splitters.bundle.manifest import Preprocess
+from splitters.cutting.checks import first_line
+from splitters.tasks.imagenet import imagenet_labels
+
+FORMS = "timm:NAME, torchvision:NAME, onnx:PATH, py:MODULE:FACTORY or a .pt2 file"
+_INTERPOLATION = {"bilinear": "bilinear", "bicubic": "bicubic", "random": "bicubic"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A model that was found, with what is known of it.
+
+    Attributes:
+        name: short, fit for a bundle's name.
+        model: in evaluation mode; a module or, of a ``.pt2``, an exported program.
+        example: an input of the right shape (zeros).
+        preprocess: how a picture becomes that input; None where the source does not say.
+        labels: class id → name; empty where unknown.
+        weights: what its weights are, in words.
+    """
+
+    name: str
+    model: nn.Module | torch.export.ExportedProgram
+    example: Tensor
+    preprocess: Preprocess | None
+    labels: Mapping[int, str] = field(default_factory=dict)
+    weights: str
+
+
+def load_source(text: str, *, weights: str = "random", size_px: tuple[int, int] | None = None) -> Source:
+    """Finds the model called ``text``.
+
+    Args:
+        text: ``timm:name``, ``torchvision:name``, ``onnx:path``, ``py:module:factory`` or a path ending in ``.pt2``.
+        weights: for timm and torchvision: ``random``, ``hub`` (fetched, where the machine can reach it) or the path of a
+            safetensors file; for ``py:`` a safetensors file, else what the factory gives.
+        size_px: (height, width) of the input, where the source's own is not wanted.
+
+    Raises:
+        ConfigError: the form is unknown, or the model's name is.
+        MissingDependencyError: a package is not installed.
+        ModelError: it was found but cannot be loaded.
+    """
+    kind, _, rest = text.partition(":")
+    loaders: dict[str, Callable[[str, str, tuple[int, int] | None], Source]] = {
+        "timm": _timm, "torchvision": _torchvision, "onnx": _onnx, "py": _python,
+    }  # fmt: skip
+    if text.endswith(".pt2"):
+        return _pt2(Path(text.removeprefix("pt2:")))
+    if kind not in loaders or not rest:
+        raise ConfigError(f"{text!r} names no model; write {FORMS}")
+    return loaders[kind](rest, weights, size_px)
+
+
+def _fill(model: nn.Module, weights: str) -> str:
+    """Loads a safetensors file into the model, if one is given; says what the weights are."""
+    if weights in {"random", "hub"}:
+        return weights
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(weights), strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"the weights {weights} do not fit the model or cannot be read: {first_line(error)}") from error
+    return Path(weights).name
+
+
+def _example(size_px: tuple[int, int], channels: int = 3) -> Tensor:
+    return torch.zeros(1, channels, *size_px)
+
+
+def _timm(name: str, weights: str, size_px: tuple[int, int] | None) -> Source:
+    from splitters.cutting import torchvision_compat
+
+    torchvision_compat.activate()
+    try:
+        import timm
+        import timm.data
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("timm is not installed; install the extra: pip install 'headtail[zoo]'") from error
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
+        raise ConfigError(f"timm has no model {name!r}" + (f"; it has {close}" if close else ""))
+    model: nn.Module = _fetch(lambda: timm.create_model(name, pretrained=weights == "hub"), f"timm:{name}", weights)
+    config: dict[str, Any] = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined, no-untyped-call]
+    size = size_px or tuple(config["input_size"][1:])
+    labels = imagenet_labels() if getattr(model, "num_classes", 0) == 1000 else {}
+    return Source(
+        name=name, model=model.eval(), example=_example(size), weights=_fill(model, weights), labels=labels,
+        preprocess=Preprocess(
+            resize="shortest", size_px=size, resize_px=max(*size, int(max(size) / config.get("crop_pct", 0.875))),
+            interpolation=_INTERPOLATION.get(config["interpolation"], "bicubic"),  # type: ignore[arg-type]
+            mean=tuple(config["mean"]), std=tuple(config["std"]),
+        ),
+    )  # fmt: skip
+
+
+def _torchvision(name: str, weights: str, size_px: tuple[int, int] | None) -> Source:
+    from splitters.cutting import torchvision_compat
+
+    torchvision_compat.activate()
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise ConfigError(f"torchvision has no model {name!r}; python -c 'import torchvision' and models.list_models() list them")
+    known = list(models.get_model_weights(name))
+    best = models.get_model_weights(name).DEFAULT if known else None
+    accepts = inspect.signature(models.get_model_builder(name)).parameters
+    # A backbone's own weights would be fetched even with weights=None.
+    keywords = {"weights_backbone": None} if weights != "hub" and "weights_backbone" in accepts else {}
+    model: nn.Module = _fetch(
+        lambda: models.get_model(name, weights=best if weights == "hub" else None, **keywords), f"torchvision:{name}", weights
+    )
+    recipe: Any = best.transforms() if best is not None else None
+    labels = dict(enumerate(best.meta.get("categories", ()))) if best is not None else {}
+    spec, size = None, size_px or (224, 224)
+    if hasattr(recipe, "crop_size"):
+        size = size_px or (recipe.crop_size[0],) * 2
+        spec = Preprocess(
+            resize="shortest", size_px=size, resize_px=max(*size, recipe.resize_size[0]),
+            interpolation=_INTERPOLATION.get(recipe.interpolation.value, "bilinear"),  # type: ignore[arg-type]
+            mean=tuple(recipe.mean), std=tuple(recipe.std),
+        )  # fmt: skip
+    return Source(
+        name=name, model=model.eval(), example=_example(size), weights=_fill(model, weights), preprocess=spec, labels=labels
+    )
+
+
+def _fetch(create: Callable[[], nn.Module], name: str, weights: str) -> nn.Module:
+    try:
+        return create()
+    except Exception as error:
+        if weights == "hub":
+            raise ModelError(
+                f"the weights of {name} cannot be fetched ({type(error).__name__}: {first_line(error, 120)}); give "
+                "--weights FILE.safetensors, or --weights random to look at costs alone"
+            ) from error
+        raise ModelError(f"{name} cannot be built: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _onnx(path: str, weights: str, size_px: tuple[int, int] | None) -> Source:
+    del weights, size_px  # an ONNX file brings its own
+    from splitters.cutting.onnx_source import load_onnx
+
+    model, example = load_onnx(Path(path))
+    return Source(name=Path(path).stem, model=model, example=example, preprocess=None, weights=Path(path).name)
+
+
+def _python(text: str, weights: str, size_px: tuple[int, int] | None) -> Source:
+    module_name, _, factory_name = text.rpartition(":")
+    if not module_name:
+        raise ConfigError(f"py:{text} must be py:MODULE:FACTORY, for example py:mypackage.models:build")
+    if os.getcwd() not in sys.path:  # noqa: PTH109  (sys.path holds strings)
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    try:
+        factory: Any = importlib.import_module(module_name)
+        for part in factory_name.split("."):
+            factory = getattr(factory, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"py:{text} cannot be found: {error}") from error
+    try:
+        made = factory()
+    except Exception as error:
+        raise ModelError(f"{factory_name}() of {module_name} raised {type(error).__name__}: {first_line(error)}") from error
+    model, example = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{factory_name}() must return an nn.Module, or one with an example input; got {type(model).__name__}")
+    what = _fill(model, weights) if weights not in {"random", "hub"} else "the factory's"
+    if size_px is not None or not isinstance(example, Tensor):
+        example = _example(size_px or (224, 224))
+    return Source(name=factory_name, model=model.eval(), example=example, preprocess=None, weights=what)
+
+
+def _pt2(path: Path) -> Source:
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        raise ModelError(f"{path} is no exported program this torch reads: {first_line(error)}") from error
+    inputs = program.example_inputs
+    if inputs is None or not inputs[0] or not isinstance(inputs[0][0], Tensor):
+        raise ModelError(f"{path} holds no example input; export it again with torch.export.save")
+    return Source(name=path.stem, model=program, example=inputs[0][0].detach(), preprocess=None, weights=path.name)

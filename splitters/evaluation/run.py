@@ -1,0 +1,263 @@
+"""Accuracy against real payload bytes: every operating point of a bundle, beside image codecs feeding the same model.
+
+``evaluate`` measures, ``Report`` holds what was found, and `splitters.bundle.rewrite_points` stores the table.
+
+Shape legend: P points, M photos, D resampled sets of photos.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from protos.errors import ConfigError
+from protos.messages import Answer
+from splitters.bundle import Bundle
+from splitters.bundle.offload import OffloadOption
+from splitters.bundle.operating_point import OperatingPoint, mark_pareto
+from splitters.codec import LatentCodec, codec_from_spec
+from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
+from splitters.evaluation.cache import describe, load, photos_key, store
+from splitters.evaluation.choices import measure_local, measure_offloads
+from splitters.evaluation.image_codecs import Setting, ladder
+from splitters.evaluation.measure import (
+    Device,
+    Measured,
+    Photos,
+    encode_ms,
+    load_photos,
+    quantiles,
+    run_image_codec,
+    run_points,
+    run_whole,
+)
+from splitters.evaluation.report import Gap, Jpeg95, Report, dump
+from splitters.evaluation.tasks import AveragePrecision, Judge, Score, TopOne, list_images, read_labels
+from splitters.runtime.tail import Tail, load_tail
+
+__all__ = ["EvaluateConfig", "Report", "dump", "evaluate"]
+
+log = logging.getLogger(__name__)
+Tick = Callable[[str], None]
+
+JPEG95_SHARE = 0.28
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """What to measure.
+
+    Attributes:
+        images: folder of photos.
+        labels: JSON {file name: class index}, a COCO instances.json for detectors, or None for agreement with the
+            whole model.
+        against: image codecs to compare with.
+        qualities: of the image codecs; None for the standard ladder.
+        limit: at most so many photos, evenly spread.
+        draws: of the bootstrap.
+        cache: folder in which the image codecs' results are kept between calls.
+        score_min: a detector's boxes from this score on count. AP needs the weak ones too; a bundle's own threshold is for viewers.
+    """
+
+    images: Path
+    labels: Path | None = None
+    against: tuple[str, ...] = ("jpeg", "webp", "avif")
+    qualities: tuple[int, ...] | None = None
+    limit: int | None = None
+    draws: int = 1000
+    cache: Path | None = None
+    score_min: float = 0.01
+
+    def __post_init__(self) -> None:
+        if (self.limit is not None and self.limit < 2) or self.draws < 10 or not 0 <= self.score_min < 1:
+            raise ConfigError("evaluation needs at least 2 photos, at least 10 draws and 0 <= score_min < 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Bench:
+    """The model, the photos and the judge that every setting shares."""
+
+    bundle: Bundle
+    tail: Tail
+    photos: Photos
+    judge: Judge
+    counts: Counts
+    config: EvaluateConfig
+    tick: Tick
+
+    def score(self, answers: Sequence[Answer]) -> Score:
+        return self.judge.score(answers, self.counts)
+
+    def curve(self, name: str, labels: Sequence[str], sizes: Sequence[object], scores: Sequence[Score]) -> Curve:
+        return Curve(
+            name=name, labels=tuple(labels), sizes=np.stack([np.asarray(s, np.float64) for s in sizes]), counts=self.counts,
+            accuracy=np.array([s.value for s in scores]), drawn=np.stack([s.drawn for s in scores]),
+        )  # fmt: skip
+
+
+def open_codec(bundle: Bundle) -> LatentCodec:
+    """The bundle's latent codec."""
+    return codec_from_spec(json.loads(bundle.read_part(bundle.manifest.codec)), bundle.read_part)
+
+
+def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info) -> Report:
+    """Measures every operating point of ``bundle`` and the image codecs beside it.
+
+    Args:
+        bundle: any bundle; comparing with image codecs needs one whose tail takes whole images.
+        config: what to measure.
+        tick: told what has been finished.
+
+    Raises:
+        ConfigError: image codecs were asked for and the bundle has no whole model, or there are no labels where they are needed.
+        SourceError: no photos.
+    """
+    bench = _open(bundle, config, tick)
+    tail, photos = bench.tail, bench.photos
+    whole = bench.score(run_whole(tail, photos)) if tail.takes_images else None
+    points, curve, also = _measure_points(bench)
+    curves = [_image_curve(bench, codec) for codec in config.against]
+    local = measure_local(bench.bundle, bench.judge.files, lambda answers: bench.score(answers).value)
+    offloads = _offloads(bench) if config.against else []
+    rates = {name: {c.name: _try_compare(c, mine) for c in curves} for name, mine in _tier_curves(points, curve).items()}
+    detector = bundle.manifest.task == "detection"
+    middle = [ladder(codec, photos.input_px, detector=detector)[-3] for codec in config.against]
+    return Report(
+        model=bundle.manifest.name, photos=len(photos), metric=bench.judge.metric, whole=whole.value if whole else float("nan"),
+        points=tuple(points), gaps={p.id: _gap(curve, i, whole) for i, p in enumerate(points)} if whole else {},
+        curves=(curve, *curves), bd_rates=rates, encode_ms={s.codec: encode_ms(photos, s) for s in middle},
+        jpeg95=_jpeg95(bench, curve, points, whole) if whole and detector and config.against else None,
+        also={-1: whole.also if whole else {}, **also}, offloads=tuple(offloads), local=local,
+    )  # fmt: skip
+
+
+def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick) -> _Bench:
+    bundle = _loose(bundle, config.score_min)
+    tail = load_tail(bundle)
+    if not tail.takes_images and (config.against or config.labels is None):
+        raise ConfigError("this bundle holds no whole model: give --labels and --against none")
+    files, judge = list_images(config.images), _judge(config, bundle)
+    files = list(judge.files) if judge is not None else files
+    if config.limit is not None and config.limit < len(files):
+        keep = [i * len(files) // config.limit for i in range(config.limit)]
+        files = [files[i] for i in keep]
+        judge = judge.only(keep) if judge is not None else None
+    photos = load_photos(files, bundle)
+    if judge is None:
+        judge = TopOne.agreeing_with(run_whole(tail, photos), files)
+    counts = resample(len(photos), config.draws)
+    return _Bench(bundle=bundle, tail=tail, photos=photos, judge=judge, counts=counts, config=config, tick=tick)
+
+
+def _judge(config: EvaluateConfig, bundle: Bundle) -> Judge | None:
+    files = list_images(config.images)
+    if bundle.manifest.task == "detection":
+        if config.labels is None:
+            raise ConfigError("a detector is judged by its boxes: give --labels a COCO instances.json")
+        return AveragePrecision(config.labels, files)
+    return read_labels(config.labels, files, config.images) if config.labels is not None else None
+
+
+def _loose(bundle: Bundle, score_min: float) -> Bundle:
+    """The bundle with another score threshold; its files stay as they are."""
+    manifest = bundle.manifest
+    if manifest.task != "detection":
+        return bundle
+    tail = {**manifest.tail, **({"score_min": score_min} if "score_min" in manifest.tail else {})}
+    return replace(bundle, manifest=replace(manifest, postprocess={**manifest.postprocess, "score_min": score_min}, tail=tail))
+
+
+def _measure_points(bench: _Bench) -> tuple[list[OperatingPoint], Curve, dict[int, dict[str, float]]]:
+    bundle, photos = bench.bundle, bench.photos
+    measured = run_points(bundle, open_codec(bundle), bench.tail, photos, bundle.points, tick=bench.tick)
+    times = Device(bundle).time_ms(photos.pictures[0], list(dict.fromkeys(p.graphs for p in bundle.points)))
+    scores = {p.id: bench.score(measured[p.id].answers) for p in bundle.points}
+    points = [
+        replace(
+            p, payload_bytes=quantiles(measured[p.id].sizes), accuracy=scores[p.id].value, accuracy_metric=bench.judge.metric,
+            head_ms=times[p.graphs],
+        )
+        for p in bundle.points
+    ]  # fmt: skip
+    sizes = [measured[p.id].sizes for p in points]
+    curve = bench.curve(bundle.manifest.name, [str(p.id) for p in points], sizes, [scores[p.id] for p in points])
+    return mark_pareto(points), curve, {i: dict(s.also) for i, s in scores.items()}
+
+
+def _tier_curves(points: Sequence[OperatingPoint], curve: Curve) -> dict[str, Curve]:
+    """The whole curve, and one for each set of encoder graphs where there are several."""
+    kinds = dict.fromkeys(p.graphs for p in points)
+    tiers = {"+".join(g): curve.only([i for i, p in enumerate(points) if p.graphs == g]) for g in kinds}
+    return {"all tiers": curve, **(tiers if len(kinds) > 1 else {})}
+
+
+def _try_compare(anchor: Curve, test: Curve) -> BdRate | str:
+    try:
+        return compare(anchor, test)
+    except ConfigError as error:
+        return error.message
+
+
+def _gap(curve: Curve, row: int, other: Score) -> Gap:
+    return (float(curve.accuracy[row] - other.value), *interval(curve.drawn[row] - other.drawn))
+
+
+def _image_curve(bench: _Bench, codec: str) -> Curve:
+    config, detector = bench.config, bench.bundle.manifest.task == "detection"
+    settings = ladder(codec, bench.photos.input_px, config.qualities, detector=detector)
+    sizes, scores = [], []
+    for setting in settings:
+        measured = _cached(bench, setting)
+        sizes.append(measured.sizes)
+        scores.append(bench.score(measured.answers))
+        bench.tick(str(setting))
+    return bench.curve(codec, [str(s) for s in settings], sizes, scores)
+
+
+def _offloads(bench: _Bench) -> list[OffloadOption]:
+    def value(answers: Sequence[Answer]) -> float:
+        return bench.score(answers).value
+
+    return measure_offloads(bench.tail, bench.photos, value, tick=bench.tick, remember=partial(_remembered, bench))
+
+
+def _jpeg95(bench: _Bench, curve: Curve, points: Sequence[OperatingPoint], whole: Score) -> Jpeg95:
+    measured = _cached(bench, Setting(codec="jpeg", quality=95, size_px=bench.photos.input_px))
+    jpeg, size = bench.score(measured.answers), float(measured.sizes.mean())
+    means = curve.sizes.mean(axis=1)
+    within = [i for i in range(len(points)) if means[i] <= JPEG95_SHARE * size]
+    found = Jpeg95(jpeg_bytes=size, jpeg_accuracy=jpeg.value, share=JPEG95_SHARE)
+    if not within:
+        return found
+    best = max(within, key=lambda i: (curve.accuracy[i], -means[i]))
+    return replace(
+        found, point=points[best].id, point_bytes=float(means[best]), lost=_minus(_gap(curve, best, whole)),
+        lost_to_jpeg=_minus(_gap(curve, best, jpeg)),
+    )  # fmt: skip
+
+
+def _minus(gap: Gap) -> Gap:
+    return -gap[0], -gap[2], -gap[1]
+
+
+def _cached(bench: _Bench, setting: Setting) -> Measured:
+    return _remembered(bench, describe(setting), lambda: run_image_codec(bench.tail, bench.photos, setting))
+
+
+def _remembered(bench: _Bench, what: Mapping[str, object], run: Callable[[], Measured]) -> Measured:
+    """What ``run`` measures, or measured on an earlier call for the same photos and whole model."""
+    cache = bench.config.cache
+    if cache is None:
+        return run()
+    key = photos_key(bench.bundle, bench.photos, what)
+    found = load(cache, key)
+    if found is None:
+        found = run()
+        store(cache, key, found)
+    return found

@@ -1,1 +1,0 @@
-"""The networks: base models, slimmable layers, bottlenecks, detector, prefilter."""

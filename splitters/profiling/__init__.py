@@ -1,0 +1,1 @@
+"""What every cut of a model would cost, measured."""

@@ -1,0 +1,227 @@
+"""Loads the tail a bundle describes and runs it on batches; the server's only way to a model.
+
+Shape legend: N batch. Latents are float32, batch first, one array per latent tensor of the manifest.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.errors import BundleError, ConfigError
+from protos.messages import Answer
+from splitters.bundle import Bundle
+from splitters.tasks.postprocess import Floats, Postprocess, SizePx, build_postprocess
+from splitters.tasks.preprocess import normalise
+
+# Who builds the torch module of a tail; the bundle names the factory, never code.
+FACTORIES: Mapping[str, str] = {
+    "headtail": "splitters.zoo.tails",
+    "torchvision": "splitters.cutting.rcnn",
+}
+
+
+class Runner(Protocol):
+    """A loaded tail, or a whole model."""
+
+    def __call__(self, arrays: Sequence[Floats]) -> list[Floats]:
+        """Raw outputs, batch first."""
+        ...
+
+
+class Later:
+    """A runner that takes time to make: made by `prepare`, or at the first call.
+
+    Args:
+        make: the runner.
+        plain: a slower runner of the same function that is there at once; it answers the calls until `prepare` is done, and
+            none of them makes the faster one.
+    """
+
+    def __init__(self, make: Callable[[], Runner], plain: Runner | None = None) -> None:
+        self._make = make
+        self._plain = plain
+        self._made: Runner | None = None
+        self._lock = threading.Lock()
+
+    def prepare(self) -> Runner:
+        """Makes it, unless that is done."""
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+    def __call__(self, arrays: Sequence[Floats]) -> list[Floats]:
+        """See ``Runner``."""
+        return (self._made or self._plain or self.prepare())(arrays)
+
+
+class Tail:
+    """A loaded tail with its postprocess.
+
+    Args:
+        bundle: whose tail it is.
+        tail: latents to raw outputs.
+        whole: normalised input to raw outputs, for offloaded images; None where the bundle has no whole model.
+        postprocess: raw outputs to answers in source-frame pixels.
+    """
+
+    def __init__(self, bundle: Bundle, tail: Runner, whole: Runner | None, postprocess: Postprocess) -> None:
+        self.bundle = bundle
+        self._tail = tail
+        self._whole = whole
+        self._postprocess = postprocess
+
+    def run(self, latents: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
+        """Answers a batch of latents.
+
+        Args:
+            latents: one (N, ...) array per latent tensor.
+            sizes_px: (width, height) of each source frame.
+        """
+        return self._postprocess(self._tail(latents), sizes_px)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether ``run_images`` works, that is, offload is possible."""
+        return self._whole is not None
+
+    def prepare(self) -> None:
+        """Finishes what `load_tail` left for later, in any thread; meanwhile frames run, if somewhat slower.
+
+        Raises:
+            BundleError: a part is unusable.
+        """
+        for runner in (self._tail, self._whole):
+            if isinstance(runner, Later):
+                runner.prepare()
+
+    def run_images(self, images: Sequence[NDArray[np.uint8]], sizes_px: Sequence[SizePx]) -> list[Answer]:
+        """Answers a batch of whole inputs, as offloaded: (h, w, 3) uint8 BGR of the model's own input size.
+
+        Raises:
+            ConfigError: the bundle has no whole model, or an image has another size than the model's input.
+        """
+        spec = self.bundle.manifest.preprocess
+        if self._whole is None:
+            raise ConfigError(f"model {self.bundle.manifest.name!r} takes latents only; offload is not possible")
+        for image in images:
+            if image.shape != (*spec.size_px, 3):
+                raise ConfigError(f"an offloaded image must be {spec.size_px} px (height, width), got {image.shape[:2]}")
+        batch = np.concatenate([normalise(image, spec) for image in images])
+        return self._postprocess(self._whole([batch]), sizes_px)
+
+
+def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_soon: bool = False) -> Tail:
+    """Loads a bundle's tail.
+
+    Args:
+        bundle: opened and verified.
+        device: a torch device, for tails of kind ``torch``.
+        threads: of a tail of kind ``onnx``; 0: as torch is set, or the environment says.
+        ready_soon: frames can run as soon as this returns, at full speed once `Tail.prepare` is done; else at full speed from
+            the first frame, which takes the longer.
+
+    Raises:
+        BundleError: the tail's kind or factory is unknown, or its parts do not fit it.
+    """
+    spec = bundle.manifest.tail
+    kind = spec.get("kind")
+    post = build_postprocess(bundle.manifest.postprocess, bundle.manifest.preprocess)
+    if kind == "onnx":
+        whole = spec.get("whole")
+        later = Later(lambda: _onnx(bundle, str(whole), threads)) if whole else None
+        return Tail(bundle, _onnx(bundle, spec["path"], threads), later, post)
+    if kind == "torch":
+        return _torch_tail(bundle, spec, post, device, ready_soon)
+    raise BundleError(f"tail kind {kind!r} is unknown; this headtail knows onnx and torch")
+
+
+def _onnx(bundle: Bundle, path: str, threads: int) -> Runner:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or _threads()
+    try:
+        session = ort.InferenceSession(str(_checked(bundle, path)), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise BundleError(f"part {path!r} is no usable ONNX model: {error}") from error
+    names = [i.name for i in session.get_inputs()]
+
+    def run(arrays: Sequence[Floats]) -> list[Floats]:
+        return cast("list[Floats]", session.run(None, dict(zip(names, arrays, strict=True))))
+
+    return run
+
+
+def _threads() -> int:
+    """As torch is set where it is in use; importing it for that takes longer than all the rest. 0: as many as there are cores."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return int(torch.get_num_threads())
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isdecimal() else 0
+
+
+def _checked(bundle: Bundle, path: str) -> Path:
+    return bundle.part_path(path)
+
+
+def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, device: str, ready_soon: bool) -> Tail:
+    import torch
+    from safetensors.torch import load_file
+
+    from splitters.accelerate.cpu import accelerate
+
+    family, _, name = str(spec.get("factory", "")).partition(":")
+    if family not in FACTORIES or not name:
+        raise BundleError(f"tail factory {spec.get('factory')!r} is unknown; known families: {', '.join(sorted(FACTORIES))}")
+    state = {key: value for path in spec["weights"] for key, value in load_file(_checked(bundle, path)).items()}
+    module = import_module(FACTORIES[family]).build_tail(name, spec, state).eval().to(device)
+
+    def runner(function: Any) -> Runner:
+        def run(arrays: Sequence[Floats]) -> list[Floats]:
+            with torch.inference_mode():
+                outputs = function(*(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays))
+            tensors = outputs if isinstance(outputs, tuple | list) else (outputs,)
+            return [t.float().cpu().numpy() for t in tensors]
+
+        return run
+
+    if hasattr(module, "answers"):  # a detector whose own postprocess needs the source sizes
+        return _OwnAnswers(bundle, module)
+
+    def fast(name: str, shapes: Sequence[Sequence[int]]) -> Runner:
+        def make() -> Runner:
+            if device == "cpu":
+                return runner(accelerate(module, name, shapes))
+            from splitters.accelerate.gpu import fastest
+
+            return cast("Runner", fastest(module, name, shapes, torch.device(device)))
+
+        return Later(make, runner(getattr(module, name)) if ready_soon else None)
+
+    manifest = bundle.manifest
+    whole = fast("whole", [(3, *manifest.preprocess.size_px)]) if hasattr(module, "whole") else None
+    return Tail(bundle, fast("forward", manifest.latent_shape), whole, post)
+
+
+class _OwnAnswers(Tail):
+    """A tail whose module turns latents and source sizes into answers by itself (torchvision's detectors)."""
+
+    def __init__(self, bundle: Bundle, module: Any) -> None:
+        self.bundle = bundle
+        self._module = module
+        self._whole = None
+
+    def run(self, latents: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
+        """See ``Tail.run``."""
+        return cast("list[Answer]", self._module.answers(latents, sizes_px))

@@ -1,0 +1,1 @@
+"""Trains our small detector and its bottleneck."""

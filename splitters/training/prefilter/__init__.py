@@ -1,0 +1,1 @@
+"""Trains the prefilter and measures what it can promise."""

@@ -1,0 +1,116 @@
+"""Recipes: plain functions that return a full training configuration. `splitters train RECIPE` calls one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from protos.errors import ConfigError
+from splitters.bottleneck.learned_any import AnyCutConfig
+from splitters.training.config import LossWeights, Stage, TrainConfig
+from splitters.zoo.efficientnet_lite0 import WEIGHTS
+
+_GENTLE = 2e-4  # a start from the outputs' own metric is good already; 1e-3 undoes it before it learns anything
+RUNGS = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+
+
+def efficientnet_lite0() -> TrainConfig:
+    """The default bundle's bottleneck: four encoder tiers, six gain tiers, one set of weights.
+
+    First the base's own blocks with a frozen tail; then the cheap encoders learn the same latent; then all together, with
+    the first blocks of the tail and the own blocks fine-tuned; then mostly the cheap encoders again, which start from
+    nothing and need the most photos. Trained at 192 px, which costs three quarters of 224 px; targets are bytes at that
+    size. About an hour on one core.
+    """
+    return TrainConfig(
+        model="efficientnet-lite0", size_px=192, rungs=RUNGS, single_layer_from=3.0,
+        target_bytes=tuple(0.735 * b for b in (3800, 2500, 1600, 1000, 620, 380)),
+        data=("imagenette160/train", "photos", "coco/train/images"), hold_out_of="imagenette160/train",
+        stages=(
+            Stage(steps=500, lr=1e-3, tiers=(0, 0, 0, 1)),
+            Stage(steps=350, lr=2e-3, tiers=(0.34, 0.33, 0.33, 0), latent_only=True),
+            Stage(steps=326, lr=8e-4, lr_own=3e-5, lr_tail=1e-4, tiers=(0.34, 0.11, 0.11, 0.44)),
+            Stage(steps=1020, lr=1.5e-3, tiers=(0.5, 0.15, 0.15, 0.2), warmup_steps=10),
+        ),
+    )  # fmt: skip
+
+
+def efficientnet_lite0_joint() -> TrainConfig:
+    """Goes on from shipped weights with all tiers and the tail's first blocks at once; only the own encoder's blocks rest."""
+    return replace(
+        efficientnet_lite0(), start=str(WEIGHTS), amp=True,
+        stages=(Stage(steps=120, lr=1e-3, lr_shared=4e-4, lr_tail=1e-4, tiers=(0.4, 0.18, 0.14, 0.28)),),
+    )  # fmt: skip
+
+
+def efficientnet_lite0_cheap() -> TrainConfig:
+    """Goes on from shipped weights with the small encoders, deepened; what they share with the dearest tier moves slowly."""
+    return replace(
+        efficientnet_lite0(), start=str(WEIGHTS), truncate=0.15, amp=True, deepen=True,
+        stages=(Stage(steps=480, lr=2e-3, lr_shared=2e-4, tiers=(0.4, 0.22, 0.16, 0.22)),),
+    )  # fmt: skip
+
+
+def any_cut(
+    source: str, cut: AnyCutConfig, *, weights: str = "hub", size_px: int = 224, steps: int = 3000, batch: int = 32,
+    target_bytes: tuple[float, ...] = (), serving: Mapping[str, Any] | None = None,
+) -> TrainConfig:  # fmt: skip
+    """A bottleneck for any model at any cut.
+
+    A third of the steps train the bottleneck alone, then (a sixth) the cheap encoders learn its latent, then everything and the
+    tail. Detectors see whole photos and large parts, letterboxed, and are matched at the taps and at their raw outputs.
+
+    Args:
+        source: the model, as `splitters cut` names it.
+        cut: where, and how its bottleneck is built.
+        weights: as for `splitters cut`.
+        size_px: side of the training crops.
+        steps: of all stages together.
+        batch: photos a step.
+        target_bytes: payload each gain tier aims at, finest first; default: by task and size.
+        serving: the manifest's ends of the model (`splitters.commands.serving_arguments`); default: ImageNet's normalisation.
+    """
+    detects = cut.task == "detection"
+    cheap = (0.25, 0.15) if cut.stem_at else ()
+    own = 1 - sum(cheap)
+    alone = (*(0.0 for _ in cheap), 1.0)
+    first = Stage(steps=max(1, steps // 3), lr_shared=_GENTLE, tiers=alone)
+    distil = (Stage(steps=max(1, steps // 6), lr=2e-3, tiers=(0.5, 0.5, 0.0), latent_only=True),) if cut.stem_at else ()
+    rest = steps - first.steps - sum(s.steps for s in distil)
+    usual = (3500, 2100, 1250, 750, 450) if detects else (4000, 2000, 1000, 500)
+    finest = target_bytes or tuple(size_px**2 / 224**2 * b for b in usual)
+    spec = (serving or {}).get("preprocess", {})
+    last = Stage(steps=max(1, rest), lr=8e-4, lr_shared=_GENTLE, lr_tail=5e-5, tiers=(*cheap, own))
+    return TrainConfig(
+        model=source, cut=replace(cut, steps=_steps(len(finest))), weights=weights, size_px=size_px, batch=batch,
+        rungs=tuple(i / 2 for i in range(2 * len(finest) - 1)), groups=(0, 16) if cut.channels > 16 else (0,),
+        prefixes=tuple(sorted({max(1, cut.channels * n // 8) for n in (2, 3, 4, 6)})), target_bytes=finest,
+        truncate=0.1 if detects else 0.25, letterbox=detects, area=0.4 if detects else 0.25, first_weight=0.5 if detects else 0.0,
+        mean=tuple(spec.get("mean", (0.485, 0.456, 0.406))), std=tuple(spec.get("std", (0.229, 0.224, 0.225))),
+        loss=LossWeights(cut=0.05, stages=(0.2,)) if detects else LossWeights(stages=(1.0,)), serving=serving or {}, hold_out=200,
+        stages=(first, *distil, last),
+    )  # fmt: skip
+
+
+def _steps(tiers: int) -> tuple[float, ...]:
+    """First quantiser steps, each 1.7 times the one before; training moves them to the targets."""
+    return tuple(0.4 * 1.7**i for i in range(tiers))
+
+
+RECIPES: Mapping[str, Callable[[], TrainConfig]] = {
+    "efficientnet-lite0": efficientnet_lite0,
+    "efficientnet-lite0-cheap": efficientnet_lite0_cheap,
+    "efficientnet-lite0-joint": efficientnet_lite0_joint,
+}
+
+
+def recipe(name: str) -> TrainConfig:
+    """The configuration of a named recipe.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}, or any (with --model and --at)")
+    return RECIPES[name]()

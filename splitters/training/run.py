@@ -1,0 +1,131 @@
+"""One training from a configuration and a folder of photos to a run directory that `splitters export` turns into a bundle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protos.errors import ConfigError
+from splitters.bottleneck.learned import LearnedSplit, StagedModel
+from splitters.exporting.learned import Rung
+from splitters.training.config import TrainConfig
+from splitters.training.finish import finish
+from splitters.training.loop import StepReport, Trainer
+from splitters.training.photos import Crops, PhotoCache, hold_out, hold_out_evenly, list_photos
+from splitters.training.single import single_from
+from splitters.zoo.efficientnet_lite0.export import load_student
+from splitters.zoo.efficientnet_lite0.network import load_efficientnet_lite0
+
+log = logging.getLogger(__name__)
+_SAMPLE = 96
+_AIMED = 24
+
+
+def build(config: TrainConfig, sample: Tensor) -> tuple[StagedModel, LearnedSplit]:
+    """Teacher and untrained student of a configuration.
+
+    Args:
+        config: the configuration.
+        sample: normalised photos, some tens.
+
+    Raises:
+        ConfigError: the model is not known, or cannot be given a bottleneck at that cut.
+    """
+    if config.cut is None:
+        if config.model != "efficientnet-lite0":
+            raise ConfigError(f"model {config.model!r} needs a cut")
+        from splitters.zoo.efficientnet_lite0.split import DEEP, build_learned_efficientnet, staged
+
+        if config.start:
+            return staged(load_efficientnet_lite0()), load_student(Path(config.start), DEEP if config.deepen else None)
+        return build_learned_efficientnet(sample)
+    from splitters.bottleneck.learned_any import build_any
+    from splitters.cutting.sources import load_source
+
+    size = (config.size_px, config.size_px)
+    source = load_source(config.model, weights=config.weights, size_px=None if config.model.endswith(".pt2") else size)
+    if not isinstance(source.model, torch.nn.Module):
+        raise ConfigError("an exported program cannot be trained around: give the model itself")
+    base, student = build_any(source.model, sample[:1], config.cut, sample)
+    with torch.no_grad():
+        latent = student.eval().latent(sample[:_AIMED], len(student.ensemble.tiers) - 1)
+    student.quantiser.aim(latent, [8 * b for b in config.target_bytes])
+    return base, student
+
+
+def roots(config: TrainConfig, data: Path) -> list[Path]:
+    """The folders to learn from: those the recipe names that exist below ``data``, or else ``data`` itself."""
+    named = [data / part for part in config.data if (data / part).is_dir()]
+    return named or [data]
+
+
+def _held_out(config: TrainConfig, data: Path) -> tuple[list[Path], list[Path]]:
+    photos = list_photos(roots(config, data))
+    if config.hold_out_of:
+        return hold_out_evenly(photos, config.hold_out, config.seed, data / config.hold_out_of)
+    return hold_out(photos, config.hold_out, config.seed)
+
+
+def run_training(
+    config: TrainConfig, data: Path, out: Path, *, device: str = "cpu", on_step: Callable[[StepReport], None] | None = None,
+    stop: Callable[[], bool] = lambda: False, cache: Path | None = None, fit: int = 240, command: Sequence[str] = tuple(sys.argv),
+) -> LearnedSplit:  # fmt: skip
+    """Trains (or goes on training) and writes weights, tables and recipe into ``out``.
+
+    Args:
+        config: the recipe's configuration.
+        data: folder of photos; labels are not needed.
+        out: run directory.
+        device: torch device.
+        on_step: told of every step.
+        stop: asked before every step; the run can be resumed.
+        cache: where decoded photos lie (default: in ``out``).
+        fit: photos the probability tables are fitted on.
+        command: for the provenance.
+
+    Raises:
+        SourceError: no photos.
+        ConfigError: too few photos, or ``out`` holds another recipe's checkpoint.
+    """
+    train, dev = _held_out(config, data)
+    if len(train) < config.batch:
+        raise ConfigError(f"{data} holds {len(train) + len(dev)} photos, {len(dev)} of them held out: too few to train on")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "dev.json").write_text(json.dumps([str(p) for p in dev], indent=0), encoding="utf-8")
+    torch.manual_seed(config.seed)
+    longest = round(1.15 * config.size_px) if config.letterbox else 0
+    photos = PhotoCache(train, cache or out / "photos", short_px=max(256, config.size_px), longest_px=longest)
+    whole = Crops(size_px=config.size_px, area=0.5, mean=config.mean, std=config.std, letterbox=config.letterbox)
+    rng = np.random.default_rng(config.seed)
+    sample = photos.batch(rng.choice(len(photos), min(_SAMPLE, len(photos)), replace=False), whole, rng)
+    if config.single:
+        config = single_from(config, config.single, sample, out / "start")
+    base, student = build(config, sample)
+    trainer = Trainer(config, base, student, photos, out=out, device=torch.device(device), clock_s=time.monotonic)
+    trainer.run(on_step, stop)
+    student.load_state_dict(trainer.ema)
+    student.to("cpu").eval()
+    recipe = {
+        "command": shlex.join(command), "config": asdict(config), "photos": len(train), "held_out": len(dev),
+        "seed": config.seed, "steps": trainer.step, "torch": torch.__version__,
+    }  # fmt: skip
+    full = 224 if config.cut is None else config.size_px  # the default model is trained smaller than it runs
+    channels = student.quantiser.log_gain.shape[1]
+    finish(
+        student, photos, replace(whole, size_px=full, area=0.6), out,
+        rungs=[
+            Rung(gain=g, channels=channels, single_layer=g >= config.single_layer_from) for g in config.rungs or (0.0,)
+        ],
+        layers=[*config.groups[1:], channels], recipe=recipe, count=fit, seed=config.seed, whole_state=config.cut is not None,
+    )  # fmt: skip
+    return student

@@ -1,0 +1,1 @@
+"""The models that have names: one folder each, with its network, split, export and weights."""

@@ -1,0 +1,150 @@
+"""Writes the default bundles: the name a person gives to `--model` → a verified directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from protos.errors import BundleError, ConfigError, SourceError, UnknownModelError
+from splitters.bundle import Bundle, exported_path, open_bundle, sha256_file
+from splitters.zoo.efficientnet_lite0 import WEIGHTS
+
+log = logging.getLogger(__name__)
+
+PLAIN = "efficientnet-lite0-plain"
+DETECTOR_PLAIN = "detector-plain"
+PLAIN_CODEC = WEIGHTS / "plain.json"
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def _efficientnet_lite0_plain(out: Path) -> Bundle:
+    from splitters.zoo.efficientnet_lite0.export_plain import export_plain
+
+    return export_plain(out, json.loads(PLAIN_CODEC.read_text(encoding="utf-8")))
+
+
+def _detector_plain(out: Path) -> Bundle:
+    from splitters.zoo.detector.export_plain import export_plain
+
+    return export_plain(out)
+
+
+def _detector(out: Path) -> Bundle:
+    from splitters.exporting.learned import WEIGHTS_FILE
+    from splitters.zoo.detector.export import FOLDER, export_learned
+
+    return export_learned(out) if (FOLDER / WEIGHTS_FILE).is_file() else _detector_plain(out)
+
+
+def _efficientnet_lite0(out: Path) -> Bundle:
+    from splitters.exporting.learned import WEIGHTS_FILE
+    from splitters.zoo.efficientnet_lite0.export import export_learned
+
+    return export_learned(out, WEIGHTS) if (WEIGHTS / WEIGHTS_FILE).is_file() else _efficientnet_lite0_plain(out)
+
+
+def _run(run: Path, out: Path) -> Bundle:
+    """The bundle of a directory that `splitters train` wrote."""
+    recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+    if recipe["config"]["model"] == "detector":
+        from splitters.zoo.detector.export import export_learned as export_detector
+
+        return export_detector(out, run, Path(recipe["plan"]["detector"]))
+    if recipe["config"]["cut"] is None:
+        from splitters.zoo.efficientnet_lite0.export import export_learned
+
+        return export_learned(out, run)
+    from splitters.exporting.learned_any import export_run
+
+    return export_run(run, out)
+
+
+EXPORTERS: Mapping[str, Callable[[Path], Bundle]] = {
+    "efficientnet-lite0": _efficientnet_lite0,
+    PLAIN: _efficientnet_lite0_plain,
+    "detector": _detector,
+    DETECTOR_PLAIN: _detector_plain,
+}
+
+
+def recalibrate(what: str, photos: Path, *, count: int = 200, seed: int = 0) -> None:
+    """Writes the plain codec's scales anew, from ``count`` photos drawn from ``photos`` with ``seed``.
+
+    Raises:
+        ConfigError: ``what`` has no plain latent.
+        SourceError: there is no readable photo.
+    """
+    import cv2
+
+    from splitters.tasks.preprocess import preprocess as to_input
+    from splitters.zoo.efficientnet_lite0.export_plain import calibrate, preprocess
+
+    if what != PLAIN:
+        raise ConfigError(f"only {PLAIN} has a plain latent to calibrate, not {what!r}")
+    files = sorted(f for f in photos.rglob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
+    random.Random(seed).shuffle(files)  # noqa: S311 - a reproducible draw, no secret
+    frames = (frame for f in files[:count] if (frame := cv2.imread(str(f))) is not None)
+    inputs = [to_input(frame.astype(np.uint8, copy=False), preprocess()) for frame in frames]
+    if not inputs:
+        raise SourceError(f"{photos} holds no readable photo")
+    PLAIN_CODEC.write_text(json.dumps(calibrate(iter(inputs))), encoding="utf-8")
+
+
+def export(what: str, out: Path) -> Bundle:
+    """Writes the bundle ``what`` to ``out``; a default's, where ``--model NAME`` looks, as `ensure_exported` would.
+
+    Raises:
+        UnknownModelError: no default has that name.
+        StorageError: ``out`` cannot be written.
+    """
+    if (Path(what) / "recipe.json").is_file():
+        return _run(Path(what), out)
+    if what not in EXPORTERS:
+        raise UnknownModelError(f"{what!r} is no default model; there are {', '.join(EXPORTERS)}, or give a bundle's directory")
+    log.info("exporting %s to %s", what, out)
+    bundle = EXPORTERS[what](out)
+    if out == exported_path(what):
+        # Without it the next `--model NAME` would take the bundle for an old one; a server's image is built so, and read-only.
+        _stamp(out).write_text(_source_sha256(), encoding="utf-8")
+    return bundle
+
+
+def ensure_exported(name: str) -> Path:
+    """Where the default bundle ``name`` lies; exported now if it is absent, unreadable, or made by other code or weights.
+
+    Raises:
+        UnknownModelError: no default has that name.
+        StorageError: it cannot be written there.
+    """
+    path = exported_path(name)
+    stamp = _stamp(path)
+    try:
+        open_bundle(path)
+        if stamp.is_file() and stamp.read_text(encoding="utf-8") == _source_sha256():
+            return path
+        log.info("%s was exported by other code or weights; exporting it anew", path)
+    except BundleError as error:
+        log.info("%s", error.message)
+    export(name, path)
+    return path
+
+
+def _stamp(path: Path) -> Path:
+    """Beside an exported bundle: what it was made of."""
+    return path.with_name(f"{path.name}.source")
+
+
+def _source_sha256() -> str:
+    """Changes with whatever a default bundle is made of: weights, models, codec, exporter."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    files = [f for room in ("zoo", "bottleneck", "exporting", "codec", "tasks", "bundle") for f in (root / room).rglob("*")]
+    for file in sorted(f for f in files if f.is_file() and "__pycache__" not in f.parts):
+        digest.update(sha256_file(file).encode())
+    return digest.hexdigest()

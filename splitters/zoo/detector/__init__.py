@@ -1,0 +1,1 @@
+"""Our small detector and its learned split."""

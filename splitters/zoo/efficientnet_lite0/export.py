@@ -1,0 +1,196 @@
+"""From a trained learned split to its shipped weights, and from those to a bundle.
+
+Shape legend: N batch, images (N, 3, 224, 224), stem map (N, 32, 112, 112), latent (N, 48, 14, 14).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from protos.errors import BundleError
+from splitters.bottleneck.learned import LearnedSplit
+from splitters.bottleneck.narrow import narrow
+from splitters.bundle import Bundle, BundleWriter
+from splitters.bundle.manifest import LocalModel
+from splitters.bundle.offload import offload_from_json
+from splitters.bundle.operating_point import load_points
+from splitters.codec import learned_spec
+from splitters.exporting.learned import (
+    CHOICES_FILE,
+    POINTS_FILE,
+    RECIPE_FILE,
+    TABLES_FILE,
+    TABLES_PART,
+    TUNED,
+    WEIGHTS_FILE,
+    Rung,
+    gains_at,
+    operating_points,
+    write_heads,
+)
+from splitters.zoo.efficientnet_lite0.export_plain import common_fields, write_local
+from splitters.zoo.efficientnet_lite0.network import DEFAULT_SIZE_PX, EfficientNetLite0, MBConv, load_efficientnet_lite0
+from splitters.zoo.efficientnet_lite0.split import C_LATENT, PRUNED, fuse_norms, skeleton, staged
+
+
+def _hollow(block: MBConv, keep: int) -> None:
+    """Gives a block ``keep`` expansion channels; its weights are to be loaded afterwards."""
+    for layer in (narrow(block.expand, nn.Sequential), block.depthwise, block.project):
+        conv, norm = layer[0], layer[1]
+        conv = narrow(conv, nn.Conv2d)
+        norm = narrow(norm, nn.BatchNorm2d)
+        if layer is block.project:
+            conv.in_channels, conv.weight.data = keep, conv.weight.data[:, :keep].clone()
+            continue
+        conv.out_channels, conv.weight.data = keep, conv.weight.data[:keep].clone()
+        if layer is block.depthwise:
+            conv.in_channels = conv.groups = keep
+        norm.num_features = keep
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(norm, name).data = getattr(norm, name).data[:keep].clone()
+
+
+def blank_student(tiers: int, deep: tuple[int, int] = (0, 0)) -> LearnedSplit:
+    """The student's modules with the published weights where it has them, the rest to be loaded.
+
+    Args:
+        tiers: how many gain tiers.
+        deep: late residual blocks of the two small encoders.
+    """
+    model = load_efficientnet_lite0()
+    blocks = narrow(copy.deepcopy(model.blocks[:6]), nn.Sequential)
+    for index, keep in PRUNED.items():
+        _hollow(narrow(blocks[index], MBConv), keep)
+    fused = fuse_norms(blocks)
+    fused = narrow(fused, nn.Sequential)
+    return skeleton(fused, staged(model), steps=(1.0,) * tiers, deep=deep)
+
+
+def _deep(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """How many late residual blocks the small encoders of a state have."""
+    first, second = (len({k.split(".")[4] for k in state if k.startswith(f"ensemble.encoders.{i}.deep.")}) for i in (0, 1))
+    return first, second
+
+
+def load_student(folder: Path, deep: tuple[int, int] | None = None) -> LearnedSplit:
+    """The student from its shipped weights, float32, eval mode.
+
+    Args:
+        folder: with the weights.
+        deep: give it at least so many late residual blocks, further ones being the identity.
+
+    Raises:
+        BundleError: the weights are absent or of another shape.
+    """
+    try:
+        state = load_file(folder / WEIGHTS_FILE)
+        found = _deep(state)
+        first, second = (max(a, b) for a, b in zip(found, deep or found, strict=True))
+        student = blank_student(len(state["quantiser.log_gain"]), (first, second))
+        missing, unexpected = student.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise BundleError(f"{folder} holds no usable weights of the learned bottleneck: {error}") from error
+    lost = [k for k in missing if k.startswith(TUNED) and not k.endswith("num_batches_tracked") and ".deep." not in k]
+    if lost or unexpected:
+        raise BundleError(f"{folder / WEIGHTS_FILE} does not fit this release: missing {lost[:3]}, unknown {unexpected[:3]}")
+    return student.eval()
+
+
+class LearnedTail(nn.Module):
+    """The server's part: decoder, tail; and the base network for offloaded images.
+
+    Args:
+        student: whose decoder and stages it takes.
+        network: the base network.
+    """
+
+    def __init__(self, student: LearnedSplit, network: EfficientNetLite0) -> None:
+        super().__init__()
+        self.decoder = student.decoder
+        self.stages = student.stages
+        self.network = network
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Maps the restored latent (N, C, 14, 14) to logits (N, 1000)."""
+        x = self.decoder(latent)
+        for stage in self.stages:
+            x = stage(x)
+        logits: Tensor = x
+        return logits
+
+    def whole(self, images: Tensor) -> Tensor:
+        """Maps normalised images (N, 3, H, W) to logits (N, 1000), as published."""
+        logits: Tensor = self.network(images)
+        return logits
+
+
+def build_learned_tail(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    """``headtail:efficientnet-lite0-learned``, from a bundle's tensors."""
+    network = EfficientNetLite0()
+    network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
+    student = skeleton(narrow(copy.deepcopy(network.blocks[:6]), nn.Sequential), staged(network), steps=(1.0,) * int(spec["tiers"]))
+    tail = LearnedTail(student, network.eval())
+    tail.load_state_dict(dict(state))
+    return tail
+
+
+def read_choices(path: Path, local: LocalModel) -> dict[str, Any]:
+    """What was measured of the base model's other choices, offload and ``local``; it does not depend on the bottleneck."""
+    if not path.is_file():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return {"offloads": tuple(offload_from_json(o) for o in data["offloads"]), "local": replace(local, **data["local"])}
+
+
+def export_learned(out: Path, weights: Path) -> Bundle:
+    """Writes the learned bundle.
+
+    Args:
+        out: its directory.
+        weights: folder with the shipped weights, tables, measured operating points and recipe.
+    """
+    student = load_student(weights)
+    network = load_efficientnet_lite0()
+    recipe = json.loads((weights / RECIPE_FILE).read_text(encoding="utf-8"))
+    rungs = [Rung(**r) for r in recipe["rungs"]]
+    levels = list(dict.fromkeys(r.gain for r in rungs))
+    gains, ungains = gains_at(student, levels)
+    measured = weights / POINTS_FILE
+    points = load_points(measured.read_text(encoding="utf-8")) if measured.exists() else operating_points(student.ensemble, rungs)
+    choices = read_choices(weights / CHOICES_FILE, common_fields()["local"])
+    codec = learned_spec(
+        shape=(C_LATENT, DEFAULT_SIZE_PX // 16, DEFAULT_SIZE_PX // 16), gains=gains.numpy(), ungains=ungains.numpy(),
+        points={f"r{i}": (levels.index(r.gain), r.channels) for i, r in enumerate(rungs)}, tables_path=TABLES_PART,
+        single_layer=[f"r{i}" for i, r in enumerate(rungs) if r.single_layer],
+    )  # fmt: skip
+    with BundleWriter(out) as writer:
+        head = write_heads(writer, student, DEFAULT_SIZE_PX)
+        write_local(writer, network)
+        writer.add("device/codec.json", json.dumps(codec).encode(), "device")
+        writer.add(TABLES_PART, (weights / TABLES_FILE).read_bytes(), "device")
+        learned = {f"decoder.{k}": v for k, v in student.decoder.state_dict().items()} | {
+            f"stages.{k}": v for k, v in student.stages.state_dict().items()
+        }
+        save_file({k: v.contiguous().clone() for k, v in learned.items()}, writer.file("server/learned.safetensors", "server"))
+        save_file(
+            {f"network.{k}": v.contiguous().clone() for k, v in network.state_dict().items()},
+            writer.file("server/network.safetensors", "server"),
+        )
+        return writer.finish(
+            points=points, name="efficientnet-lite0", head=head,
+            latent_shape=((C_LATENT, DEFAULT_SIZE_PX // 16, DEFAULT_SIZE_PX // 16),),
+            tail={
+                "kind": "torch", "factory": "headtail:efficientnet-lite0-learned", "tiers": len(student.quantiser.log_gain),
+                "weights": ["server/learned.safetensors", "server/network.safetensors"],
+                "base_weights": ["server/network.safetensors"],
+            },
+            **(common_fields() | choices), provenance=recipe,
+        )  # fmt: skip

@@ -1,0 +1,105 @@
+"""Two published detectors run as they come, with ONNX Runtime: teachers in training, neighbours in evaluation.
+
+YOLOX-nano (Ge et al. 2021, arXiv 2107.08430) and FastestDet (github.com/dog-qiuqiu/FastestDet).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnxruntime as ort
+
+from splitters.tasks.boxes import Detections, Floats, Pixels, letterbox, select, to_source
+from splitters.tasks.coco_classes import CATEGORY_IDS
+
+IMAGENET_MEAN = np.asarray([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.asarray([0.229, 0.224, 0.225], np.float32)
+
+
+class Detector(Protocol):
+    """Anything that finds objects in an RGB photo."""
+
+    def __call__(self, image: Pixels) -> Detections:
+        """Detections of one (H, W, 3) uint8 RGB image, boxes in its own pixels."""
+        ...
+
+
+def _session(path: Path, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = threads
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def yolox_boxes(output: Floats, size_px: int) -> tuple[Floats, Floats]:
+    """YOLOX's raw (P, 85) output as corner boxes (P, 4) in input pixels and scores (P, 80)."""
+    grids, strides = [], []
+    for stride in (8, 16, 32):
+        side = size_px // stride
+        y, x = np.mgrid[:side, :side]
+        grids.append(np.stack([x.ravel(), y.ravel()], axis=1))
+        strides.append(np.full((side * side, 1), stride))
+    grid, stride_of = np.concatenate(grids), np.concatenate(strides)
+    centre = (output[:, :2] + grid) * stride_of
+    half = np.exp(output[:, 2:4]) * stride_of / 2
+    return np.concatenate([centre - half, centre + half], axis=1).astype(np.float32), output[:, 4:5] * output[:, 5:]
+
+
+class YoloxNano:
+    """YOLOX-nano at its own 416 px: letterboxed top left with 114, RGB, ImageNet mean and deviation.
+
+    Args:
+        path: the ONNX file.
+        score_min: detections below are not returned.
+        threads: of ONNX Runtime.
+    """
+
+    size_px = 416
+
+    def __init__(self, path: Path, *, score_min: float = 0.01, threads: int = 1) -> None:
+        self._session = _session(path, threads)
+        self._score_min = score_min
+
+    def __call__(self, image: Pixels) -> Detections:
+        """Detections of one RGB image, boxes in its own pixels."""
+        square, scale = letterbox(image, self.size_px)
+        x = ((square.astype(np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD).transpose(2, 0, 1)[None]
+        raw = np.asarray(self._session.run(None, {"images": np.ascontiguousarray(x)})[0][0], np.float32)
+        boxes, scores = yolox_boxes(raw, self.size_px)
+        found = select(boxes, scores, CATEGORY_IDS, score_min=self._score_min, iou=0.65)
+        return to_source(found, scale, *image.shape[:2])
+
+
+class FastestDet:
+    """FastestDet at its own 352 px: stretched to a square, BGR, 0..1.
+
+    Args:
+        path: the ONNX file.
+        score_min: detections below are not returned.
+        threads: of ONNX Runtime.
+    """
+
+    size_px = 352
+
+    def __init__(self, path: Path, *, score_min: float = 0.01, threads: int = 1) -> None:
+        self._session = _session(path, threads)
+        self._input = self._session.get_inputs()[0].name
+        self._score_min = score_min
+
+    def __call__(self, image: Pixels) -> Detections:
+        """Detections of one RGB image, boxes in its own pixels."""
+        import cv2
+
+        height, width = image.shape[:2]
+        square = cv2.resize(image, (self.size_px, self.size_px), interpolation=cv2.INTER_LINEAR)[..., ::-1]
+        x = np.ascontiguousarray(square.transpose(2, 0, 1)[None].astype(np.float32) / 255)
+        raw = np.asarray(self._session.run(None, {self._input: x})[0][0], np.float32)
+        side = raw.shape[1]
+        y_grid, x_grid = np.mgrid[:side, :side]
+        centre = np.stack([(np.tanh(raw[1]) + x_grid) / side, (np.tanh(raw[2]) + y_grid) / side])
+        half = 1 / (1 + np.exp(-raw[3:5])) / 2
+        unit = np.concatenate([centre - half, centre + half]).reshape(4, -1).T
+        boxes = np.clip(unit * [width, height, width, height], 0, [width, height, width, height]).astype(np.float32)
+        scores = (raw[:1] ** 0.6 * raw[5:] ** 0.4).reshape(80, -1).T
+        return select(boxes, scores.astype(np.float32), CATEGORY_IDS, score_min=self._score_min, iou=0.45)

@@ -1,0 +1,1 @@
+"""The prefilter: send a frame or stop it."""
