@@ -120,14 +120,13 @@ class Engine:
         start_ns = self._clock()
         latents = self.head.latents(features.maps, point)
         head_ns = self._clock()
-        symbols = self.codec.quantise(latents, point.codec_point)
-        payloads = tuple(self.codec.encode(symbols, *reference))
+        coded = self.codec.compress(latents, point.codec_point, *reference)
         stages = {
             "preprocess": features.preprocess_ns / NS_PER_MS,
             "head": (features.stem_ns + head_ns - start_ns) / NS_PER_MS,
             "codec": (self._clock() - head_ns) / NS_PER_MS,
         }
-        return Encoded(payloads=payloads, symbols=symbols, stages_ms=stages)
+        return Encoded(payloads=coded.payloads, symbols=coded.symbols, stages_ms=stages)
 
     def compress(self, features: Features, image_format: str, quality: int, size_px: int = 0) -> Encoded:
         """The model's own input as a JPEG or WebP, for a server that runs the whole model."""

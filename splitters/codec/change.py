@@ -42,9 +42,10 @@ def next_history(history: History, changed: NDArray[np.bool_], modes: NDArray[np
     """The history after a frame in which the flat cells `changed` (H * W,) took `modes` (K,)."""
     flat = history.ravel()
     age = np.minimum((flat >> 4) + 1, OLD).astype(np.uint8)
-    out = (age << 4 | flat & 15).astype(np.uint8)
+    out: History = (age << 4 | flat & 15).astype(np.uint8)
     out[changed] = modes.astype(np.uint8)
-    return out.reshape(history.shape)
+    reshaped: History = out.reshape(history.shape)
+    return reshaped
 
 
 def density(changed: NDArray[np.bool_]) -> int:

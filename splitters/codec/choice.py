@@ -86,7 +86,7 @@ def choose_symbols(
     lead = max(1, len(wanted) // _LEADING)
     around = np.square(target[:lead] - candidates(reference[:lead], near, looked)).sum(axis=1)
     best = (around + lam * _MODE_BITS).argmin(axis=0)
-    base = predicted(reference, near, looked, best).astype(np.float32) / 4
+    base: Floats = predicted(reference, near, looked, best).astype(np.float32) * np.float32(0.25)
     coded, spent = _coded(target, base, costs, lam)
     spent += lam * (_CELL_BITS + _MODE_BITS[best, 0])
     symbols = np.clip(coded, -limit, limit).astype(np.int16)

@@ -63,4 +63,5 @@ def candidates(reference: NDArray[np.int16], near: Index, cells: Index) -> NDArr
 def predicted(reference: NDArray[np.int16], near: Index, cells: Index, modes: NDArray[np.int64]) -> Quarters:
     """What each cell's own mode predicts, in quarters of a symbol: (C, K); exact."""
     around = reference.take(near[:, cells], axis=1).astype(np.int32)
-    return np.einsum("cnk,nk->ck", around, WEIGHTS[modes].T, dtype=np.int32, casting="unsafe")
+    found: Quarters = np.einsum("cnk,nk->ck", around, WEIGHTS[modes].T)
+    return found

@@ -66,4 +66,5 @@ def plain_frequencies(counts: Exact, prior: float = 0.5) -> NDArray[np.uint16]:
     exact = blend / blend.sum(axis=1, keepdims=True) * (total - counts.shape[1])
     out = np.floor(exact).astype(np.int64) + 1
     out[np.arange(len(out)), out.argmax(axis=1)] += total - out.sum(axis=1)
-    return out.astype(np.uint16)
+    whole: NDArray[np.uint16] = out.astype(np.uint16)
+    return whole

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import ConfigError, MissingDependencyError, SourceError
+from splitters.bundle.manifest import Preprocess
 from splitters.evaluation.measure import Photos, content_area
-from splitters.manifest import Preprocess
-from splitters.preprocess import Frame, input_image
+from splitters.tasks.preprocess import Frame, input_image
 
 FPS = 10.0
 

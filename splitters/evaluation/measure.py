@@ -73,6 +73,7 @@ def load_photos(files: Sequence[Path], bundle: Bundle) -> Photos:
 
 
 def content_area(spec: Preprocess, width_px: int, height_px: int) -> tuple[slice, slice]:
+    """What of the model's input is the source's picture and not a letterbox's border, as (rows, columns)."""
     if spec.resize != "letterbox":
         return slice(0, spec.size_px[0]), slice(0, spec.size_px[1])
     g = geometry(spec, width_px, height_px)

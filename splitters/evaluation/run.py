@@ -138,7 +138,7 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info) -
 
 
 def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick) -> _Bench:
-    bundle = _loose(bundle, config.score_min)
+    bundle = loose(bundle, config.score_min)
     tail = load_tail(bundle)
     if not tail.takes_images and (config.against or config.labels is None):
         raise ConfigError("this bundle holds no whole model: give --labels and --against none")
@@ -164,7 +164,7 @@ def _judge(config: EvaluateConfig, bundle: Bundle) -> Judge | None:
     return read_labels(config.labels, files, config.images) if config.labels is not None else None
 
 
-def _loose(bundle: Bundle, score_min: float) -> Bundle:
+def loose(bundle: Bundle, score_min: float) -> Bundle:
     """The bundle with another score threshold; its files stay as they are."""
     manifest = bundle.manifest
     if manifest.task != "detection":

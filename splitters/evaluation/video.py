@@ -22,17 +22,17 @@ from numpy.typing import NDArray
 from protos.errors import ConfigError
 from protos.messages import Answer
 from splitters.bundle import Bundle
+from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import LatentCodec, ReferenceStore, Symbols
-from splitters.evaluate import loose, open_codec
 from splitters.evaluation.bdrate import Array, Counts, Curve
 from splitters.evaluation.clips import FPS, WHOLE, Clip, Part, read_clip
 from splitters.evaluation.fidelity import Fidelity, resample_segments
 from splitters.evaluation.measure import Device, run_whole
+from splitters.evaluation.run import loose, open_codec
 from splitters.evaluation.tasks import Score
 from splitters.evaluation.video_codecs import VideoSetting, code_clip, video_ladder
 from splitters.evaluation.video_report import ClipReport, OurPoint, TheirPoint, VideoReport, compare_clips
-from splitters.operating_point import OperatingPoint
-from splitters.tails import Tail, load_tail
+from splitters.runtime.tail import Tail, load_tail
 
 log = logging.getLogger(__name__)
 Tick = Callable[[str], None]
@@ -155,7 +155,9 @@ def _clip(
     for age in ages:
         runs = [send_clip(bench.codec, latents[p.graphs], p.codec_point, age) for p in points]
         scores = [bench.score(_answers(bench, run.symbols)) for run in runs]
-        curves[f"ours {age}"] = bench.curve(bench.bundle.manifest.name, [str(p.id) for p in points], [r.sizes for r in runs], scores)
+        curves[f"ours {age}"] = bench.curve(
+            bench.bundle.manifest.name, [str(p.id) for p in points], [r.sizes for r in runs], scores
+        )
         for point, run, score in zip(points, runs, scores, strict=True):
             ours.append(OurPoint.of(point, age, run.sizes, run.predicted, score.value, (run.encode_ms, run.decode_ms), times))
         bench.tick(f"{clip.name}: ours, reference {age} back")
@@ -170,7 +172,13 @@ def _clip(
         curves[codec] = bench.curve(codec, [str(s) for s in settings], sizes, scores)
         bench.tick(f"{clip.name}: {codec}")
     return ClipReport(
-        name=clip.name, frames=len(clip), fps=clip.fps, metric=bench.judge.metric, ours=tuple(ours), theirs=tuple(theirs), curves=curves
+        name=clip.name,
+        frames=len(clip),
+        fps=clip.fps,
+        metric=bench.judge.metric,
+        ours=tuple(ours),
+        theirs=tuple(theirs),
+        curves=curves,
     )
 
 

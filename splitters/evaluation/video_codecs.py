@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import cv2
 import numpy as np
@@ -58,7 +58,10 @@ CODECS = {
     ),
     "h265": VideoCodec(
         encoder="libx265", decoder="hevc", crfs=(20, 24, 28, 32, 36, 40),
-        options=(("preset", "veryfast"), ("tune", "zerolatency"), ("x265-params", "scenecut=0:pools=none:frame-threads=1:info=0:log-level=none")),
+        options=(
+            ("preset", "veryfast"), ("tune", "zerolatency"),
+            ("x265-params", "scenecut=0:pools=none:frame-threads=1:info=0:log-level=none"),
+        ),
     ),
     "av1": VideoCodec(
         encoder="libsvtav1", decoder="libdav1d", crfs=(24, 32, 40, 48, 55, 61),
@@ -167,7 +170,7 @@ def _even(side: float) -> int:
 def _encoder(spec: VideoCodec, setting: VideoSetting, size: tuple[int, int], fps: float) -> VideoCodecContext:
     import av
 
-    encoder = av.CodecContext.create(spec.encoder, "w")
+    encoder = cast("VideoCodecContext", av.CodecContext.create(spec.encoder, "w"))
     encoder.width, encoder.height = size
     encoder.pix_fmt = "yuv420p"
     encoder.framerate = Fraction(fps).limit_denominator(1000)
@@ -191,7 +194,7 @@ def _bare(packet: Any, drop: int) -> Any:
 def _decoder(spec: VideoCodec) -> VideoCodecContext:
     import av
 
-    decoder = av.CodecContext.create(spec.decoder, "r")
+    decoder = cast("VideoCodecContext", av.CodecContext.create(spec.decoder, "r"))
     decoder.thread_count = 1
     return decoder
 

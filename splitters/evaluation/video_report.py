@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import ConfigError
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.evaluation.bdrate import Array, BdRate, Curve, bd_rate, interval
 from splitters.evaluation.video_codecs import VideoSetting
-from splitters.operating_point import OperatingPoint, Quantiles
 
 _ENOUGH = 0.8  # of the draws must be comparable
 
@@ -189,21 +189,21 @@ def _plain(rate: BdRate | str) -> dict[str, float] | str:
 
 def _clean(point: dict[str, Any]) -> dict[str, Any]:
     """NaN is no JSON."""
-    return {k: None if isinstance(v, float) and v != v else v for k, v in point.items()}  # noqa: PLR0124
+    return {k: None if isinstance(v, float) and v != v else v for k, v in point.items()}
 
 
 def plot_video(report: VideoReport, path: Path) -> None:
     """One panel a clip: accuracy over mean bytes a frame, every setting a dot, every curve its Pareto front."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
 
     from splitters.evaluation.bdrate import front
 
     columns = min(3, len(report.clips))
     rows = -(-len(report.clips) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False)
     for axis, clip in zip(axes.ravel(), report.clips, strict=False):
         for name, curve in clip.curves.items():
             points = curve.points()
@@ -216,4 +216,4 @@ def plot_video(report: VideoReport, path: Path) -> None:
         axis.set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    plt.close(figure)

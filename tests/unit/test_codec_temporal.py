@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protos.errors import PayloadError
-from splitters.codec import Predictor, ReferenceStore, Symbols, is_predicted
-from splitters.codec.pairs import camera_pair
+from splitters.codec import Predictor, ReferenceStore, Symbols
 from tests.unit.test_codec_learned import BEFORE, COMPILED, smooth
 
 
@@ -70,15 +69,13 @@ def test_a_key_frame_comes_after_a_reset_and_at_the_interval() -> None:
 def test_the_client_never_names_a_frame_the_server_has_forgotten() -> None:
     predictor, store = Predictor(COMPILED, max_frames=4), ReferenceStore(max_frames=4)
     for frame in range(20):
-        symbols = symbols_of(frame)
-        reference, reference_frame = predictor.choose()
-        payloads = COMPILED.encode(symbols, reference, reference_frame)
-        predictor.sent(frame, symbols, key=not is_predicted(payloads[0]))
-        decoded = COMPILED.decode(payloads, store, strict=True)
+        coded = COMPILED.compress([BEFORE[0] + 0.002 * frame], "fine", *predictor.choose())
+        predictor.sent(frame, coded.symbols, key=not coded.predicted)
+        decoded = COMPILED.decode(coded.payloads, store, strict=True)
         store.add(frame, decoded)
         if frame == 0:  # the acknowledgements of all later frames are lost
             predictor.acknowledged(frame, decoded.layers, decoded.crc32())
-        assert is_predicted(payloads[0]) == (1 <= frame <= 4)
+        assert coded.predicted == (1 <= frame <= 4)
 
 
 @given(data=st.data())
@@ -91,13 +88,13 @@ def test_exact_after_losses_reconnects_and_restarts(data: st.DataObject) -> None
     refused: list[str] = []
     predicted = 0
     for frame in range(30):
-        latent += 0.03 * smooth(rng, 1)[0]
+        latent += 0.01 * smooth(rng, 1)[0]
         if rng.random() < 0.05:
             store.clear()  # the server restarts, the client does not know yet
-        symbols = COMPILED.quantise([latent], str(rng.choice(COMPILED.point_ids)))
-        reference, reference_frame = predictor.choose()
-        payloads = COMPILED.encode(symbols, reference, reference_frame)
-        predictor.sent(frame, symbols, key=not is_predicted(payloads[0]))
+        point = str(rng.choice(COMPILED.point_ids))
+        coded = COMPILED.compress([latent], point, *predictor.choose())
+        payloads = coded.payloads
+        predictor.sent(frame, coded.symbols, key=not coded.predicted)
         arrived = payloads[: int(rng.integers(0, len(payloads) + 1))]
         if not arrived:
             continue
@@ -106,11 +103,12 @@ def test_exact_after_losses_reconnects_and_restarts(data: st.DataObject) -> None
         except PayloadError as error:
             refused.append(error.message)
             predictor.reset()
-            payloads = COMPILED.encode(symbols, *predictor.choose())
-            predictor.sent(frame, symbols, key=True)
+            coded = COMPILED.compress([latent], point, *predictor.choose())
+            payloads = coded.payloads
+            predictor.sent(frame, coded.symbols, key=True)
             decoded = COMPILED.decode(payloads, store, strict=True)
-        predicted += is_predicted(payloads[0])
-        assert decoded.equals(COMPILED.prefix(symbols, decoded.layers))
+        predicted += coded.predicted
+        assert decoded.crc32() == COMPILED.prefix(coded.symbols, decoded.layers).crc32()
         store.add(frame, decoded)
         if rng.random() < 0.8:
             assert predictor.acknowledged(frame, decoded.layers, decoded.crc32())
@@ -132,17 +130,3 @@ def test_the_store_is_bounded_in_frames_and_bytes() -> None:
     assert (len(store), store.held_bytes) == (0, 0)
     with pytest.raises(ValueError, match="at least one"):
         ReferenceStore(max_frames=0)
-
-
-def test_pairs_look_like_a_fixed_camera() -> None:
-    rng = np.random.default_rng(0)
-    photo, other = (rng.integers(0, 256, size=(64, 96, 3)).astype(np.uint8) for _ in range(2))
-    change = []
-    for _ in range(30):
-        earlier, later = camera_pair(photo, other, rng)
-        assert earlier.dtype == later.dtype == np.uint8
-        assert earlier.shape == later.shape == photo.shape
-        change.append(np.median(np.abs(earlier.astype(int) - later)))
-    assert 0 <= np.median(change) <= 4
-    with pytest.raises(ValueError, match="one size"):
-        camera_pair(photo, other[1:], rng)
