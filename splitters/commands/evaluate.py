@@ -148,9 +148,8 @@ def _tell_video(report: VideoReport) -> None:
         print("  back  point  bytes a frame (key, predicted)  accuracy  encode ms  decode ms  head ms")
         for p in clip.ours:
             sizes = f"{p.bytes_mean:7.0f} ({p.key_bytes:6.0f}, {p.predicted_bytes:6.0f})"
-            print(
-                f"  {p.reference_age:4d}  {p.id:5d}  {sizes:30s}  {p.accuracy:.3f}  {p.encode_ms:9.2f}  {p.decode_ms:9.2f}  {p.head_ms:7.2f}"
-            )
+            times = f"{p.encode_ms:9.2f}  {p.decode_ms:9.2f}  {p.head_ms:7.2f}"
+            print(f"  {p.reference_age:4d}  {p.id:5d}  {sizes:30s}  {p.accuracy:.3f}  {times}")
         for t in clip.theirs:
             print(
                 f"  {t.codec} crf {t.crf} at {t.share:.0%}: {t.bytes_mean:.0f} bytes (key {t.key_bytes:.0f}), {t.accuracy:.3f}, "
