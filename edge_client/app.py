@@ -6,13 +6,11 @@ import asyncio
 import functools
 import logging
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,32 +32,41 @@ from edge_client.pipeline import Pipeline
 from edge_client.proof import prove
 from edge_client.rpc import Endpoint
 from edge_client.session import Session
-from edge_client.sinks import InOrder, JsonLines, Sink, Window, open_json_file, open_video
-from edge_client.sources import DEFAULT_FPS, Source, parse_source
+from edge_client.sinks import InOrder, JsonLines, PictureLines, Sink, Window, open_json_file, open_video
+from edge_client.sinks.jsonl import is_pipe, open_pipe
+from edge_client.sinks.output_file import refuse_overwriting
+from edge_client.sources import Source, SourceFaults, parse_source
 from edge_client.status import Status
 from edge_client.store import BundleStore
 from edge_client.summary import JpegSampler, Summary
 from edge_client.tracing import Traces, untraced
 from edge_client.tracking import Follower
-from protos.errors import ConfigError, HeadtailError
+from protos.errors import ConfigError, HeadtailError, SourceError
 from protos.text import printable
 from protos.tracing import open_spans
+from protos.version import package_version
 from splitters.bundle import Bundle
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_TELL_S = 1.0
 _GLANCE_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Console:
-    """The streams a client speaks to."""
+    """The streams a client speaks to.
+
+    Attributes:
+        stopping: whether the client was told to end, also while its event loop is stuck in a write.
+    """
 
     results: TextIO
     status: Callable[[str], None]
     terminal: bool
     columns: int = 120
+    stopping: Callable[[], bool] = lambda: False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,7 +76,7 @@ class Ending:
     summary: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
     error: HeadtailError | None = None
-    interrupted: int = 0
+    interrupted: bool = False
 
 
 class Client:
@@ -93,16 +100,17 @@ class Client:
     async def run(self) -> Ending:
         """Runs to the end, whatever ends it, and says how it was."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._interrupt)
         sampler = JpegSampler(clock=self._clock, every_s=0.0)
-        summary = Summary(lambda: self._pipeline.ledger if self._pipeline else Ledger(), sampler)
+        summary = Summary(lambda: self._pipeline.ledger if self._pipeline else Ledger(), sampler, self._labels)
         server: EmbeddedServer | None = None
         try:
             source = parse_source(self._config.camera)
+            self._spare_files(source)
             if self._config.server == EMBEDDED:
                 server = EmbeddedServer(self._config.model)
             self._task = asyncio.create_task(self._everything(source, server, summary, sampler))
+            if self._ending.interrupted:
+                self._task.cancel()
             await self._task
         except HeadtailError as error:
             self._ending.error = error
@@ -117,12 +125,21 @@ class Client:
         self._ending.text = summary.as_text() + self._fact_lines()
         return self._ending
 
-    def _interrupt(self) -> None:
-        self._ending.interrupted += 1
-        if self._pipeline is not None and self._ending.interrupted == 1:
+    def interrupt(self) -> None:
+        """Ends the run in order: no more frames, what is in flight is settled, every output is whole."""
+        self._ending.interrupted = True
+        asyncio.get_running_loop().call_later(_TELL_S, self._console.status, "ending; another interrupt ends it at once\n")
+        if self._pipeline is not None:
             self._pipeline.stop()
         elif self._task is not None:
             self._task.cancel()
+
+    def _spare_files(self, source: Source) -> None:
+        """Refuses outputs that would destroy what they are made from, before anything else is done."""
+        config = self._config
+        others = [(f"--{name.replace('_', '-')}", getattr(config, name)) for name in ("tls_ca", "tls_cert", "tls_key")]
+        refuse_overwriting("--output", config.output, source, others)
+        refuse_overwriting("--save-video", config.save_video, source, [*others, ("--output", config.output)])
 
     # ------------------------------------------------------------------ the parts
 
@@ -131,7 +148,14 @@ class Client:
         address = await server.start() if server is not None else config.server
         endpoint = config.endpoint(address)
         capture = self._capture = Capture(
-            CaptureConfig(source=source, realtime=config.realtime, loop=config.loop, frames=config.frames, fps=config.fps),
+            CaptureConfig(
+                source=source,
+                realtime=config.realtime,
+                loop=config.loop,
+                frames=config.frames,
+                fps=config.fps,
+                camera_id=config.camera_id,
+            ),
             clock=self._clock,
         )
         live = capture.live
@@ -143,8 +167,8 @@ class Client:
         if live:
             sampler.every_s = 1.0
         follower = self._follower = Follower() if config.track and bundle.manifest.task == "detection" else None
-        sinks = InOrder([summary, *self._sinks(source, capture)], self._end_run, follower.follow if follower else None)
-        spans = open_spans("headtail-client", _version(), config.otel_endpoint)
+        sinks = InOrder([summary, *await self._sinks(source, capture)], self._end_run, follower.follow if follower else None)
+        spans = open_spans("headtail-client", package_version(), config.otel_endpoint)
         traces = Traces(spans) if spans is not None else None
         if traces is not None:
             sinks.add(traces)
@@ -159,7 +183,7 @@ class Client:
             model=model, deadline_ms=config.effective_deadline_ms(live=live), max_in_flight=config.max_in_flight,
             wait_for_server_s=config.effective_wait_s(live=live), point_id=self._checked_point(engine), group=config.group,
             change_gate=_wanted(config.change_gate, source, live), temporal=not source.pictures,
-            keep_images=config.display or config.track or config.save_video is not None, client_version=_version(),
+            keep_images=config.display or config.track or config.save_video is not None, client_version=package_version(),
         )  # fmt: skip
         pipeline = self._pipeline = (LivePipeline if live else FilePipeline)(settings, parts, engine)
         self._session = Session(endpoint, pipeline, clock=self._clock)
@@ -177,8 +201,12 @@ class Client:
             executor.close()
         if sinks.failure is not None:
             raise sinks.failure
+        if capture.broken is not None:
+            raise capture.broken
         if isinstance(pipeline, FilePipeline) and pipeline.refused is not None:
             raise pipeline.refused
+        if config.strict and str(capture.faults):
+            raise SourceError(f"--strict: {capture.faults}")
 
     def _end_run(self) -> None:
         """A sink takes no more: the source ends, and what is in flight still gets its outcome."""
@@ -260,23 +288,35 @@ class Client:
     def _labels(self) -> Mapping[int, str]:
         return self._engine.labels if self._engine else {}
 
-    def _sinks(self, source: Source, capture: Capture) -> list[Sink]:
-        sinks: list[Sink] = []
-        if self._config.output == "-":
-            sinks.append(JsonLines(self._console.results, self._labels))
-        elif self._config.output is not None:
-            sinks.append(open_json_file(Path(self._config.output), self._labels, append=self._config.append))
-        if self._config.save_video is not None:
-            fps = self._config.fps or capture.fps or DEFAULT_FPS
+    async def _sinks(self, source: Source, capture: Capture) -> list[Sink]:
+        config, sinks = self._config, list[Sink]()
+        if config.output == "-":
+            sinks.append(JsonLines(self._console.results, self._labels, stopping=self._console.stopping))
+        elif config.output is not None and is_pipe(Path(config.output)):
+            sinks.append(await open_pipe(Path(config.output), self._labels, stopping=self._console.stopping))
+        elif config.output is not None:
+            max_bytes = round(config.output_max_mb * 1e6)
+            sinks.append(open_json_file(Path(config.output), self._labels, append=config.append, max_bytes=max_bytes))
+        if config.save_video is not None:
             many = source.kind != "picture"
-            sinks.append(open_video(Path(self._config.save_video), self._labels, fps=fps, pictures=source.pictures, many=many))
-        if self._config.display:
+            clip = open_video(
+                Path(config.save_video), self._labels, fps=lambda: config.fps or capture.fps, pictures=source.pictures, many=many
+            )
+            sinks.append(clip)
+        if source.pictures and config.output != "-":
+            sinks.append(PictureLines(self._console.results, self._labels))
+        if config.display:
             sinks.append(Window(self._labels))
         return sinks
 
     def _status(self, *, summary_sink: InOrder) -> Status:
         status = Status(
-            self._console.status, clock=self._clock, terminal=self._console.terminal, note=self._note, columns=self._console.columns
+            self._console.status,
+            clock=self._clock,
+            terminal=self._console.terminal,
+            note=self._note,
+            columns=self._console.columns,
+            labels=self._labels,
         )
         summary_sink.add(status)
         return status
@@ -303,8 +343,17 @@ class Client:
             "bundle_switches": pipeline.bundle_switches if pipeline else 0,
             "prefilter": self._prefilter_facts(),
             "tracking_ms_p50": self._follower.ms_p50 if self._follower else None,
-            "unreadable_files": self._capture.unreadable if self._capture else 0,
+            **self._source_facts(),
             "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+    def _source_facts(self) -> dict[str, Any]:
+        """What the source could not give."""
+        faults = self._capture.faults if self._capture is not None else SourceFaults()
+        return {
+            "unreadable_files": len(faults.unreadable),
+            "left_out_files": len(faults.left_out),
+            "source_faults": str(faults) or None,
         }
 
     def _server_error(self) -> str | None:
@@ -325,24 +374,18 @@ class Client:
         facts = self._facts()
         more = [f"{facts[key]} {text}" for key, text in (
             ("late_results", "results came too late"), ("reconnects", "reconnects"), ("bundle_switches", "bundle switches"),
-            ("unreadable_files", "unreadable files left out"),
+            ("unreadable_files", "unreadable files left out"), ("left_out_files", "files that are no pictures left out"),
         ) if facts[key]]  # fmt: skip
         model = f"\nmodel    {printable(facts['model'])} ({str(facts['bundle_sha256'])[:12]})" if facts["model"] else ""
         also = f"\nalso     {', '.join(more)}" if more else ""
         gone = f"\nserver   none at the end: {facts['server_error']}" if facts["server_error"] else ""
-        return f"{model}{also}{gone}\nmemory   {facts['peak_memory_bytes'] / 2**20:.0f} MiB at its peak"
+        lacks = f"\nsource   {facts['source_faults']}" if facts["source_faults"] else ""
+        return f"{model}{also}{lacks}{gone}\nmemory   {facts['peak_memory_bytes'] / 2**20:.0f} MiB at its peak"
 
 
 def _wanted(setting: str, source: Source, live: bool) -> bool:
     """What ``auto`` means: gates are for cameras; of a file every frame is wanted."""
     return live and (setting == "on" or (setting == "auto" and source.camera))
-
-
-def _version() -> str:
-    try:
-        return version("headtail")
-    except PackageNotFoundError:
-        return "0"
 
 
 def peak_memory_bytes() -> int:

@@ -21,6 +21,7 @@ import numpy as np
 from edge_client.control import ControlConfig, Controller, Decision, Local, LocalOption, Offload, Split
 from edge_client.engine import Engine
 from edge_client.frames import NS_PER_MS, NS_PER_S, Clock
+from edge_client.interest import read_promise
 from protos.errors import BundleError
 from protos.schema import read_json
 from splitters.bundle import Bundle
@@ -63,7 +64,9 @@ def measure(engine: Engine, *, clock: Clock = time.monotonic_ns) -> DeviceTimes:
     """
     picture = _picture(engine)
     features = engine.features(picture)
-    engine.head.prefilter_scores(features.maps)
+    promise = read_promise(engine.bundle)
+    if promise is not None and len(engine.head.prefilter_scores(features.maps)) != promise.width:
+        raise BundleError(f"the prefilter of {engine.model!r} does not give the {promise.width} scores it promises")
     if engine.local is not None:
         engine.local.answer(engine.local.prepare(picture), (picture.shape[1], picture.shape[0]))
     for point in {p.graphs: p for p in engine.bundle.points}.values():

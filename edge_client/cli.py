@@ -10,16 +10,20 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn
 
-from edge_client.config import ClientConfig, read_toml
-from protos.errors import HeadtailError
+from edge_client import console as consoles
+from edge_client.interrupts import Interrupts
+from edge_client.masking import hide_secrets
+from protos.errors import ConfigError, HeadtailError
 from protos.logs import FORMATS, say, set_up
+from protos.process import leave, steady_streams
+from protos.version import package_version
 
 if TYPE_CHECKING:
-    from edge_client.app import Client, Console
+    from edge_client.app import Client, Console, Ending
+    from edge_client.config import ClientConfig
 
 _DESCRIPTION = """\
 Runs the head of a vision model on this device and sends what it says to a headtail server, which runs the tail.
@@ -38,7 +42,7 @@ examples:
 live or file: cameras, URLs, synthetic: and --realtime are live: newest frame only, a deadline (500 ms), local answers
 when the network fails. Pictures, directories and files are not: every frame, no deadline, the server's answer.
 
-exit codes: 0 done or stopped by SIGINT/SIGTERM; 1 our own fault; 2 wrong option; 3 no frames from the source;
+exit codes: 0 done or stopped by SIGINT/SIGTERM; 1 our own fault; 2 wrong option; 3 no frames from the source, or reading it failed;
 4 bundle absent or altered; 5 unknown model; 6 version mismatch; 7 no headtail server there; 8 broken protocol;
 9 a limit; 10 not authorised; 11 the model failed; 12 a disk is full, or standard output closed; 130 interrupted twice.
 
@@ -48,18 +52,33 @@ environment: HEADTAIL_TOKEN (bearer token), HEADTAIL_CACHE (default ~/.cache/hea
 _CAMERA_HELP = "device index, /dev/videoN, RTSP/HTTP URL, video file, picture, directory, or synthetic:[fps=30,size=640x480]"
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints show no camera's password."""
+
+    def error(self, message: str) -> NoReturn:
+        """See argparse."""
+        super().error(hide_secrets(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line; defaults are ``ClientConfig``'s."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="edge-client", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     add = parser.add_argument_group("where frames come from").add_argument
     add("--camera", metavar="SOURCE", help=_CAMERA_HELP)
+    add("--camera-id", metavar="NAME", help="what results call the camera (default: the source, without a URL's path and password)")
     add("--frames", type=int, metavar="N", help="end after N captured frames (default 0: no limit)")
     add("--loop", action="store_true", help="begin a file again at its end")
     add("--realtime", action="store_true", help="play a file at its own pace and treat it as a camera: newest frame wins")
     add("--fps", type=float, metavar="F", help="the pace of --realtime (default: the file's own, 25 for pictures)")
+    add(
+        "--strict",
+        action="store_true",
+        help="a source that is cut off, damaged or partly unreadable is an error at the end (exit 3)",
+    )
     add = parser.add_argument_group("where they are answered").add_argument
     add("--server", metavar="HOST:PORT", help="the server, or 'embedded' to start one as a child (default 127.0.0.1:50051)")
     add("--model", metavar="NAME", help="one of the server's models (default: its first); with embedded: a bundle or its name")
@@ -86,8 +105,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--track", action="store_true", help="carry the last boxes along on frames without an answer, each marked with its age")
     add = parser.add_argument_group("where answers go").add_argument
     add("--output", metavar="FILE", help="results as JSON lines, one a frame; - is standard output")
-    add("--append", action="store_true", help="go on with the file of --output instead of beginning it anew")
-    add("--save-video", metavar="PATH", help="write annotated frames: a .mp4, a .jpg for one picture, or a directory")
+    add("--append", action="store_true", help="go on with the file of --output instead of emptying it first")
+    add("--output-max-mb", type=float, metavar="MB", help="rotate --output at this size, keeping 4 older files (default 0: never)")
+    add(
+        "--save-video",
+        metavar="PATH",
+        help="write annotated frames: a .mp4 (H.264), .mkv or .avi, a .jpg for one picture, or a directory",
+    )
     add("--display", action="store_true", help="show annotated frames in a window")
     add("--json", action="store_true", help="the summary as one JSON object on the last line of standard output")
     add = parser.add_argument_group("encryption (the token stands in HEADTAIL_TOKEN)").add_argument
@@ -111,15 +135,17 @@ def parse(argv: Sequence[str] | None) -> tuple[ClientConfig, str, str]:
     Raises:
         ConfigError: a setting is wrong.
     """
-    parser = build_parser()
-    given = vars(parser.parse_args(argv))
+    from edge_client.config import read_config
+
+    given = vars(build_parser().parse_args(argv))
     level, form = given.pop("log_level"), given.pop("log_format")
     path = given.pop("config", None)
-    settings = {**(read_toml(Path(path)) if path else {}), **given}
-    if "camera" not in settings:
-        parser.error("--camera is required")
-    known = {f.name for f in fields(ClientConfig)}
-    return ClientConfig(**{k: v for k, v in settings.items() if k in known}), level, form
+    config = read_config(Path(path) if path else None, given)
+    for option in ("output", "save_video"):
+        target = getattr(config, option)
+        if path and target not in (None, "-") and Path(target).absolute() == Path(path).absolute():
+            raise ConfigError(f"--{option.replace('_', '-')} {target} is the file of --config; give it another name")
+    return config, level, form
 
 
 def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Console], Client] | None = None) -> int:
@@ -129,21 +155,22 @@ def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Consol
         argv: the command line; None: the process's own.
         make: makes the client, for a test bed that puts parts of its own in; None: ``Client``.
     """
+    interrupts = Interrupts()
+    interrupts.install()
     try:
         config, level, form = parse(argv)
+        logging.getLogger("edge_client.explain").setLevel("INFO" if config.explain else "WARNING")
+        # In a terminal a log line replaces the status line, which is then written again below it.
+        set_up(level, form, sys.stderr, before="\r\x1b[2K" if sys.stderr.isatty() else "")
+        return _run(config, form, make, interrupts)
     except HeadtailError as error:
-        print(f"edge-client: {error.message}", file=sys.stderr)
+        consoles.say(sys.stderr, f"edge-client: {error.message}")
         return error.exit_code
-    except TypeError as error:
-        print(f"edge-client: a setting has the wrong type: {error}", file=sys.stderr)
-        return 2
-    logging.getLogger("edge_client.explain").setLevel("INFO" if config.explain else "WARNING")
-    # In a terminal a log line replaces the status line, which is then written anew below it.
-    set_up(level, form, sys.stderr, before="\r\x1b[2K" if sys.stderr.isatty() else "")
-    return _run(config, form, make)
+    finally:
+        interrupts.restore()
 
 
-def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console], Client] | None) -> int:
+def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console], Client] | None, interrupts: Interrupts) -> int:
     # FFmpeg's and OpenCV's own complaints would stand beside our one clear sentence; both read this when they are loaded.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -154,40 +181,55 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
     console = Console(
         results=sys.stdout,
         status=(
-            (lambda text: status_log.info("%s", text.strip()))
-            if form == "json"
-            else (lambda text: print(text, end="", file=sys.stderr, flush=True))
+            (lambda text: status_log.info("%s", text.strip())) if form == "json" else (lambda text: consoles.put(sys.stderr, text))
         ),
         terminal=sys.stderr.isatty() and form == "text",
         columns=shutil.get_terminal_size().columns,
+        stopping=lambda: interrupts.stopping,
     )
     try:
-        ending = asyncio.run((make or Client)(config, console).run())
-    except KeyboardInterrupt:
-        return 130
+        ending = _to_its_end((make or Client)(config, console), interrupts)
+    except HeadtailError:
+        raise
     except Exception:
         logging.getLogger(__name__).debug("unexpected", exc_info=True)
         logging.getLogger(__name__).critical("our own fault; --log-level debug shows the traceback")
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
         return 1
-    code = ending.error.exit_code if ending.error else 130 if ending.interrupted > 1 else 0
+    code = ending.error.exit_code if ending.error else 0
     if ending.summary.get("frames"):
-        _print(ending.text, sys.stderr if config.output == "-" else sys.stdout)
+        consoles.say(sys.stderr if config.output == "-" else sys.stdout, ending.text)
     if ending.error is not None:
         facts = {"code": ending.error.code, "exit_code": code}
         say(f"edge-client: {ending.error.message}", form, sys.stderr, logger="edge_client", extra=facts)
     if config.json:
-        _print(json.dumps({**ending.summary, "exit_code": code}), sys.stdout)
+        consoles.say(sys.stdout, json.dumps({**ending.summary, "exit_code": code}))
     return code
 
 
-def _print(text: str, stream: TextIO) -> None:
+def _to_its_end(client: Client, interrupts: Interrupts) -> Ending:
+    """Runs the client in a loop of its own. Threads that do not come back are not waited for."""
+    loop = asyncio.new_event_loop()
+    interrupts.bind(loop, client.interrupt)
     try:
-        print(text, file=stream, flush=True)
-    except BrokenPipeError:  # whoever read us has had enough; without this the interpreter would complain at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(client.run())
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+def entry() -> NoReturn:
+    """The command: ``main`` in a process of its own, which ends whatever its threads are at."""
+    steady_streams()
+    leave(main())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

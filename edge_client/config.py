@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_client.rpc import Endpoint, token_from_environment
+from edge_client.rpc import Endpoint, is_port, token_from_environment
 from protos.errors import ConfigError
+from protos.schema import checked, read_toml
 
 LIVE_DEADLINE_MS = 500.0
 FILE_PATIENCE_S = 30.0
 EMBEDDED = "embedded"
+_MAX_NAME_CHARS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +29,11 @@ class ClientConfig:
         max_in_flight: frames unanswered at a time; 0: as many as the network is ready for.
         frames: end after so many captured frames; 0: no limit.
         fps: pace of ``realtime``; 0: the file's own.
+        camera_id: what results call the camera; empty: the source as people may see it.
         output: where results go; ``-``: standard output; None: nowhere.
         append: ``output`` is gone on with instead of begun anew.
+        output_max_mb: ``output`` is rotated when it is larger (megabytes); 0: it grows.
+        strict: a source that is not whole is an error at the end.
         wait_for_server_s: None: 0 live, 30 for files.
         operating_point: always this one; None: chosen frame by frame.
         threads: of the head.
@@ -54,8 +57,11 @@ class ClientConfig:
     loop: bool = False
     realtime: bool = False
     fps: float = 0.0
+    camera_id: str = ""
     output: str | None = None
     append: bool = False
+    output_max_mb: float = 0.0
+    strict: bool = False
     wait_for_server_s: float | None = None
     display: bool = False
     save_video: str | None = None
@@ -79,16 +85,20 @@ class ClientConfig:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("deadline_ms", 0, 3_600_000), ("max_in_flight", 0, 1024), ("frames", 0, 2**53), ("fps", 0, 1000),
-            ("wait_for_server_s", 0, 86_400), ("threads", 1, 256), ("operating_point", 0, 65_535),
+            ("wait_for_server_s", 0, 86_400), ("output_max_mb", 0, 1e6), ("threads", 1, 256), ("operating_point", 0, 65_535),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and low <= value <= high):
+            if value is not None and not low <= value <= high:  # false for NaN, too
                 raise ConfigError(f"--{name.replace('_', '-')} must be {low}..{high}, got {value}")
         for name in ("change_gate", "prefilter"):
             if getattr(self, name) not in ("on", "off", "auto"):
                 raise ConfigError(f"--{name.replace('_', '-')} must be on, off or auto, got {getattr(self, name)!r}")
         if self.recall is not None and not 0 < self.recall < 1:
             raise ConfigError(f"--recall must lie between 0 and 1, got {self.recall}")
+        for name in ("model", "group", "interest"):
+            text = getattr(self, name)
+            if not text.isprintable() or len(text) > _MAX_NAME_CHARS:
+                raise ConfigError(f"--{name} takes at most {_MAX_NAME_CHARS} printable characters, got {text!r}")
         if self.metrics_listen is not None:
             self.metrics_address()
         if self.server != EMBEDDED:
@@ -108,7 +118,7 @@ class ClientConfig:
             ConfigError: it is no address.
         """
         host, _, port = (self.metrics_listen or "").rpartition(":")
-        if not host or not port.isdecimal() or not 0 <= int(port) < 65536:
+        if not host or not is_port(port):
             raise ConfigError(f"--metrics-listen must be host:port, for instance 127.0.0.1:9465, got {self.metrics_listen!r}")
         return host.strip("[]"), int(port)
 
@@ -121,21 +131,24 @@ class ClientConfig:
         return self.wait_for_server_s if self.wait_for_server_s is not None else 0.0 if live else FILE_PATIENCE_S
 
 
-def read_toml(path: Path) -> Mapping[str, Any]:
-    """Settings of a TOML file; keys are the options' names, with ``_`` or ``-``.
+def read_config(path: Path | None, given: Mapping[str, Any]) -> ClientConfig:
+    """Settings of a TOML file, if any, and of the command line, which wins.
+
+    Args:
+        path: the file; its keys are the options' names, with ``_`` or ``-``.
+        given: the command line's, by name.
 
     Raises:
-        ConfigError: unreadable, not TOML, or a key that is no option.
+        ConfigError: unreadable, not TOML, a key that is no option, or a value of another type or out of range.
     """
+    what = f"--config {path}" if path else "the command line"
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        from_file = read_toml(path.read_text(encoding="utf-8"), what=what) if path else {}
     except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not TOML: {error}") from error
-    known = {f.name for f in fields(ClientConfig)}
-    settings = {key.replace("-", "_"): value for key, value in data.items()}
-    for key in settings:
-        if key not in known:
-            raise ConfigError(f"--config {path} has the unknown key {key!r}; known keys: {', '.join(sorted(known))}")
-    return settings
+        raise ConfigError(f"{what} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} is not TOML: {error}") from error
+    settings = {**from_file, **given}
+    if "camera" not in settings:
+        raise ConfigError("--camera is required: what frames come from; --help tells more")
+    return checked(settings, ClientConfig, what=what, error=ConfigError)

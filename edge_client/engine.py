@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from edge_client.frames import NS_PER_MS, Clock
-from edge_client.head import Floats, Head, open_graph, run_options
-from protos.errors import BundleError, ConfigError, PayloadError
+from edge_client.head import Head, run_options
+from protos.errors import BundleError, ConfigError, ModelError, PayloadError
 from protos.messages import Answer, Result
+from protos.schema import read_json
 from splitters.bundle import Bundle
 from splitters.bundle.offload import compress
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import LatentCodec, Predictor, Symbols, codec_from_spec
+from splitters.runtime.sessions import Floats, open_graph
 from splitters.tasks.postprocess import build_postprocess
 from splitters.tasks.preprocess import Frame, input_image, normalise
 
@@ -74,7 +75,11 @@ class LocalModel:
     def answer(self, image: Frame, size_px: tuple[int, int]) -> tuple[Answer, float]:
         """Answers a prepared picture; ``size_px`` is the source frame's (width, height). Also the milliseconds it took."""
         start_ns = self._clock()
-        answer = self._post(self._graph([normalise(image, self._preprocess)]), [size_px])[0]
+        outputs = self._graph([normalise(image, self._preprocess)])
+        try:
+            answer = self._post(outputs, [size_px])[0]
+        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+            raise ModelError(f"the local model's outputs are not what the manifest says: {error}") from error
         return answer, (self._clock() - start_ns) / NS_PER_MS
 
 
@@ -120,7 +125,10 @@ class Engine:
         start_ns = self._clock()
         latents = self.head.latents(features.maps, point)
         head_ns = self._clock()
-        coded = self.codec.compress(latents, point.codec_point, *reference)
+        try:
+            coded = self.codec.compress(latents, point.codec_point, *reference)
+        except ConfigError as error:
+            raise ModelError(f"the head's outputs are not what the bundle says: {error.message}") from error
         stages = {
             "preprocess": features.preprocess_ns / NS_PER_MS,
             "head": (features.stem_ns + head_ns - start_ns) / NS_PER_MS,
@@ -152,8 +160,8 @@ def learn_reference(predictor: Predictor, result: Result) -> None:
 
 def _open_codec(bundle: Bundle) -> LatentCodec:
     path = bundle.manifest.codec
-    try:
-        spec = json.loads(bundle.read_part(path))
-    except ValueError as error:
-        raise BundleError(f"{path} of bundle {bundle.manifest.name!r} is not JSON: {error}") from error
-    return codec_from_spec(spec, bundle.read_part)
+    codec = codec_from_spec(read_json(bundle.read_part(path), dict[str, Any], what=path), bundle.read_part)
+    for point in bundle.points:
+        if point.codec_point not in codec.point_ids:
+            raise BundleError(f"operating point {point.id} names the codec point {point.codec_point!r}, which {path} does not have")
+    return codec

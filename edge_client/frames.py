@@ -39,14 +39,18 @@ class CapturedFrame:
     Attributes:
         index: counts the source's frames from 0, those replaced by a newer one included.
         image: (H, W, 3) uint8 BGR; None once it was replaced or is needed no longer.
-        source: the file's name, where the frame comes from one; empty otherwise.
+        camera: the camera's name as the user gave it, or the source as people may see it.
+        source: the file's name, where the frame comes from one; otherwise as ``camera`` where nobody named it.
+        position_ns: the frame's time since its source began, by the source's own stamps; None: it has no time, like a picture.
     """
 
     index: int
     image: Frame | None
     captured_ns: int
     captured_unix_ns: int
+    camera: str = ""
     source: str = ""
+    position_ns: int | None = None
     width_px: int
     height_px: int
 

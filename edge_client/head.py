@@ -8,52 +8,20 @@ Shape legend: input (1, 3, h, w); the stem's outputs and every latent carry a ba
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_client.frames import Clock
 from protos.errors import BundleError, ModelError
 from splitters.bundle import Bundle
 from splitters.bundle.operating_point import OperatingPoint
+from splitters.runtime.sessions import Floats, open_graph, open_session
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-Floats = NDArray[np.float32]
-Graph = Callable[[Sequence[Floats]], list[Floats]]
-
-
-# Weights may be said to lie in another file, by a path; ONNX Runtime's own checks of that path came release by release.
-_WEIGHTS_ELSEWHERE = re.compile(rb"\x0a(\x08|\x88\x80*\x00)location\x12")
-
-
-def _open(path: Path, threads: int) -> ort.InferenceSession:
-    import onnxruntime as ort
-
-    try:
-        elsewhere = _WEIGHTS_ELSEWHERE.search(path.read_bytes())
-    except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror}") from error
-    if elsewhere:
-        raise BundleError(f"{path} keeps its weights in another file; the graphs of a bundle carry their own")
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called
-    # A spinning pool would take the core from the capture thread on small devices.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise BundleError(f"{path} is no ONNX model that can be run: {error}") from error
 
 
 def run_options() -> ort.RunOptions:
@@ -61,31 +29,6 @@ def run_options() -> ort.RunOptions:
     import onnxruntime as ort
 
     return ort.RunOptions()
-
-
-def open_graph(path: Path, *, threads: int = 1, options: ort.RunOptions | None = None) -> Graph:
-    """Opens an ONNX file as a function from its inputs, in order, to its outputs.
-
-    Args:
-        path: the file.
-        threads: of ONNX Runtime.
-        options: of every run; its ``terminate`` ends one that is under way.
-
-    Raises:
-        BundleError: the file is no model that ONNX Runtime can run.
-        ModelError: (the function) a run failed.
-    """
-    session = _open(path, threads)
-    names = [i.name for i in session.get_inputs()]
-
-    def run(arrays: Sequence[Floats]) -> list[Floats]:
-        try:
-            outputs: list[Floats] = session.run(None, dict(zip(names, arrays, strict=True)), options)
-        except Exception as error:
-            raise ModelError(f"{path.name} failed on its input: {error}") from error
-        return outputs
-
-    return run
 
 
 class Maps(list[Floats]):
@@ -118,7 +61,7 @@ class BoundStem:
 
     def __init__(self, path: Path, *, threads: int = 1, options: ort.RunOptions | None = None) -> None:
         self._options = options
-        self._session, self._path = _open(path, threads), path
+        self._session, self._path = open_session(path, threads=threads), path
         self._input = self._session.get_inputs()[0].name
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._binding = self._session.io_binding()

@@ -7,14 +7,15 @@ scene, the threshold loosens. After Matsubara & Levorato (2020, arXiv 2007.15818
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import Any
 
 from protos.errors import BundleError, ConfigError
 from protos.messages import Answer, Detection
+from protos.schema import read_json
 from splitters.bundle import Bundle
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Promise:
         columns: of the same, in the prefilter's output.
         threshold: frames with a lower score are stopped.
         recall: the lower bound promised; 0: none for these classes.
+        width: scores that the prefilter gives.
         sure: from this score on a box of interest in the server's answer to a probe counts as missed.
     """
 
@@ -44,6 +46,7 @@ class Promise:
     threshold: float
     recall: float
     sure: float = SURE
+    width: int = 0
 
 
 def read_promise(bundle: Bundle, *, interest: Sequence[str] = (), recall: float | None = None) -> Promise | None:
@@ -61,15 +64,16 @@ def read_promise(bundle: Bundle, *, interest: Sequence[str] = (), recall: float 
     graph = bundle.manifest.head.prefilter
     if graph is None:
         return None
+    path = graph.removesuffix(".onnx") + ".json"
     try:
-        spec = json.loads(bundle.read_part(graph.removesuffix(".onnx") + ".json"))
+        spec = read_json(bundle.read_part(path), dict[str, Any], what=path)
         ids = [int(i) for i in spec["category_ids"]]
         names = {bundle.manifest.labels.get(i, str(i)): (column, i) for column, i in enumerate(ids)}
         own = tuple(str(n) for n in spec["interest"])
         chosen = _for_recall(spec, recall)
         threshold, bound = float(chosen["threshold"]), float(chosen["recall_promised"])
         sure = float(spec.get("sure", SURE))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise BundleError(f"the prefilter's promise in bundle {bundle.manifest.name!r} cannot be read: {error}") from error
     wanted = tuple(interest) or own
     for name in wanted:
@@ -80,7 +84,7 @@ def read_promise(bundle: Bundle, *, interest: Sequence[str] = (), recall: float 
         bound = 0.0
     return Promise(
         interest=wanted, class_ids=frozenset(names[n][1] for n in wanted), columns=tuple(names[n][0] for n in wanted),
-        threshold=threshold, recall=bound, sure=sure,
+        threshold=threshold, recall=bound, sure=sure, width=len(ids),
     )  # fmt: skip
 
 

@@ -18,13 +18,13 @@ from protos.errors import (
     ConfigError,
     DrainingError,
     HeadtailError,
-    InternalError,
     LimitError,
+    ModelError,
     ProtocolError,
     UnknownModelError,
     UnreachableError,
     VersionMismatchError,
-    from_code,
+    from_peer,
 )
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
@@ -70,6 +70,11 @@ _PLAIN = {
 _CLOSED = ("the connection was closed", "the connection was reset")
 
 
+def is_port(text: str) -> bool:
+    """Whether it is a number 0..65535."""
+    return text.isascii() and text.isdecimal() and len(text) <= len("65535") and int(text) < 1 << 16
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Endpoint:
     """Where the server is and how to talk to it.
@@ -90,10 +95,12 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         host, _, port = self.address.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        if not host.isprintable() or not host or " " in host or not is_port(port) or int(port) == 0:
             raise ConfigError(f"--server must be host:port, for instance edge.example:50051, or 'embedded', got {self.address!r}")
         if "/" in self.address or "@" in host:
             raise ConfigError(f"--server takes host:port without scheme or path, got {self.address!r}; --tls encrypts")
+        if not (self.token.isascii() and self.token.isprintable()):
+            raise ConfigError(f"the token in {TOKEN_VARIABLE} holds other characters than printable ASCII")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("--tls-cert and --tls-key belong together")
 
@@ -169,7 +176,7 @@ def translate(error: grpc.aio.AioRpcError, address: str, *, secure: bool = True)
     status, details = error.code(), error.details() or ""
     code = next((str(v) for k, v in cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ()) if k == CODE_METADATA), "")
     if code in BY_CODE:
-        return from_code(code, details or f"the server at {address} refused")
+        return from_peer(code, details or f"the server at {address} refused")
     if "http1" in details.lower() or "HTTP/2 (Expected SETTINGS" in details:
         return UnreachableError(f"what answers at {address} is no headtail server: it does not speak gRPC", retryable=False)
     if status is grpc.StatusCode.UNIMPLEMENTED:
@@ -184,7 +191,7 @@ def translate(error: grpc.aio.AioRpcError, address: str, *, secure: bool = True)
         return UnreachableError(f"no headtail server answers at {address} ({why}{hint})")
     if status in _BY_STATUS:
         return _BY_STATUS[status](details or f"the server at {address} answered {status.name}")
-    return InternalError(f"the server at {address} failed: {_short(details) or status.name}", retryable=True)
+    return ModelError(f"the server at {address} failed: {_short(details) or status.name}", retryable=True)
 
 
 def _short(details: str) -> str:

@@ -5,25 +5,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 import cv2
 import numpy as np
 
+from edge_client.masking import may_hold_secret, shown_url
 from protos.errors import ConfigError, SourceError
+from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below, read_picture
+from splitters.runtime.video import DEFAULT_FPS, VideoReader
 from splitters.tasks.preprocess import Frame
+
+__all__ = ["DEFAULT_FPS", "Camera", "Shot", "Source", "SourceFaults", "open_camera", "parse_source"]
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["device", "url", "video", "picture", "directory", "synthetic"]
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"})
-DEFAULT_FPS = 25.0
-OPEN_TIMEOUT_MS = 5000
-READ_TIMEOUT_MS = 5000
+_NAMED = 5  # files named in a warning about many
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +49,14 @@ class Source:
 
     @property
     def shown(self) -> str:
-        """The target as logs and people may see it: a URL without user, password and query, where cameras take their secrets."""
-        if self.kind != "url":
-            return self.target
-        scheme, _, rest = self.target.partition("://")
-        place = rest.partition("?")[0]
-        host, slash, path = place.partition("/")
-        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" + ("?…" if "?" in rest else "")
+        """The target as logs, results and people may see it."""
+        match self.kind:
+            case "url":
+                return shown_url(self.target)
+            case "synthetic":
+                return f"synthetic:{self.target}"
+            case _:
+                return self.target
 
     @property
     def pictures(self) -> bool:
@@ -71,21 +76,89 @@ def parse_source(text: str) -> Source:
     if text.startswith("synthetic:"):
         SyntheticCamera(text.removeprefix("synthetic:"))  # refuses bad options now rather than in a thread
         return Source(kind="synthetic", target=text.removeprefix("synthetic:"))
-    if text.isdecimal():
+    if text.isdecimal() and text.isascii():
         return Source(kind="device", target=text)
-    if "://" in text:
-        return Source(kind="url", target=text)
-    path = Path(text).expanduser()
+    path = _path(text)
+    if path is None:
+        return _elsewhere(text)
     if text.startswith("/dev/video"):
-        if not path.exists():
-            raise SourceError(f"there is no camera at {text}")
         return Source(kind="device", target=text)
     if path.is_dir():
         return Source(kind="directory", target=str(path))
     if not path.is_file():
-        raise SourceError(f"{text} is neither a file, a directory, a camera index nor a URL")
-    kind: Kind = "picture" if path.suffix.lower() in PICTURE_SUFFIXES else "video"
+        raise SourceError(f"{text} is no regular file; --camera takes files, directories, a camera's index or its URL")
+    kind: Kind = "picture" if content_of(path) == "picture" or _damaged_picture(path) else "video"
     return Source(kind=kind, target=str(path))
+
+
+def _path(text: str) -> Path | None:
+    """The existing path that ``text`` names; None: there is none."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, or the home of nobody
+        return None
+
+
+def _elsewhere(text: str) -> Source:
+    if text.lower().startswith("file://"):
+        raise SourceError("--camera takes a file by its path, without file://")
+    if "://" in text:
+        scheme, _, rest = text.partition("://")
+        return Source(kind="url", target=f"{scheme.lower()}://{rest}")
+    if text.startswith("/dev/video"):
+        raise SourceError(f"there is no camera at {text}")
+    if may_hold_secret(text):
+        raise SourceError("--camera is no file, and no URL either: one begins with rtsp://, http:// or the like")
+    raise SourceError(f"{text} is neither a file, a directory, a camera index nor a URL")
+
+
+def _damaged_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES - {".gif"} and content_of(path) == "other"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shot:
+    """What a camera gives at a time.
+
+    Attributes:
+        name: the file's name, where the frame comes from one; empty otherwise.
+        position_s: the frame's own time since the source's beginning; None where the source has none.
+    """
+
+    image: Frame
+    name: str = ""
+    position_s: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceFaults:
+    """What a source could not give.
+
+    Attributes:
+        unreadable: pictures that cannot be read.
+        left_out: entries of a directory that are no pictures.
+        video: what a video lacks, in a few words; empty: nothing.
+    """
+
+    unreadable: list[Path] = field(default_factory=list)
+    left_out: list[Path] = field(default_factory=list)
+    video: str = ""
+
+    def __str__(self) -> str:
+        parts = [self.video] if self.video else []
+        if self.unreadable:
+            parts.append(f"{_count(self.unreadable, 'picture')} that cannot be read: {_names(self.unreadable)}")
+        return "; ".join(parts)
+
+
+def _count(paths: list[Path], what: str) -> str:
+    return f"{len(paths)} {what}{'' if len(paths) == 1 else 's'}"
+
+
+def _names(paths: list[Path]) -> str:
+    names = ", ".join(p.name for p in paths[:_NAMED])
+    return names + (f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else "")
 
 
 class Camera(Protocol):
@@ -94,8 +167,16 @@ class Camera(Protocol):
     fps: float
     """Frames per second it was recorded at or delivers; 0: unknown."""
 
-    def read(self) -> tuple[Frame, str] | None:
-        """The next frame with its file's name (or ""), None at the end. Blocks."""
+    def read(self) -> Shot | None:
+        """The next frame, None at the end. Blocks.
+
+        Raises:
+            SourceError: reading failed, which is no end.
+        """
+        ...
+
+    def faults(self) -> SourceFaults:
+        """What it could not give, as far as it was read."""
         ...
 
     def close(self) -> None:
@@ -115,103 +196,132 @@ def open_camera(source: Source) -> Camera:
         return PictureCamera([Path(source.target)], root=Path(source.target).parent)
     if source.kind == "directory":
         root = Path(source.target)
-        paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
-        if not paths:
-            raise SourceError(f"directory {root} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
-        return PictureCamera(paths, root=root)
-    return VideoCamera(source)
+        return PictureCamera(files_below(root), root=root, directory=True)
+    return DeviceCamera(source.target) if source.kind == "device" else VideoCamera(source)
 
 
 class VideoCamera:
-    """A device, a stream or a video file, by OpenCV."""
+    """A network stream or a video file."""
 
     def __init__(self, source: Source) -> None:
+        """Raises SourceError when it cannot be opened."""
+        file = Path(source.target) if source.kind == "video" else None
+        self._name = file.name if file is not None else ""
+        self._shown = source.shown
+        self._reader = VideoReader(file or source.target, shown=source.shown)
+        self.fps = self._reader.fps or (DEFAULT_FPS if file is not None else 0.0)
+        self._timed = file is not None
+
+    def read(self) -> Shot | None:
+        """See ``Camera``."""
+        frame = self._reader.read()
+        if frame is None:
+            return None
+        return Shot(image=frame[0], name=self._name, position_s=frame[1] if self._timed else None)
+
+    def faults(self) -> SourceFaults:
+        """See ``Camera``."""
+        return SourceFaults(video=f"{self._shown} is not whole: {self._reader.faults}" if self._reader.faults else "")
+
+    def close(self) -> None:
+        """See ``Camera``."""
+        self._reader.close()
+
+
+class DeviceCamera:
+    """A camera of this device, by OpenCV: FFmpeg's wheels know no V4L2."""
+
+    def __init__(self, target: str) -> None:
         """Raises SourceError when it cannot be opened or gives no first frame."""
-        self._name = Path(source.target).name if source.kind == "video" else ""
-        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, READ_TIMEOUT_MS]
-        if source.kind == "device":
-            target = int(source.target) if source.target.isdecimal() else source.target
-            self._capture = cv2.VideoCapture(target, cv2.CAP_V4L2 if os.name == "posix" and Path("/dev").is_dir() else cv2.CAP_ANY)
-            if not self._capture.isOpened():
-                self._capture = cv2.VideoCapture(target, cv2.CAP_ANY)
-        else:
-            self._capture = cv2.VideoCapture(source.target, cv2.CAP_FFMPEG, limits)
-        self._first: Frame | None = None
-        opened, frame = self._capture.read() if self._capture.isOpened() else (False, None)
-        if not opened or frame is None:
+        device = int(target) if target.isdecimal() else target
+        on_linux = os.name == "posix" and Path("/dev").is_dir()
+        self._capture = cv2.VideoCapture(device, cv2.CAP_V4L2 if on_linux else cv2.CAP_ANY)
+        if not self._capture.isOpened():
+            self._capture = cv2.VideoCapture(device, cv2.CAP_ANY)
+        self._first = self.read() if self._capture.isOpened() else None
+        if self._first is None:
             self._capture.release()
-            raise SourceError(_cannot_open(source))
-        self._first = frame.astype(np.uint8, copy=False)
+            raise SourceError(f"camera {target} does not exist or gives no picture; another program may hold it")
         fps = float(self._capture.get(cv2.CAP_PROP_FPS))
         self.fps = fps if math.isfinite(fps) and 0 < fps <= 1000 else 0.0
-        if source.kind == "video":
-            self.fps = self.fps or DEFAULT_FPS
-        else:
-            self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
+        self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
 
-    def read(self) -> tuple[Frame, str] | None:
+    _first: Shot | None = None
+
+    def read(self) -> Shot | None:
         """See ``Camera``."""
         if self._first is not None:
-            frame, self._first = self._first, None
-            return frame, self._name
+            shot, self._first = self._first, None
+            return shot
         ok, image = self._capture.read()
-        return (image.astype(np.uint8, copy=False), self._name) if ok and image is not None else None
+        return Shot(image=image.astype(np.uint8, copy=False)) if ok and image is not None else None
+
+    def faults(self) -> SourceFaults:
+        """See ``Camera``."""
+        return SourceFaults()
 
     def close(self) -> None:
         """See ``Camera``."""
         self._capture.release()
 
 
-def _cannot_open(source: Source) -> str:
-    match source.kind:
-        case "device":
-            return f"camera {source.target} does not exist or gives no picture; another program may hold it"
-        case "url":
-            return f"nothing at {source.shown} gives a picture"
-        case _:
-            return f"{source.target} is no video that can be read"
-
-
 class PictureCamera:
     """Single pictures, in order of their names. One that cannot be read is an error for a file, a warning in a directory."""
 
-    def __init__(self, paths: list[Path], *, root: Path) -> None:
+    def __init__(self, paths: list[Path], *, root: Path, directory: bool = False) -> None:
         self.fps = 0.0
-        self._paths: Iterator[Path] = iter(paths)
+        self._paths = iter(paths)
         self._root = root
-        self._single = len(paths) == 1
-        self.unreadable: list[Path] = []
+        self._directory = directory
+        self._faults = SourceFaults()
         self._delivered = 0
 
-    def read(self) -> tuple[Frame, str] | None:
+    def read(self) -> Shot | None:
         """See ``Camera``.
 
         Raises:
             SourceError: not one picture could be read.
         """
         for path in self._paths:
-            image = _read_picture(path)
-            if image is not None:
-                self._delivered += 1
-                return image, path.relative_to(self._root).as_posix()
-            self.unreadable.append(path)
-        if not self._delivered:
-            if self._single:
-                raise SourceError(f"{self.unreadable[0]} is no picture that can be read")
-            raise SourceError(f"none of the {len(self.unreadable)} files in {self._root} is a picture that can be read")
+            if self._directory and not self._promising(path):
+                self._faults.left_out.append(path)
+                continue
+            try:
+                image = read_picture(path)
+            except SourceError as error:
+                if not self._directory:
+                    raise
+                log.warning("%s; it is left out", error.message)
+                self._faults.unreadable.append(path)
+                continue
+            self._delivered += 1
+            return Shot(image=image, name=path.relative_to(self._root).as_posix())
+        self._end()
         return None
+
+    def _promising(self, path: Path) -> bool:
+        """Whether a file is a picture by its content or, perhaps damaged, by its name."""
+        try:
+            return path.is_file() and (content_of(path) != "other" or path.suffix.lower() in PICTURE_SUFFIXES)
+        except SourceError:
+            return True  # it cannot be opened: reading it says why
+
+    def _end(self) -> None:
+        left_out, unreadable = self._faults.left_out, self._faults.unreadable
+        if not self._delivered:
+            if unreadable:
+                raise SourceError(f"none of the {len(unreadable)} files in {self._root} is a picture that can be read")
+            also = f"; it holds {_names(left_out)}" if left_out else ""
+            raise SourceError(f"directory {self._root} holds no pictures{also}")
+        if left_out:
+            log.warning("%s of %s is no picture and left out: %s", _count(left_out, "file"), self._root, _names(left_out))
+
+    def faults(self) -> SourceFaults:
+        """See ``Camera``."""
+        return self._faults
 
     def close(self) -> None:
         """See ``Camera``."""
-
-
-def _read_picture(path: Path) -> Frame | None:
-    try:
-        data = np.fromfile(path, np.uint8)
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    except (OSError, cv2.error):
-        return None
-    return image.astype(np.uint8, copy=False) if image is not None else None
 
 
 class SyntheticCamera:
@@ -241,7 +351,7 @@ class SyntheticCamera:
         self._background: Frame = np.stack(waves, axis=-1).astype(np.uint8)
         self._count = 0
 
-    def read(self) -> tuple[Frame, str] | None:
+    def read(self) -> Shot | None:
         """See ``Camera``."""
         step = 0 if self._still else self._count
         self._count += 1
@@ -250,7 +360,11 @@ class SyntheticCamera:
         centre = (int(width * (0.5 + 0.35 * math.sin(step / 20))), int(height * (0.5 + 0.35 * math.cos(step / 27))))
         cv2.circle(image, centre, max(4, height // 8), (40, 40, 230), -1)
         cv2.putText(image, f"{step:06d}", (8, height - 12), cv2.FONT_HERSHEY_SIMPLEX, height / 480, (255, 255, 255), 2)
-        return image, ""
+        return Shot(image=image)
+
+    def faults(self) -> SourceFaults:
+        """See ``Camera``."""
+        return SourceFaults()
 
     def close(self) -> None:
         """See ``Camera``."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from edge_client.frames import NS_PER_S, Clock, FrameReport, Outcome
+from edge_client.told import in_words
+from protos.messages import Answer
 from protos.text import printable
 
 _WINDOW_NS = 5 * NS_PER_S
@@ -17,23 +19,34 @@ class Status:
     Args:
         write: puts text where people see it.
         terminal: whether a line can be rewritten.
+        labels: of the model that runs.
         note: what is wrong or under way now (a camera that stalled, a server that is gone); empty: nothing.
     """
 
     def __init__(
-        self, write: Callable[[str], None], *, clock: Clock, terminal: bool, note: Callable[[], str], columns: int = 120
+        self,
+        write: Callable[[str], None],
+        *,
+        clock: Clock,
+        terminal: bool,
+        note: Callable[[], str],
+        columns: int = 120,
+        labels: Callable[[], Mapping[int, str]] = dict,
     ) -> None:
         self._write = write
         self._clock = clock
         self._terminal = terminal
         self._note = note
         self._columns = columns
+        self._labels = labels
+        self._answer: Answer | None = None
         self._recent: deque[tuple[int, Outcome, int, float]] = deque()
         self._shown = False
         self.interval_s = 0.25 if terminal else 5.0
 
     def take(self, report: FrameReport) -> None:
         """See ``sinks.Sink``."""
+        self._answer = report.answer if report.answer is not None else self._answer
         self._recent.append((self._clock(), report.outcome, report.payload_bytes, report.stages_ms.get("total", 0.0)))
 
     def close(self) -> None:
@@ -67,6 +80,8 @@ class Status:
                 parts.append(f"{sum(sent) / len(sent) / 1000:.1f} kB/frame, {sum(sent) * 8 / span_s / 1e6:.2f} Mbit/s")
             if answered:
                 parts.append(f"p50 {answered[len(answered) // 2]:.0f} ms")
+            if words := in_words(self._answer, self._labels()):
+                parts.append(words)
         else:
             parts.append("no frames")
         if note := self._note():

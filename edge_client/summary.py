@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from edge_client.frames import NS_PER_S, Clock, FrameReport, Ledger, Outcome
+from edge_client.told import AnswerCounts
 from splitters.tasks.preprocess import Frame
 
 STAGES = ("capture", "preprocess", "head", "prefilter", "codec", "send", "network", "decode", "queue", "tail", "local", "total")
@@ -64,18 +65,21 @@ class JpegSampler:
 class Summary:
     """Collects reports; ``as_json`` and ``as_text`` say what they came to."""
 
-    def __init__(self, ledger: Callable[[], Ledger], sampler: JpegSampler) -> None:
+    def __init__(self, ledger: Callable[[], Ledger], sampler: JpegSampler, labels: Callable[[], Mapping[int, str]] = dict) -> None:
         self._ledger = ledger
         self._sampler = sampler
         self._payloads: deque[int] = deque(maxlen=_KEEP)
         self._stages: dict[str, deque[float]] = {name: deque(maxlen=_KEEP) for name in STAGES}
         self.bytes_total = 0
+        self._labels = labels
+        self._answers = AnswerCounts()
 
     def take(self, report: FrameReport) -> None:
         """See ``sinks.Sink``."""
         if report.payload_bytes:
             self._payloads.append(report.payload_bytes)
             self.bytes_total += report.payload_bytes
+        self._answers.take(report.answer, self._labels())
         if report.outcome in (Outcome.RESULT, Outcome.LOCAL):
             for name, ms in report.stages_ms.items():
                 if name in self._stages:
@@ -93,6 +97,7 @@ class Summary:
             "frames": ledger.captured,
             "outcomes": {o.value: ledger.outcomes[o] for o in Outcome},
             "dropped": dict(ledger.dropped),
+            "classes": self._answers.as_json(),
             "balanced": ledger.balanced and not ledger.open_count,
             "payload_bytes_p50": _quantile(self._payloads, 0.5),
             "payload_bytes_p95": _quantile(self._payloads, 0.95),
@@ -121,6 +126,8 @@ class Summary:
         lines = [f"frames   {s['frames']} captured = {outcomes}"]
         if not s["balanced"]:
             lines.append("         these do not add up: please report it")
+        if answers := self._answers.as_text():
+            lines.append(f"answers  {answers}")
         if s["payload_bytes_p50"] is not None:
             p50, p95, total = s["payload_bytes_p50"], s["payload_bytes_p95"], s["payload_bytes_total"]
             lines.append(f"payload  {p50:,.0f} bytes a frame (p50), {p95:,.0f} (p95), in all {total:,}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -34,22 +34,6 @@ def shed(queue: Iterable[Work], now_ns: int, *, margin_ns: int = 0) -> tuple[lis
             busy_ns += cost
             refused.append(longest)
     return sorted((w for _, _, w in kept), key=_deadline), refused
-
-
-def admits(work: Work, queue: Sequence[Work], now_ns: int, *, margin_ns: int = 0) -> bool:
-    """Whether ``work`` can still be done in time without making one of ``queue``, which was in time, late."""
-    with_it = {id(w) for w in _late([*queue, work], now_ns, margin_ns)}
-    without = {id(w) for w in _late(queue, now_ns, margin_ns)}
-    return with_it <= without
-
-
-def _late(queue: Sequence[Work], now_ns: int, margin_ns: int) -> list[Work]:
-    late, at_ns = [], now_ns + margin_ns
-    for work in sorted(queue, key=_deadline):
-        at_ns += work.cost_ns
-        if work.deadline_ns is not None and at_ns > work.deadline_ns:
-            late.append(work)
-    return late
 
 
 def _deadline(work: Work) -> float:

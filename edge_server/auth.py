@@ -19,6 +19,7 @@ import grpc
 import grpc.aio
 
 from edge_server.config import SecurityConfig
+from edge_server.files import read_small
 from edge_server.quota import Client
 from edge_server.status import CODE_METADATA
 from protos.errors import AuthError, ConfigError, HeadtailError
@@ -43,10 +44,11 @@ def parse_tokens(text: str) -> dict[str, bytes]:
     """Name to the token's SHA-256; empty where the file holds none.
 
     Raises:
-        ConfigError: a line is no pair, a name stands twice, or a token is too short to be one.
+        ConfigError: a line is no pair, a name or token stands twice, or a token is too short to be one or cannot be sent.
     """
     tokens: dict[str, bytes] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    taken: set[bytes] = set()
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         fields = line.split()
@@ -54,7 +56,15 @@ def parse_tokens(text: str) -> dict[str, bytes]:
             raise ConfigError(
                 f"line {number} of the token file must be 'name token', each name once, tokens of {_MIN_TOKEN_CHARS}+ characters"
             )
-        tokens[fields[0]] = _digest(fields[1])
+        if not line.rstrip("\r").replace("\t", " ").isprintable() or not fields[1].isascii():
+            raise ConfigError(
+                f"line {number} of the token file holds control characters or a token that is not ASCII, which no client can send"
+            )
+        digest = _digest(fields[1])
+        if digest in taken:
+            raise ConfigError(f"line {number} of the token file holds a token that another name has already")
+        taken.add(digest)
+        tokens[fields[0]] = digest
     return tokens
 
 
@@ -82,7 +92,7 @@ class Tokens:
         self._clients: dict[str, Client] = {}
         self._complaint = ""
         self._stamp = self._seen = self._stat()
-        self._tokens = self._read(self._stamp)
+        self._tokens = self._read()
         if not self._tokens:
             raise ConfigError("the token file holds no token: nobody could use this server")
 
@@ -100,7 +110,7 @@ class Tokens:
                 return
             if not settled:
                 return
-            fresh = self._read(stamp)
+            fresh = self._read()
         except ConfigError as error:
             if error.message != self._complaint:
                 log.error("the token file was not taken over, the old tokens stay: %s", error.message)
@@ -121,16 +131,11 @@ class Tokens:
             raise ConfigError(f"cannot read the token file {self._path}: {error.strerror}") from error
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
-    def _read(self, stamp: Stamp) -> dict[str, bytes]:
-        if stamp[1] > _MAX_FILE_BYTES:
-            raise ConfigError(f"the token file {self._path} is larger than {_MAX_FILE_BYTES} bytes")
+    def _read(self) -> dict[str, bytes]:
         try:
-            text = self._path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot read the token file {self._path}: {error.strerror}") from error
+            return parse_tokens(read_small(self._path, "token file", most_bytes=_MAX_FILE_BYTES).decode("utf-8-sig"))
         except UnicodeDecodeError as error:  # whose text would show bytes of the file
             raise ConfigError(f"the token file {self._path} is no UTF-8 text") from error
-        return parse_tokens(text)
 
     def client(self, authorization: str) -> Client:
         """Whose token it is.

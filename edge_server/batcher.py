@@ -53,11 +53,6 @@ class TailTimes:
         times = self._by_key.setdefault(key, {})
         times[size] = tail_ns if size not in times else times[size] + _SMOOTHING * (tail_ns - times[size])
 
-    def forget(self, key: Hashable) -> None:
-        """A model left."""
-        self._by_key.pop(key, None)
-        self._run_ns.pop(key, None)
-
     def estimate_ns(self, key: Hashable, size: int, now_ns: int) -> int:
         """Expected time of a batch of ``size``; 0 while nothing is known, or nothing recent."""
         times = self._by_key.get(key)

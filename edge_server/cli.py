@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
+import math
 import resource
+import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edge_server.config import (
@@ -23,6 +27,8 @@ from edge_server.config import (
 from edge_server.memory import keep_freed_memory
 from protos.errors import ConfigError, HeadtailError
 from protos.logs import FORMATS, say, set_up
+from protos.process import leave, steady_streams
+from protos.version import package_version
 
 log = logging.getLogger("edge_server")
 
@@ -42,8 +48,13 @@ exit codes: 0 done, 2 a wrong setting or missing package, 4 a bundle is absent o
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="edge-server", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="edge-server",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    p.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     p.add_argument(
         "--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help="address; port 0 picks a free one (default %(default)s)"
     )
@@ -120,13 +131,19 @@ def _replicas(text: str) -> tuple[int, int]:
         raise ConfigError(f"--replicas must be N or MIN:MAX, got {text!r}") from None
 
 
+def _scaled(option: str, value: float, factor: float) -> int:
+    if not math.isfinite(value):
+        raise ConfigError(f"{option} must be a finite number, got {value}")
+    return int(value * factor)
+
+
 def config_from(args: argparse.Namespace) -> ServerConfig:
     """The parsed arguments as a checked configuration.
 
     Raises:
         ConfigError: a value is out of range.
     """
-    payload_bytes = int(args.max_payload_mib * (1 << 20))
+    payload_bytes = _scaled("--max-payload-mib", args.max_payload_mib, 1 << 20)
     return ServerConfig(
         listen=args.listen, models=tuple(args.model or [DEFAULT_MODEL]), backend=args.backend, grace_s=args.grace_s,
         port_file=args.port_file, parent_pid=args.parent_pid, metrics_port=args.metrics_port,
@@ -137,7 +154,8 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
             max_connections=args.max_connections,
         ),
         batch=BatchConfig(
-            max_batch=args.max_batch, max_delay_ns=int(args.max_batch_delay_ms * 1e6), max_queue=args.max_queue
+            max_batch=args.max_batch, max_delay_ns=_scaled("--max-batch-delay-ms", args.max_batch_delay_ms, 1e6),
+            max_queue=args.max_queue,
         ),
         tail=TailConfig(
             threads=args.tail_threads, device=args.tail_device, cpus=_cpus(args.tail_cpus), decode_threads=args.decode_threads
@@ -159,15 +177,30 @@ def _open_files(needed: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
+        with contextlib.suppress(OSError, ValueError):  # where the system allows fewer than the limit says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
     if soft != resource.RLIM_INFINITY and soft < needed:
         log.warning("this process may open %d files, fewer than --max-connections and what else it needs (%d)", soft, needed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    """Runs the command; returns the exit code.
+
+    Args:
+        argv: the command line; None: the process's own, which ends with this call.
+    """
+    own = argv is None
+    if own:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a reload that is asked for before there is anything to load
+        steady_streams()
+    code = _run(build_parser().parse_args(argv))
+    if own:
+        leave(code)
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
     set_up(args.log_level, args.log_format, sys.stderr)
     try:
         config = config_from(args)
@@ -175,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.warning("%s is open to other machines without TLS or token: anyone who reaches it can use it", config.listen)
         keep_freed_memory()
         _open_files(config.limits.max_connections + 256)
-        return asyncio.run(_serve(config))
+        asyncio.run(_serve(config))
+        return 0
     except HeadtailError as error:
         say(
             f"edge-server: {error.message}", args.log_format, sys.stderr, logger="edge_server",
@@ -190,21 +224,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-async def _serve(config: ServerConfig) -> int:
+class _Abandoned(ThreadPoolExecutor):
+    """Threads that nobody waits for at the end: reading a bundle, or making one, may take minutes."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """See concurrent.futures."""
+        del wait, cancel_futures
+        super().shutdown(wait=False, cancel_futures=True)
+
+
+async def _serve(config: ServerConfig) -> None:
+    asyncio.get_running_loop().set_default_executor(_Abandoned(thread_name_prefix="server"))
     try:
         from edge_server.server import EdgeServer
     except ImportError as error:
         from protos.errors import MissingDependencyError
 
         raise MissingDependencyError(f"{error.name} is not installed; the server needs: pip install 'headtail[server]'") from error
-    server = EdgeServer(config)
-    try:
-        await server.start()
-    except BaseException:
-        await server.close()
-        raise
-    await server.run()
-    return 0
+    await EdgeServer(config).serve()
 
 
 if __name__ == "__main__":

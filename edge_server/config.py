@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from protos.errors import ConfigError
 from protos.messages import MAX_PAYLOAD_BYTES
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
 DEFAULT_MODEL = "efficientnet-lite0"
+MAX_FRAME_BYTES = 64 << 20
+
+
+_HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?\]")
+_MANY = 1 << 20
+_DAY_S = 86_400.0
+_CPUS = 4096
+
+
+def _check(settings: Any, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Every named field of ``settings`` lies within its bounds; what is no number (nan) lies nowhere.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for name, (lowest, highest) in bounds.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+            raise ConfigError(f"{name} must be {lowest}..{highest}, got {value!r}")
 
 
 def split_address(text: str) -> tuple[str, int]:
@@ -19,7 +41,7 @@ def split_address(text: str) -> tuple[str, int]:
         ConfigError: no port, or one outside 0..65535.
     """
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
+    if not colon or not _HOST.fullmatch(host) or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise ConfigError(f"{text!r} is no address; give host:port, for instance 0.0.0.0:50051 or [::]:50051")
     return host, int(port)
 
@@ -80,18 +102,24 @@ class Limits:
     layer_wait_ns: int = 2_000_000_000
 
     def __post_init__(self) -> None:
-        if not 1024 <= self.max_payload_bytes <= MAX_PAYLOAD_BYTES:
-            raise ConfigError(f"max_payload_bytes must be 1024..{MAX_PAYLOAD_BYTES}")
+        counts = (
+            "max_pixels", "max_sessions", "max_connections", "max_in_flight", "max_unary_in_flight", "max_calls",
+            "max_health_calls", "max_health_calls_per_host", "max_fetches", "max_fetches_per_client", "min_fetch_bytes_per_s",
+        )  # fmt: skip
+        durations = ("hello_s", "write_s", "handshake_s", "keepalive_s", "idle_s")
+        _check(
+            self,
+            dict.fromkeys(counts, (1, 1 << 24))
+            | dict.fromkeys(durations, (0.001, _DAY_S))
+            | {
+                "max_payload_bytes": (1024, MAX_PAYLOAD_BYTES),
+                "max_frame_bytes": (1024, MAX_FRAME_BYTES),
+                "max_pending_bytes": (1024, 1 << 40),
+                "layer_wait_ns": (1, int(_DAY_S * 1e9)),
+            },
+        )
         if self.max_frame_bytes < self.max_payload_bytes or self.max_pending_bytes < self.max_frame_bytes:
             raise ConfigError("max_pending_bytes >= max_frame_bytes >= max_payload_bytes is required")
-        counts = (
-            self.max_sessions, self.max_connections, self.max_in_flight, self.max_unary_in_flight, self.max_calls,
-            self.max_health_calls, self.max_health_calls_per_host, self.max_fetches_per_client, self.min_fetch_bytes_per_s,
-        )  # fmt: skip
-        if min(self.max_pixels, self.max_fetches, self.layer_wait_ns, *counts) < 1:
-            raise ConfigError("every limit must be at least 1")
-        if min(self.hello_s, self.write_s, self.handshake_s, self.keepalive_s, self.idle_s) <= 0:
-            raise ConfigError("hello_s, write_s, handshake_s, keepalive_s and idle_s must be positive")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,10 +139,9 @@ class BatchConfig:
     margin_ns: int = 1_000_000
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_batch <= 1024 or not 1 <= self.max_queue <= 1 << 20:
-            raise ConfigError("max_batch must be 1..1024 and max_queue 1..1048576")
-        if not 0 <= self.max_delay_ns <= 1_000_000_000 or self.margin_ns < 0:
-            raise ConfigError("max_delay must be 0..1000 ms and the margin not negative")
+        second_ns = 1_000_000_000
+        bounds = {"max_batch": (1, 1024), "max_queue": (1, _MANY), "max_delay_ns": (0, second_ns), "margin_ns": (0, second_ns)}
+        _check(self, bounds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,8 +161,9 @@ class TailConfig:
     decode_threads: int = 2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threads <= 1024 or not 1 <= self.decode_threads <= 64:
-            raise ConfigError("tail threads must be 0..1024 and decode threads 1..64")
+        _check(self, {"threads": (0, 1024), "decode_threads": (1, 64)})
+        if not all(0 <= cpu < _CPUS for cpu in self.cpus):
+            raise ConfigError(f"--tail-cpus must be core numbers below {_CPUS}, for instance 0,1, got {self.cpus}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,8 +190,7 @@ class RayConfig:
         lowest, highest = self.replicas
         if not 1 <= lowest <= highest <= 1000:
             raise ConfigError("--replicas must be N or MIN:MAX with 1 <= MIN <= MAX <= 1000")
-        if min(self.cpus_per_replica, self.gpus_per_replica, self.tails_per_replica) < 0:
-            raise ConfigError("cores, GPUs and tails per replica must not be negative")
+        _check(self, {"cpus_per_replica": (0, _CPUS), "gpus_per_replica": (0, _CPUS), "tails_per_replica": (0, _MANY)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,8 +219,12 @@ class SecurityConfig:
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
         quotas = (self.max_sessions_per_token, self.frames_per_s_per_token, self.bytes_per_s_per_token)
-        if min(quotas) < 0:
-            raise ConfigError("quotas must not be negative")
+        _check(
+            self,
+            {
+                "max_sessions_per_token": (0, _MANY), "frames_per_s_per_token": (0, _MANY), "bytes_per_s_per_token": (0, 1 << 40),
+            },
+        )  # fmt: skip
         if any(quotas) and self.token_file is None:
             raise ConfigError("quotas count per token; give --token-file as well")
 
@@ -238,10 +269,13 @@ class ServerConfig:
             raise ConfigError("give at least one --model")
         if self.backend not in ("embedded", "ray"):
             raise ConfigError(f"backend {self.backend!r} is unknown; there are embedded and ray")
-        if not 0 <= self.grace_s <= 3600 or self.linger_s < 0:
-            raise ConfigError("the grace must be 0..3600 s and the linger not negative")
-        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
-            raise ConfigError("the metrics port must be 0..65535")
+        if not all(self.models):
+            raise ConfigError("--model must be a model's name or a bundle's directory, got an empty text")
+        _check(self, {"grace_s": (0, 3600), "linger_s": (0, 3600)})
+        if self.metrics_port is not None:
+            _check(self, {"metrics_port": (0, 65535)})
+        if self.parent_pid is not None:
+            _check(self, {"parent_pid": (1, 1 << 22)})
 
     @property
     def exposed(self) -> bool:

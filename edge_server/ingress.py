@@ -14,6 +14,8 @@ import grpc.aio
 from edge_server.assembly import read_frame
 from edge_server.auth import caller
 from edge_server.fetch import FetchSlots, chunks
+from edge_server.loading import bring_up_to_date
+from edge_server.models import Model
 from edge_server.quota import Client
 from edge_server.session import Services, Session
 from edge_server.status import translated
@@ -43,6 +45,7 @@ class Ingress:
         self.services = services
         self._fetches = FetchSlots(services.limits)
         self._retiring: set[asyncio.Task[None]] = set()
+        self._reloading = asyncio.Lock()
         self.draining = False
 
     def drain(self, grace_ns: int) -> None:
@@ -153,18 +156,20 @@ class Ingress:
         return pb.InferResponse(result=result.to_proto())
 
     async def reload(self) -> None:
-        """Reads the bundles from disk again and puts changed ones into use; sessions are told."""
-        loop = asyncio.get_running_loop()
-        for model in await loop.run_in_executor(None, self.services.store.changed):
+        """Reads the bundles from disk again and puts changed ones into use; sessions are told. What cannot be used is logged."""
+        async with self._reloading:
             try:
-                await self.services.backend.load(model.bundle)
+                failures = await bring_up_to_date(self.services.store, self.services.backend, self._on_used)
             except HeadtailError as error:
-                log.error("%s: kept as it was: %s", model.name, error.message)
-                continue
-            old = self.services.store.replace(model)
-            log.info("%s: bundle %s replaces %s", model.name, model.sha256[:12], old.sha256[:12])
-            for session in self.sessions:
-                session.tell_replaced(model)
+                failures = [error]
+        for failure in failures:
+            log.error("kept as it was: %s", failure.message)
+
+    def _on_used(self, model: Model, old: Model | None) -> None:
+        log.info("%s: bundle %s replaces %s", model.name, model.sha256[:12], old.sha256[:12] if old else "none")
+        for session in self.sessions:
+            session.tell_replaced(model)
+        if old is not None:
             self._retire(old.sha256)
 
     def _retire(self, sha256: str) -> None:

@@ -85,51 +85,57 @@ def locate(name_or_path: str) -> Path:
 class ModelStore:
     """All models of a server, by name; the first is the default.
 
+    A source that cannot be read or run is left out until it can be: it blocks none of the others.
+
     Args:
         sources: names or directories, in the order given on the command line.
     """
 
     def __init__(self, sources: Sequence[str]) -> None:
         self._sources = tuple(sources)
-        self._models: dict[str, Model] = {}
+        self._in_use: dict[str, Model] = {}  # by source, in the sources' order
 
-    def open(self) -> list[Model]:
-        """Opens every source.
+    def read(self) -> tuple[list[tuple[str, Model]], list[HeadtailError]]:
+        """Reads every source; returns (source, model) of those whose bundle is not in use, and why others cannot be read.
 
         Raises:
-            BundleError: one is unreadable, or two have the same name.
+            UnknownModelError: a source is neither a directory nor a default's name.
+            BundleError: two bundles have the same name.
         """
-        found: dict[str, Model] = {}
+        fresh: list[tuple[str, Model]] = []
+        failures: list[HeadtailError] = []
+        names: dict[str, str] = {}
         for source in self._sources:
-            model = open_model(locate(source))
-            if model.name in found:
-                raise BundleError(f"two bundles are named {model.name!r}; a server's models need distinct names")
-            found[model.name] = model
-        self._models = found
-        return list(found.values())
-
-    def changed(self) -> list[Model]:
-        """Reads every source again and returns the models whose bundle is another now; they are not in use yet.
-
-        One that cannot be read is logged and left as it was.
-        """
-        fresh = []
-        for source, old in zip(self._sources, list(self._models.values()), strict=True):
             try:
                 model = open_model(locate(source))
-                if model.name != old.name:
-                    raise BundleError(f"{source} now holds {model.name!r} instead of {old.name!r}; restart the server for that")
+            except UnknownModelError:
+                raise
             except HeadtailError as error:
-                log.error("%s: kept as it was: %s", old.name, error.message)
+                failures.append(error)
                 continue
-            if model.sha256 != old.sha256:
-                fresh.append(model)
-        return fresh
+            except Exception as error:
+                log.exception("%s cannot be read", source)
+                failures.append(BundleError(f"{source} cannot be read: {type(error).__name__}: {error}"))
+                continue
+            old = self._in_use.get(source)
+            if old is not None and old.name != model.name:
+                failures.append(
+                    BundleError(f"{source} now holds {model.name!r} instead of {old.name!r}; restart the server for that")
+                )
+            elif names.setdefault(model.name, source) != source or self._sources.count(source) > 1:
+                twice = BundleError(f"two bundles are named {model.name!r}; a server's models need distinct names")
+                if not self._in_use:
+                    raise twice
+                failures.append(twice)
+            elif old is None or old.sha256 != model.sha256:
+                fresh.append((source, model))
+        return fresh, failures
 
-    def replace(self, model: Model) -> Model:
-        """Puts a changed model into use; returns the one it replaces."""
-        old = self._models[model.name]
-        self._models[model.name] = model
+    def use(self, source: str, model: Model) -> Model | None:
+        """Puts a model into use; returns the one it replaces."""
+        old = self._in_use.get(source)
+        found = {**self._in_use, source: model}
+        self._in_use = {each: found[each] for each in self._sources if each in found}
         return old
 
     def get(self, name: str) -> Model:
@@ -138,12 +144,14 @@ class ModelStore:
         Raises:
             UnknownModelError: there is none; the message lists those there are.
         """
+        models = self.all()
         if not name:
-            return next(iter(self._models.values()))
-        if name not in self._models:
-            raise UnknownModelError(f"this server does not hold {name[:100]!r}; it holds {', '.join(self._models)}")
-        return self._models[name]
+            return models[0]
+        for model in models:
+            if model.name == name:
+                return model
+        raise UnknownModelError(f"this server does not hold {name[:100]!r}; it holds {', '.join(m.name for m in models)}")
 
     def all(self) -> list[Model]:
-        """Every model, the default first."""
-        return list(self._models.values())
+        """Every model in use, the default first."""
+        return list(self._in_use.values())

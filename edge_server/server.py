@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
+import threading
 import time
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from edge_server import wire
+from edge_server import preflight, wire
 from edge_server.answering import Answerer
 from edge_server.auth import TokenInterceptor, Tokens
 from edge_server.backends import Backend
@@ -25,14 +27,17 @@ from edge_server.bandwidth import BandwidthManager
 from edge_server.config import SecurityConfig, ServerConfig, split_address
 from edge_server.gate import Gate
 from edge_server.ingress import Ingress
+from edge_server.loading import bring_up_to_date
 from edge_server.metrics import Metrics, NoMetrics, PrometheusMetrics
-from edge_server.models import ModelStore
+from edge_server.models import Model, ModelStore
 from edge_server.open_inference import OpenInference
 from edge_server.quota import Client
 from edge_server.session import Services
 from edge_server.tracing import NoTracing, Traces
-from protos.errors import ConfigError
+from protos.errors import ConfigError, HeadtailError, InternalError
+from protos.process import leave
 from protos.tracing import open_spans
+from protos.version import package_version
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +45,7 @@ _POLL_S = 0.5
 _TOKEN_POLL_S = 0.5
 _LAG_POLL_S = 0.05
 _LATE_S = 0.01
-
-
-def _version() -> str:
-    try:
-        return version("headtail")
-    except PackageNotFoundError:
-        return "0"
+_CLOSE_S = 0.9  # for what is closed behind the grace, before it is left to the system
 
 
 def channel_options(config: ServerConfig) -> list[tuple[str, Any]]:
@@ -93,7 +92,11 @@ class EdgeServer:
         self._anyone = Client()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # set at import
         self._server: grpc.aio.Server | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: HeadtailError | None = None
+        self._watchdog: threading.Timer | None = None
+        self._reload_wanted = False
+        self._closed = False
 
     async def start(self) -> None:
         """Opens the bundles, loads the tails and listens.
@@ -101,20 +104,21 @@ class EdgeServer:
         Raises:
             HeadtailError: a setting, bundle, certificate or address cannot be used.
         """
-        store = ModelStore(self.config.models)
-        loop = asyncio.get_running_loop()
-        models = await loop.run_in_executor(None, store.open)
+        await asyncio.get_running_loop().run_in_executor(None, preflight.check, self.config)
         if self.config.metrics_port is not None:
             metrics = PrometheusMetrics()
             self.metrics_port = metrics.serve(self.config.metrics_port)
             self._metrics = metrics
-        spans = open_spans("headtail-server", _version(), self.config.otel_endpoint)
+        spans = open_spans("headtail-server", package_version(), self.config.otel_endpoint)
         if spans is not None:
             self.tracing = Traces(spans)
         self._backend = backend = await self._make_backend()
-        for model in models:
-            await backend.load(model.bundle)
-            log.info("%s: bundle %s ready", model.name, model.sha256[:12])
+        store = ModelStore(self.config.models)
+        failures = await bring_up_to_date(store, backend, _on_ready)
+        for failure in failures if store.all() else failures[1:]:
+            log.error("one model is not served: %s", failure.message)
+        if not store.all():
+            raise failures[0]
         self._answerer = Answerer(
             backend,
             self.config.limits,
@@ -124,10 +128,10 @@ class EdgeServer:
             tracing=self.tracing,
         )
         bandwidth = BandwidthManager()
-        self._spawn(_watch_lag(bandwidth))
+        self._spawn(_watch_lag(bandwidth), "the watch of the event loop")
         services = Services(
             store=store, backend=backend, answerer=self._answerer, bandwidth=bandwidth, limits=self.config.limits,
-            metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=_version(),
+            metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=package_version(),
         )  # fmt: skip
         self._anyone = Client(max_unary=self.config.limits.max_unary_in_flight)
         self._ingress = Ingress(services, self._anyone)
@@ -142,7 +146,9 @@ class EdgeServer:
             return backend
         from edge_server.backends.embedded import EmbeddedBackend
 
-        return EmbeddedBackend(self.config.batch, self.config.tail, time.monotonic_ns)
+        return EmbeddedBackend(
+            self.config.batch, self.config.tail, time.monotonic_ns, on_death=functools.partial(self._fail, "the tail's thread")
+        )
 
     async def _listen(self) -> None:
         assert self._ingress is not None  # noqa: S101 - start() made it
@@ -152,7 +158,7 @@ class EdgeServer:
         if self.config.security.token_file is not None:
             tokens = Tokens(self.config.security, max_unary=limits.max_unary_in_flight)
             interceptors.insert(0, TokenInterceptor(tokens, on_refused))
-            self._spawn(_refresh(tokens))
+            self._spawn(_refresh(tokens), "the watch of the token file")
         server = grpc.aio.server(
             interceptors=interceptors,
             options=channel_options(self.config),
@@ -177,31 +183,61 @@ class EdgeServer:
         log.info("listening on %s", self.address)
         if self.config.port_file is not None:
             _write_whole(self.config.port_file, self.address + "\n")
+        if self._reload_wanted:
+            self.reload()
 
     # ------------------------------------------------------------ running
 
-    async def run(self) -> None:
-        """Serves until `stop`, SIGTERM or SIGINT, or until the parent process is gone; then drains."""
+    async def serve(self) -> None:
+        """Starts and serves until `stop`, SIGTERM or SIGINT, or until the parent process is gone; then drains.
+
+        The process's signals are this server's from here on, while it starts as well.
+
+        Raises:
+            HeadtailError: it cannot start, or a part without which it cannot serve has died.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
         loop.add_signal_handler(signal.SIGHUP, self.reload)
         if self.config.parent_pid is not None:
-            self._spawn(self._watch_parent(self.config.parent_pid))
-        await self._stopping.wait()
-        await self.drain()
+            self._spawn(self._watch_parent(self.config.parent_pid), "the watch of the parent process")
+        starting, stopping = asyncio.create_task(self.start()), asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                await stopping
+                await _within(self.drain(), self.config.grace_s + _CLOSE_S)
+            else:
+                log.info("told to stop before the start was complete")
+                starting.cancel()
+                await asyncio.wait({starting}, timeout=_CLOSE_S)
+        finally:
+            stopping.cancel()
+            await _within(self.close(), _CLOSE_S)
+            if self._watchdog is not None:
+                self._watchdog.cancel()
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self) -> None:
         """Begins the end; a second time ends at once."""
         if self._stopping.is_set():
             log.warning("stopping at once")
-            os._exit(130)
+            leave(130)
         self._stopping.set()
+        # Should the event loop itself be held up, by a library that keeps Python's lock.
+        self._watchdog = threading.Timer(self.config.grace_s + 2 * _CLOSE_S, leave, (0,))
+        self._watchdog.daemon = True
+        self._watchdog.start()
 
     def reload(self) -> None:
-        """Reads the bundles from disk again, in the background."""
-        if self._ingress is not None:
-            self._spawn(self._ingress.reload())
+        """Reads the bundles from disk again, in the background; during the start, once it is complete."""
+        if self._ingress is None:
+            self._reload_wanted = True
+        elif not self._stopping.is_set():
+            self._spawn(self._ingress.reload(), "the reading of bundles", vital=False)
 
     async def drain(self) -> None:
         """Health says NOT_SERVING, sessions are told, what is in flight is answered; bounded by the grace."""
@@ -223,7 +259,10 @@ class EdgeServer:
         await self.close()
 
     async def close(self) -> None:
-        """Frees what the server holds, without waiting for sessions."""
+        """Frees what the server holds, without waiting for sessions. A second time there is nothing left to do."""
+        if self._closed:
+            return
+        self._closed = True
         if self._server is not None:
             await self._server.stop(0)
             self._server = None
@@ -239,20 +278,55 @@ class EdgeServer:
         if isinstance(self.tracing, Traces):
             await asyncio.get_running_loop().run_in_executor(None, self.tracing.close)
         if self.config.port_file is not None:
-            self.config.port_file.unlink(missing_ok=True)
+            _remove_own(self.config.port_file, self.address)
         log.info("stopped")
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], what: str, *, vital: bool = True) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if task.cancelled() or (error := task.exception()) is None:
+                return
+            if vital:
+                self._fail(what, error)
+            else:
+                log.error("%s failed", what, exc_info=error)
+
+        task.add_done_callback(done)
+
+    def _fail(self, what: str, error: BaseException) -> None:
+        """A part without which nothing can be served has died: health says so, and the process ends with a message."""
+        log.critical("%s has died; the server ends", what, exc_info=error)
+        if self._failure is None:
+            self._failure = InternalError(f"{what} has died ({type(error).__name__}: {error}); the log says where")
+        if not self._stopping.is_set():
+            self.stop()
 
     async def _watch_parent(self, pid: int) -> None:
         first = os.getppid()
         while os.getppid() == first and _alive(pid):
             await asyncio.sleep(_POLL_S)
         log.info("process %d, which started this server, is gone", pid)
-        self._stopping.set()
+        if not self._stopping.is_set():
+            self.stop()
+
+
+async def _within(work: Coroutine[Any, Any, None], seconds: float) -> None:
+    """The work's result; past its time it is left where it is."""
+    task = asyncio.create_task(work)
+    done, _ = await asyncio.wait({task}, timeout=seconds)
+    if not done:
+        log.warning("not everything could be closed within %g s", seconds)
+        task.cancel()
+    else:
+        task.result()
+
+
+def _on_ready(model: Model, old: Model | None) -> None:
+    del old
+    log.info("%s: bundle %s ready", model.name, model.sha256[:12])
 
 
 async def _refresh(tokens: Tokens) -> None:
@@ -298,19 +372,9 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
 def _credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
     if security.tls_cert is None or security.tls_key is None:
         return None
-    ca = _pem(security.tls_client_ca) if security.tls_client_ca else None
-    pair = (_pem(security.tls_key), _pem(security.tls_cert))
+    ca = preflight.read_pem(security.tls_client_ca) if security.tls_client_ca else None
+    pair = (preflight.read_pem(security.tls_key), preflight.read_pem(security.tls_cert))
     return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
-
-
-def _pem(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    if b"-----BEGIN " not in data:
-        raise ConfigError(f"{path} is no PEM file")
-    return data
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -323,3 +387,10 @@ def _write_whole(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise ConfigError(f"cannot write the port file {path}: {error.strerror}") from error
+
+
+def _remove_own(path: Path, address: str) -> None:
+    """Removes a port file, unless it names another server by now."""
+    with contextlib.suppress(OSError):
+        if address and path.read_text(encoding="utf-8").strip() == address:
+            path.unlink()

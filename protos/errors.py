@@ -163,6 +163,22 @@ def _tree(root: type[HeadtailError]) -> dict[str, type[HeadtailError]]:
 BY_CODE: dict[str, type[HeadtailError]] = _tree(HeadtailError)
 
 
+def from_peer(code: str, message: str, *, retryable: bool | None = None) -> HeadtailError:
+    """The error a peer reports, as this side sees it: what is the peer's own fault is not ours.
+
+    Args:
+        code: the peer's; one that is unknown here makes a ``ProtocolError``.
+        message: the peer's.
+        retryable: the peer's; None: as that kind of error is.
+    """
+    kind = BY_CODE.get(code)
+    if kind is None:
+        return ProtocolError(f"{message} (code {code[:40]!r}, which this side does not know)", retryable=retryable)
+    if kind.exit_code == InternalError.exit_code:
+        return ModelError(f"the peer failed: {message}", retryable=retryable)
+    return kind(message, retryable=retryable)
+
+
 def from_code(code: str, message: str, *, retryable: bool | None = None) -> HeadtailError:
     """Rebuilds the error a peer reported; an unknown code becomes the root class."""
     return BY_CODE.get(code, HeadtailError)(message, retryable=retryable)

@@ -6,6 +6,7 @@ with its traceback where there is one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -68,5 +69,6 @@ def say(text: str, form: str, stream: TextIO, *, logger: str, extra: Mapping[str
     if form == "json":
         logging.getLogger(logger).critical("%s", text, extra=dict(extra))
     else:
-        stream.write(f"{printable(text)}\n")
-        stream.flush()
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.write(f"{printable(text)}\n")
+            stream.flush()

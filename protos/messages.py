@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from protos.errors import HeadtailError, LimitError, PayloadError, ProtocolError, from_code
+from protos.errors import HeadtailError, LimitError, PayloadError, ProtocolError, from_peer
 from protos.headtail.v1 import headtail_pb2 as pb
 
 PROTOCOL_VERSION: Final = 1
@@ -23,7 +23,7 @@ CHUNK_BYTES: Final = 256 << 10
 MAX_TRACEPARENT_CHARS: Final = 55
 MAX_TOP: Final = 1000
 MAX_BOXES: Final = 5000
-MAX_CLASS_ID: Final = 10**6
+MAX_CLASS_ID: Final = 10**5
 MAX_DURATION_NS: Final = 3600 * 10**9
 MAX_BITRATE_BPS: Final = 10**13
 MAX_BATCH: Final = 1 << 16
@@ -217,7 +217,7 @@ def _outcome_from_proto(message: pb.Result) -> tuple[Answer | None, HeadtailErro
     which = message.WhichOneof("outcome")
     if which == "error":
         e = message.error
-        return None, from_code(e.code, e.message, retryable=e.retryable)
+        return None, from_peer(e.code, e.message, retryable=e.retryable)
     if which == "classification":
         top = message.classification.top
         _check_count(len(top), MAX_TOP, "classes")

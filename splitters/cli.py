@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any, Self
 
-from protos.errors import ConfigError, HeadtailError
+from protos.errors import ConfigError, StorageError
+from protos.version import package_version
+from splitters.commands.failures import as_known
 
 VERBS = {
     "profile": "what every candidate cut of a model would cost",
@@ -21,9 +27,12 @@ VERBS = {
     "inspect": "show what a bundle holds and verify it",
 }
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 EPILOG = """\
 exit codes: 0 done; 2 wrong argument or missing extra; 3 no input found; 4 bundle unreadable; 11 model cannot be
-loaded, cut or run; 12 nothing can be written there; 1 our own fault (the log says more).
+loaded, cut or run; 12 nothing can be written there, or standard output was
+closed; 130 and 143 interrupted; 1 our own fault (the log says more).
 """
 
 
@@ -35,6 +44,7 @@ def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     parser.add_argument("--verbose", action="store_true", help="log what is being done")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in verbs:
@@ -50,18 +60,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = [word for word in arguments if word in known]
     args = build_parser(named[:1] or known).parse_args(arguments)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        code: int = args.run(args)
-    except HeadtailError as error:
-        print(f"splitters {args.verb}: {error.message}", file=sys.stderr)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        missing = ConfigError(f"the package {error.name!r} is not installed; run: pip install 'headtail[server,train,zoo]'")
-        print(f"splitters {args.verb}: {missing.message}", file=sys.stderr)
-        return missing.exit_code
-    except KeyboardInterrupt:
-        return 130
+    with _Interrupts() as interrupts:
+        try:
+            code: int = args.run(args)
+            sys.stdout.flush()
+        except ModuleNotFoundError as error:
+            missing = ConfigError(f"the package {error.name!r} is not installed; run: pip install 'headtail[server,train,zoo]'")
+            print(f"splitters {args.verb}: {missing.message}", file=sys.stderr)
+            return missing.exit_code
+        except BrokenPipeError:  # whoever read us has had enough; without this the interpreter would complain at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return StorageError.exit_code
+        except (Exception, KeyboardInterrupt) as error:
+            if interrupts.number or isinstance(error, KeyboardInterrupt):  # whatever a library makes of it, it is one
+                return 128 + (interrupts.number or signal.SIGINT)
+            failure = as_known(error)
+            if failure is None:
+                raise
+            print(f"splitters {args.verb}: {failure.message}", file=sys.stderr)
+            return failure.exit_code
     return code
+
+
+class _Interrupts:
+    """Turns SIGINT and SIGTERM into ``KeyboardInterrupt``, so that whatever is half written is removed, and remembers them."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: list[Any] = []
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = [signal.signal(number, self._take) for number in _SIGNALS]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in zip(_SIGNALS, self._before, strict=False):
+            signal.signal(number, handler)
+
+    def _take(self, number: int, _frame: object) -> None:
+        self.number = number
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

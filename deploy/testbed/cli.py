@@ -20,6 +20,7 @@ from deploy.testbed.study import ALL_POLICIES, Condition, Job, pool_rows, run_jo
 from deploy.testbed.synthetic import KINDS
 from deploy.testbed.workload import Workload, find_workload
 from protos.errors import ConfigError, HeadtailError
+from protos.version import package_version
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 
@@ -38,7 +39,7 @@ exit codes: 0 done; 2 a wrong argument or scenario; 4 the bundle is unreadable; 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         code: int = args.run(args)
@@ -51,13 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="edge-testbed",
         description="What a split-computing system does on a bad network: simulated, shaped or relayed.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     parser.add_argument("--verbose", action="store_true", help="log what is being done")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 

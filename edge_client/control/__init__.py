@@ -16,7 +16,7 @@ from edge_client.control.budget import GrantBudget
 from edge_client.control.config import ControlConfig
 from edge_client.control.controller import Controller
 from edge_client.control.decision import Candidate, Decision, Explanation, Local, LocalOption, Offload, Skip, Split
-from edge_client.control.estimator import Estimator, NetworkEstimate
+from edge_client.control.estimator import Estimator
 from edge_client.control.window import CreditWindow
 from splitters.bundle.offload import OffloadOption
 
@@ -31,7 +31,6 @@ __all__ = [
     "GrantBudget",
     "Local",
     "LocalOption",
-    "NetworkEstimate",
     "Offload",
     "OffloadOption",
     "Skip",

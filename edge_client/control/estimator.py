@@ -13,7 +13,6 @@ simple model gets wrong is kept as it is, see ``lateness``: the tail is the meas
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 from edge_client.control.config import ControlConfig
 from edge_client.control.lateness import Lateness
@@ -43,21 +42,6 @@ _STALE_NS, _DOUBLING_NS = 1_500_000_000, 2_000_000_000
 _LEAST_NS_PER_BYTE = 8.0  # 1 Gbit/s
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NetworkEstimate:
-    """A summary for people and logs; the controller reads the estimator itself."""
-
-    delivery_bps_p05: float
-    delivery_bps_p50: float
-    rtt_ns_p50: int
-    rtt_ns_p95: int
-    server_ns_p50: int
-    server_ns_p95: int
-    backlog_bytes: int
-    in_flight: int
-    connected: bool
-
-
 class _InFlight:
     __slots__ = ("n_bytes", "predicted_ns", "scale_ns", "sent_ns")
 
@@ -85,7 +69,6 @@ class Estimator:
         self.backlog_bytes = 0
         self.grant_max_in_flight = 0
         self._flight: dict[int, _InFlight] = {}
-        self._rates = SlidingQuantile(size=size, age_ns=window)
         self._rtts = SlidingQuantile(size=size, age_ns=window)
         self._servers = SlidingQuantile(size=size, age_ns=window)
         self.lateness = Lateness(window)
@@ -300,21 +283,6 @@ class Estimator:
             grown = self._learnt_ns_per_byte / 2.0 ** min(30.0, (idle_ns - _STALE_NS) / _DOUBLING_NS)
             self.ns_per_byte = max(least, grown)
 
-    def estimate(self) -> NetworkEstimate:
-        """The summary."""
-        rate = self.delivery_bps
-        return NetworkEstimate(
-            delivery_bps_p05=self._rates.quantile(0.05, rate),
-            delivery_bps_p50=self._rates.quantile(0.5, rate),
-            rtt_ns_p50=int(self.rtt_ns(0.5)),
-            rtt_ns_p95=int(self.rtt_ns(0.95)),
-            server_ns_p50=int(self.server_ns),
-            server_ns_p95=int(self._servers.quantile(0.95, self._server_prior_ns)),
-            backlog_bytes=self.backlog_bytes,
-            in_flight=len(self._flight),
-            connected=self.connected,
-        )
-
     # ------------------------------------------------------------------ inside
 
     def _pop(self, frame_id: int) -> _InFlight | None:
@@ -361,4 +329,3 @@ class Estimator:
         ordered = sorted(cost for _, cost in recent)
         quantile = _LOSSY_QUANTILE if self.repair_ns > 0 else _RECENT_QUANTILE
         self._learnt_ns_per_byte = self.ns_per_byte = ordered[int(quantile * len(ordered))]
-        self._rates.add(8e9 * n_bytes / service_ns, now_ns)

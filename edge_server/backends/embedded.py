@@ -21,14 +21,15 @@ from edge_server.backends import Load, TailAnswer, TailWork
 from edge_server.backends.recent import Recent
 from edge_server.batcher import BatchQueue, Waiting
 from edge_server.config import BatchConfig, TailConfig
-from protos.errors import DrainingError, HeadtailError, ModelError, UnknownModelError
+from edge_server.machine import check_cpus
+from protos.errors import DrainingError, HeadtailError, InternalError, ModelError, UnknownModelError
 from protos.messages import Answer, PayloadKind
 from splitters.bundle import Bundle
 from splitters.runtime.tail import Tail, load_tail
 
 log = logging.getLogger(__name__)
 
-_JOIN_S = 5.0
+_JOIN_S = 5.0  # for a run of the tail that is under way
 _SWITCH_S = 0.0005  # Python's own 5 ms let a busy event loop hold up the tail's thread for a good part of a batch
 
 Outcome = TailAnswer | HeadtailError
@@ -51,9 +52,21 @@ class EmbeddedBackend:
         batch: how frames wait.
         tail: device, threads and cores.
         clock: monotonic ns.
+        on_death: told, on the event loop, why the tail's thread has ended before it was closed.
+
+    Raises:
+        ConfigError: this process has not the cores the thread shall be pinned to.
     """
 
-    def __init__(self, batch: BatchConfig, tail: TailConfig, clock: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        batch: BatchConfig,
+        tail: TailConfig,
+        clock: Callable[[], int],
+        *,
+        on_death: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        check_cpus(tail.cpus)
         self._config = tail
         self._clock = clock
         self._queue: BatchQueue[_Job] = BatchQueue(batch)
@@ -61,12 +74,14 @@ class EmbeddedBackend:
         self._tails: dict[str, Tail] = {}
         self._recent = Recent()
         self._closing = False
+        self._in_hand: list[_Job] = []  # taken from the queue by the tail's thread
+        self._on_death = on_death
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="tail-loader")
         self._loading = 0  # loads under way
         self._unprepared: list[Tail] = []
         self._loop = asyncio.get_running_loop()
         sys.setswitchinterval(min(_SWITCH_S, sys.getswitchinterval()))
-        self._thread = threading.Thread(target=self._work, name="tail", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="tail", daemon=True)
         self._thread.start()
 
     async def load(self, bundle: Bundle) -> None:
@@ -120,6 +135,8 @@ class EmbeddedBackend:
         with self._wake:
             if self._closing:
                 raise DrainingError("the server is shutting down")
+            if not self.alive:
+                raise InternalError("the tail's thread has ended; the server's log says why")
             if work.bundle_sha256 not in self._tails:
                 raise UnknownModelError(f"no tail of bundle {work.bundle_sha256[:12]} is loaded")
             self._queue.add(_key(work), work.deadline_ns, self._clock(), job)
@@ -158,6 +175,18 @@ class EmbeddedBackend:
             if torch.get_num_threads() != self._config.threads:
                 torch.set_num_threads(self._config.threads)
 
+    def _live(self) -> None:
+        """The thread's life; should it end by an error, nothing waits for it in vain."""
+        try:
+            self._work()
+        except BaseException as error:
+            log.critical("the tail's thread has ended", exc_info=error)
+            with self._wake:
+                left = self._in_hand + [w.item for w in self._queue.clear()]
+            self._deliver([(job, InternalError("the tail's thread has ended; the server's log says why")) for job in left])
+            if self._on_death is not None and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._on_death, error)
+
     def _work(self) -> None:
         if self._config.cpus:
             os.sched_setaffinity(0, self._config.cpus)  # this thread only
@@ -168,6 +197,7 @@ class EmbeddedBackend:
                     break
                 batch = self._queue.take(self._clock())
                 refusals: list[tuple[_Job, Outcome]] = [(w.item, self._queue.refusal(w, self._clock())) for w in batch.refused]
+                self._in_hand = [w.item for w in (*batch.refused, *batch.run)]
             self._deliver(refusals)
             if batch.run:
                 self._deliver(self._answer(batch.run))

@@ -56,6 +56,12 @@ class AnyCutConfig:
     small: tuple[int, ...] = (48, 96, 144, 192)
     task: str = "classification"
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.channels <= 4096 or self.shrink < 0:
+            raise ConfigError(
+                f"a latent has 1..4096 channels and shrinks by 0 (chosen) or more, got {self.channels} and {self.shrink}"
+            )
+
 
 _AUTO_MATCHES = 3
 _CHUNK = 16
@@ -210,6 +216,17 @@ def _raw(cutter: Cutter, tail: fx.GraphModule) -> tuple[RawOutput, ...]:
     return tuple(r for r in raw_outputs(nodes, shapes) if r.node in inside)
 
 
+def fused_channels(model: nn.Module, example: Tensor, config: AnyCutConfig) -> int:
+    """How many channels cross the cut once they are fused to one map: a latent holds nothing more in further ones.
+
+    Raises:
+        ConfigError: what crosses the cut has no grid.
+        CutError: no such cut.
+    """
+    crossings = describe(Cutter(model, example).split(config.at).latent_shapes, config.at)
+    return Gather(crossings, latent_grid(crossings, config.shrink or _shrink(crossings, example.shape[-2]))).channels
+
+
 def build_any(model: nn.Module, example: Tensor, config: AnyCutConfig, sample: Tensor | None) -> tuple[StagedModel, LearnedSplit]:
     """Teacher and untrained student around any cut.
 
@@ -225,6 +242,7 @@ def build_any(model: nn.Module, example: Tensor, config: AnyCutConfig, sample: T
     """
     cutter = Cutter(model, example)
     split = cutter.split(config.at)
+    cutter.partitioner.check_payload(config.at)
     crossings = describe(split.latent_shapes, config.at)
     gather = Gather(crossings, latent_grid(crossings, config.shrink or _shrink(crossings, example.shape[-2])))
     taps = _taps(cutter, split, config)

@@ -85,7 +85,7 @@ def sensitive_start(project: nn.Conv2d, linear: nn.Conv2d, fused: Tensor, metric
         metric: from ``output_metric``.
 
     Returns:
-        Standard deviation of each latent channel, (C,), falling.
+        Standard deviation of each latent channel, (C,), falling; 0 of those for which no component is left, where C is above F.
     """
     rows = fused.permute(0, 2, 3, 1).reshape(-1, fused.shape[1]).double()
     mean = rows.mean(0)
@@ -96,10 +96,13 @@ def sensitive_start(project: nn.Conv2d, linear: nn.Conv2d, fused: Tensor, metric
     c = min(project.out_channels, len(mean))
     basis = basis.flip(1)[:, :c]
     encode, decode = (basis.T @ into).float(), (back @ basis).float()
+    project.weight.zero_()
     project.weight[:c, :, 0, 0] = encode
+    narrow(project.bias, nn.Parameter).zero_()
     narrow(project.bias, nn.Parameter)[:c] = -(encode @ mean.float())
     linear.weight.zero_()
     linear.weight[:, :c, 0, 0] = decode
     narrow(linear.bias, nn.Parameter).copy_(mean.float())
-    deviation: Tensor = spread.flip(0)[:c].clamp_min(0).sqrt().float()
+    deviation = torch.zeros(project.out_channels)
+    deviation[:c] = spread.flip(0)[:c].clamp_min(0).sqrt().float()
     return deviation

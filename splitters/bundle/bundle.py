@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from protos.errors import BundleError, ConfigError, StorageError
+from protos.errors import BundleError, ConfigError
+from splitters.bundle.draft import Draft
 from splitters.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -34,9 +33,17 @@ OFFLOADS = "offloads.json"
 
 
 def cache_dir() -> Path:
-    """``$HEADTAIL_CACHE``, or ``~/.cache/headtail``: fetched and exported bundles, device timings."""
-    configured = os.environ.get("HEADTAIL_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "headtail"
+    """``$HEADTAIL_CACHE``, or ``~/.cache/headtail``: fetched and exported bundles, device timings.
+
+    Raises:
+        ConfigError: neither is known.
+    """
+    if configured := os.environ.get("HEADTAIL_CACHE"):
+        return Path(configured)
+    try:
+        return Path.home() / ".cache" / "headtail"
+    except RuntimeError:
+        raise ConfigError("this user has no home directory; HEADTAIL_CACHE names a place for bundles") from None
 
 
 def exported_path(name: str) -> Path:
@@ -151,11 +158,8 @@ class BundleWriter:
         if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out} exists and is no bundle; choose another --out")
         self._out = out
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            self._dir = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        except OSError as error:
-            raise StorageError(f"{out} cannot be written: {error.strerror}; default bundles go to $HEADTAIL_CACHE") from error
+        self._draft = Draft(out)
+        self._dir = self._draft.path
         self._sides: dict[str, Side] = {}
 
     def file(self, path: str, side: Side) -> Path:
@@ -184,17 +188,14 @@ class BundleWriter:
         manifest = Manifest(parts=parts, format_version=FORMAT_VERSION, **fields)
         (self._dir / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         open_bundle(self._dir)
-        self._dir.chmod(0o755)
-        if self._out.exists():
-            shutil.rmtree(self._out)
-        self._dir.rename(self._out)
+        self._draft.publish()
         return open_bundle(self._out)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        shutil.rmtree(self._dir, ignore_errors=True)
+        self._draft.__exit__(kind, error, trace)
 
 
 def _describe(root: Path, path: str, side: Side) -> Part:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from protos.errors import BundleError
+from protos.schema import checked, read_json
+from protos.text import printable
 
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 8 << 20
@@ -17,7 +22,13 @@ MAX_PART_BYTES = 2 << 30
 MAX_PARTS = 1024
 MAX_PATH_CHARS = 200
 MAX_PATH_DEPTH = 4
+MAX_NAME_CHARS = 100
+MAX_LABEL_CHARS = 200
+MAX_LABELS = 100_000
+MAX_LATENTS = 64
+MAX_ELEMENTS = 1 << 26
 MANIFEST = "manifest.json"
+_MAX_MEAN = 1e4
 _PATH = re.compile(r"[A-Za-z0-9._+=/-]+")
 
 Task = Literal["classification", "detection"]
@@ -102,10 +113,10 @@ class Preprocess:
 
     resize: Literal["shortest", "letterbox", "stretch"]
     size_px: tuple[int, int]
-    resize_px: int = 0
+    resize_px: Annotated[int, msgspec.Meta(ge=0, le=16_384)] = 0
     interpolation: Literal["auto", "area", "bilinear", "bicubic"] = "auto"
     anchor: Literal["top_left", "centre"] = "top_left"
-    pad: int = 114
+    pad: Annotated[int, msgspec.Meta(ge=0, le=255)] = 114
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     channel_order: Literal["rgb", "bgr"] = "rgb"
@@ -118,12 +129,12 @@ class Preprocess:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise BundleError(f"preprocess.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if len(self.size_px) != 2 or not all(8 <= s <= 8192 for s in self.size_px):
+        if not all(8 <= s <= 8192 for s in self.size_px):
             raise BundleError(f"preprocess.size_px must be (height, width), 8..8192 each, got {self.size_px}")
         if self.resize == "shortest" and self.resize_px < max(self.size_px):
             raise BundleError("preprocess.resize_px must be at least the larger side of size_px for resize=shortest")
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
-            raise BundleError("preprocess.mean and .std need three numbers each, std positive")
+        if not all(abs(m) <= _MAX_MEAN for m in self.mean) or not all(1 / _MAX_MEAN <= s <= _MAX_MEAN for s in self.std):
+            raise BundleError(f"preprocess.mean and .std need three numbers each, at most {_MAX_MEAN:g}, std positive")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +156,7 @@ class LocalModel:
 
     path: str
     preprocess: Preprocess
-    accuracy: float = 0.0
+    accuracy: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     accuracy_metric: str = "unmeasured"
 
 
@@ -173,6 +184,15 @@ class Manifest:
     licence: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.name) <= MAX_NAME_CHARS:
+            raise BundleError(f"a bundle's name has 1..{MAX_NAME_CHARS} characters")
+        if len(self.labels) > MAX_LABELS:
+            raise BundleError(f"a bundle has at most {MAX_LABELS} labels, this one {len(self.labels)}")
+        sizes = [math.prod(shape) for shape in self.latent_shape]
+        if len(sizes) > MAX_LATENTS or any(n < 1 for shape in self.latent_shape for n in shape) or sum(sizes) > MAX_ELEMENTS:
+            raise BundleError(f"a bundle has at most {MAX_LATENTS} latents of together at most {MAX_ELEMENTS} elements")
 
     def part(self, path: str) -> Part:
         """The part at ``path``.
@@ -202,47 +222,25 @@ def parse_manifest(text: str | bytes) -> Manifest:
     Raises:
         BundleError: too large, not JSON, of another format version, or a field missing, unknown or out of range.
     """
-    if len(text) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"manifest.json has {len(text)} bytes; at most {MAX_MANIFEST_BYTES} are allowed")
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise BundleError(f"manifest.json is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise BundleError("manifest.json must be an object")
-    version = data.get("format_version")
+    raw = read_json(text, dict[str, Any], what=MANIFEST, limit=MAX_MANIFEST_BYTES)
+    version = raw.get("format_version")
     if version != FORMAT_VERSION:
         raise BundleError(f"the bundle has format version {version!r}, this headtail reads {FORMAT_VERSION}; export it again")
-    try:
-        return _build(data)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise BundleError(f"manifest.json cannot be read: {type(error).__name__}: {error}") from error
-
-
-def parse_preprocess(data: Mapping[str, Any]) -> Preprocess:
-    """What ``dataclasses.asdict`` made of a ``Preprocess``, or JSON of that."""
-    sequences = {k: tuple(data[k]) for k in ("size_px", "mean", "std") if k in data}
-    return Preprocess(**{**data, **sequences})
-
-
-def _build(data: dict[str, Any]) -> Manifest:
-    local = data.get("local")
-    data = {
-        **data,
-        "preprocess": parse_preprocess(data["preprocess"]),
-        "parts": tuple(Part(**p) for p in data["parts"]),
-        "labels": {int(k): str(v) for k, v in data["labels"].items()},
-        "latent_shape": tuple(tuple(int(d) for d in shape) for shape in data["latent_shape"]),
-        "head": Head(**data["head"]),
-        "local": LocalModel(**{**local, "preprocess": parse_preprocess(local["preprocess"])}) if local else None,
-    }
-    if data["task"] not in ("classification", "detection"):
-        raise BundleError(f"task must be classification or detection, got {data['task']!r}")
-    manifest = Manifest(**cast("Any", data))
+    manifest = checked(raw, Manifest, what=MANIFEST)
     check_parts(manifest.parts)
     named = [manifest.head.stem, *manifest.head.graphs.values(), manifest.codec, "operating_points.json"]
     named += [p for p in (manifest.head.prefilter, manifest.local.path if manifest.local else None) if p]
     for path in named:
         if manifest.part(path).side != "device":
             raise BundleError(f"part {path!r} is needed on the device but is not marked side=device")
-    return manifest
+    labels = {key: printable(label, max_chars=MAX_LABEL_CHARS) for key, label in manifest.labels.items()}
+    return replace(manifest, name=printable(manifest.name), labels=labels)
+
+
+def parse_preprocess(data: Mapping[str, Any]) -> Preprocess:
+    """What ``dataclasses.asdict`` made of a ``Preprocess``, or JSON of that.
+
+    Raises:
+        BundleError: a field is missing, unknown or out of range.
+    """
+    return checked(dict(data), Preprocess, what="preprocess")

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import BundleError, ConfigError, ModelError
+from protos.schema import checked, read_json
 from splitters.bundle.operating_point import Quantiles
 
 Picture = NDArray[np.uint8]
@@ -27,6 +28,8 @@ _LADDER: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "webp": ((12, 30, 60), (160, 224)),
 }
 _SAME_MS = 0.3
+_MAX_OPTIONS = 256
+_MAX_SIZE_PX = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +54,10 @@ class OffloadOption:
     def __post_init__(self) -> None:
         if self.format not in _QUALITY_FLAG:
             raise ConfigError(f"offload format must be jpeg or webp, got {self.format!r}")
-        if not 1 <= self.quality <= 100 or self.size_px < 0:
-            raise ConfigError(f"offload quality must be 1..100 and size_px not negative, got {self.quality} and {self.size_px}")
+        if not 1 <= self.quality <= 100 or not 0 <= self.size_px <= _MAX_SIZE_PX:
+            raise ConfigError(
+                f"offload quality must be 1..100 and size_px 0..{_MAX_SIZE_PX}, got {self.quality} and {self.size_px}"
+            )
         if not 0 <= self.accuracy <= 1:
             raise ConfigError(f"offload accuracy must be a fraction 0..1, got {self.accuracy}")
 
@@ -123,11 +128,18 @@ def load_offloads(text: str | bytes) -> tuple[OffloadOption, ...]:
         BundleError: not JSON, or an option cannot be read.
     """
     try:
-        return tuple(offload_from_json(row) for row in json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
-        raise BundleError(f"offloads.json cannot be read: {error}") from error
+        offloads = read_json(text, tuple[OffloadOption, ...], what="offloads.json")
+    except ConfigError as error:
+        raise BundleError(f"offloads.json cannot be read: {error.message}") from error
+    if len(offloads) > _MAX_OPTIONS:
+        raise BundleError(f"offloads.json lists {len(offloads)} options; at most {_MAX_OPTIONS} are allowed")
+    return offloads
 
 
 def offload_from_json(data: Mapping[str, Any]) -> OffloadOption:
-    """From plain JSON types."""
-    return OffloadOption(**{**data, **{k: Quantiles(**data[k]) for k in ("payload_bytes", "encode_ms")}})
+    """From plain JSON types.
+
+    Raises:
+        BundleError: a field is missing, unknown or of the wrong type.
+    """
+    return checked(dict(data), OffloadOption, what="an offload option")

@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import isfinite
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from protos.errors import BundleError
+from protos.schema import checked, read_json
+
+MAX_POINTS = 4096
+_MAX_QUANTITY = 1e12  # bytes or milliseconds
+Count = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+Name = Annotated[str, msgspec.Meta(max_length=100)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,8 +26,8 @@ class Quantiles:
     p95: float
 
     def __post_init__(self) -> None:
-        if not (isfinite(self.p50) and isfinite(self.p95)) or self.p50 < 0 or self.p95 < 0:
-            raise BundleError(f"quantiles must be finite and not negative, got p50={self.p50}, p95={self.p95}")
+        if not (0 <= self.p50 <= _MAX_QUANTITY and 0 <= self.p95 <= _MAX_QUANTITY):
+            raise BundleError(f"quantiles must lie in 0..{_MAX_QUANTITY:g}, got p50={self.p50}, p95={self.p95}")
 
 
 UNMEASURED = Quantiles(p50=0.0, p95=0.0)
@@ -48,15 +55,15 @@ class OperatingPoint:
     """
 
     id: int
-    encoders: int = 1
+    encoders: Count = 1
     width: float = 1.0
-    channels: int
-    bits: float
-    codec_point: str = ""
+    channels: Count
+    bits: Annotated[float, msgspec.Meta(gt=0, le=64)]
+    codec_point: Name = ""
     graphs: tuple[str, ...] = ()
     payload_bytes: Quantiles = field(default=UNMEASURED)
     accuracy: float = 0.0
-    accuracy_metric: str = "unmeasured"
+    accuracy_metric: Name = "unmeasured"
     head_ms: Quantiles = field(default=UNMEASURED)
     pareto: bool = True
 
@@ -81,15 +88,7 @@ class OperatingPoint:
         Raises:
             BundleError: a field is missing, unknown or out of range.
         """
-        try:
-            known = dict(data)
-            known["graphs"] = tuple(known.get("graphs", ()))
-            for name in ("payload_bytes", "head_ms"):
-                if name in known:
-                    known[name] = Quantiles(**known[name])
-            return cls(**known)
-        except TypeError as error:
-            raise BundleError(f"operating point {data.get('id', '?')} cannot be read: {error}") from error
+        return checked(dict(data), cls, what="an operating point")
 
 
 def _dominates(a: OperatingPoint, b: OperatingPoint) -> bool:
@@ -102,11 +101,6 @@ def mark_pareto(points: Iterable[OperatingPoint]) -> list[OperatingPoint]:
     """The same points with ``pareto`` set where no other is at least as good in bytes, head ms and accuracy."""
     all_points = list(points)
     return [replace(p, pareto=not any(_dominates(q, p) for q in all_points)) for p in all_points]
-
-
-def pareto_frontier(points: Iterable[OperatingPoint]) -> list[OperatingPoint]:
-    """The non-dominated points, fewest bytes first."""
-    return sorted((p for p in mark_pareto(points) if p.pareto), key=lambda p: (p.payload_bytes.p50, p.head_ms.p50))
 
 
 def best_point(points: Sequence[OperatingPoint]) -> OperatingPoint:
@@ -125,13 +119,9 @@ def load_points(text: str | bytes) -> tuple[OperatingPoint, ...]:
     Raises:
         BundleError: not JSON, empty, ids repeated, or a point is invalid.
     """
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise BundleError(f"operating_points.json is not JSON: {error}") from error
-    if not isinstance(data, list) or not data or not all(isinstance(p, dict) for p in data):
-        raise BundleError("operating_points.json must be a non-empty list of objects")
-    points = tuple(OperatingPoint.from_json(p) for p in data)
+    points = read_json(text, tuple[OperatingPoint, ...], what="operating_points.json")
+    if not 1 <= len(points) <= MAX_POINTS:
+        raise BundleError(f"operating_points.json lists {len(points)} points; 1..{MAX_POINTS} are allowed")
     if len({p.id for p in points}) != len(points):
         raise BundleError("operating_points.json holds the same id twice")
     return points

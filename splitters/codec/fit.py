@@ -116,7 +116,7 @@ def refit_predicted(
         raise ConfigError(f"clips need the codec's gains, {tables.tiers} x {tables.channels}")
     index, arrays = unpack_tables(part)
     kept = {f"intra/{name}": arrays[f"intra/{name}"] for name in (*WEIGHT_NAMES, "tables")}
-    told = {name: index[name] for name in ("channels", "layers", "tiers", "radius")}
+    told = {"channels": index.channels, "layers": list(index.layers), "tiers": index.tiers, "radius": index.radius}
     return pack_tables(told, kept | fit_predicted(clips, gains, progress=progress))
 
 

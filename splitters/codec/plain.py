@@ -8,6 +8,7 @@ Symbols lie in 0..2^bits-1; latent = low[channel] + step[channel] * symbol.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -65,7 +66,9 @@ class PlainCodec(LatentCodec):
         except (LookupError, TypeError, ValueError) as error:
             raise BundleError(f"codec.json does not hold a plain codec: {error!r}") from error
         self.point_ids = tuple(self._points)
-        self._sizes = [int(np.prod(shape, dtype=np.int64)) for shape in self.shapes]
+        if any(n < 1 for shape in self.shapes for n in shape):
+            raise BundleError("a plain codec's tensors have sides of at least 1")
+        self._sizes = [math.prod(shape) for shape in self.shapes]
         if not 1 <= len(self.shapes) <= MAX_TENSORS or not 1 <= sum(self._sizes) <= MAX_ELEMENTS:
             raise BundleError(f"a plain codec holds 1..{MAX_TENSORS} tensors of at most {MAX_ELEMENTS} elements")
         if not 1 <= len(self.point_ids) <= MAX_POINTS or len(self.point_ids) != len(spec["points"]):
@@ -78,8 +81,9 @@ class PlainCodec(LatentCodec):
         scales = []
         for entry, shape, axis in zip(point["tensors"], self.shapes, axes, strict=True):
             channels = shape[axis] if shape else 1
-            low = np.asarray(entry["low"], dtype=np.float32)
-            step = np.asarray(entry["step"], dtype=np.float32)
+            with np.errstate(over="ignore"):  # infinity is refused below
+                low = np.asarray(entry["low"], dtype=np.float32)
+                step = np.asarray(entry["step"], dtype=np.float32)
             if low.shape != (channels,) or step.shape != (channels,):
                 raise ValueError(f"{channels} channels need as many scales, got {low.shape} and {step.shape}")
             if not (np.isfinite(low).all() and np.isfinite(step).all() and (step > 0).all()):

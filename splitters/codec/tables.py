@@ -8,16 +8,18 @@ predicted frames in another form: its tables of symbols on their own are read, t
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
 from protos.errors import BundleError
+from protos.schema import read_json
 from splitters.codec.change import MAP_ROWS, MODE_ROWS, MODES, ChangeTables
 from splitters.codec.choice import Costs
 from splitters.codec.coder import TableSet
@@ -30,7 +32,6 @@ MAX_CHANNELS = 512
 MAX_TIERS = 64
 _MAGIC = b"HTCT"
 _MAX_BYTES = 32 * 2**20
-_DTYPES = ("<i2", "<u2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +104,26 @@ def pack_tables(tables: Mapping[str, Any], arrays: Mapping[str, NDArray[np.integ
     return zstandard.ZstdCompressor(level=19, write_content_size=True).compress(raw)
 
 
-def unpack_tables(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[np.integer[Any]]]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Array:
+    name: str
+    dtype: Literal["<i2", "<u2"]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Index:
+    """What the file says of itself."""
+
+    version: int
+    channels: int
+    layers: tuple[int, ...]
+    tiers: int
+    radius: int
+    arrays: tuple[_Array, ...]
+
+
+def unpack_tables(data: bytes) -> tuple[Index, dict[str, NDArray[np.integer[Any]]]]:
     """The file's index and its arrays by name, unchecked."""
     try:
         with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(data) as reader:
@@ -113,15 +133,14 @@ def unpack_tables(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[np.int
     if raw[:4] != _MAGIC or len(raw) > _MAX_BYTES or len(raw) < 8:
         raise BundleError("the codec's tables are not of this format")
     (size,) = struct.unpack_from("<I", raw, 4)
-    index = json.loads(raw[8 : 8 + size])
+    index = read_json(raw[8 : 8 + size], Index, what="the index of the codec's tables")
     at = 8 + size
-    arrays = {}
-    for entry in index["arrays"]:
-        shape = tuple(int(n) for n in entry["shape"])
-        if entry["dtype"] not in _DTYPES or any(not 0 <= n <= 2**20 for n in shape):
-            raise BundleError("the codec's tables hold an array of another type")
-        count = int(np.prod(shape, dtype=np.int64))
-        arrays[str(entry["name"])] = np.frombuffer(raw, dtype=entry["dtype"], count=count, offset=at).reshape(shape)
+    arrays: dict[str, NDArray[np.integer[Any]]] = {}
+    for entry in index.arrays:
+        count = math.prod(entry.shape)
+        if any(n < 0 for n in entry.shape) or 2 * count > len(raw) - at:
+            raise BundleError("the codec's tables are shorter than their index says")
+        arrays[entry.name] = np.frombuffer(raw, dtype=entry.dtype, count=count, offset=at).reshape(entry.shape)
         at += 2 * count
     if at != len(raw):
         raise BundleError("the codec's tables are longer than their index says")
@@ -136,16 +155,15 @@ def read_tables(data: bytes) -> Tables:
     """
     try:
         index, arrays = unpack_tables(data)
-        if index.get("version") not in _READABLE:
-            raise BundleError(f"the codec's tables have version {index.get('version')!r}, this release reads 1 and 2")
-        channels, tiers, radius = int(index["channels"]), int(index["tiers"]), int(index["radius"])
-        layers = tuple(int(n) for n in index["layers"])
+        if index.version not in _READABLE:
+            raise BundleError(f"the codec's tables have version {index.version}, this release reads 1 and {TABLES_VERSION}")
+        channels, tiers, radius, layers = index.channels, index.tiers, index.radius, index.layers
         if not (1 <= channels <= MAX_CHANNELS and 1 <= tiers <= MAX_TIERS and 1 <= radius <= 256):
             raise BundleError("the codec's tables name impossible sizes")
         if not layers or layers[-1] != channels or any(b <= a for a, b in zip((0, *layers), layers, strict=False)):
             raise BundleError("the codec's layers must rise and end at the last channel")
         intra = _read_mode(arrays, "intra", channels, layers, tiers, radius)
-        known = index["version"] == TABLES_VERSION and "predicted/tables" in arrays
+        known = index.version == TABLES_VERSION and "predicted/tables" in arrays
         predicted = _read_predicted(arrays, channels, tiers, radius) if known else None
         return Tables(channels=channels, layers=layers, radius=radius, intra=intra, predicted=predicted)
     except (LookupError, TypeError, ValueError, struct.error) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,14 +64,17 @@ def run(args: argparse.Namespace) -> int:
     print(f"{bundle.manifest.name} cut at {args.at}: {bundle.path} (sha256 {bundle.sha256[:16]}…)")
     print(f"  latents {list(bundle.manifest.latent_shape)}; head and tail are the model: relative difference "
           f"{proof.relative_difference:.1e} at batches {list(proof.batches)}, in ONNX {written.onnx_difference:.1e}; "
-          f"1 % of a latent moves the output by {min(proof.sensitivity):.1e} or more")  # fmt: skip
+          f"replacing a latent moves the output by {min(proof.sensitivity):.1e} or more")  # fmt: skip
+    for warning in proof.warnings:
+        print(f"splitters cut: warning: {warning}", file=sys.stderr)
     print(f"  point bits  payload p50     p95   head ms (scales and bytes from {written.photos} photographs)")
     for p in bundle.points:
         print(f"  {p.id:5} {p.bits:4.0f} {p.payload_bytes.p50:10.0f} B {p.payload_bytes.p95:7.0f} {p.head_ms.p50:8.2f}")
     if args.json:
         print(json.dumps({
             "path": str(bundle.path), "sha256": bundle.sha256, "at": args.at, "relative_difference": proof.relative_difference,
-            "onnx_difference": written.onnx_difference, "points": [p.to_json() for p in bundle.points],
+            "onnx_difference": written.onnx_difference, "warnings": list(proof.warnings),
+            "points": [p.to_json() for p in bundle.points],
         }))  # fmt: skip
     return 0
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError
+from splitters.commands.progress import Progress
 from splitters.commands.serving_arguments import add_serving_arguments, described
 
 if TYPE_CHECKING:
@@ -48,7 +50,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--cache", type=Path, help="where decoded photos lie (default: in OUT)")
     parser.add_argument("--fit", type=int, default=240, help="photos the probability tables are fitted on (default: %(default)s)")
-    parser.add_argument("--tag", help=argparse.SUPPRESS)
     _add_any(parser)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.set_defaults(run=run)
@@ -79,7 +80,9 @@ def _add_any(parser: argparse.ArgumentParser) -> None:
 
 
 def _any(args: argparse.Namespace) -> TrainConfig:
-    from splitters.bottleneck.learned_any import AnyCutConfig
+    from torch import nn
+
+    from splitters.bottleneck.learned_any import AnyCutConfig, fused_channels
     from splitters.cutting.sources import load_source
     from splitters.training.recipes import any_cut
 
@@ -101,6 +104,9 @@ def _any(args: argparse.Namespace) -> TrainConfig:
         at=args.at, stem_at=args.stem_at, match=tuple(args.match), task=args.task, shrink=args.shrink,
         channels=args.channels or (96 if detects else 32),
     )  # fmt: skip
+    if isinstance(source.model, nn.Module) and (most := fused_channels(source.model, source.example, cut)) < cut.channels:
+        print(f"{most} channels cross at {args.at}: the latent has {most}, not {cut.channels}", file=sys.stderr)
+        cut = replace(cut, channels=most)
     config = any_cut(
         args.model, cut, weights=args.weights, size_px=height, steps=args.steps or 3000, batch=32,
         target_bytes=tuple(args.bytes), serving={**described(source, args).to_json(), "licence": args.licence},
@@ -111,14 +117,24 @@ def _any(args: argparse.Namespace) -> TrainConfig:
 def _config(args: argparse.Namespace) -> TrainConfig:
     from splitters.training.recipes import recipe
 
+    for name, least in (
+        ("steps", 1),
+        ("batch", 1),
+        ("hold_out", 0),
+        ("seed", 0),
+        ("threads", 1),
+        ("fit", 1),
+        ("channels", 1),
+        ("size", 16),
+    ):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if args.recipe == "any":
         config = _any(args)
     else:
         config = recipe(args.recipe)
         if args.steps:
-            config = replace(
-                config, stages=tuple(replace(s, steps=max(1, s.steps * args.steps // config.steps)) for s in config.stages)
-            )
+            config = config.scaled(args.steps)
     config = replace(config, seed=args.seed, single=args.single_point)
     if args.start:
         config = replace(config, start=str(args.start))
@@ -128,9 +144,8 @@ def _config(args: argparse.Namespace) -> TrainConfig:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, with a progress bar."""
+    """Trains, with a progress bar; a signal saves and stops."""
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from splitters.training.loop import StepReport
     from splitters.training.run import run_training
@@ -140,42 +155,47 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     stopped: list[int] = []
     last: list[StepReport] = []
-    previous = [signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[told]}"),
-    )
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int, _frame: object) -> None:
+        stopped.append(number)
+        if len(stopped) > 1:
+            raise KeyboardInterrupt
+
+    def decoding(done: int, total: int, told: str) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        show(done, total, told)
+
+    previous = [signal.signal(s, stop) for s in signals]
     try:
-        with Progress(*columns) as bar:
-            task = bar.add_task(args.recipe, total=config.steps, told="")
+        with Progress(args.recipe) as show:
 
             def on_step(report: StepReport) -> None:
                 last[:] = [report]
                 told = f"loss {report.loss:.3f}  distortion {report.distortion:.3f}  latent {report.latent:.3f}"
                 told += f"  bytes {report.tier_bytes[0]:.0f} … {report.tier_bytes[-1]:.0f}"
-                bar.update(task, completed=report.step, told=told)
+                show(report.step, config.steps, told)
 
-            run_training(
-                config,
-                args.data,
-                args.out,
-                device=args.device,
-                on_step=on_step,
-                stop=lambda: bool(stopped),
-                cache=args.cache,
-                fit=args.fit,
-            )
+            trained = run_training(
+                config, args.data, args.out, device=args.device, on_step=on_step, stop=lambda: bool(stopped), cache=args.cache,
+                fit=args.fit, decoding=decoding,
+            )  # fmt: skip
     finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), previous, strict=True):
+        for number, handler in zip(signals, previous, strict=True):
             signal.signal(number, handler)
-    done = last[0].step if last else config.steps
-    print(f"{args.out}: {done} of {config.steps} steps; `splitters export {args.out} --out BUNDLE` makes it a bundle")
+    if trained.unreadable:
+        print(f"{len(trained.unreadable)} photos could not be read and were left out; the first is {trained.unreadable[0]}")
+    if trained.complete:
+        print(f"{args.out}: {trained.step} of {trained.steps} steps; `splitters export {args.out} --out BUNDLE` makes it a bundle")
+    else:
+        print(f"{args.out}: stopped after {trained.step} of {trained.steps} steps; the same command goes on from there")
     if args.json:
-        told = {"out": str(args.out), "steps": done, "of": config.steps}
+        told = {
+            "out": str(args.out), "steps": trained.step, "of": trained.steps, "complete": trained.complete,
+            "unreadable": len(trained.unreadable),
+        }  # fmt: skip
         if last:
             told |= {"loss": last[0].loss, "distortion": last[0].distortion, "tier_bytes": list(last[0].tier_bytes)}
         print(json.dumps(told))
-    return 0
+    return 0 if trained.complete else 128 + stopped[0]

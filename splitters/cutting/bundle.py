@@ -29,7 +29,7 @@ from splitters.codec import calibrate_plain, codec_from_spec
 from splitters.cutting.checks import inference
 from splitters.cutting.onnx_export import export_onnx
 from splitters.cutting.split import Cutter, Split
-from splitters.cutting.verify import Verification
+from splitters.cutting.verify import PICTURES, Verification
 from splitters.tasks.preprocess import Frame, preprocess
 
 log = logging.getLogger(__name__)
@@ -111,17 +111,19 @@ def write_bundle(cutter: Cutter, at: str, photos: Sequence[Frame], serving: Serv
     if not photos:
         raise SourceError("photographs are needed to choose the codec's scales: give --photos DIR")
     split = cutter.split(at)
+    cutter.partitioner.check_payload(at)
     if not split.dynamic_batch:
         raise CutError(
             f"{serving.name} works only with a fixed batch of {cutter.trace.batches[0]}, and a server must batch frames; "
             f"{' '.join(split.notes)}. Export the model with a free batch axis"
         )
     images = [preprocess(photo, serving.preprocess) for photo in photos]
-    first = torch.from_numpy(images[0])
-    verification = split.verify(first)
+    several = torch.from_numpy(np.concatenate(images[:PICTURES]))
+    first = several[:1]
+    verification = split.verify(several)
     names = [f"latent_{i}" for i in range(len(split.latent_names))]
     with BundleWriter(out) as writer, inference(cutter.model):
-        latents = split.head(first)
+        latents = split.head(first.clone())
         head_path, tail_path = writer.file("device/stem.onnx", "device"), writer.file("server/tail.onnx", "server")
         export_onnx(Contiguous(split.head), [first], head_path, inputs=["image"], outputs=names)
         outputs = [f"out_{i}" for i in range(_count(split.tail(*latents)))]
@@ -134,7 +136,7 @@ def write_bundle(cutter: Cutter, at: str, photos: Sequence[Frame], serving: Serv
             export_onnx(whole, [first], writer.file("device/local.onnx", "device"), inputs=["image"], outputs=answers)
             local = LocalModel(path="device/local.onnx", preprocess=serving.preprocess)
         head = open_session(head_path)
-        difference = _onnx_difference(split, head, open_session(tail_path), first)
+        difference = _onnx_difference(split, head, open_session(tail_path), several)
         spec, points = calibrate(head, images, split, serving.bits)
         writer.add("device/codec.json", json.dumps(spec).encode(), "device")
         bundle = writer.finish(
@@ -188,8 +190,7 @@ def flat(output: Any) -> Any:
 
 
 def _count(output: Any) -> int:
-    found = flat(output)
-    return len(found) if isinstance(found, tuple) else 1
+    return len(_tuple(flat(output)))
 
 
 def open_session(path: Path) -> ort.InferenceSession:
@@ -199,24 +200,28 @@ def open_session(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _onnx_difference(split: Split, head: ort.InferenceSession, tail: ort.InferenceSession, image: Tensor) -> float:
-    """Largest difference of the ONNX halves to the model over the largest output, at a batch of one and of three."""
+def _onnx_difference(split: Split, head: ort.InferenceSession, tail: ort.InferenceSession, images: Tensor) -> float:
+    """Largest difference of the ONNX halves to the model over the largest output: each picture alone, and all in one batch."""
+    rows = [images[i : i + 1] for i in range(len(images))]
+    singles = [_tuple(flat(split.model(row.clone()))) for row in rows]
+    # Frames that a server batches must not see one another: every row is what its picture gives alone.
+    together = tuple(torch.cat(parts) for parts in zip(*singles, strict=True))
     worst = 0.0
-    alone = flat(split.model(image))
-    for batch in (1, 3):
-        images = image.repeat(batch, 1, 1, 1)
-        # Frames that a server batches must not see one another: every row is what the image gives alone.
-        wanted = tuple(w.repeat(batch, *(1 for _ in w.shape[1:])) for w in (alone if isinstance(alone, tuple) else (alone,)))
-        latents = head.run(None, {"image": images.numpy()})
+    for batch, wanted in zip([*rows, images], [*singles, together], strict=True):
+        latents = head.run(None, {"image": batch.numpy()})
         got = tail.run(None, {i.name: latent for i, latent in zip(tail.get_inputs(), latents, strict=True)})
         for w, g in zip(wanted, got, strict=True):
             reference = w.numpy()
             if reference.shape != g.shape:
-                raise CutError(f"an output has shape {g.shape} for a batch of {batch}, expected {reference.shape}")
+                raise CutError(f"an output has shape {g.shape} for a batch of {len(batch)}, expected {reference.shape}")
             worst = max(worst, float(np.abs(reference - g).max()) / (float(np.abs(reference).max()) or 1.0))
-    if worst > ONNX_TOLERANCE:
+    if not worst <= ONNX_TOLERANCE:
         raise CutError(f"the ONNX halves differ from the model by {worst:.2g} of the largest output (allowed: {ONNX_TOLERANCE})")
     return worst
+
+
+def _tuple(found: Any) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 def calibrate(

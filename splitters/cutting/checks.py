@@ -75,14 +75,14 @@ def check_devices(model: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 
 def run_model(model: nn.Module, inputs: Sequence[Any]) -> Any:
-    """Runs the model as it is.
+    """Runs the model as it is, on copies of the inputs: it may change them in place.
 
     Raises:
         CutError: it fails on this input; names the module that failed and the shape it was given.
     """
     with ModuleTracker(model) as tracker, inference(model):
         try:
-            return model(*inputs)
+            return model(*(x.clone() if isinstance(x, Tensor) else x for x in inputs))
         except HeadtailError:
             raise
         except Exception as error:

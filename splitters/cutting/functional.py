@@ -104,6 +104,18 @@ def inline_regions(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+def drop_write_backs(graph: fx.Graph) -> None:
+    """Removes what a functional graph writes back at its end, into an input or a buffer that the model changed in place.
+
+    An input is the caller's own copy, and what a buffer remembers may not matter (`verify` refuses models that remember).
+    """
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and node.target is torch.ops.aten.copy_.default and not node.users:
+            into = node.args[0]
+            if isinstance(into, fx.Node) and into.op in {"placeholder", "get_attr"}:
+                graph.erase_node(node)
+
+
 def drop_checks(graph: fx.Graph) -> None:
     """Removes assertions about shapes and types, which belong to the whole graph's inputs, and dead nodes."""
     for node in reversed(list(graph.nodes)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +113,28 @@ class Partitioner:
             return "nothing that depends on the image crosses there"
         return "only the input itself crosses there, so the device would compute nothing"
 
-    def _neighbours(self, position: int) -> str:
-        cuts = self.candidates()
+    def not_float32(self, cut: Cut) -> tuple[fx.Node, ...]:
+        """The crossing tensors that a payload cannot carry: whole numbers, booleans, floats of another precision."""
+        infos = {n: self.trace.values[n][0] for n in cut.crossing}
+        return tuple(n for n, info in infos.items() if not (isinstance(info, TensorInfo) and info.dtype == torch.float32))
+
+    def check_payload(self, at: str) -> None:
+        """Refuses a cut that a latent codec could not carry exactly.
+
+        Raises:
+            CutError: a tensor that is no float32 crosses; names it, and the nearest cuts where none does.
+        """
+        cut = self.find(at)
+        for node in self.not_float32(cut):
+            kind = str(self.trace.values[node][0].dtype).removeprefix("torch.")
+            near = self._neighbours(cut.position, [c for c in self.candidates() if not self.not_float32(c)])
+            raise CutError(
+                f"{node.name!r} crosses the cut at {at!r} as {kind}, and payloads carry float32 tensors only: rounded, "
+                f"whole numbers and masks would come out as others; {near}"
+            )
+
+    def _neighbours(self, position: int, among: Sequence[Cut] | None = None) -> str:
+        cuts = self.candidates() if among is None else among
         before = [c.name for c in cuts if c.position < position][-1:]
         after = [c.name for c in cuts if c.position > position][:1]
         return "the nearest cuts are " + " and ".join(before + after) if before or after else "it has no cut at all"

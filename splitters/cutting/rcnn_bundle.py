@@ -9,6 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -21,6 +22,7 @@ from splitters.cutting.onnx_export import export_onnx
 from splitters.cutting.rcnn import PREFIX
 from splitters.cutting.sources import Source
 from splitters.cutting.split import Cutter
+from splitters.cutting.verify import PICTURES
 from splitters.tasks.preprocess import Frame, preprocess
 
 
@@ -92,10 +94,12 @@ def write_detector_bundle(
     spec = detector_preprocess(detector, size_px)
     images = [preprocess(photo, spec) for photo in photos]
     first = torch.from_numpy(images[0])
-    split = Cutter(detector.backbone, first).split(at.removeprefix(PREFIX))
+    cutter = Cutter(detector.backbone, first)
+    split = cutter.split(at.removeprefix(PREFIX))
+    cutter.partitioner.check_payload(split.at)
     if not split.dynamic_batch:
         raise CutError(f"{name}: {' '.join(split.notes)}")
-    verification = split.verify(first)
+    verification = split.verify(torch.from_numpy(np.concatenate(images[:PICTURES])))
     names = [f"latent_{i}" for i in range(len(split.latent_names))]
     with BundleWriter(out) as writer, inference(detector):
         path = writer.file("device/stem.onnx", "device")

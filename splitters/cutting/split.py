@@ -48,14 +48,16 @@ class Split:
     model: nn.Module = field(repr=False)
 
     def verify(self, inputs: Any, *, tolerance: float = 1e-4) -> Verification:
-        """Compares head ∘ tail with the model on ``inputs``, at two batch sizes, and shows that each latent matters.
+        """Compares head ∘ tail with the model on different pictures, alone and in one batch, and shows that each latent matters.
 
         Args:
-            inputs: like the example inputs; any batch size if the batch is dynamic.
+            inputs: like the example inputs; any batch size if the batch is dynamic. Where they hold fewer than three different
+                pictures, others are made of the first.
             tolerance: largest difference allowed, in standard deviations of the output.
 
         Raises:
-            CutError: the difference is larger, or 1 % of some latent moves the output by no more than ten tolerances.
+            CutError: the difference is larger; the model mixes the pictures of a batch or remembers them; or replacing some
+                latent moves the output by no more than ten tolerances.
         """
         return verify(
             self.model, self.head, self.tail, inputs,

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from protos.errors import CutError
 from splitters.cutting.checks import ModuleTracker, check_devices, first_line, inference, run_model
-from splitters.cutting.functional import drop_checks, inline_regions, make_functional
+from splitters.cutting.functional import drop_checks, drop_write_backs, inline_regions, make_functional
 
 Method = Literal["export", "fx"]
 _CHECK_BATCH = 3
@@ -72,10 +72,10 @@ def flat_inputs(example_inputs: Any) -> tuple[Tensor, ...]:
 
 
 def rebatch(inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
-    """The same inputs at another batch size: images repeat in turn; inputs without the batch axis stay."""
+    """Copies of the inputs at another batch size: images repeat in turn; inputs without the batch axis stay."""
     size = inputs[0].shape[0]
     index = torch.arange(batch) % size
-    return tuple(x[index.to(x.device)] if x.ndim and x.shape[0] == size else x for x in inputs)
+    return tuple(x[index.to(x.device)] if x.ndim and x.shape[0] == size else x.clone() for x in inputs)
 
 
 def trace(model: nn.Module, example_inputs: Any, *, method: Method | None = None) -> Trace:
@@ -155,6 +155,7 @@ def _of_program(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, 
     if not isinstance(module, fx.GraphModule):
         raise TypeError("torch.export returned no graph module")
     inline_regions(module)
+    drop_write_backs(module.graph)
     drop_checks(module.graph)
     spec = program.call_spec.out_spec
     if spec is None:

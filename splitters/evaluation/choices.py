@@ -9,13 +9,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import onnxruntime as ort
 
 from protos.errors import SourceError
 from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.bundle.offload import OffloadOption, compress, ladder, pareto_offloads, restore
 from splitters.evaluation.measure import Measured, Photos, quantiles, run_whole
+from splitters.runtime.sessions import open_graph
 from splitters.runtime.tail import Tail
 from splitters.tasks.postprocess import build_postprocess
 from splitters.tasks.preprocess import preprocess
@@ -89,9 +89,7 @@ def measure_local(bundle: Bundle, files: Sequence[Path], value: Value) -> float 
     model = bundle.manifest.local
     if model is None:
         return None
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(str(bundle.part_path(model.path)), options, providers=["CPUExecutionProvider"])
+    run = open_graph(bundle.part_path(model.path))
     post = dict(bundle.manifest.postprocess)
     if post.get("kind") == "yolox":
         post["kind"] = "dense_boxes"  # a local model's boxes are decoded already
@@ -101,6 +99,6 @@ def measure_local(bundle: Bundle, files: Sequence[Path], value: Value) -> float 
         frame = cv2.imread(str(file), cv2.IMREAD_COLOR)
         if frame is None:
             raise SourceError(f"{file} is no readable image")
-        outputs = session.run(None, {"image": preprocess(frame.astype(np.uint8, copy=False), model.preprocess)})
+        outputs = run([preprocess(frame.astype(np.uint8, copy=False), model.preprocess)])
         answers += answer(outputs, [(frame.shape[1], frame.shape[0])])
     return value(answers)

@@ -23,6 +23,7 @@ from splitters.bundle.manifest import Preprocess
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import LatentCodec
 from splitters.evaluation.image_codecs import Picture, Setting, decode, encode
+from splitters.runtime.sessions import open_session
 from splitters.runtime.tail import Tail
 from splitters.tasks.postprocess import SizePx
 from splitters.tasks.preprocess import geometry, input_image, normalise
@@ -90,12 +91,10 @@ class Device:
     """
 
     def __init__(self, bundle: Bundle, threads: int = 1) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         head = bundle.manifest.head
 
         def session(path: str) -> ort.InferenceSession:
-            return ort.InferenceSession(str(bundle.part_path(path)), options, providers=["CPUExecutionProvider"])
+            return open_session(bundle.part_path(path), threads=threads)
 
         self._spec = bundle.manifest.preprocess
         self.stem = session(head.stem)

@@ -13,7 +13,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from protos.errors import ConfigError, SourceError
@@ -22,6 +21,7 @@ from splitters.bottleneck.narrow import narrow
 from splitters.bundle import MANIFEST, Bundle, open_bundle, sha256_hex
 from splitters.evaluation.measure import Device
 from splitters.evaluation.prefilter import Array, passage_scores, passages, present, roc_auc
+from splitters.runtime.sessions import open_graph
 from splitters.runtime.tail import load_tail
 from splitters.tasks.boxes import Detections, empty_detections, iou_matrix
 from splitters.tasks.preprocess import Frame, input_image
@@ -110,14 +110,11 @@ def watch(bundle: Bundle, frames: Iterable[Frame], fps: float, teacher: Look, *,
         raise ConfigError(f"bundle {bundle.manifest.name!r} has no prefilter to calibrate")
     ids = tuple(int(i) for i in json.loads(bundle.read_part(promise_part(bundle)))["category_ids"])
     device, own = Device(bundle), own_detector(bundle)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = ort.InferenceSession(str(bundle.part_path(graph)), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
+    prefilter = open_graph(bundle.part_path(graph))
     scores, confidence, answered, boxes, right, at = [], [], [], [], [], []
     for index, frame in enumerate(frames):
         stem = device.stem_map(input_image(frame, bundle.manifest.preprocess))[0]
-        scores.append(np.asarray(session.run(None, {name: stem})[0])[0, : len(ids)])
+        scores.append(np.asarray(prefilter([stem])[0])[0, : len(ids)])
         there = teacher(frame)
         found = own(frame) if own is not None else empty_detections()
         confidence.append(_best(there, ids))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
@@ -26,6 +25,7 @@ from protos.errors import ModelError
 from splitters.cutting.checks import first_line, inference
 from splitters.cutting.partition import Cut
 from splitters.cutting.split import Cutter
+from splitters.runtime.sessions import open_session
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +101,6 @@ class _Timer:
         self._cutter, self._inputs = cutter, list(inputs)
         self._names = {n: f"at_{n.name}" for c in cuts for n in c.crossing if n.op != "placeholder"}
         self._folder = tempfile.TemporaryDirectory(prefix="headtail-profile-")
-        self._session_options = ort.SessionOptions()
-        self._session_options.intra_op_num_threads = self._session_options.inter_op_num_threads = 1
-        self._session_options.log_severity_level = 3
         self._extractor: Any = None
         try:
             self._prepare()
@@ -131,12 +128,12 @@ class _Timer:
         self._extractor = onnx.utils.Extractor(model)
         outputs = [*self._out, *crossing]
         self._arrays: dict[str, Floats] = dict(zip(self._in, (x.numpy() for x in self._inputs), strict=True))
-        session = ort.InferenceSession(str(path), self._session_options, providers=["CPUExecutionProvider"])
+        session = open_session(path)
         self._arrays |= dict(zip(outputs, session.run(outputs, {n: self._arrays[n] for n in self._in}), strict=True))
 
     def _ort_ms(self, inputs: Sequence[str], outputs: Sequence[str]) -> float:
         part = self._extractor.extract_model(list(inputs), list(outputs))
-        session = ort.InferenceSession(part.SerializeToString(), self._session_options, providers=["CPUExecutionProvider"])
+        session = open_session(part.SerializeToString())
         feeds = {i.name: self._arrays[i.name] for i in session.get_inputs()}
         return _clock(lambda: session.run(None, feeds))
 

@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from protos.errors import BundleError, ConfigError
 from protos.messages import Answer
 from splitters.bundle import Bundle
+from splitters.runtime.sessions import open_graph
 from splitters.tasks.postprocess import Floats, Postprocess, SizePx, build_postprocess
 from splitters.tasks.preprocess import normalise
 
@@ -32,7 +32,7 @@ FACTORIES: Mapping[str, str] = {
 class Runner(Protocol):
     """A loaded tail, or a whole model."""
 
-    def __call__(self, arrays: Sequence[Floats]) -> list[Floats]:
+    def __call__(self, arrays: Sequence[Floats], /) -> list[Floats]:
         """Raw outputs, batch first."""
         ...
 
@@ -59,7 +59,7 @@ class Later:
                 self._made = self._make()
             return self._made
 
-    def __call__(self, arrays: Sequence[Floats]) -> list[Floats]:
+    def __call__(self, arrays: Sequence[Floats], /) -> list[Floats]:
         """See ``Runner``."""
         return (self._made or self._plain or self.prepare())(arrays)
 
@@ -146,20 +146,7 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
 
 
 def _onnx(bundle: Bundle, path: str, threads: int) -> Runner:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or _threads()
-    try:
-        session = ort.InferenceSession(str(_checked(bundle, path)), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise BundleError(f"part {path!r} is no usable ONNX model: {error}") from error
-    names = [i.name for i in session.get_inputs()]
-
-    def run(arrays: Sequence[Floats]) -> list[Floats]:
-        return cast("list[Floats]", session.run(None, dict(zip(names, arrays, strict=True))))
-
-    return run
+    return open_graph(bundle.part_path(path), threads=threads or _threads(), spinning=True)
 
 
 def _threads() -> int:
@@ -171,10 +158,6 @@ def _threads() -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def _checked(bundle: Bundle, path: str) -> Path:
-    return bundle.part_path(path)
-
-
 def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, device: str, ready_soon: bool) -> Tail:
     import torch
     from safetensors.torch import load_file
@@ -184,7 +167,7 @@ def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, devi
     family, _, name = str(spec.get("factory", "")).partition(":")
     if family not in FACTORIES or not name:
         raise BundleError(f"tail factory {spec.get('factory')!r} is unknown; known families: {', '.join(sorted(FACTORIES))}")
-    state = {key: value for path in spec["weights"] for key, value in load_file(_checked(bundle, path)).items()}
+    state = {key: value for path in spec["weights"] for key, value in load_file(bundle.part_path(path)).items()}
     module = import_module(FACTORIES[family]).build_tail(name, spec, state).eval().to(device)
 
     def runner(function: Any) -> Runner:
@@ -205,7 +188,7 @@ def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, devi
                 return runner(accelerate(module, name, shapes))
             from splitters.accelerate.gpu import fastest
 
-            return cast("Runner", fastest(module, name, shapes, torch.device(device)))
+            return fastest(module, name, shapes, torch.device(device))
 
         return Later(make, runner(getattr(module, name)) if ready_soon else None)
 

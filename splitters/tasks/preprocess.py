@@ -5,6 +5,7 @@ Shape legend: frames are (H, W, 3) uint8 BGR as OpenCV delivers them; inputs are
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -16,6 +17,9 @@ from splitters.bundle.manifest import Preprocess
 
 Frame = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+
+_MAX_SCALED = 16  # times the input's pixels
+_MARGIN_PX = 4  # source pixels around what is seen, which the interpolation looks at
 
 _FLAGS = {"area": cv2.INTER_AREA, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
@@ -82,6 +86,8 @@ def input_image(frame: Frame, spec: Preprocess) -> Frame:
         return _resize(frame, in_w, in_h, spec.interpolation)
     scaled_w, scaled_h = _scaled(spec, width, height)
     g = geometry(spec, width, height)
+    if spec.resize == "shortest" and scaled_w * scaled_h > _MAX_SCALED * in_w * in_h:
+        return _middle(frame, spec, g)
     scaled = _resize(frame, scaled_w, scaled_h, spec.interpolation)
     x, y = int(g.offset_x_px), int(g.offset_y_px)
     if spec.resize == "shortest":
@@ -89,6 +95,22 @@ def input_image(frame: Frame, spec: Preprocess) -> Frame:
     canvas = np.full((in_h, in_w, 3), spec.pad, np.uint8)
     canvas[y : y + scaled_h, x : x + scaled_w] = scaled
     return canvas
+
+
+def _middle(frame: Frame, spec: Preprocess, g: Geometry) -> Frame:
+    """The same crop of a picture so narrow that it could not be scaled as a whole: 3 x 9000 px would become 256 x 768,000."""
+    in_h, in_w = spec.size_px
+    height, width = frame.shape[:2]
+    spans = []
+    for size, scale, offset, limit in ((in_w, g.scale_x, g.offset_x_px, width), (in_h, g.scale_y, g.offset_y_px, height)):
+        first, last = -offset / scale, (size - offset) / scale
+        spans.append((max(0, math.floor(first) - _MARGIN_PX), min(limit, math.ceil(last) + _MARGIN_PX)))
+    (left, right), (top, bottom) = spans
+    part_w, part_h = round((right - left) * g.scale_x), round((bottom - top) * g.scale_y)
+    scaled = _resize(np.ascontiguousarray(frame[top:bottom, left:right]), part_w, part_h, spec.interpolation)
+    x = min(max(0, round(-g.offset_x_px - left * g.scale_x)), part_w - in_w)
+    y = min(max(0, round(-g.offset_y_px - top * g.scale_y)), part_h - in_h)
+    return np.ascontiguousarray(scaled[y : y + in_h, x : x + in_w])
 
 
 def normalise(image: Frame, spec: Preprocess) -> Floats:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from protos.errors import ConfigError
@@ -39,6 +39,22 @@ class Stage:
     def __post_init__(self) -> None:
         if self.steps < 1 or abs(sum(self.tiers) - 1) > 1e-6:
             raise ConfigError("a stage needs at least one step and tier shares that sum to 1")
+
+
+def share_out(steps: int, weights: Sequence[float]) -> list[int]:
+    """``steps`` divided in proportion to ``weights``, exactly: they sum to ``steps``. A part may be 0 where there are few.
+
+    Raises:
+        ConfigError: there is no step to divide.
+    """
+    if steps < 1:
+        raise ConfigError(f"a training needs at least one step, got {steps}")
+    ideal = [steps * w / sum(weights) for w in weights]
+    counts = [int(i + 1e-9) for i in ideal]
+    by_rest = sorted(range(len(weights)), key=lambda i: (counts[i] - ideal[i], i))
+    for i in by_rest[: steps - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +139,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if any(b <= 0 for b in self.target_bytes) or list(self.target_bytes) != sorted(self.target_bytes, reverse=True):
             raise ConfigError("target_bytes falls from the finest tier to the coarsest")
+        if not self.target_bytes or not self.stages:
+            raise ConfigError("a training needs a gain tier and a stage")
+        for name, low, high in (("batch", 1, 65_536), ("hold_out", 0, 10_000_000), ("size_px", 16, 8192), ("seed", 0, 2**31 - 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} must be {low}..{high}, got {getattr(self, name)}")
+
+    def scaled(self, steps: int) -> TrainConfig:
+        """The same with ``steps`` steps in all, divided among the stages as now; a stage left without a step goes."""
+        counts = share_out(steps, [stage.steps for stage in self.stages])
+        stages = tuple(replace(s, steps=n) for s, n in zip(self.stages, counts, strict=True) if n)
+        return replace(self, stages=stages)
 
     @property
     def steps(self) -> int:

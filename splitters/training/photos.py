@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,16 @@ from PIL import Image
 from torch import Tensor
 
 from protos.errors import SourceError
+from splitters.runtime.pictures import read_picture
 
 log = logging.getLogger(__name__)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _PARTS = 0.5
 _GREY = 114
 _LONGEST = 1.6  # longest to shortest side kept
+_FORMAT = 2  # of the cache
+Told = Callable[[int, int, str], None]
+"""Told how many steps are done, of how many, and of what."""
 
 
 def list_photos(roots: Iterable[Path]) -> list[Path]:
@@ -37,7 +42,7 @@ def list_photos(roots: Iterable[Path]) -> list[Path]:
     for root in roots:
         if not root.exists():
             raise SourceError(f"{root} does not exist: give --data a folder of photos")
-        found += sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+        found += sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not found:
         raise SourceError("no images found: --data must hold .jpg, .jpeg, .png, .webp or .bmp files")
     return found
@@ -62,23 +67,25 @@ def hold_out_evenly(photos: Sequence[Path], count: int, seed: int, within: Path)
     return sorted(p for p in photos if p not in gone), dev
 
 
+def _rgb(path: Path) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(read_picture(path)[..., ::-1]))
+
+
 def _load(path: Path, short_px: int) -> NDArray[np.uint8]:
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    image = _rgb(path)
     w, h = image.size
     scale = short_px / min(w, h)
     if scale < 1:
         image = image.resize((max(short_px, round(w * scale)), max(short_px, round(h * scale))), Image.Resampling.BICUBIC)
     a = np.asarray(image)
     h, w = a.shape[:2]
-    across, down = min(w, int(_LONGEST * h)), min(h, int(_LONGEST * w))
+    across, down = min(w, max(1, int(_LONGEST * h))), min(h, max(1, int(_LONGEST * w)))
     top, left = (h - down) // 2, (w - across) // 2
     return np.ascontiguousarray(a[top : top + down, left : left + across])
 
 
 def _load_whole(path: Path, longest_px: int) -> NDArray[np.uint8]:
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    image = _rgb(path)
     scale = longest_px / max(image.size)
     if scale < 1:
         image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
@@ -105,32 +112,44 @@ class Crops:
 
 
 class PhotoCache:
-    """Decoded photos in one flat file, read through a memory map.
+    """Decoded photos in one flat file, read through a memory map. Photos that cannot be read are named, and left out.
 
     Args:
         photos: the files, in order.
-        folder: where the cache lies; reused while the list of photos is the same.
+        folder: where the cache lies; reused while names, sizes and times of the photos are the same.
         short_px: shortest side they are reduced to.
         longest_px: longest side they are reduced to, and nothing is cut off; 0: as ``short_px`` says.
+        progress: told how many are decoded, of how many.
+
+    Raises:
+        SourceError: not one can be read.
+
+    Attributes:
+        digest: changes with the photos' names, folders and sizes, and with those that could not be read.
+        unreadable: the files left out.
     """
 
-    def __init__(self, photos: Sequence[Path], folder: Path, short_px: int = 256, longest_px: int = 0) -> None:
+    def __init__(
+        self, photos: Sequence[Path], folder: Path, short_px: int = 256, longest_px: int = 0, progress: Told | None = None
+    ) -> None:
         size = f"{short_px}" if not longest_px else f"longest {longest_px}"
-        key = hashlib.sha256("\n".join([size, *map(str, photos)]).encode()).hexdigest()[:16]
+        files = [(str(p), *_size_and_time(p)) for p in photos]
+        key = hashlib.sha256(repr((_FORMAT, size, files)).encode()).hexdigest()[:16]
         self.path, index = folder / f"photos-{key}.u8", folder / f"photos-{key}.json"
         if not index.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            shapes: list[tuple[int, int, int]] = []
-            offset = 0
-            with self.path.open("wb") as out:
-                for path in photos:
-                    a = _load_whole(path, longest_px) if longest_px else _load(path, short_px)
-                    out.write(a.tobytes())
-                    shapes.append((offset, a.shape[0], a.shape[1]))
-                    offset += a.nbytes
-            index.write_text(json.dumps(shapes))
-            log.info("decoded %d photos, %.1f MB", len(photos), offset / 1e6)
-        self.shapes: list[tuple[int, int, int]] = [tuple(s) for s in json.loads(index.read_text())]
+            _write_cache(
+                photos, self.path, index, lambda p: _load_whole(p, longest_px) if longest_px else _load(p, short_px), progress
+            )
+        told = json.loads(index.read_text(encoding="utf-8"))
+        self.shapes: list[tuple[int, int, int]] = [tuple(s) for s in told["shapes"]]
+        self.unreadable = [Path(p) for p in told["unreadable"]]
+        for path in self.unreadable:
+            log.warning("%s cannot be read; training goes on without it", path)
+        if not self.shapes:
+            raise SourceError(f"not one of {len(photos)} photos can be read; the first is {photos[0] if photos else 'none'}")
+        named = [(f"{Path(name).parent.name}/{Path(name).name}", taken) for name, taken, _ in files]
+        self.digest = hashlib.sha256(repr((size, named, len(self.unreadable))).encode()).hexdigest()
         self.flat = np.memmap(self.path, np.uint8, "r")
 
     def __len__(self) -> int:
@@ -146,6 +165,47 @@ class PhotoCache:
         draw = _letterboxed if crops.letterbox else _crop
         taken = [draw(self.photo(i), crops, rng) for i in indices]
         return normalise(np.stack(taken), crops)
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _write_cache(
+    photos: Sequence[Path], flat: Path, index: Path, load: Callable[[Path], NDArray[np.uint8]], progress: Told | None
+) -> None:
+    shapes: list[tuple[int, int, int]] = []
+    unreadable: list[str] = []
+    offset = 0
+    partial = flat.with_name(f"{flat.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as out:
+            for number, path in enumerate(photos, 1):
+                try:
+                    a = load(path)
+                except SourceError as error:
+                    log.info("%s", error.message)
+                    unreadable.append(str(path))
+                else:
+                    out.write(a.tobytes())
+                    shapes.append((offset, a.shape[0], a.shape[1]))
+                    offset += a.nbytes
+                if progress is not None:
+                    progress(number, len(photos), "decoding photos")
+        partial.replace(flat)
+    finally:
+        partial.unlink(missing_ok=True)
+    half = index.with_name(f"{index.name}.{os.getpid()}.partial")
+    try:
+        half.write_text(json.dumps({"shapes": shapes, "unreadable": unreadable}), encoding="utf-8")
+        half.replace(index)
+    finally:
+        half.unlink(missing_ok=True)
+    log.info("decoded %d photos, %.1f MB", len(shapes), offset / 1e6)
 
 
 def normalise(photos: NDArray[np.uint8], crops: Crops) -> Tensor:
@@ -192,16 +252,3 @@ def _letterboxed(photo: NDArray[np.uint8], crops: Crops, rng: np.random.Generato
     square = np.full((crops.size_px, crops.size_px, 3), _GREY, np.uint8)
     square[: size[1], : size[0]] = resized
     return square
-
-
-def centred(path: Path, size_px: int) -> NDArray[np.uint8]:
-    """The photo's shortest side at ``size_px``, centre square, uint8 (size, size, 3): as it is judged."""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    w, h = image.size
-    scale = size_px / min(w, h)
-    if scale != 1:
-        image = image.resize((max(size_px, round(w * scale)), max(size_px, round(h * scale))), Image.Resampling.BICUBIC)
-    w, h = image.size
-    left, top = (w - size_px) // 2, (h - size_px) // 2
-    return np.asarray(image.crop((left, top, left + size_px, top + size_px)))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from protos.errors import ConfigError
 from splitters.bottleneck.learned_any import AnyCutConfig
-from splitters.training.config import LossWeights, Stage, TrainConfig
+from splitters.training.config import LossWeights, Stage, TrainConfig, share_out
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
 
 _GENTLE = 2e-4  # a start from the outputs' own metric is good already; 1e-3 undoes it before it learns anything
@@ -75,13 +76,15 @@ def any_cut(
     cheap = (0.25, 0.15) if cut.stem_at else ()
     own = 1 - sum(cheap)
     alone = (*(0.0 for _ in cheap), 1.0)
-    first = Stage(steps=max(1, steps // 3), lr_shared=_GENTLE, tiers=alone)
-    distil = (Stage(steps=max(1, steps // 6), lr=2e-3, tiers=(0.5, 0.5, 0.0), latent_only=True),) if cut.stem_at else ()
-    rest = steps - first.steps - sum(s.steps for s in distil)
+    first, distil, last = share_out(steps, (2, 1, 3) if cut.stem_at else (1, 0, 2))
     usual = (3500, 2100, 1250, 750, 450) if detects else (4000, 2000, 1000, 500)
     finest = target_bytes or tuple(size_px**2 / 224**2 * b for b in usual)
     spec = (serving or {}).get("preprocess", {})
-    last = Stage(steps=max(1, rest), lr=8e-4, lr_shared=_GENTLE, lr_tail=5e-5, tiers=(*cheap, own))
+    stages = (
+        (first, partial(Stage, lr_shared=_GENTLE, tiers=alone)),
+        (distil, partial(Stage, lr=2e-3, tiers=(0.5, 0.5, 0.0), latent_only=True)),
+        (last, partial(Stage, lr=8e-4, lr_shared=_GENTLE, lr_tail=5e-5, tiers=(*cheap, own))),
+    )
     return TrainConfig(
         model=source, cut=replace(cut, steps=_steps(len(finest))), weights=weights, size_px=size_px, batch=batch,
         rungs=tuple(i / 2 for i in range(2 * len(finest) - 1)), groups=(0, 16) if cut.channels > 16 else (0,),
@@ -89,7 +92,7 @@ def any_cut(
         truncate=0.1 if detects else 0.25, letterbox=detects, area=0.4 if detects else 0.25, first_weight=0.5 if detects else 0.0,
         mean=tuple(spec.get("mean", (0.485, 0.456, 0.406))), std=tuple(spec.get("std", (0.229, 0.224, 0.225))),
         loss=LossWeights(cut=0.05, stages=(0.2,)) if detects else LossWeights(stages=(1.0,)), serving=serving or {}, hold_out=200,
-        stages=(first, *distil, last),
+        stages=tuple(make(steps=count) for count, make in stages if count),
     )  # fmt: skip
 
 

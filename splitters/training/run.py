@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +16,45 @@ import torch
 from torch import Tensor
 
 from protos.errors import ConfigError
+from splitters.accelerate.devices import chosen_device
 from splitters.bottleneck.learned import LearnedSplit, StagedModel
 from splitters.exporting.learned import Rung
 from splitters.training.config import TrainConfig
 from splitters.training.finish import finish
 from splitters.training.loop import StepReport, Trainer
-from splitters.training.photos import Crops, PhotoCache, hold_out, hold_out_evenly, list_photos
+from splitters.training.photos import Crops, PhotoCache, Told, hold_out, hold_out_evenly, list_photos
 from splitters.training.single import single_from
 from splitters.zoo.efficientnet_lite0.export import load_student
 from splitters.zoo.efficientnet_lite0.network import load_efficientnet_lite0
 
 log = logging.getLogger(__name__)
+DEV_FILE = "dev.json"
 _SAMPLE = 96
 _AIMED = 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """How far a training is.
+
+    Attributes:
+        student: as trained so far; where the run is complete, with the averaged weights that were written.
+        step: steps done.
+        steps: steps there are.
+        photos: trained on.
+        unreadable: photos that could not be read and were left out.
+    """
+
+    student: LearnedSplit
+    step: int
+    steps: int
+    photos: int
+    unreadable: tuple[Path, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.steps
 
 
 def build(config: TrainConfig, sample: Tensor) -> tuple[StagedModel, LearnedSplit]:
@@ -79,8 +105,9 @@ def _held_out(config: TrainConfig, data: Path) -> tuple[list[Path], list[Path]]:
 def run_training(
     config: TrainConfig, data: Path, out: Path, *, device: str = "cpu", on_step: Callable[[StepReport], None] | None = None,
     stop: Callable[[], bool] = lambda: False, cache: Path | None = None, fit: int = 240, command: Sequence[str] = tuple(sys.argv),
-) -> LearnedSplit:  # fmt: skip
-    """Trains (or goes on training) and writes weights, tables and recipe into ``out``.
+    decoding: Told | None = None,
+) -> Trained:  # fmt: skip
+    """Trains (or goes on training); after the last step writes weights, tables and recipe into ``out``.
 
     Args:
         config: the recipe's configuration.
@@ -88,36 +115,46 @@ def run_training(
         out: run directory.
         device: torch device.
         on_step: told of every step.
-        stop: asked before every step; the run can be resumed.
+        stop: asked before every step. The checkpoint then says how far the run is; nothing else is written.
         cache: where decoded photos lie (default: in ``out``).
         fit: photos the probability tables are fitted on.
         command: for the provenance.
+        decoding: told how many photos are decoded.
 
     Raises:
         SourceError: no photos.
-        ConfigError: too few photos, or ``out`` holds another recipe's checkpoint.
+        ConfigError: too few photos, or ``out`` holds a run with other settings.
     """
+    if fit < 1:
+        raise ConfigError(f"the tables need at least one photo to fit on, got {fit}")
+    chosen = chosen_device(device, "--device")
     train, dev = _held_out(config, data)
     if len(train) < config.batch:
         raise ConfigError(f"{data} holds {len(train) + len(dev)} photos, {len(dev)} of them held out: too few to train on")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "dev.json").write_text(json.dumps([str(p) for p in dev], indent=0), encoding="utf-8")
     torch.manual_seed(config.seed)
     longest = round(1.15 * config.size_px) if config.letterbox else 0
-    photos = PhotoCache(train, cache or out / "photos", short_px=max(256, config.size_px), longest_px=longest)
+    photos = PhotoCache(train, cache or out / "photos", short_px=max(256, config.size_px), longest_px=longest, progress=decoding)
+    if len(photos) < config.batch:
+        raise ConfigError(f"{len(photos)} photos of {data} can be read: too few for a batch of {config.batch}")
     whole = Crops(size_px=config.size_px, area=0.5, mean=config.mean, std=config.std, letterbox=config.letterbox)
     rng = np.random.default_rng(config.seed)
     sample = photos.batch(rng.choice(len(photos), min(_SAMPLE, len(photos)), replace=False), whole, rng)
     if config.single:
         config = single_from(config, config.single, sample, out / "start")
     base, student = build(config, sample)
-    trainer = Trainer(config, base, student, photos, out=out, device=torch.device(device), clock_s=time.monotonic)
+    trainer = Trainer(config, base, student, photos, out=out, device=chosen, clock_s=time.monotonic)
+    (out / DEV_FILE).write_text(json.dumps([str(p) for p in dev], indent=0), encoding="utf-8")
     trainer.run(on_step, stop)
+    told = Trained(student=student, step=trainer.step, steps=config.steps, photos=len(photos), unreadable=tuple(photos.unreadable))
+    if not told.complete:
+        return told
     student.load_state_dict(trainer.ema)
     student.to("cpu").eval()
     recipe = {
-        "command": shlex.join(command), "config": asdict(config), "photos": len(train), "held_out": len(dev),
+        "command": shlex.join(command), "config": asdict(config), "photos": len(photos), "held_out": len(dev),
         "seed": config.seed, "steps": trainer.step, "torch": torch.__version__,
+        "device": str(chosen), "unreadable": [p.name for p in photos.unreadable],
     }  # fmt: skip
     full = 224 if config.cut is None else config.size_px  # the default model is trained smaller than it runs
     channels = student.quantiser.log_gain.shape[1]
@@ -128,4 +165,4 @@ def run_training(
         ],
         layers=[*config.groups[1:], channels], recipe=recipe, count=fit, seed=config.seed, whole_state=config.cut is not None,
     )  # fmt: skip
-    return student
+    return told

@@ -74,7 +74,7 @@ EXPORTERS: Mapping[str, Callable[[Path], Bundle]] = {
 
 
 def recalibrate(what: str, photos: Path, *, count: int = 200, seed: int = 0) -> None:
-    """Writes the plain codec's scales anew, from ``count`` photos drawn from ``photos`` with ``seed``.
+    """Measures the plain codec's scales again, on ``count`` photos drawn from ``photos`` with ``seed``, and writes them.
 
     Raises:
         ConfigError: ``what`` has no plain latent.
@@ -83,17 +83,24 @@ def recalibrate(what: str, photos: Path, *, count: int = 200, seed: int = 0) -> 
     import cv2
 
     from splitters.tasks.preprocess import preprocess as to_input
-    from splitters.zoo.efficientnet_lite0.export_plain import calibrate, preprocess
+    from splitters.zoo.detector import export_plain as detector
+    from splitters.zoo.detector.network import PREPROCESS
+    from splitters.zoo.efficientnet_lite0 import export_plain as efficientnet
 
-    if what != PLAIN:
-        raise ConfigError(f"only {PLAIN} has a plain latent to calibrate, not {what!r}")
+    plain = {
+        PLAIN: (efficientnet.calibrate, efficientnet.preprocess(), PLAIN_CODEC),
+        DETECTOR_PLAIN: (detector.calibrate, PREPROCESS, detector.PLAIN_CODEC),
+    }
+    if what not in plain:
+        raise ConfigError(f"only {PLAIN} and {DETECTOR_PLAIN} have a plain latent to calibrate, not {what!r}")
+    calibrate, preprocess, path = plain[what]
     files = sorted(f for f in photos.rglob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
     random.Random(seed).shuffle(files)  # noqa: S311 - a reproducible draw, no secret
     frames = (frame for f in files[:count] if (frame := cv2.imread(str(f))) is not None)
-    inputs = [to_input(frame.astype(np.uint8, copy=False), preprocess()) for frame in frames]
+    inputs = [to_input(frame.astype(np.uint8, copy=False), preprocess) for frame in frames]
     if not inputs:
         raise SourceError(f"{photos} holds no readable photo")
-    PLAIN_CODEC.write_text(json.dumps(calibrate(iter(inputs))), encoding="utf-8")
+    path.write_text(json.dumps(calibrate(iter(inputs))), encoding="utf-8")
 
 
 def export(what: str, out: Path) -> Bundle:
@@ -101,10 +108,13 @@ def export(what: str, out: Path) -> Bundle:
 
     Raises:
         UnknownModelError: no default has that name.
+        BundleError: a directory that holds no finished training.
         StorageError: ``out`` cannot be written.
     """
     if (Path(what) / "recipe.json").is_file():
         return _run(Path(what), out)
+    if what not in EXPORTERS and Path(what).is_dir():
+        raise BundleError(f"{what} holds no finished training: `splitters train` with the same settings goes on to its last step")
     if what not in EXPORTERS:
         raise UnknownModelError(f"{what!r} is no default model; there are {', '.join(EXPORTERS)}, or give a bundle's directory")
     log.info("exporting %s to %s", what, out)
@@ -125,12 +135,14 @@ def ensure_exported(name: str) -> Path:
     path = exported_path(name)
     stamp = _stamp(path)
     try:
-        open_bundle(path)
-        if stamp.is_file() and stamp.read_text(encoding="utf-8") == _source_sha256():
+        if not path.exists():
+            log.info("%s is made for the first time; later starts find it in %s", name, path)
+        elif open_bundle(path) and stamp.is_file() and stamp.read_text(encoding="utf-8") == _source_sha256():
             return path
-        log.info("%s was exported by other code or weights; exporting it anew", path)
+        else:
+            log.info("%s was exported by other code or weights; it is exported again", path)
     except BundleError as error:
-        log.info("%s", error.message)
+        log.info("%s; it is exported again", error.message)
     export(name, path)
     return path
 

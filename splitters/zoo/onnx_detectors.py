@@ -1,7 +1,4 @@
-"""Two published detectors run as they come, with ONNX Runtime: teachers in training, neighbours in evaluation.
-
-YOLOX-nano (Ge et al. 2021, arXiv 2107.08430) and FastestDet (github.com/dog-qiuqiu/FastestDet).
-"""
+"""YOLOX-nano (Ge et al. 2021, arXiv 2107.08430) on ONNX Runtime: teacher in training, neighbour in evaluation."""
 
 from __future__ import annotations
 
@@ -9,8 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import onnxruntime as ort
 
+from splitters.runtime.sessions import open_session
 from splitters.tasks.boxes import Detections, Floats, Pixels, letterbox, select, to_source
 from splitters.tasks.coco_classes import CATEGORY_IDS
 
@@ -24,12 +21,6 @@ class Detector(Protocol):
     def __call__(self, image: Pixels) -> Detections:
         """Detections of one (H, W, 3) uint8 RGB image, boxes in its own pixels."""
         ...
-
-
-def _session(path: Path, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = threads
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def yolox_boxes(output: Floats, size_px: int) -> tuple[Floats, Floats]:
@@ -58,7 +49,7 @@ class YoloxNano:
     size_px = 416
 
     def __init__(self, path: Path, *, score_min: float = 0.01, threads: int = 1) -> None:
-        self._session = _session(path, threads)
+        self._session = open_session(path, threads=threads)
         self._score_min = score_min
 
     def __call__(self, image: Pixels) -> Detections:
@@ -69,37 +60,3 @@ class YoloxNano:
         boxes, scores = yolox_boxes(raw, self.size_px)
         found = select(boxes, scores, CATEGORY_IDS, score_min=self._score_min, iou=0.65)
         return to_source(found, scale, *image.shape[:2])
-
-
-class FastestDet:
-    """FastestDet at its own 352 px: stretched to a square, BGR, 0..1.
-
-    Args:
-        path: the ONNX file.
-        score_min: detections below are not returned.
-        threads: of ONNX Runtime.
-    """
-
-    size_px = 352
-
-    def __init__(self, path: Path, *, score_min: float = 0.01, threads: int = 1) -> None:
-        self._session = _session(path, threads)
-        self._input = self._session.get_inputs()[0].name
-        self._score_min = score_min
-
-    def __call__(self, image: Pixels) -> Detections:
-        """Detections of one RGB image, boxes in its own pixels."""
-        import cv2
-
-        height, width = image.shape[:2]
-        square = cv2.resize(image, (self.size_px, self.size_px), interpolation=cv2.INTER_LINEAR)[..., ::-1]
-        x = np.ascontiguousarray(square.transpose(2, 0, 1)[None].astype(np.float32) / 255)
-        raw = np.asarray(self._session.run(None, {self._input: x})[0][0], np.float32)
-        side = raw.shape[1]
-        y_grid, x_grid = np.mgrid[:side, :side]
-        centre = np.stack([(np.tanh(raw[1]) + x_grid) / side, (np.tanh(raw[2]) + y_grid) / side])
-        half = 1 / (1 + np.exp(-raw[3:5])) / 2
-        unit = np.concatenate([centre - half, centre + half]).reshape(4, -1).T
-        boxes = np.clip(unit * [width, height, width, height], 0, [width, height, width, height]).astype(np.float32)
-        scores = (raw[:1] ** 0.6 * raw[5:] ** 0.4).reshape(80, -1).T
-        return select(boxes, scores.astype(np.float32), CATEGORY_IDS, score_min=self._score_min, iou=0.45)

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append({"name": name, "at": at, **row})
             print(
                 f"{name:40} {at:22} {row['boxes']:4} boxes  before NMS {row['before_nms']:.1e}  IoU {row['iou']:.5f}  "
-                f"score {row['score']:.1e}  1 % moves {row['sensitivity']:.1e}  {time.perf_counter() - start:.1f} s",
+                f"score {row['score']:.1e} replaced moves {row['sensitivity']:.1e}  {time.perf_counter() - start:.1f} s",
                 flush=True,
             )
     print(json.dumps({"cuts": len(rows), "boxes": sum(r["boxes"] for r in rows), "failed": failed,

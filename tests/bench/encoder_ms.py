@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edge_client.head import Head, open_graph
+from edge_client.head import Head
 from splitters.bundle import open_bundle
 from splitters.cutting.onnx_export import export_onnx
+from splitters.runtime.sessions import open_graph
 from splitters.zoo.defaults import ensure_exported
 from splitters.zoo.efficientnet_lite0.network import load_efficientnet_lite0
 

@@ -1,6 +1,6 @@
 """What the prefilter is worth on what it never saw: COCO val photos, and the car-park video split by time.
 
-``python -m tests.bench.prefilter_report --data $HEADTAIL_DATA [--weights FILE] [--figure deploy/figures/prefilter.png]``
+``python -m tests.bench.prefilter_report --data $HEADTAIL_DATA [--weights FILE] [--figure docs/figures/prefilter.png]``
 
 In the video the first half calibrates and the second half tests (`splitters calibrate` does the same). A passage holds a person,
 bicycle or car when YOLOX-nano is confident of it at least once (--sure), and lasts while it sees anything of it; the figures

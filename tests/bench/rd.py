@@ -1,6 +1,6 @@
 """Bytes at equal accuracy on imagenette val: the default bundle's operating points beside JPEG, WebP and AVIF.
 
-    python -m tests.bench.rd --data $HEADTAIL_DATA --plot deploy/figures/rd_efficientnet_lite0.png
+    python -m tests.bench.rd --data $HEADTAIL_DATA --plot docs/figures/rd_efficientnet_lite0.png
 
 Top-1 is 1000-way. The image codecs' results are cached, so a second call takes minutes less. `--agreement DIR` adds top-1
 agreement with the whole model on other photos, for three points: the most accurate, a middle one and the smallest.
@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from splitters.bundle import Bundle, cache_dir, open_bundle, rewrite_points
-from splitters.bundle.operating_point import pareto_frontier
 from splitters.evaluation.plot import plot
 from splitters.evaluation.run import EvaluateConfig, dump, evaluate
 from splitters.zoo.defaults import ensure_exported
@@ -54,7 +53,7 @@ def main() -> None:
         )
         config = EvaluateConfig(images=photos, labels=labels, limit=args.limit, cache=cache_dir() / "evaluations")
         report = evaluate(bundle, config, tick=lambda what: print(" ", what, flush=True))
-    frontier = pareto_frontier(report.points)
+    frontier = sorted((p for p in report.points if p.pareto), key=lambda p: p.payload_bytes.p50)
     told = report.to_json()
     told["frontier"] = [[p.id, *p.graphs, p.payload_bytes.p50, p.head_ms.p50, p.accuracy] for p in frontier]
     if args.agreement is not None:

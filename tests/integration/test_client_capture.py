@@ -7,13 +7,12 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 
 from edge_client.capture import Capture, CaptureConfig, Delivery
-from edge_client.sources import Source
+from edge_client.sources import Shot, Source, SourceFaults
 from protos.errors import SourceError
 
 DEVICE = Source(kind="device", target="0")
@@ -29,12 +28,15 @@ class FakeCamera:
         self._read, self._count = read, start
         self.closed = False
 
-    def read(self) -> tuple[Any, str] | None:
+    def read(self) -> Shot | None:
         if not self._read(self._count):
             return None
         image = np.full((4, 6, 3), self._count % 256, np.uint8)
         self._count += 1
-        return image, ""
+        return Shot(image=image)
+
+    def faults(self) -> SourceFaults:
+        return SourceFaults()
 
     def close(self) -> None:
         self.closed = True

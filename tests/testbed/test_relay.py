@@ -145,8 +145,32 @@ async def test_the_cables_of_the_netem_relay_join_two_namespaces() -> None:
     assert not own_namespaces()
 
 
-def test_netem_is_looked_for_and_its_lack_is_no_error() -> None:
-    assert has_netem() in (True, False)
-    if not REASON:
-        config = LinkConfig(trace=constant(2e6))
-        assert open_relay(config, config).name == ("netem" if has_netem() else "tun")
+@pytest.mark.parametrize("lacks", ["ip", "netns", "tc", ""])
+def test_netem_is_looked_for_and_its_lack_is_no_error(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spaces: set[str] = set()
+
+    def ip(*words: str) -> str:
+        if lacks == "ip":
+            raise FileNotFoundError("ip")
+        if lacks == "netns" or (lacks == "tc" and "tc" in words):
+            raise subprocess.CalledProcessError(1, words)
+        if words[:2] == ("netns", "add"):
+            spaces.add(words[2])
+        if words[:2] == ("netns", "del"):
+            spaces.remove(words[2])
+        return ""
+
+    monkeypatch.setattr("deploy.testbed.netem.ip", ip)
+    assert has_netem() is (lacks == "")
+    assert not spaces, "the namespace it was tried in is gone"
+
+
+@pytest.mark.parametrize(("netem", "name"), [(True, "netem"), (False, "tun")])
+def test_the_relay_is_the_kernels_own_where_it_has_one(netem: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LinkConfig(trace=constant(2e6))
+    monkeypatch.setattr("deploy.testbed.relay.why_not", lambda: "")
+    monkeypatch.setattr("deploy.testbed.relay.has_netem", lambda: netem)
+    assert open_relay(config, config).name == name
+    monkeypatch.setattr("deploy.testbed.relay.why_not", lambda: "no root")
+    with pytest.raises(ConfigError, match="no root; use --mode shape"):
+        open_relay(config, config)

@@ -14,13 +14,16 @@ from protos.errors import ConfigError, SourceError
 
 
 def test_kinds_of_sources(tmp_path: Path) -> None:
-    (tmp_path / "a.JPG").touch()
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((4, 5, 3), np.uint8))
+    (tmp_path / "a.jpg").rename(tmp_path / "a.JPG")
+    (tmp_path / "a.JPG").with_name("noext").write_bytes((tmp_path / "a.JPG").read_bytes())
     (tmp_path / "clip.mp4").touch()
     assert parse_source("0").kind == "device"
     assert parse_source("rtsp://camera/1").kind == "url"
     assert parse_source("http://camera/stream.mjpg").kind == "url"
     assert parse_source(str(tmp_path)).kind == "directory"
     assert parse_source(str(tmp_path / "a.JPG")).kind == "picture"
+    assert parse_source(str(tmp_path / "noext")).kind == "picture"
     assert parse_source(str(tmp_path / "clip.mp4")).kind == "video"
     assert parse_source("synthetic:").kind == "synthetic"
     for text in ("nowhere", "/dev/video977"):
@@ -54,9 +57,9 @@ def test_the_test_pattern_moves_or_stands_still() -> None:
     assert b is not None
     assert c is not None
     assert d is not None
-    assert a[0].shape == (48, 64, 3)
-    assert not np.array_equal(a[0], b[0])
-    assert np.array_equal(c[0], d[0])
+    assert a.image.shape == (48, 64, 3)
+    assert not np.array_equal(a.image, b.image)
+    assert np.array_equal(c.image, d.image)
     assert still.fps == 5
 
 
@@ -70,14 +73,15 @@ def test_a_directory_in_order_with_its_subdirectories(tmp_path: Path) -> None:
     assert isinstance(camera, PictureCamera)
     names = []
     while (shot := camera.read()) is not None:
-        names.append(shot[1])
+        names.append(shot.name)
     assert names == ["a.png", "b.png", "sub/c.png"]
-    assert [p.name for p in camera.unreadable] == ["aa.png"]
+    assert [p.name for p in camera.faults().unreadable] == ["aa.png"]
+    assert [p.name for p in camera.faults().left_out] == ["notes.txt"]
 
 
 def test_a_directory_without_pictures_and_a_broken_picture(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no pictures"):
-        open_camera(parse_source(str(tmp_path)))
+        open_camera(parse_source(str(tmp_path))).read()
     (tmp_path / "x.png").write_bytes(b"broken")
     with pytest.raises(SourceError, match="no picture"):
         open_camera(parse_source(str(tmp_path / "x.png"))).read()

@@ -13,7 +13,7 @@ import pytest
 
 from edge_client.annotate import annotate
 from edge_client.cli import build_parser, parse
-from edge_client.config import ClientConfig, read_toml
+from edge_client.config import ClientConfig
 from edge_client.control import Split
 from edge_client.flights import Flight, next_turn
 from edge_client.frames import CapturedFrame, FrameReport, Ledger, Outcome
@@ -47,8 +47,9 @@ CLASSES = Classification(top=(ClassScore(class_id=7, score=0.75), ClassScore(cla
 
 def test_a_line_of_results_is_as_documented() -> None:
     line = to_json(report(3, answer=DETECTION, payload_bytes=1234, operating_point=2), LABELS)
-    assert list(line)[:11] == [
-        "frame", "source", "captured_ns", "captured_unix_ns", "model", "bundle_sha256", "outcome", "reason", "operating_point",
+    assert list(line)[:12] == [
+        "frame", "camera", "source", "captured_ns", "captured_unix_ns", "model", "bundle_sha256", "outcome", "reason",
+        "operating_point",
         "payload_bytes", "latency_ms",
     ]  # fmt: skip
     assert line["detections"] == [{"class_id": 1, "label": "person", "score": 0.5, "box_px": [10.12, 20, 30, 40]}]
@@ -223,12 +224,39 @@ def test_a_toml_file_and_the_command_line(tmp_path: Path) -> None:
     assert (level, form) == ("warning", "text")
     path.write_text("colour = 3\n")
     with pytest.raises(ConfigError, match="colour"):
-        read_toml(path)
+        parse(["--config", str(path), "--camera", "0"])
     path.write_text("this is no toml")
     with pytest.raises(ConfigError, match="TOML"):
-        read_toml(path)
+        parse(["--config", str(path)])
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_toml(tmp_path / "absent.toml")
+        parse(["--config", str(tmp_path / "absent.toml")])
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('tls = "false"', "tls"), ("tls = 1", "tls"), ("fps = nan", "nan"), ("deadline_ms = inf", "inf"),
+        ('frames = "5"', "frames"), ("frames = 1.5", "frames"), ("frames = 99999999999999999999999", "number"),
+        ("camera = 0", "camera"), ("server = 5", "server"), ("threads = -1", "threads"), ("threads = true", "threads"),
+        ('change_gate = ["on"]', "change_gate"), ("model = 1979-05-27", "model"), ("recall = {x = 1}", "recall"),
+        ("fps = " + "[" * 3000 + "]" * 3000, "deep"), ('model = "a\\u001b"', "printable"),
+        (f'server = "h:{"1" * 5000}"', "host:port"), ('server = "h\\u0000:1"', "host:port"), ('server = "h:\u0665"', "host:port"),
+        (f'metrics_listen = "h:{"1" * 5000}"', "metrics-listen"), ("loop = true\nlo-op = 2", "lo_op"),
+        ("max-in-flight = 1\nmax_in_flight = 1", "twice"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_the_wrong_kind_is_one_clear_error(tmp_path: Path, line: str, says: str) -> None:
+    path = tmp_path / "camera.toml"
+    path.write_text(("" if line.startswith("camera") else 'camera = "0"\n') + line + "\n")
+    with pytest.raises(ConfigError, match=says):
+        parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize("token", ["päss", "a\x1bb", "a\nb", "a b\x7f", "\udc80"])
+def test_a_token_that_cannot_travel_is_refused(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    monkeypatch.setattr("edge_client.config.token_from_environment", lambda: token)
+    with pytest.raises(ConfigError, match="printable ASCII"):
+        parse(["--camera", "0"])
 
 
 def test_the_help_teaches() -> None:
@@ -240,8 +268,8 @@ def test_the_help_teaches() -> None:
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
-        ("rtsp://admin:se@cret@cam.example:554/stream/1", "rtsp://cam.example:554/stream/1"),
-        ("http://cam/video.mjpg?user=a&pwd=secret", "http://cam/video.mjpg?…"),
+        ("rtsp://admin:se@cret@cam.example:554/stream/1", "rtsp://cam.example:554/…"),
+        ("http://cam/video.mjpg?user=a&pwd=secret", "http://cam/…"),
         ("rtsp://cam", "rtsp://cam"),
     ],
 )

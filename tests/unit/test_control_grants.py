@@ -8,7 +8,7 @@ from math import isfinite
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_server.admission import Work, admits, shed
+from edge_server.admission import Work, shed
 from edge_server.allocation import concave_hull, share
 from edge_server.arrivals import Arrivals
 from edge_server.bandwidth import BandwidthManager
@@ -168,10 +168,3 @@ def test_what_is_kept_is_on_time_and_nothing_less_would_have_to_go(rows: list[tu
         return True
 
     assert not any(feasible(some) for some in combinations(queue, len(kept) + 1))
-
-
-def test_admission_never_makes_an_accepted_frame_late() -> None:
-    queue = [Work(key=0, deadline_ns=20, cost_ns=10), Work(key=1, deadline_ns=28, cost_ns=10)]
-    assert not admits(Work(key=2, deadline_ns=15, cost_ns=10), queue, 0)
-    assert admits(Work(key=2, deadline_ns=40, cost_ns=10), queue, 0)
-    assert not admits(Work(key=2, deadline_ns=15, cost_ns=10), [Work(key=0, deadline_ns=20, cost_ns=15)], 0)

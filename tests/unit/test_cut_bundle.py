@@ -123,6 +123,44 @@ def test_a_fixed_batch_cannot_be_served(tmp_path: Path, photos: Path, serving: S
     assert not (tmp_path / "out").exists()
 
 
+class Masked(nn.Module):
+    """A boolean or whole-number tensor crosses after ``branch``; after ``join`` floats alone do."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.branch = Branch(kind)
+        self.join = Join()
+        self.classifier = nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.join(*self.branch(self.stem(x))).mean((2, 3)))
+
+
+class Branch(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, {"bool": x > 0, "int64": x.argmax(1, keepdim=True), "float64": x.double(), "float16": x.half()}[self.kind]
+
+
+class Join(nn.Module):
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return x.relu() * other.float()
+
+
+@pytest.mark.parametrize("kind", ["bool", "int64", "float64", "float16"])
+def test_what_a_payload_cannot_carry_exactly_is_refused_by_name(tmp_path: Path, photos: Path, serving: Serving, kind: str) -> None:
+    torch.manual_seed(0)
+    cutter = Cutter(Masked(kind).eval(), torch.rand(1, 3, SIDE, SIDE))
+    name = cutter.split("branch").latent_names[-1]
+    with pytest.raises(CutError, match=rf"{name!r} crosses the cut at 'branch' as {kind}.*nearest cuts are stem and join"):
+        write_bundle(cutter, "branch", read_photos(photos, 2), serving, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_photographs_there_are_no_scales(tmp_path: Path, serving: Serving) -> None:
     with pytest.raises(SourceError, match="give --photos DIR"):
         write_bundle(Cutter(build(), torch.rand(1, 3, SIDE, SIDE)), "branch", [], serving, tmp_path / "out")

@@ -5,7 +5,7 @@ import pytest
 from edge_client.rpc import CODE_METADATA as CLIENT_METADATA
 from edge_client.rpc import translate
 from edge_server.status import CODE_METADATA, status_of
-from protos.errors import BY_CODE, HeadtailError, from_code
+from protos.errors import BY_CODE, HeadtailError, ModelError, from_code, from_peer
 
 CODES = sorted(BY_CODE)
 
@@ -31,8 +31,20 @@ def test_an_error_crosses_the_wire_as_itself(code: str) -> None:
         status_of(sent), grpc.aio.Metadata(), grpc.aio.Metadata((CODE_METADATA, sent.code)), details=sent.message
     )
     received = translate(status, "host:1")
-    assert type(received) is type(sent)
-    assert (received.message, received.retryable) == (sent.message, sent.retryable)
+    if sent.exit_code == 1:  # the server's own fault is not this side's
+        assert isinstance(received, ModelError)
+        assert sent.message in received.message
+    else:
+        assert type(received) is type(sent)
+        assert (received.message, received.retryable) == (sent.message, sent.retryable)
+
+
+def test_no_word_of_a_peer_makes_its_fault_ours() -> None:
+    for code in (*CODES, "", "no such code", "\x1b[2J", "x" * 100_000):
+        error = from_peer(code, "why")
+        assert error.exit_code != 1
+        assert error.message.isprintable()
+        assert len(error.message) < 200
 
 
 @pytest.mark.parametrize("status", [s for s in grpc.StatusCode if s is not grpc.StatusCode.OK])

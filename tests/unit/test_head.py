@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_client.head import BoundStem, Head, open_graph
+from edge_client.head import BoundStem, Head
 from protos.errors import BundleError, ModelError
 from splitters.bundle import Bundle
+from splitters.runtime.sessions import open_graph
 from tests.fakes.bundles import write_tiny_bundle
 
 

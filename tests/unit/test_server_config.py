@@ -2,6 +2,7 @@
 
 import pytest
 
+from edge_server.cli import build_parser, config_from
 from edge_server.config import BatchConfig, Limits, RayConfig, SecurityConfig, ServerConfig, TailConfig, is_loopback, split_address
 from protos.errors import ConfigError
 
@@ -11,7 +12,10 @@ def test_addresses(text: str, wanted: tuple[str, int]) -> None:
     assert split_address(text) == wanted
 
 
-@pytest.mark.parametrize("text", ["", "host", ":1", "host:", "host:x", "host:-1", "host:65536"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "host", ":1", "host:", "host:x", "host:-1", "host:65536", "127.0.0.1:٣", "\n:0", "unix:/x:0", "a b:1", "::1:5", "[::1:5"],
+)
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(ConfigError, match="host:port"):
         split_address(text)
@@ -58,8 +62,31 @@ def test_only_an_open_door_without_lock_is_exposed(tmp_path) -> None:
         lambda: ServerConfig(models=("m",), backend="magic"),
         lambda: ServerConfig(models=("m",), grace_s=-1),
         lambda: ServerConfig(models=("m",), metrics_port=70000),
+        lambda: ServerConfig(models=("m", "")),
+        lambda: ServerConfig(models=("m",), parent_pid=0),
+        lambda: ServerConfig(models=("m",), parent_pid=10**20),
+        lambda: Limits(max_sessions=10**20),
+        lambda: Limits(max_connections=True),
+        lambda: Limits(keepalive_s=float("inf")),
+        lambda: TailConfig(cpus=(-1,)),
+        lambda: TailConfig(cpus=(10**20,)),
+        lambda: RayConfig(cpus_per_replica=float("nan")),
     ],
 )
 def test_values_out_of_range_are_refused(make) -> None:
     with pytest.raises(ConfigError):
         make()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0, "5"])
+@pytest.mark.parametrize("name", ["max_sessions_per_token", "frames_per_s_per_token", "bytes_per_s_per_token"])
+def test_quotas_are_numbers_from_0_on(name: str, number: object, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=name):
+        SecurityConfig(token_file=tmp_path / "t", **{name: number})
+
+
+@pytest.mark.parametrize("option", ["--grace-s", "--max-batch-delay-ms", "--max-payload-mib", "--frames-per-s-per-token"])
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "-1"])
+def test_options_that_are_no_usable_number_are_refused(option: str, number: str) -> None:
+    with pytest.raises(ConfigError):
+        config_from(build_parser().parse_args(["--token-file", "t", f"{option}={number}"]))

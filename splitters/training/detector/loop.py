@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from splitters.runtime.sessions import open_session
 from splitters.tasks.boxes import Pixels
 from splitters.training.detector.augment import Sampler
 from splitters.training.detector.data import build_examples, held_out
@@ -107,9 +108,7 @@ def freeze_to_onnx(module: nn.Module, path: Path, outputs: int) -> ort.Inference
             module.eval(), (torch.zeros(2, 3, 256, 256),), str(path), dynamo=False, input_names=["x"], output_names=names,
             dynamic_axes=axes,
         )  # fmt: skip
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return open_session(path)
 
 
 def normalise(images: Pixels) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
@@ -274,7 +273,6 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="faster on processors with bfloat16 arithmetic")
     parser.add_argument("--hold-out", action="store_true", help="leave the photos of detector_held_out out")
     parser.add_argument("--teacher-cache", type=Path, help="where the teacher's boxes are kept; OUT/teacher.npz by default")
-    parser.add_argument("--tag", help="ignored; names the process in a process list")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)

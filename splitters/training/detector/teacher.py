@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
+from splitters.runtime.sessions import open_session
 from splitters.tasks.boxes import Pixels
 from splitters.zoo.onnx_detectors import IMAGENET_MEAN, IMAGENET_STD
 
@@ -68,10 +68,7 @@ class DenseTeacher:
     """
 
     def __init__(self, path: Path) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        graph = any_size(onnx.load(path)).SerializeToString()
-        self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self._session = open_session(any_size(onnx.load(path)).SerializeToString())
 
     def __call__(self, images: Pixels) -> Dense:
         """Scores and boxes of uint8 RGB pictures."""

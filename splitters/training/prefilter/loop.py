@@ -178,7 +178,6 @@ def main() -> None:
     parser.add_argument("--interest", default=",".join(NAME_OF[c] for c in CATEGORY_IDS), help="classes to learn, comma separated")
     parser.add_argument("--minutes", type=float, default=PrefilterRecipe().minutes)
     parser.add_argument("--seed", type=int, default=PrefilterRecipe().seed)
-    parser.add_argument("--tag", help="ignored; names the process in a process list")
     args = parser.parse_args()
     names = args.interest.split(",")
     if unknown := [n for n in names if n not in COCO_NAMES]:

@@ -9,26 +9,22 @@ The device's stem is a graph of its own, so that a frame the prefilter stops has
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from protos.errors import SourceError
 from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, LocalModel, Preprocess
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import calibrate_plain
 from splitters.cutting.onnx_export import export_onnx
 from splitters.tasks.coco_classes import CATEGORY_IDS, NAME_OF
-from splitters.tasks.preprocess import preprocess
 from splitters.zoo.detector.network import INPUT_SIZE_PX, PREPROCESS, TAPS, WEIGHTS, Detector, dense, load_detector
 from splitters.zoo.prefilter.export import write_prefilter
 
@@ -112,21 +108,6 @@ def calibrate(images: Iterator[NDArray[np.float32]]) -> dict[str, Any]:
     with torch.inference_mode():
         latents = np.concatenate([head(torch.from_numpy(image)).numpy() for image in images])
     return calibrate_plain([latents], BITS, point_ids=[str(i) for i in range(len(BITS))])
-
-
-def calibrate_from(photos: Path, *, count: int = 100, seed: int = 0) -> dict[str, Any]:
-    """The same from ``count`` photos drawn from a folder.
-
-    Raises:
-        SourceError: there is no readable photo.
-    """
-    files = sorted(f for f in photos.rglob("*") if f.suffix.lower() in {".jpg", ".jpeg", ".png"})
-    random.Random(seed).shuffle(files)  # noqa: S311 - a reproducible draw, no secret
-    frames = (frame for f in files[:count] if (frame := cv2.imread(str(f))) is not None)
-    inputs = [preprocess(frame.astype(np.uint8, copy=False), PREPROCESS) for frame in frames]
-    if not inputs:
-        raise SourceError(f"{photos} holds no readable photo")
-    return calibrate(iter(inputs))
 
 
 def local_preprocess() -> Preprocess:

@@ -1,0 +1,81 @@
+"""The one place that opens ONNX Runtime: device, server, training and evaluation run graphs under the same settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.errors import BundleError, ModelError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Floats = NDArray[np.float32]
+Graph = Callable[[Sequence[Floats]], list[Floats]]
+
+# Weights may be said to lie in another file, by a path; ONNX Runtime's own checks of that path came release by release.
+_WEIGHTS_ELSEWHERE = re.compile(rb"\x0a(\x08|\x88\x80*\x00)location\x12")
+
+
+def open_session(model: Path | bytes, *, threads: int = 1, spinning: bool = False) -> ort.InferenceSession:
+    """Opens a model on the processor.
+
+    Args:
+        model: a file, which must carry its own weights, or a model in memory.
+        threads: of ONNX Runtime; 0: as many as there are cores.
+        spinning: whether threads without work keep their core. That is quicker on a server; on a small device it would take
+            the core from the capture thread.
+
+    Raises:
+        BundleError: it is no model that ONNX Runtime can run.
+    """
+    import onnxruntime as ort
+
+    if isinstance(model, Path):
+        try:
+            elsewhere = _WEIGHTS_ELSEWHERE.search(model.read_bytes())
+        except OSError as error:
+            raise BundleError(f"cannot read {model}: {error.strerror}") from error
+        if elsewhere:
+            raise BundleError(f"{model} keeps its weights in another file; the graphs of a bundle carry their own")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    try:
+        return ort.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        name = str(model) if isinstance(model, Path) else "the model in memory"
+        raise BundleError(f"{name} is no ONNX model that can be run: {error}") from error
+
+
+def open_graph(path: Path, *, threads: int = 1, spinning: bool = False, options: ort.RunOptions | None = None) -> Graph:
+    """Opens an ONNX file as a function from its inputs, in order, to its outputs.
+
+    Args:
+        path: the file.
+        threads: of ONNX Runtime.
+        spinning: see `open_session`.
+        options: of every run; its ``terminate`` ends one that is under way.
+
+    Raises:
+        BundleError: the file is no model that ONNX Runtime can run.
+        ModelError: (the function) a run failed.
+    """
+    session = open_session(path, threads=threads, spinning=spinning)
+    names = [i.name for i in session.get_inputs()]
+
+    def run(arrays: Sequence[Floats]) -> list[Floats]:
+        try:
+            outputs: list[Floats] = session.run(None, dict(zip(names, arrays, strict=True)), options)
+        except Exception as error:
+            raise ModelError(f"{path.name} failed on its input: {error}") from error
+        return outputs
+
+    return run
