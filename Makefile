@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-triton lint types imports docs proto proto-check check clean help
+.PHONY: demo test test-triton lint types imports docs package proto proto-check check clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -23,7 +23,7 @@ test-triton: $(VENV)/.dev .venvs/triton/.ok   ## the Open Inference tests with t
 	.venvs/triton/bin/pip install --quiet --disable-pip-version-check 'tritonclient[grpc]'
 	touch $@
 
-check: lint types imports docs proto-check   ## everything .ci/run checks beside the tests
+check: lint types imports docs package proto-check   ## everything .ci/run checks beside the tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -38,6 +38,10 @@ imports: $(VENV)/.dev
 docs: $(VENV)/.dev   ## build docs/ strictly into build/site, and check the pages that follow from the code
 	$(BIN)/python docs/generate_reference.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+package: $(VENV)/.dev   ## build sdist and wheel into build/dist and look whether they hold what they should
+	rm -rf build/dist && $(BIN)/python -m build --outdir build/dist . >build/package.log || (tail -n 30 build/package.log; exit 1)
+	$(BIN)/python .ci/check_package.py build/dist
 
 proto: $(VENV)/.dev   ## regenerate the stubs after a change of the schema
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/headtail/v1/*.proto

@@ -1,4 +1,4 @@
-"""The ``splitters`` command: cut, profile, train, evaluate, calibrate, export, inspect."""
+"""The ``splitters`` command: cut, profile, train, evaluate, calibrate, export, fetch, inspect."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": "accuracy against real payload bytes, beside image codecs",
     "calibrate": "fit a bundle's prefilter to the scene a fixed camera sees",
     "export": "write a default bundle, or a trained run, to a directory",
+    "fetch": "bring the weights of a published model to this machine",
     "inspect": "show what a bundle holds and verify it",
 }
 

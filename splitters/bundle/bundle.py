@@ -209,6 +209,7 @@ def rewrite_points(
     *,
     offloads: Sequence[OffloadOption] | None = None,
     local: tuple[float, str] | None = None,
+    score_min: float | None = None,
 ) -> Bundle:
     """Replaces what was measured of a bundle; its hash changes with it.
 
@@ -217,6 +218,7 @@ def rewrite_points(
         points: its operating points.
         offloads: its offload options; None leaves them as they are.
         local: accuracy and metric of its local model; None leaves them.
+        score_min: of a detector, the score from which on boxes are shown; None leaves it.
     """
     texts = {POINTS: dump_points(points).encode()}
     if offloads is not None:
@@ -226,6 +228,9 @@ def rewrite_points(
     manifest = replace(bundle.manifest, parts=tuple(part for _, part in sorted(parts.items())))
     if local is not None and manifest.local is not None:
         manifest = replace(manifest, local=replace(manifest.local, accuracy=local[0], accuracy_metric=local[1]))
+    if score_min is not None:
+        tail = {**manifest.tail, **({"score_min": score_min} if "score_min" in manifest.tail else {})}
+        manifest = replace(manifest, postprocess={**manifest.postprocess, "score_min": score_min}, tail=tail)
     for name, data in (*texts.items(), (MANIFEST, manifest.to_json().encode())):
         temporary = bundle.path / f".{name}.new"
         temporary.write_bytes(data)

@@ -100,39 +100,49 @@ class Preprocess:
     """How a captured frame becomes the model's input.
 
     Attributes:
-        resize: ``shortest`` (short side to ``resize_px``, then centre crop), ``letterbox`` (fit inside, pad) or
-            ``stretch``.
+        resize: how a picture is scaled: ``shortest`` (its short side to ``resize_px``), ``letterbox`` (to fit inside a box),
+            ``cover`` (to fill the box) or ``stretch`` (onto the box). What then lies outside ``size_px`` is cut off evenly on
+            both sides, what is missing is padded.
         size_px: (height, width) of the model's input.
         resize_px: short side before the crop; only for ``shortest``.
+        box_px: (height, width) of the box; ``size_px`` where it is None.
         interpolation: ``auto`` (area when shrinking, cubic when enlarging), ``area``, ``bilinear`` or ``bicubic``.
+        resampler: whose filters. ``opencv`` is fast, and of several source pixels sees the nearest alone (but for area);
+            ``pillow`` weighs all of them, as torchvision and timm do when they evaluate.
         anchor: where a letterboxed picture sits, ``top_left`` or ``centre``.
-        pad: value 0..255 of the letterbox border.
+        pad: of the border, 0..255: one value, or red, green and blue.
         mean, std: per channel, in units of 0..1 pixel values: ``(pixel / 255 - mean) / std``.
         channel_order: ``rgb`` or ``bgr``.
     """
 
-    resize: Literal["shortest", "letterbox", "stretch"]
+    resize: Literal["shortest", "letterbox", "cover", "stretch"]
     size_px: tuple[int, int]
     resize_px: Annotated[int, msgspec.Meta(ge=0, le=16_384)] = 0
+    box_px: tuple[int, int] | None = None
     interpolation: Literal["auto", "area", "bilinear", "bicubic"] = "auto"
+    resampler: Literal["opencv", "pillow"] = "opencv"
     anchor: Literal["top_left", "centre"] = "top_left"
-    pad: Annotated[int, msgspec.Meta(ge=0, le=255)] = 114
+    # Bounds are checked below: msgspec 0.22 crashes on a bounded number in a union with a fixed tuple.
+    pad: int | tuple[int, int, int] = 114
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     channel_order: Literal["rgb", "bgr"] = "rgb"
 
     def __post_init__(self) -> None:
         choices = {
-            "resize": ("shortest", "letterbox", "stretch"), "interpolation": ("auto", "area", "bilinear", "bicubic"),
-            "anchor": ("top_left", "centre"), "channel_order": ("rgb", "bgr"),
+            "resize": ("shortest", "letterbox", "cover", "stretch"), "interpolation": ("auto", "area", "bilinear", "bicubic"),
+            "anchor": ("top_left", "centre"), "channel_order": ("rgb", "bgr"), "resampler": ("opencv", "pillow"),
         }  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise BundleError(f"preprocess.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not all(8 <= s <= 8192 for s in self.size_px):
-            raise BundleError(f"preprocess.size_px must be (height, width), 8..8192 each, got {self.size_px}")
-        if self.resize == "shortest" and self.resize_px < max(self.size_px):
-            raise BundleError("preprocess.resize_px must be at least the larger side of size_px for resize=shortest")
+        for name, size in (("size_px", self.size_px), ("box_px", self.box_px or self.size_px)):
+            if not all(8 <= s <= 8192 for s in size):
+                raise BundleError(f"preprocess.{name} must be (height, width), 8..8192 each, got {size}")
+        if not all(0 <= v <= 255 for v in (self.pad if isinstance(self.pad, tuple) else (self.pad,))):
+            raise BundleError(f"preprocess.pad must be 0..255, got {self.pad}")
+        if self.resize == "shortest" and not 8 <= self.resize_px <= 8192:
+            raise BundleError(f"preprocess.resize_px must be 8..8192 for resize=shortest, got {self.resize_px}")
         if not all(abs(m) <= _MAX_MEAN for m in self.mean) or not all(1 / _MAX_MEAN <= s <= _MAX_MEAN for s in self.std):
             raise BundleError(f"preprocess.mean and .std need three numbers each, at most {_MAX_MEAN:g}, std positive")
 

@@ -104,8 +104,8 @@ def mark_pareto(points: Iterable[OperatingPoint]) -> list[OperatingPoint]:
 
 
 def best_point(points: Sequence[OperatingPoint]) -> OperatingPoint:
-    """The most accurate point; among equals, or where none was measured, the one with the most bits and channels."""
-    return max(points, key=lambda p: (p.accuracy, p.bits, p.channels, -p.id))
+    """The most accurate point; among equals the one of the fewest bytes, then of the shortest head time."""
+    return max(points, key=lambda p: (p.accuracy, -p.payload_bytes.p50, -p.head_ms.p50, -p.id))
 
 
 def dump_points(points: Iterable[OperatingPoint]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from protos.errors import ConfigError
 from splitters.bundle import cache_dir
+from splitters.commands.progress import Progress
 
 if TYPE_CHECKING:
     from splitters.bundle import Bundle
@@ -36,7 +37,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--labels",
         type=Path,
-        help="JSON {file name: class index}, or a COCO instances.json; absent: agreement with the whole model",
+        help="JSON {path below --images: class index}, or a COCO instances.json, whose categories are matched by name; "
+        "absent: agreement with the whole model (the same class; F1 of the boxes)",
     )
     parser.add_argument(
         "--against",
@@ -58,7 +60,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--score-min",
         type=float,
         default=0.01,
-        help="detectors: count boxes from this score on; AP needs the weak ones too (default: %(default)s)",
+        help="detectors: AP counts boxes from this score on (default: %(default)s). Which boxes a viewer is shown is the "
+        "bundle's own score_min: with --labels it becomes the score of the best F1",
     )
     parser.add_argument("--plot", type=Path, help="write the picture to this PNG")
     parser.add_argument("--report", type=Path, help="write everything measured to this JSON file")
@@ -82,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         images=args.images, labels=args.labels, against=against, limit=args.limit, cache=cache_dir() / "evaluations",
         draws=args.draws or 1000, score_min=args.score_min,
     )  # fmt: skip
-    report = evaluate(bundle, config, tick=lambda what: print(f"  {what}", flush=True))
+    with Progress(f"evaluating {bundle.manifest.name}") as show:
+        report = evaluate(bundle, config, show=show)
     _tell(report)
     if args.plot is not None:
         from splitters.evaluation.plot import plot
@@ -92,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
         dump(report, args.report)
     if not args.no_write:
         local = (report.local, report.metric) if report.local is not None else None
-        rewrite_points(bundle, report.points, offloads=report.offloads or None, local=local)
+        score_min = report.best_f1[0] if report.best_f1 else None
+        rewrite_points(bundle, report.points, offloads=report.offloads or None, local=local, score_min=score_min)
     if args.json:
         print(json.dumps(report.to_json()))
     return 0
@@ -176,6 +181,8 @@ def _tell(report: Report) -> None:
     from splitters.evaluation.bdrate import BdRate
 
     print(f"{report.model}: {report.photos} photos, whole model {report.metric} {report.whole:.4f}")
+    if report.unreadable:
+        print(f"{len(report.unreadable)} photos could not be read and were left out; the first is {report.unreadable[0]}")
     print(" id  graphs          codec  bytes p50    p95  head ms   accuracy   minus whole model [95 %]   frontier")
     row = "{:3d}  {:14s}  {:5s}  {:9.0f} {:6.0f}  {:7.2f}   {:.4f}   {}   {}"
     for p in sorted(report.points, key=lambda p: (p.graphs, p.payload_bytes.p50)):
@@ -206,5 +213,7 @@ def _tell(report: Report) -> None:
         print(f"offload {o.format} q{o.quality} {side}: {o.payload_bytes.p50:.0f} bytes, {report.metric} {o.accuracy:.4f}")
     if report.local is not None:
         print(f"local model: {report.metric} {report.local:.4f}")
+    if report.best_f1 is not None:
+        print(f"boxes: the best F1 ({report.best_f1[1]:.3f} at IoU .50) is at score {report.best_f1[0]:.3f}")
     for codec, ms in report.encode_ms.items():
         print(f"{codec} encode: {ms:.2f} ms")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -106,13 +107,27 @@ def _timm(name: str, weights: str, size_px: tuple[int, int] | None) -> Source:
     size = size_px or tuple(config["input_size"][1:])
     labels = imagenet_labels() if getattr(model, "num_classes", 0) == 1000 else {}
     return Source(
-        name=name, model=model.eval(), example=_example(size), weights=_fill(model, weights), labels=labels,
-        preprocess=Preprocess(
-            resize="shortest", size_px=size, resize_px=max(*size, int(max(size) / config.get("crop_pct", 0.875))),
-            interpolation=_INTERPOLATION.get(config["interpolation"], "bicubic"),  # type: ignore[arg-type]
-            mean=tuple(config["mean"]), std=tuple(config["std"]),
-        ),
+        name=name, model=model.eval(), example=_example(size, config["input_size"][0]), weights=_fill(model, weights),
+        preprocess=_timm_preprocess(config, size), labels=labels,
     )  # fmt: skip
+
+
+def _timm_preprocess(config: Mapping[str, Any], size_px: tuple[int, int]) -> Preprocess | None:
+    """The evaluation transform that timm makes of a configuration; None for models that take no colour pictures."""
+    if config["input_size"][0] != 3:
+        return None
+    height, width = (math.floor(side / (config.get("crop_pct") or 0.875)) for side in size_px)
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    mode = config.get("crop_mode") or "center"
+    how: dict[str, Any] = {"resize": "cover", "box_px": (height, width), "pad": 0}
+    if mode == "squash":
+        how["resize"] = "stretch"
+    elif mode == "border":
+        how |= {"resize": "letterbox", "anchor": "centre", "pad": tuple(round(255 * m) for m in mean)}
+    elif height == width:
+        how = {"resize": "shortest", "resize_px": height, "pad": 0}
+    interpolation = _INTERPOLATION.get(config["interpolation"], "bicubic")
+    return Preprocess(size_px=size_px, interpolation=interpolation, resampler="pillow", mean=mean, std=std, **how)  # type: ignore[arg-type]
 
 
 def _torchvision(name: str, weights: str, size_px: tuple[int, int] | None) -> Source:
@@ -136,8 +151,9 @@ def _torchvision(name: str, weights: str, size_px: tuple[int, int] | None) -> So
     spec, size = None, size_px or (224, 224)
     if hasattr(recipe, "crop_size"):
         size = size_px or (recipe.crop_size[0],) * 2
+        short = round(recipe.resize_size[0] * max(size) / recipe.crop_size[0])
         spec = Preprocess(
-            resize="shortest", size_px=size, resize_px=max(*size, recipe.resize_size[0]),
+            resize="shortest", size_px=size, resize_px=max(*size, short), resampler="pillow", pad=0,
             interpolation=_INTERPOLATION.get(recipe.interpolation.value, "bilinear"),  # type: ignore[arg-type]
             mean=tuple(recipe.mean), std=tuple(recipe.std),
         )  # fmt: skip

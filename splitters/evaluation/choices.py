@@ -10,11 +10,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from protos.errors import SourceError
 from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.bundle.offload import OffloadOption, compress, ladder, pareto_offloads, restore
-from splitters.evaluation.measure import Measured, Photos, quantiles, run_whole
+from splitters.evaluation.measure import Each, Measured, Photos, nothing, quantiles, run_whole
+from splitters.runtime.pictures import read_picture
 from splitters.runtime.sessions import open_graph
 from splitters.runtime.tail import Tail
 from splitters.tasks.postprocess import build_postprocess
@@ -33,6 +33,7 @@ def measure_offloads(
     *,
     tick: Callable[[str], None],
     remember: Remember = lambda _what, run: run(),
+    each: Each = nothing,
 ) -> list[OffloadOption]:
     """The Pareto frontier of the offload ladder, through the compressor the device uses and the decoder the server uses.
 
@@ -42,11 +43,12 @@ def measure_offloads(
         value: accuracy of the answers, 0..1.
         tick: told of every finished setting.
         remember: gives what an earlier call measured for the same setting, or measures now.
+        each: called after every photo at every setting.
     """
     found = []
-    for image_format, quality, side in _ladder(tail, photos):
+    for image_format, quality, side in offload_ladder(tail, photos):
         what = {"offload": image_format, "quality": quality, "size_px": side, "opencv": cv2.__version__}
-        measured = remember(what, partial(_run, tail, photos, image_format, quality, side))
+        measured = remember(what, partial(_run, tail, photos, image_format, quality, side, each))
         taken = []
         for picture in photos.pictures[:_CLOCKED]:
             start = time.thread_time_ns()
@@ -63,7 +65,7 @@ def measure_offloads(
     return pareto_offloads(found)
 
 
-def _ladder(tail: Tail, photos: Photos) -> list[tuple[str, int, int]]:
+def offload_ladder(tail: Tail, photos: Photos) -> list[tuple[str, int, int]]:
     """A detector takes seconds a setting and needs its resolution: the coarse half of the ladder is left out."""
     settings = ladder(photos.input_px)
     if tail.bundle.manifest.task != "detection":
@@ -72,15 +74,15 @@ def _ladder(tail: Tail, photos: Photos) -> list[tuple[str, int, int]]:
     return [s for s in settings if s[1] >= _DETECTOR_QUALITY and s[2] in (sides[1], sides[-1])]
 
 
-def _run(tail: Tail, photos: Photos, image_format: str, quality: int, side: int) -> Measured:
+def _run(tail: Tail, photos: Photos, image_format: str, quality: int, side: int, each: Each) -> Measured:
     size_px = (photos.pictures.shape[1], photos.pictures.shape[2])
     payloads = [compress(p, image_format=image_format, quality=quality, size_px=side) for p in photos.pictures]
     decoded = [cv2.imdecode(np.frombuffer(p, np.uint8), cv2.IMREAD_COLOR) for p in payloads]
     pictures = [restore(d.astype(np.uint8, copy=False), size_px) for d in decoded if d is not None]
-    return Measured(sizes=np.array([len(p) for p in payloads], np.float64), answers=run_whole(tail, photos, pictures))
+    return Measured(sizes=np.array([len(p) for p in payloads], np.float64), answers=run_whole(tail, photos, pictures, each=each))
 
 
-def measure_local(bundle: Bundle, files: Sequence[Path], value: Value) -> float | None:
+def measure_local(bundle: Bundle, files: Sequence[Path], value: Value, *, each: Each = nothing) -> float | None:
     """Accuracy, 0..1, of the bundle's local model over the photos; None where it has none.
 
     Raises:
@@ -96,9 +98,8 @@ def measure_local(bundle: Bundle, files: Sequence[Path], value: Value) -> float 
     answer = build_postprocess(post, model.preprocess)
     answers: list[Answer] = []
     for file in files:
-        frame = cv2.imread(str(file), cv2.IMREAD_COLOR)
-        if frame is None:
-            raise SourceError(f"{file} is no readable image")
-        outputs = run([preprocess(frame.astype(np.uint8, copy=False), model.preprocess)])
+        frame = read_picture(file)
+        outputs = run([preprocess(frame, model.preprocess)])
         answers += answer(outputs, [(frame.shape[1], frame.shape[0])])
+        each()
     return value(answers)

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from protos.errors import ConfigError, MissingDependencyError
+from protos.errors import ConfigError
 from splitters.evaluation.bdrate import Array, Counts, interval, resample
+from splitters.evaluation.coco import read_instances, truth_of
 from splitters.tasks.boxes import Detections
 
 __all__ = ["DetectionScores", "interval", "load_truth", "score"]
@@ -67,6 +68,20 @@ class DetectionScores:
     def ap50(self, category_ids: Sequence[int] | None = None) -> float:
         """AP at IoU .50, mean over classes (all that occur, or the given)."""
         return float(np.nanmean(self.table(category_ids)[:, 0]))
+
+    def best_score(self, category_ids: Sequence[int] | None = None) -> tuple[float, float] | None:
+        """The score from which on boxes give the best F1 at IoU .50, over all classes together, and that F1; None without a hit."""
+        rows = [m for r in self._rows(category_ids) for m in self.matches[r] if m is not None]
+        objects = sum(m.objects for m in rows)
+        scores = np.concatenate([m.scores[~m.ignored[0]] for m in rows]) if rows else np.zeros(0)
+        hits = np.concatenate([(m.hit[0] & ~m.ignored[0])[~m.ignored[0]] for m in rows]) if rows else np.zeros(0, bool)
+        if not objects or not hits.any():
+            return None
+        order = np.argsort(-scores, kind="stable")
+        found, told = np.cumsum(hits[order]), np.arange(1, len(order) + 1)
+        f1 = np.where(np.append(np.diff(scores[order]) != 0, True), 2 * found / (told + objects), 0.0)  # equal scores go together
+        best = int(np.argmax(f1))
+        return float(scores[order][best]), float(f1[best])
 
     def bootstrap(self, draws: int = 200, seed: int = 0, category_ids: Sequence[int] | None = None) -> Array:
         """AP and AP50 of ``draws`` resampled sets of photos, (D, 2). Same seed, same photos: differences are paired."""
@@ -132,17 +147,7 @@ def load_truth(instances: Path) -> Any:
         ConfigError: the file is absent or no COCO instances file.
         MissingDependencyError: pycocotools is not installed.
     """
-    try:
-        from pycocotools.coco import COCO
-    except ImportError as error:
-        raise MissingDependencyError("pycocotools is not installed; run: pip install 'headtail[train]'") from error
-    if not instances.is_file():
-        raise ConfigError(f"{instances} does not exist; give a COCO instances.json")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return COCO(str(instances))
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ConfigError(f"{instances} is no COCO instances file: {error}") from error
+    return truth_of(read_instances(instances))
 
 
 def score(truth: Any, found: Mapping[int, Detections]) -> DetectionScores:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from splitters.bundle.manifest import Preprocess
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import LatentCodec
 from splitters.evaluation.image_codecs import Picture, Setting, decode, encode
+from splitters.runtime.pictures import readable
 from splitters.runtime.sessions import open_session
 from splitters.runtime.tail import Tail
 from splitters.tasks.postprocess import SizePx
@@ -30,6 +30,11 @@ from splitters.tasks.preprocess import geometry, input_image, normalise
 
 log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
+Each = Callable[[], None]
+
+
+def nothing() -> None:
+    """Called by work that nobody watches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,11 +45,15 @@ class Photos:
         pictures: (M, H, W, 3) uint8.
         sizes_px: (width, height) of each source photo.
         content: what of each picture is photo and not a letterbox's border, as (rows, columns).
+        files: of each.
+        unreadable: files that were asked for and could not be read.
     """
 
     pictures: NDArray[np.uint8]
     sizes_px: tuple[SizePx, ...]
     content: tuple[tuple[slice, slice], ...]
+    files: tuple[Path, ...] = ()
+    unreadable: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -56,21 +65,23 @@ class Photos:
 
 
 def load_photos(files: Sequence[Path], bundle: Bundle) -> Photos:
-    """Reads and resizes photos as the device would.
+    """Reads and resizes photos as the device would; those that cannot be read are named in a warning and left out.
 
     Raises:
-        SourceError: one cannot be read.
+        SourceError: not one can be read.
     """
-    pictures, sizes, content = [], [], []
     spec = bundle.manifest.preprocess
-    for file in files:
-        frame = cv2.imread(str(file), cv2.IMREAD_COLOR)
-        if frame is None:
-            raise SourceError(f"{file} is no readable image")
-        pictures.append(input_image(frame.astype(np.uint8, copy=False), spec))
+    pictures, sizes, read, unreadable = [], [], [], list[Path]()
+    for file, frame in readable(files, unreadable=unreadable):
+        pictures.append(input_image(frame, spec))
         sizes.append((frame.shape[1], frame.shape[0]))
-        content.append(content_area(spec, *sizes[-1]))
-    return Photos(pictures=np.stack(pictures), sizes_px=tuple(sizes), content=tuple(content))
+        read.append(file)
+    if not read:
+        raise SourceError(f"not one of {len(files)} photos can be read")
+    return Photos(
+        pictures=np.stack(pictures), sizes_px=tuple(sizes), content=tuple(content_area(spec, *size) for size in sizes),
+        files=tuple(read), unreadable=tuple(unreadable),
+    )  # fmt: skip
 
 
 def content_area(spec: Preprocess, width_px: int, height_px: int) -> tuple[slice, slice]:
@@ -139,8 +150,9 @@ class Measured:
 
 
 def run_points(
-    bundle: Bundle, codec: LatentCodec, tail: Tail, photos: Photos, points: Sequence[OperatingPoint], *, tick: Callable[[str], None]
-) -> dict[int, Measured]:
+    bundle: Bundle, codec: LatentCodec, tail: Tail, photos: Photos, points: Sequence[OperatingPoint], *,
+    tick: Callable[[str], None], each: Each = nothing,
+) -> dict[int, Measured]:  # fmt: skip
     """Every operating point over every photo, through real payloads: what the server decodes is what it answers from.
 
     Args:
@@ -150,18 +162,21 @@ def run_points(
         photos: the photos.
         points: what to measure.
         tick: told of every finished point.
+        each: called after every photo at every point.
     """
     device = Device(bundle)
     measured: dict[int, Measured] = {}
     for graphs in dict.fromkeys(p.graphs for p in points):
         latents = [[t[0] for t in device.latents(device.stem_map(p), graphs)] for p in photos.pictures]
         for point in (p for p in points if p.graphs == graphs):
-            measured[point.id] = _run_point(codec, tail, photos, latents, point)
+            measured[point.id] = _run_point(codec, tail, photos, latents, point, each)
             tick(f"operating point {point.id}")
     return measured
 
 
-def _run_point(codec: LatentCodec, tail: Tail, photos: Photos, latents: list[list[Floats]], point: OperatingPoint) -> Measured:
+def _run_point(
+    codec: LatentCodec, tail: Tail, photos: Photos, latents: list[list[Floats]], point: OperatingPoint, each: Each
+) -> Measured:
     sizes = np.zeros(len(photos))
     answers: list[Answer] = []
     # One photo at a time: a batch gains nothing on a processor, and its large temporaries cost twice the time.
@@ -170,16 +185,32 @@ def _run_point(codec: LatentCodec, tail: Tail, photos: Photos, latents: list[lis
         sizes[i] = sum(map(len, layers))
         decoded = codec.dequantise(codec.decode(layers))
         answers += tail.run([tensor[None] for tensor in decoded], [photos.sizes_px[i]])
+        each()
     return Measured(sizes=sizes, answers=answers)
 
 
-def run_whole(tail: Tail, photos: Photos, pictures: Sequence[Picture] | NDArray[np.uint8] | None = None) -> list[Answer]:
+def run_whole(
+    tail: Tail, photos: Photos, pictures: Sequence[Picture] | NDArray[np.uint8] | None = None, *, each: Each = nothing
+) -> list[Answer]:
     """The whole model on pictures (default: the photos themselves)."""
     given = photos.pictures if pictures is None else pictures
-    return [a for picture, size_px in zip(given, photos.sizes_px, strict=True) for a in tail.run_images([picture], [size_px])]
+    answers: list[Answer] = []
+    for picture, size_px in zip(given, photos.sizes_px, strict=True):
+        answers += tail.run_images([picture], [size_px])
+        each()
+    return answers
 
 
-def run_image_codec(tail: Tail, photos: Photos, setting: Setting) -> Measured:
+def run_unquantised(bundle: Bundle, tail: Tail, photos: Photos, *, each: Each = nothing) -> list[Answer]:
+    """Head and tail of the first operating point with nothing lost between them: the whole model, where its halves are its own."""
+    device, answers = Device(bundle), list[Answer]()
+    for picture, size_px in zip(photos.pictures, photos.sizes_px, strict=True):
+        answers += tail.run(device.latents(device.stem_map(picture), bundle.points[0].graphs), [size_px])
+        each()
+    return answers
+
+
+def run_image_codec(tail: Tail, photos: Photos, setting: Setting, *, each: Each = nothing) -> Measured:
     """The whole model on compressed pictures; a letterbox's border is not compressed but put around what was."""
     sizes = np.zeros(len(photos))
     restored = photos.pictures.copy()
@@ -188,7 +219,7 @@ def run_image_codec(tail: Tail, photos: Photos, setting: Setting) -> Measured:
         data = encode(content, setting, photos.input_px)
         sizes[i] = len(data)
         content[...] = decode(data, *content.shape[:2])
-    return Measured(sizes=sizes, answers=run_whole(tail, photos, restored))
+    return Measured(sizes=sizes, answers=run_whole(tail, photos, restored, each=each))
 
 
 def encode_ms(photos: Photos, setting: Setting, count: int = 20) -> float:

@@ -57,6 +57,9 @@ class Report:
         jpeg95: for detectors compared with image codecs.
         offloads: what the device may send instead, JPEG and WebP, with bytes and accuracy: the frontier.
         local: accuracy of the bundle's local model; None where it has none.
+        unreadable: photos that could not be read and were left out.
+        best_f1: of a detector judged by labels: the score from which on the best point's boxes give the best F1 at IoU .50, and
+            that F1.
         also: other figures of the whole model (key -1) and of each point, by name: a detector's ``ap50``.
     """
 
@@ -73,6 +76,8 @@ class Report:
     also: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     offloads: tuple[OffloadOption, ...] = ()
     local: float | None = None
+    unreadable: tuple[str, ...] = ()
+    best_f1: tuple[float, float] | None = None
 
     @property
     def top(self) -> OperatingPoint:
@@ -92,6 +97,8 @@ class Report:
             "baselines": {c.name: _table(c) for c in self.curves[1:]},
             "encode_ms": dict(self.encode_ms),
             "offloads": [asdict(o) for o in self.offloads], "local": self.local,
+            "unreadable": list(self.unreadable),
+            **({"score_min": self.best_f1[0], "f1": self.best_f1[1]} if self.best_f1 else {}),
         }  # fmt: skip
         return told | ({"jpeg95": asdict(self.jpeg95)} if self.jpeg95 else {})
 

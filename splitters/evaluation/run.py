@@ -20,14 +20,16 @@ from protos.errors import ConfigError
 from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.bundle.offload import OffloadOption
-from splitters.bundle.operating_point import OperatingPoint, mark_pareto
+from splitters.bundle.operating_point import OperatingPoint, best_point, mark_pareto
 from splitters.codec import LatentCodec, codec_from_spec
+from splitters.evaluation.agreement import agreement_with
 from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
 from splitters.evaluation.cache import describe, load, photos_key, store
-from splitters.evaluation.choices import measure_local, measure_offloads
+from splitters.evaluation.choices import measure_local, measure_offloads, offload_ladder
 from splitters.evaluation.image_codecs import Setting, ladder
 from splitters.evaluation.measure import (
     Device,
+    Each,
     Measured,
     Photos,
     encode_ms,
@@ -38,7 +40,8 @@ from splitters.evaluation.measure import (
     run_whole,
 )
 from splitters.evaluation.report import Gap, Jpeg95, Report, dump
-from splitters.evaluation.tasks import AveragePrecision, Judge, Score, TopOne, list_images, read_labels
+from splitters.evaluation.steps import Steps, Told
+from splitters.evaluation.tasks import AveragePrecision, Judge, Score, list_images, read_labels
 from splitters.runtime.tail import Tail, load_tail
 
 __all__ = ["EvaluateConfig", "Report", "dump", "evaluate"]
@@ -56,7 +59,7 @@ class EvaluateConfig:
     Attributes:
         images: folder of photos.
         labels: JSON {file name: class index}, a COCO instances.json for detectors, or None for agreement with the
-            whole model.
+            whole model: the same first class, or F1 of the boxes.
         against: image codecs to compare with.
         qualities: of the image codecs; None for the standard ladder.
         limit: at most so many photos, evenly spread.
@@ -90,6 +93,8 @@ class _Bench:
     counts: Counts
     config: EvaluateConfig
     tick: Tick
+    each: Each
+    whole: Sequence[Answer] | None
 
     def score(self, answers: Sequence[Answer]) -> Score:
         return self.judge.score(answers, self.counts)
@@ -106,24 +111,26 @@ def open_codec(bundle: Bundle) -> LatentCodec:
     return codec_from_spec(json.loads(bundle.read_part(bundle.manifest.codec)), bundle.read_part)
 
 
-def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info) -> Report:
+def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info, show: Told | None = None) -> Report:
     """Measures every operating point of ``bundle`` and the image codecs beside it.
 
     Args:
         bundle: any bundle; comparing with image codecs needs one whose tail takes whole images.
         config: what to measure.
         tick: told what has been finished.
+        show: told how many photos have been run, of how many, over all settings.
 
     Raises:
-        ConfigError: image codecs were asked for and the bundle has no whole model, or there are no labels where they are needed.
+        ConfigError: image codecs were asked for and the bundle has no whole model, or there are no labels where they are needed,
+            or the labels are at odds with model or photos.
         SourceError: no photos.
     """
-    bench = _open(bundle, config, tick)
-    tail, photos = bench.tail, bench.photos
-    whole = bench.score(run_whole(tail, photos)) if tail.takes_images else None
-    points, curve, also = _measure_points(bench)
+    bench = _open(bundle, config, tick, show)
+    photos = bench.photos
+    whole = bench.score(bench.whole) if bench.whole is not None else None
+    points, curve, also, best = _measure_points(bench)
     curves = [_image_curve(bench, codec) for codec in config.against]
-    local = measure_local(bench.bundle, bench.judge.files, lambda answers: bench.score(answers).value)
+    local = measure_local(bench.bundle, photos.files, lambda answers: bench.score(answers).value, each=bench.each)
     offloads = _offloads(bench) if config.against else []
     rates = {name: {c.name: _try_compare(c, mine) for c in curves} for name, mine in _tier_curves(points, curve).items()}
     detector = bundle.manifest.task == "detection"
@@ -134,14 +141,19 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info) -
         curves=(curve, *curves), bd_rates=rates, encode_ms={s.codec: encode_ms(photos, s) for s in middle},
         jpeg95=_jpeg95(bench, curve, points, whole) if whole and detector and config.against else None,
         also={-1: whole.also if whole else {}, **also}, offloads=tuple(offloads), local=local,
+        unreadable=tuple(str(f) for f in photos.unreadable), best_f1=best,
     )  # fmt: skip
 
 
-def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick) -> _Bench:
-    bundle = loose(bundle, config.score_min)
+def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick, show: Told | None) -> _Bench:
+    detector = bundle.manifest.task == "detection"
+    if config.labels is not None:
+        bundle = loose(bundle, config.score_min)  # against the whole model's boxes its own threshold is the right one
     tail = load_tail(bundle)
     if not tail.takes_images and (config.against or config.labels is None):
         raise ConfigError("this bundle holds no whole model: give --labels and --against none")
+    if config.labels is None and detector and "score_min" not in bundle.manifest.postprocess:
+        raise ConfigError("this detector's bundle says no score from which on its boxes count: give --labels a COCO instances.json")
     files, judge = list_images(config.images), _judge(config, bundle)
     files = list(judge.files) if judge is not None else files
     if config.limit is not None and config.limit < len(files):
@@ -149,19 +161,36 @@ def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick) -> _Bench:
         files = [files[i] for i in keep]
         judge = judge.only(keep) if judge is not None else None
     photos = load_photos(files, bundle)
+    if judge is not None:
+        judge = judge.only([files.index(f) for f in photos.files]) if photos.unreadable else judge
+        if isinstance(judge, AveragePrecision):
+            judge.check_sizes(photos.sizes_px)
+    each = Steps(_runs(tail, photos, config) * len(photos), show)
+    whole = run_whole(tail, photos, each=each) if tail.takes_images else None
     if judge is None:
-        judge = TopOne.agreeing_with(run_whole(tail, photos), files)
+        judge = agreement_with(whole or [], photos.files)
     counts = resample(len(photos), config.draws)
-    return _Bench(bundle=bundle, tail=tail, photos=photos, judge=judge, counts=counts, config=config, tick=tick)
+    return _Bench(
+        bundle=bundle, tail=tail, photos=photos, judge=judge, counts=counts, config=config, tick=tick, each=each, whole=whole
+    )
+
+
+def _runs(tail: Tail, photos: Photos, config: EvaluateConfig) -> int:
+    """How often every photo is run through some model, at the most."""
+    manifest = tail.bundle.manifest
+    detector = manifest.task == "detection"
+    images = sum(len(ladder(c, photos.input_px, config.qualities, detector=detector)) for c in config.against)
+    offloads = len(offload_ladder(tail, photos)) + detector if config.against else 0
+    return len(tail.bundle.points) + images + offloads + tail.takes_images + (manifest.local is not None)
 
 
 def _judge(config: EvaluateConfig, bundle: Bundle) -> Judge | None:
+    if config.labels is None:
+        return None
     files = list_images(config.images)
     if bundle.manifest.task == "detection":
-        if config.labels is None:
-            raise ConfigError("a detector is judged by its boxes: give --labels a COCO instances.json")
-        return AveragePrecision(config.labels, files)
-    return read_labels(config.labels, files, config.images) if config.labels is not None else None
+        return AveragePrecision(config.labels, files, config.images, bundle.manifest.labels or None)
+    return read_labels(config.labels, files, config.images, bundle.manifest.labels)
 
 
 def loose(bundle: Bundle, score_min: float) -> Bundle:
@@ -173,9 +202,11 @@ def loose(bundle: Bundle, score_min: float) -> Bundle:
     return replace(bundle, manifest=replace(manifest, postprocess={**manifest.postprocess, "score_min": score_min}, tail=tail))
 
 
-def _measure_points(bench: _Bench) -> tuple[list[OperatingPoint], Curve, dict[int, dict[str, float]]]:
+def _measure_points(
+    bench: _Bench,
+) -> tuple[list[OperatingPoint], Curve, dict[int, dict[str, float]], tuple[float, float] | None]:
     bundle, photos = bench.bundle, bench.photos
-    measured = run_points(bundle, open_codec(bundle), bench.tail, photos, bundle.points, tick=bench.tick)
+    measured = run_points(bundle, open_codec(bundle), bench.tail, photos, bundle.points, tick=bench.tick, each=bench.each)
     times = Device(bundle).time_ms(photos.pictures[0], list(dict.fromkeys(p.graphs for p in bundle.points)))
     scores = {p.id: bench.score(measured[p.id].answers) for p in bundle.points}
     points = [
@@ -187,7 +218,10 @@ def _measure_points(bench: _Bench) -> tuple[list[OperatingPoint], Curve, dict[in
     ]  # fmt: skip
     sizes = [measured[p.id].sizes for p in points]
     curve = bench.curve(bundle.manifest.name, [str(p.id) for p in points], sizes, [scores[p.id] for p in points])
-    return mark_pareto(points), curve, {i: dict(s.also) for i, s in scores.items()}
+    judge, best = bench.judge, None
+    if isinstance(judge, AveragePrecision):
+        best = judge.best_score(measured[best_point(points).id].answers)
+    return mark_pareto(points), curve, {i: dict(s.also) for i, s in scores.items()}, best
 
 
 def _tier_curves(points: Sequence[OperatingPoint], curve: Curve) -> dict[str, Curve]:
@@ -224,7 +258,7 @@ def _offloads(bench: _Bench) -> list[OffloadOption]:
     def value(answers: Sequence[Answer]) -> float:
         return bench.score(answers).value
 
-    return measure_offloads(bench.tail, bench.photos, value, tick=bench.tick, remember=partial(_remembered, bench))
+    return measure_offloads(bench.tail, bench.photos, value, tick=bench.tick, remember=partial(_remembered, bench), each=bench.each)
 
 
 def _jpeg95(bench: _Bench, curve: Curve, points: Sequence[OperatingPoint], whole: Score) -> Jpeg95:
@@ -247,7 +281,7 @@ def _minus(gap: Gap) -> Gap:
 
 
 def _cached(bench: _Bench, setting: Setting) -> Measured:
-    return _remembered(bench, describe(setting), lambda: run_image_codec(bench.tail, bench.photos, setting))
+    return _remembered(bench, describe(setting), lambda: run_image_codec(bench.tail, bench.photos, setting, each=bench.each))
 
 
 def _remembered(bench: _Bench, what: Mapping[str, object], run: Callable[[], Measured]) -> Measured:
@@ -260,4 +294,7 @@ def _remembered(bench: _Bench, what: Mapping[str, object], run: Callable[[], Mea
     if found is None:
         found = run()
         store(cache, key, found)
+    else:
+        for _ in found.answers:
+            bench.each()
     return found

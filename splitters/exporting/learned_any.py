@@ -60,8 +60,12 @@ class _ServerPart(nn.Module):
         return tuple(t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point())
 
 
-def load_run(run: Path) -> tuple[Source, LearnedSplit, dict[str, Any]]:
+def load_run(run: Path, model: str = "") -> tuple[Source, LearnedSplit, dict[str, Any]]:
     """A finished run: its source model, the trained student and the recipe.
+
+    Args:
+        run: what `splitters train any` wrote.
+        model: where the source model lies now; empty: where the recipe says.
 
     Raises:
         BundleError: the folder holds no finished run of this release.
@@ -72,13 +76,12 @@ def load_run(run: Path) -> tuple[Source, LearnedSplit, dict[str, Any]]:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["cut"].items()}
         cut = AnyCutConfig(**fields)
         size = (config["size_px"], config["size_px"])
-        source = load_source(config["model"], weights=config["weights"], size_px=size)
+        source = load_source(model or config["model"], weights=config["weights"], size_px=size)
         state = load_file(run / WEIGHTS_FILE)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{run} holds no finished training: {error}; run splitters train to its end") from error
-    model = narrow(source.model, nn.Module)
     example = torch.zeros(2, 3, *size)
-    _, student = build_any(model, example, cut, None)
+    _, student = build_any(narrow(source.model, nn.Module), example, cut, None)
     missing, unknown = student.load_state_dict(
         {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False
     )
@@ -120,14 +123,16 @@ class _FusedStem(nn.Module):
         return fused
 
 
-def export_run(run: Path, out: Path) -> Bundle:
+def export_run(run: Path, out: Path, *, model: str = "", name: str = "") -> Bundle:
     """Writes the bundle of a finished run.
 
     Args:
         run: what `splitters train any` wrote.
         out: the bundle's directory.
+        model: where the source model lies now; empty: where the recipe says.
+        name: the bundle's; empty: the source model's.
     """
-    source, student, recipe = load_run(run)
+    source, student, recipe = load_run(run, model)
     config = recipe["config"]
     size = config["size_px"]
     image = torch.zeros(1, 3, size, size)
@@ -159,12 +164,12 @@ def export_run(run: Path, out: Path) -> Bundle:
         writer.add(TABLES_PART, (run / TABLES_FILE).read_bytes(), "device")
         return writer.finish(
             points=operating_points(student.ensemble, rungs), latent_shape=(shape,), codec="device/codec.json",
-            head=Head(stem="device/stem.onnx", graphs=graphs), **_ends(source, recipe),
+            head=Head(stem="device/stem.onnx", graphs=graphs), **_ends(name or source.name, recipe),
             tail={"kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx", "base_weights": ["server/whole.onnx"]},
         )  # fmt: skip
 
 
-def _ends(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _ends(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's fields that say what a model is, what it takes and how its output is read.
 
     Raises:
@@ -175,7 +180,7 @@ def _ends(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
         raise BundleError("the run's recipe does not say how its model is served; train it again with this release")
     terms = "the training photographs' terms apply to the bottleneck"
     return {
-        "name": source.name, "task": told["task"], "preprocess": parse_preprocess(told["preprocess"]),
+        "name": name, "task": told["task"], "preprocess": parse_preprocess(told["preprocess"]),
         "postprocess": told["postprocess"], "labels": {int(k): str(v) for k, v in told["labels"].items()},
         "licence": f"{told.get('licence', 'that of the model')}; {terms}", "provenance": dict(recipe),
     }  # fmt: skip

@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from protos.errors import SourceError
+from splitters.runtime.folders import pictures_below
 from splitters.runtime.pictures import read_picture
 
 log = logging.getLogger(__name__)
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _PARTS = 0.5
 _GREY = 114
 _LONGEST = 1.6  # longest to shortest side kept
@@ -40,11 +40,9 @@ def list_photos(roots: Iterable[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for root in roots:
-        if not root.exists():
-            raise SourceError(f"{root} does not exist: give --data a folder of photos")
-        found += sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        found += pictures_below(root)
     if not found:
-        raise SourceError("no images found: --data must hold .jpg, .jpeg, .png, .webp or .bmp files")
+        raise SourceError("no images found: --data must be a folder of photos")
     return found
 
 

@@ -128,5 +128,5 @@ def write_cell_photos(folder: Path, count: int = 12, *, seed: int = 0) -> Path:
         cv2.imwrite(str(folder / f"{number:03}.png"), np.repeat(picture[..., None], 3, axis=2))
         images.append({"id": number, "file_name": f"{number:03}.png", "width": 128, "height": 96})
     path = folder.parent / "instances.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": CATEGORY, "name": "cell"}]}))
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": CATEGORY, "name": "person"}]}))
     return path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 from protos.errors import BundleError, ConfigError
 from splitters.bundle import MANIFEST, OFFLOADS, POINTS, Bundle, BundleWriter, open_bundle, rewrite_points, sha256_hex
-from splitters.bundle.manifest import Head, Preprocess, check_part_path, parse_manifest
+from splitters.bundle.manifest import Head, Preprocess, check_part_path, parse_manifest, parse_preprocess
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 
@@ -154,3 +156,16 @@ def test_offload_options_travel_with_the_bundle_as_a_part_of_the_device(tmp_path
     (bundle.path / OFFLOADS).write_text("[]")
     with pytest.raises(BundleError, match="offloads"):
         open_bundle(bundle.path, side="device")
+
+
+def test_every_setting_of_the_preprocessing_returns_from_json_and_bounds_are_kept() -> None:
+    spec = Preprocess(
+        resize="letterbox", size_px=(64, 48), box_px=(70, 50), anchor="centre", pad=(124, 116, 104), resampler="pillow",
+        interpolation="bicubic",
+    )  # fmt: skip
+    data = json.loads(json.dumps(dataclasses.asdict(spec)))
+    assert parse_preprocess(data) == spec
+    for wrong in ({"pad": 256}, {"pad": [0, 0, -1]}, {"pad": [0, 0]}, {"box_px": [4, 50]}, {"resampler": "other"}):
+        with pytest.raises(BundleError, match=next(iter(wrong))):
+            parse_preprocess(data | wrong)
+    gc.collect()  # a crash in the validator's own types would show here

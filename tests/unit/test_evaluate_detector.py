@@ -52,7 +52,7 @@ def test_the_command_measures_ap_beside_image_codecs_and_rewrites_the_table(
     assert [p.accuracy_metric for p in table] == ["ap", "ap"]
     assert table[0].accuracy == pytest.approx(fine["accuracy"])
     assert table[0].pareto
-    assert open_bundle(bundle).manifest.postprocess["score_min"] == 0.25, "the bundle's own threshold stays"
+    assert open_bundle(bundle).manifest.postprocess["score_min"] == told["score_min"], "not AP's, but the best F1's"
 
 
 def test_only_a_letterboxs_content_is_compressed(cells: tuple[Path, Path, Path]) -> None:
@@ -86,7 +86,7 @@ def test_image_codecs_are_not_run_again_for_the_same_photos_and_model(
     config = EvaluateConfig(images=images, labels=labels, against=("jpeg",), draws=20, cache=tmp_path / "results")
     first = evaluate(open_bundle(bundle), config)
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
 
     monkeypatch.setattr("splitters.evaluation.run.run_image_codec", refuse)
@@ -98,9 +98,7 @@ def test_image_codecs_are_not_run_again_for_the_same_photos_and_model(
 
 
 def test_what_cannot_be_measured_is_said(cells: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    bundle, images, labels = cells
-    with pytest.raises(ConfigError, match=r"instances\.json"):
-        evaluate(open_bundle(bundle), EvaluateConfig(images=images))
+    _, images, labels = cells
     tail_only = write_cell_detector(tmp_path / "tail-only", whole=False)
     with pytest.raises(ConfigError, match="no whole model"):
         evaluate(tail_only, EvaluateConfig(images=images, labels=labels))

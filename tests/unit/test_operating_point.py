@@ -33,9 +33,12 @@ def test_round_trip(rows: list[tuple[int, int, int]]) -> None:
     assert load_points(dump_points(points)) == points
 
 
-def test_best_point_prefers_accuracy_then_bits() -> None:
+def test_the_best_point_is_the_cheapest_of_the_most_accurate() -> None:
     assert best_point([point(0, 1, 1, 0.2), point(1, 9, 9, 0.3)]).id == 1
-    assert best_point([OperatingPoint(id=0, channels=1, bits=2), OperatingPoint(id=1, channels=1, bits=8)]).id == 1
+    table = [point(0, 13_200, 5, 0.9), point(1, 2_300, 5, 0.9), point(2, 2_300, 4, 0.9), point(3, 900, 1, 0.8)]
+    assert best_point(table).id == 2
+    assert best_point(table[::-1]).id == 2
+    assert next(p for p in mark_pareto(table) if p.id == 2).pareto
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from splitters.tasks.preprocess import geometry, input_image, normalise, preproc
 
 KINDS: list[dict[str, Any]] = [
     {"resize": "stretch"}, {"resize": "shortest", "resize_px": 64}, {"resize": "letterbox"},
-    {"resize": "letterbox", "anchor": "centre"},
+    {"resize": "letterbox", "anchor": "centre"}, {"resize": "cover"}, {"resize": "cover", "box_px": (56, 70)},
+    {"resize": "stretch", "box_px": (52, 80)}, {"resize": "letterbox", "anchor": "centre", "box_px": (60, 80)},
+    {"resize": "shortest", "resize_px": 40}, {"resize": "cover", "resampler": "pillow"},
 ]  # fmt: skip
 
 
