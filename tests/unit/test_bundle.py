@@ -85,6 +85,16 @@ def test_a_foreign_directory_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "b" / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="no bundle"):
         BundleWriter(tmp_path / "b")
+    (tmp_path / "b" / MANIFEST).write_text('{"manifest_version": 3, "name": "a browser extension"}')
+    with pytest.raises(ConfigError, match="no bundle"):
+        BundleWriter(tmp_path / "b")
+    write(tmp_path / "c")
+    (tmp_path / "link").symlink_to(tmp_path / "c")
+    with pytest.raises(ConfigError, match="no bundle"):
+        BundleWriter(tmp_path / "link")
+    (tmp_path / "c" / "notes.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="other files"):
+        BundleWriter(tmp_path / "c")
 
 
 UNSAFE = ["", "/etc/passwd", "../x", "a/../../x", "a\\b", "c:x", "a//b", "./a", "a\0b", "x" * 300, "a/b/c/d/e", "...", "a/..../b"]
