@@ -42,9 +42,12 @@ def cache_dir() -> Path:
     if configured := os.environ.get("HEADTAIL_CACHE"):
         return Path(configured)
     try:
-        return Path.home() / ".cache" / "headtail"
+        home = Path.home()
     except RuntimeError:
-        raise ConfigError("this user has no home directory; HEADTAIL_CACHE names a place for bundles") from None
+        home = Path()
+    if not home.is_absolute() or os.environ.get("HOME") == "":  # which Python takes for the root directory
+        raise ConfigError("this user has no home directory; HEADTAIL_CACHE names a place for bundles")
+    return home / ".cache" / "headtail"
 
 
 def exported_path(name: str) -> Path:
