@@ -438,9 +438,11 @@ class Pipeline:
     def on_result(self, result: Result, now_ns: int) -> None:
         """See ``SessionEvents``."""
         flight = self._flights.pop(result.frame_id, None)
-        if flight is not None and result.answer is not None and not flight.engine.expects(result.answer):
-            failure = ProtocolError(f"the server answers with a {type(result.answer).__name__}, which is not this model's task")
-            result = replace(result, answer=None, error=failure)
+        if flight is not None and result.error is None:
+            try:
+                flight.engine.task.check(result.answer)
+            except ProtocolError as failure:
+                result = replace(result, answer=None, error=failure)
         if self.predictor is not None:
             learn_reference(self.predictor, result)
         estimator = self.controller.estimator
