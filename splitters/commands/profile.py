@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from splitters.commands.model_arguments import add_model_arguments, load_model, model_size, sample_of, sample_picture
+from splitters.commands.progress import Progress
 
 if TYPE_CHECKING:
     from splitters.profiling.table import Profile
@@ -85,7 +86,8 @@ def _measured(args: argparse.Namespace) -> tuple[Profile, str, str]:
     source.check_takes_pictures()
     picture, spec, where, jpeg_bytes = sample_picture(args.image, source)
     image = flat_inputs(torch.from_numpy(preprocess(picture, spec)))
-    table = profile(source.model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s)
+    with Progress("profile", every_s=2) as show:
+        table = profile(source.model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s, on_step=show)
     return table, source.weights, where
 
 
@@ -100,7 +102,7 @@ def _of_onnx(args: argparse.Namespace) -> tuple[Profile, str, str]:
     model = load_onnx_model(path, size_px=model_size(args))
     spec = preprocess_for(model, {"resize": "letterbox", "anchor": "centre"})
     picture, where, jpeg_bytes = sample_of(args.image, spec)
-    table = profile_onnx(
-        model, preprocess(picture, spec), name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s
-    )  # fmt: skip
+    image = preprocess(picture, spec)
+    with Progress("profile", every_s=2) as show:
+        table = profile_onnx(model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s, on_step=show)
     return table, path.name, where

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from protos.errors import CutError, HeadtailError
+from splitters.cutting.checks import OnStep, silent
 from splitters.cutting.onnx.cost import CrossingCost, best_cut, crossing_costs
 from splitters.cutting.onnx.cuts import Cuts, OnnxCut, reads
 from splitters.cutting.onnx.model import OnnxModel, at_batch_one, to_bytes
@@ -20,7 +21,9 @@ from splitters.profiling.times import clock_ms, coarse_to_fine
 Array = np.ndarray[Any, Any]
 
 
-def profile_onnx(model: OnnxModel, image: Array, *, name: str, picture_bytes: int, budget_s: float) -> Profile:
+def profile_onnx(
+    model: OnnxModel, image: Array, *, name: str, picture_bytes: int, budget_s: float, on_step: OnStep = silent
+) -> Profile:
     """Measures every cut on this machine, one thread.
 
     Args:
@@ -29,6 +32,7 @@ def profile_onnx(model: OnnxModel, image: Array, *, name: str, picture_bytes: in
         name: how the table calls the model.
         picture_bytes: what sending the picture would cost.
         budget_s: time for the latency measurements; rows that do not fit are interpolated and say so.
+        on_step: told how many of how many cuts are timed, and what is done next.
 
     Raises:
         CutError: the model has no cut.
@@ -38,6 +42,7 @@ def profile_onnx(model: OnnxModel, image: Array, *, name: str, picture_bytes: in
     offered = cuts.candidates()
     if not offered:
         raise CutError(f"{name} can be cut nowhere: at every place something crosses that cannot be sent exactly")
+    on_step(0, len(offered), f"measuring what crosses at {len(offered)} places")
     costs = crossing_costs(cuts, offered, image)
     good = mark_good(
         [c.name for c in offered], [c.macs for c in offered], [costs[c.position].zstd_bytes for c in offered], picture_bytes
@@ -45,7 +50,7 @@ def profile_onnx(model: OnnxModel, image: Array, *, name: str, picture_bytes: in
     first = [c for c, is_good in zip(offered, good, strict=True) if is_good]
     notes = list(model.notes)
     whole_ms = _ms(Session(to_bytes(whole(model), name), optimised=True, what=name), {IMAGE: image})
-    measured = _times(cuts, [*first, *coarse_to_fine(offered)], costs, image, budget_s, notes)
+    measured = _times(cuts, [*first, *coarse_to_fine(offered)], costs, image, budget_s, notes, on_step)
     knots = [0, *sorted(measured), len(cuts.order)]
     heads = [0.0, *(measured[p][0] for p in sorted(measured)), whole_ms]
     tails = [whole_ms, *(measured[p][1] for p in sorted(measured)), 0.0]
@@ -73,7 +78,13 @@ def profile_onnx(model: OnnxModel, image: Array, *, name: str, picture_bytes: in
 
 
 def _times(
-    cuts: Cuts, order: Sequence[OnnxCut], costs: dict[int, CrossingCost], image: Array, budget_s: float, notes: list[str]
+    cuts: Cuts,
+    order: Sequence[OnnxCut],
+    costs: dict[int, CrossingCost],
+    image: Array,
+    budget_s: float,
+    notes: list[str],
+    on_step: OnStep,
 ) -> dict[int, tuple[float, float]]:
     """Milliseconds of head and tail by position, for as long as the budget lasts; what cannot be timed is left out and counted."""
     measured: dict[int, tuple[float, float]] = {}
@@ -82,6 +93,7 @@ def _times(
     for cut in dict.fromkeys(order):
         if time.monotonic() - start > budget_s and len(measured) + len(failed) >= 2:
             break
+        on_step(len(measured), len(costs), f"timing {cut.name} (for {budget_s:g} s at most)")
         try:
             pieces = divide(cuts.model, cut, costs[cut.position].shapes)
             head = Session(to_bytes(pieces.head, cut.name), optimised=True, what=f"the head at {cut.name}")
@@ -90,6 +102,7 @@ def _times(
             measured[cut.position] = (_ms(head, {IMAGE: image}), _ms(tail, latents))
         except HeadtailError as error:
             failed.append(f"{cut.name}: {error.message}")
+    on_step(len(costs), len(costs), f"{len(measured)} cuts timed, the others interpolated")
     if failed:
         notes.append(f"{len(failed)} cuts could not be timed, the first {failed[0]}")
     return measured
