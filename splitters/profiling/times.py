@@ -73,16 +73,12 @@ def cut_times(
             for cut in dict.fromkeys((*first, *coarse_to_fine(cuts)), None):
                 if time.monotonic() - start > budget_s and len(measured) + len(failed) >= 2:
                     break
-<<<<<<< HEAD
+                on_step(len(measured), len(cuts), f"timing {cut.name} (for {budget_s:g} s at most)")
                 try:
                     measured[cut.position] = timer.halves(cut)
-                except Exception as error:  # noqa: BLE001  (torch and ONNX Runtime raise many kinds; a table is worth having all the same)
+                except Exception as error:  # noqa: BLE001  (torch and ONNX Runtime raise many kinds; the rest is worth having)
                     failed.append(f"{cut.name}: {first_line(error)}")
-=======
-                on_step(len(measured), len(cuts), f"timing {cut.name} (for {budget_s:g} s at most)")
-                measured[cut.position] = timer.halves(cut)
             on_step(len(cuts), len(cuts), f"{len(measured)} cuts timed, the others interpolated")
->>>>>>> main
     finally:
         torch.set_num_threads(threads)
     if failed:
