@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -148,6 +148,23 @@ def _read(path: Path) -> bytes:
         raise BundleError(f"cannot read {path}: {error.strerror}") from error
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What was measured of a bundle.
+
+    Attributes:
+        points: its operating points.
+        local: accuracy and metric of its local model; None where it has none.
+    """
+
+    points: tuple[OperatingPoint, ...]
+    local: tuple[float, str] | None = None
+
+
+Measure = Callable[[Bundle], Measured]
+"""Measures a bundle that is written but not yet in its place."""
+
+
 class BundleWriter:
     """Collects parts in a temporary directory beside ``out``; ``finish`` makes the bundle appear all at once.
 
@@ -173,13 +190,24 @@ class BundleWriter:
         """Adds a part."""
         self.file(path, side).write_bytes(data)
 
-    def finish(self, *, points: Iterable[OperatingPoint], offloads: Sequence[OffloadOption] = (), **fields: Any) -> Bundle:
+    def finish(
+        self,
+        *,
+        points: Iterable[OperatingPoint],
+        offloads: Sequence[OffloadOption] = (),
+        measure: Measure | None = None,
+        **fields: Any,
+    ) -> Bundle:
         """Writes ``operating_points.json`` and the manifest and moves the bundle into place.
 
         Args:
             points: the operating points.
             offloads: measured offload options, if any.
+            measure: measures the points, where they are not measured yet.
             **fields: the manifest's fields, without ``parts`` and ``format_version``.
+
+        Raises:
+            BundleError: the operating points are not measured.
         """
         self.add(POINTS, dump_points(points).encode(), "device")
         if offloads:
@@ -187,7 +215,12 @@ class BundleWriter:
         parts = tuple(_describe(self._dir, path, side) for path, side in sorted(self._sides.items()))
         manifest = Manifest(parts=parts, format_version=FORMAT_VERSION, **fields)
         (self._dir / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        open_bundle(self._dir)
+        bundle = open_bundle(self._dir)
+        if measure is not None:
+            found = measure(bundle)
+            bundle = rewrite_points(bundle, found.points, local=found.local)
+        if any(not p.measured for p in bundle.points):
+            raise BundleError(f"{self._out} is not written: its operating points were not measured, and a client chooses by them")
         self._draft.publish()
         return open_bundle(self._out)
 

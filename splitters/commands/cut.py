@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from protos.errors import SourceError
 from splitters.commands.model_arguments import add_model_arguments, load_model, read_picture
+from splitters.commands.progress import Progress
 from splitters.commands.serving_arguments import add_serving_arguments, described
 from splitters.tasks.preprocess import Frame
 
@@ -48,18 +49,17 @@ def run(args: argparse.Namespace) -> int:
 
     source = load_model(args)
     photos = read_photos(args.photos, args.photos_max)
-    detector = _detector(source, args, photos)
-    if detector is not None:
-        written = detector
-    else:
-        import torch
+    with Progress("measuring the operating points") as show:
+        written = _detector(source, args, photos, show)
+        if written is None:
+            import torch
 
-        from splitters.cutting.split import Cutter
-        from splitters.tasks.preprocess import preprocess
+            from splitters.cutting.split import Cutter
+            from splitters.tasks.preprocess import preprocess
 
-        serving = _serving(source, args)
-        image = torch.from_numpy(preprocess(photos[0], serving.preprocess))
-        written = write_bundle(Cutter(source.model, image), args.at, photos, serving, args.out)
+            serving = _serving(source, args)
+            image = torch.from_numpy(preprocess(photos[0], serving.preprocess))
+            written = write_bundle(Cutter(source.model, image), args.at, photos, serving, args.out, show=show)
     bundle, proof = written.bundle, written.verification
     print(f"{bundle.manifest.name} cut at {args.at}: {bundle.path} (sha256 {bundle.sha256[:16]}…)")
     print(f"  latents {list(bundle.manifest.latent_shape)}; head and tail are the model: relative difference "
@@ -67,9 +67,11 @@ def run(args: argparse.Namespace) -> int:
           f"replacing a latent moves the output by {min(proof.sensitivity):.1e} or more")  # fmt: skip
     for warning in proof.warnings:
         print(f"splitters cut: warning: {warning}", file=sys.stderr)
-    print(f"  point bits  payload p50     p95   head ms (scales and bytes from {written.photos} photographs)")
+    metric = bundle.points[0].accuracy_metric
+    print(f"  point bits  payload p50     p95   head ms  {metric} (scales and bytes from {written.photos} photographs)")
     for p in bundle.points:
-        print(f"  {p.id:5} {p.bits:4.0f} {p.payload_bytes.p50:10.0f} B {p.payload_bytes.p95:7.0f} {p.head_ms.p50:8.2f}")
+        size = p.payload_bytes
+        print(f"  {p.id:5} {p.bits:4.0f} {size.p50:10.0f} B {size.p95:7.0f} {p.head_ms.p50:8.2f}  {p.accuracy:.4f}")
     if args.json:
         print(json.dumps({
             "path": str(bundle.path), "sha256": bundle.sha256, "at": args.at, "relative_difference": proof.relative_difference,
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _detector(source: Source, args: argparse.Namespace, photos: list[Frame]) -> Any:
+def _detector(source: Source, args: argparse.Namespace, photos: list[Frame], show: Progress) -> Any:
     """The bundle of one of torchvision's detectors, which bring their own resize and postprocess; None for other models."""
     if not str(args.model).startswith("torchvision:"):
         return None
@@ -90,7 +92,7 @@ def _detector(source: Source, args: argparse.Namespace, photos: list[Frame]) -> 
     from splitters.cutting.rcnn_bundle import write_detector_bundle
 
     return write_detector_bundle(
-        source, args.at, photos, args.out, name=args.name or source.name, bits=args.bits, licence=args.licence
+        source, args.at, photos, args.out, name=args.name or source.name, bits=args.bits, licence=args.licence, show=show
     )
 
 

@@ -30,12 +30,14 @@ from splitters.cutting.checks import inference
 from splitters.cutting.onnx_export import export_onnx
 from splitters.cutting.split import Cutter, Split
 from splitters.cutting.verify import PICTURES, Verification
+from splitters.runtime.table import Told, measure_table
 from splitters.tasks.preprocess import Frame, preprocess
 
 log = logging.getLogger(__name__)
 
 BITS = (8, 6, 4, 3, 2)
 ONNX_TOLERANCE = 1e-3
+MEASURED = 50
 _TIMED_RUNS = 20
 
 Floats = NDArray[np.float32]
@@ -93,7 +95,9 @@ def channel_axis(shape: Sequence[int]) -> int:
     return 0
 
 
-def write_bundle(cutter: Cutter, at: str, photos: Sequence[Frame], serving: Serving, out: Path) -> Written:
+def write_bundle(
+    cutter: Cutter, at: str, photos: Sequence[Frame], serving: Serving, out: Path, *, show: Told | None = None
+) -> Written:
     """Cuts, verifies, calibrates, exports and writes.
 
     Args:
@@ -102,6 +106,7 @@ def write_bundle(cutter: Cutter, at: str, photos: Sequence[Frame], serving: Serv
         photos: frames as OpenCV reads them; some 50 typical ones, for the codec's scales.
         serving: the rest of the manifest.
         out: the bundle's directory.
+        show: told how far the measuring of the operating points is.
 
     Raises:
         CutError: no such cut, it does not verify, its batch is fixed, or the ONNX halves differ from the model.
@@ -140,13 +145,19 @@ def write_bundle(cutter: Cutter, at: str, photos: Sequence[Frame], serving: Serv
         spec, points = calibrate(head, images, split, serving.bits)
         writer.add("device/codec.json", json.dumps(spec).encode(), "device")
         bundle = writer.finish(
-            points=points, name=serving.name, task=serving.task, preprocess=serving.preprocess, labels=dict(serving.labels),
+            points=points, measure=lambda b: measure_table(b, few(photos), show),
+            name=serving.name, task=serving.task, preprocess=serving.preprocess, labels=dict(serving.labels),
             latent_shape=split.latent_shapes, head=Head(stem="device/stem.onnx"), codec="device/codec.json", local=local,
             tail={"kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx"},
             postprocess=dict(serving.postprocess), licence=serving.licence,
             provenance={**serving.provenance, "cut": at, "traced_by": f"torch.{split.method}", "codec": "plain"},
         )  # fmt: skip
     return Written(bundle=bundle, verification=verification, onnx_difference=difference, photos=len(images))
+
+
+def few(photos: Sequence[Frame]) -> list[Frame]:
+    """Evenly drawn photos, as many as are worth the time of running the whole model and every operating point on them."""
+    return [photos[i * len(photos) // MEASURED] for i in range(MEASURED)] if len(photos) > MEASURED else list(photos)
 
 
 def flat_tail(tail: fx.GraphModule) -> fx.GraphModule:

@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from protos.errors import CutError, SourceError
 from splitters.bundle import BundleWriter
 from splitters.bundle.manifest import Head, Preprocess
-from splitters.cutting.bundle import Contiguous, Written, calibrate, open_session
+from splitters.cutting.bundle import Contiguous, Written, calibrate, few, open_session
 from splitters.cutting.checks import inference
 from splitters.cutting.onnx_export import export_onnx
 from splitters.cutting.rcnn import PREFIX
 from splitters.cutting.sources import Source
 from splitters.cutting.split import Cutter
 from splitters.cutting.verify import PICTURES
+from splitters.runtime.table import Told, measure_table
 from splitters.tasks.preprocess import Frame, preprocess
 
 
@@ -70,6 +71,7 @@ def write_detector_bundle(
     licence: str,
     size_px: tuple[int, int] | None = None,
     score_min: float = 0.05,
+    show: Told | None = None,
 ) -> Written:
     """Cuts, verifies on the first photograph, calibrates and writes.
 
@@ -83,6 +85,7 @@ def write_detector_bundle(
         licence: of the weights.
         size_px: (height, width) of the input, where the detector leaves it open.
         score_min: objects below are not reported.
+        show: told how far the measuring of the operating points is.
 
     Raises:
         CutError: no such cut, or it does not verify.
@@ -114,7 +117,8 @@ def write_detector_bundle(
         state = {k: v.contiguous() for k, v in detector.state_dict().items()}
         save_file(state, writer.file("server/detector.safetensors", "server"))
         bundle = writer.finish(
-            points=points, name=name, task="detection", preprocess=spec, labels=dict(source.labels),
+            points=points, measure=lambda b: measure_table(b, few(photos), show),
+            name=name, task="detection", preprocess=spec, labels=dict(source.labels),
             latent_shape=split.latent_shapes, head=Head(stem="device/stem.onnx"), codec="device/codec.json",
             tail={
                 "kind": "torch", "factory": f"torchvision:{source.name}", "weights": ["server/detector.safetensors"], "at": at,

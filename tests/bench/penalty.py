@@ -15,12 +15,14 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from splitters.bundle import Bundle, open_bundle
+from splitters.commands.export import measured
 from splitters.evaluation.bdrate import Curve, front, interval
 from splitters.evaluation.run import EvaluateConfig, evaluate
 from splitters.exporting.learned import RECIPE_FILE, tier_graphs
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out = args.out / name.replace(":", "-")
         train(arm, args.data, out, args.cache or args.out / "photos")
         if not (out / "bundle").exists():
-            export_learned(out / "bundle", out)
+            export_learned(out / "bundle", out, partial(measured, run=out))
         bundles[name] = open_bundle(out / "bundle")
         print(f"  {name} is trained", flush=True)
     index = args.data / "imagenette160" / "imagenet_class_index.json"

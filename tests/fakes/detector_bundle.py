@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, Preprocess
-from splitters.bundle.operating_point import OperatingPoint
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import calibrate_plain
 
 SIDE_PX, CELL_PX, CATEGORY = 64, 8, 1
@@ -75,6 +75,13 @@ def write_cell_detector(out: Path, *, bits: Sequence[int] = (8, 1), whole: bool 
     ]
     samples = np.random.default_rng(0).uniform(0, 1, (8, 1, SIDE_PX // CELL_PX, SIDE_PX // CELL_PX)).astype(np.float32)
     codec = calibrate_plain([samples], bits, point_ids=[str(i) for i in range(len(bits))])
+    points = [
+        OperatingPoint(
+            id=i, channels=1, bits=b, payload_bytes=Quantiles(p50=20.0 * b, p95=25.0 * b), accuracy=min(1.0, 0.5 + 0.05 * b),
+            accuracy_metric="ap",
+        )
+        for i, b in enumerate(bits)
+    ]  # fmt: skip
     with BundleWriter(out) as writer:
         writer.add("device/stem.onnx", _model(stem, constants, "image", ["latent_0"]), "device")
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
@@ -100,7 +107,7 @@ def write_cell_detector(out: Path, *, bits: Sequence[int] = (8, 1), whole: bool 
             }
             writer.add("device/prefilter.json", json.dumps(promise).encode(), "device")
         return writer.finish(
-            points=[OperatingPoint(id=i, channels=1, bits=b) for i, b in enumerate(bits)], name="cells", task="detection",
+            points=points, name="cells", task="detection",
             preprocess=SPEC, labels={CATEGORY: "person"}, latent_shape=((1, SIDE_PX // CELL_PX, SIDE_PX // CELL_PX),),
             head=Head(stem="device/stem.onnx", prefilter="device/prefilter.onnx" if prefilter else None), codec="device/codec.json",
             tail=spec, licence="Apache-2.0",
