@@ -137,7 +137,7 @@ def test_text_that_is_no_manifest(text: str) -> None:
 def test_new_measurements_change_the_hash(tmp_path: Path) -> None:
     bundle = write(tmp_path / "b")
     measured = OperatingPoint(
-        id=3, channels=4, bits=8, accuracy=0.5, accuracy_metric="top1", payload_bytes=Quantiles(p50=9, p95=10)
+        id=3, channels=4, bits=8, accuracy=0.75, accuracy_metric="top1", payload_bytes=Quantiles(p50=9, p95=10)
     )
     after = rewrite_points(bundle, [measured])
     assert after.points == (measured,)

@@ -66,7 +66,7 @@ def test_a_bundle_without_a_measured_table_is_not_written(tmp_path: Path, frames
     old = write_cell_detector(tmp_path / "old")
     with pytest.raises(BundleError, match="not measured"):
         rewritten(tmp_path / "new", old)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "old"], "nor is anything left of it"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "instances.json", "old"], "nor is anything left of it"
     seen: list[Path] = []
 
     def measure(bundle: Bundle) -> Measured:
