@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="reuse the last result where nothing moved (default on for cameras, off for files)",
     )
     add("--prefilter", choices=("on", "off", "auto"), help="stop frames without anything of interest (default as --change-gate)")
-    add("--interest", metavar="CLASSES", help="what the prefilter looks for, comma separated, e.g. person,car")
+    add("--interest", metavar="CLASSES", help="what the prefilter looks for: classes, or person, vehicle, animal; comma separated")
     add("--recall", type=float, metavar="R", help="the prefilter's promised recall, e.g. 0.98 (default: the bundle's)")
     add("--track", action="store_true", help="carry the last boxes along on frames without an answer, each marked with its age")
     add = parser.add_argument_group("where answers go").add_argument

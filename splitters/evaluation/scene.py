@@ -273,6 +273,8 @@ def store(bundle: Bundle, interest: Sequence[str], fitted: Fit, told: str) -> Bu
     new = {
         "category_ids": old["category_ids"], "interest": list(interest), **fitted.asked.to_json(), "unit": "passage",
         "calibrated_on": told, "recalls": [c.to_json() for c in fitted.others],
+        # What photos said of these classes is void on this scene; of other classes it is all there is.
+        "calibrated": [g for g in old.get("calibrated", ()) if set(g["interest"]) != set(interest)],
         **({"sure": max(least, known)} if known is not None else {}),
     }  # fmt: skip
     data = json.dumps(new, indent=1).encode()
