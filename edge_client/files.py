@@ -15,10 +15,12 @@ from edge_client.frames import NS_PER_S, Outcome
 from edge_client.parts import Parts, PipelineConfig
 from edge_client.pipeline import Pipeline
 from protos.errors import DrainingError, HeadtailError, OverloadedError, UnreachableError, VersionMismatchError, from_code
+from protos.messages import Result
 from splitters.bundle.operating_point import OperatingPoint, best_point
 
 _WINDOW = 8
 _MAX_TRIES = 6
+_MAX_LOSSES = 6
 
 
 class FilePipeline(Pipeline):
@@ -31,6 +33,7 @@ class FilePipeline(Pipeline):
         self._paused: set[Flight] = set()
         self._current: Flight | None = None
         self._down_ns = 0
+        self._vain = 0  # streams lost with frames in flight, since the last answer
         self._offline = False
 
     @property
@@ -117,10 +120,22 @@ class FilePipeline(Pipeline):
         self._down_ns = self._clock()
         super().on_down(error)
 
+    def on_result(self, result: Result, now_ns: int) -> None:
+        """See ``SessionEvents``."""
+        self._vain = 0
+        super().on_result(result, now_ns)
+
     def _on_lost(self, flights: list[Flight]) -> None:
+        self._vain += any(not flight.refusal for flight in flights)
+        if self._vain >= _MAX_LOSSES:
+            self.refused = self.refused or UnreachableError(f"the server took frames {self._vain} times and answered none of them")
+            self.stop()
         for flight in sorted(flights, key=lambda f: f.frame.index):
             if flight.refusal:
                 self._refused_again(flight)
+            elif flight.tries >= _MAX_LOSSES:  # every time it is sent, the stream ends
+                self.refused = self.refused or UnreachableError(f"frame {flight.frame.index} was sent {flight.tries} times in vain")
+                self._settle(flight, Outcome.DROPPED, "unanswered")
             else:
                 self._again.append(flight)
         self._notify()

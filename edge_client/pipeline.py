@@ -22,7 +22,7 @@ from edge_client.parts import Link, Parts, PipelineConfig, Shot
 from edge_client.session import Gate, Welcome
 from edge_client.timings import SCHEDULING_NS, DevicePace, Timings
 from edge_client.update import BundleUpdate
-from protos.errors import HeadtailError, OverloadedError, VersionMismatchError
+from protos.errors import HeadtailError, OverloadedError, ProtocolError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, Answer, FrameLayer, Grant, PayloadKind, Result
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
@@ -424,6 +424,9 @@ class Pipeline:
     def on_result(self, result: Result, now_ns: int) -> None:
         """See ``SessionEvents``."""
         flight = self._flights.pop(result.frame_id, None)
+        if flight is not None and result.answer is not None and not flight.engine.expects(result.answer):
+            failure = ProtocolError(f"the server answers with a {type(result.answer).__name__}, which is not this model's task")
+            result = replace(result, answer=None, error=failure)
         if self.predictor is not None:
             learn_reference(self.predictor, result)
         estimator = self.controller.estimator

@@ -38,13 +38,21 @@ def load_model(args: argparse.Namespace) -> Source:
     """
     from splitters.cutting.sources import load_source
 
-    size = None
-    if args.size:
-        height, _, width = str(args.size).partition("x")
-        if not (height.isdigit() and width.isdigit()):
-            raise ConfigError(f"--size must be HxW in pixels, for example 224x224, got {args.size!r}")
-        size = (int(height), int(width))
-    return load_source(args.model, weights=args.weights, size_px=size)
+    return load_source(args.model, weights=args.weights, size_px=model_size(args))
+
+
+def model_size(args: argparse.Namespace) -> tuple[int, int] | None:
+    """(height, width) of --size; None where it is not given.
+
+    Raises:
+        ConfigError: it is no HxW.
+    """
+    if not args.size:
+        return None
+    height, _, width = str(args.size).partition("x")
+    if not (height.isdecimal() and width.isdecimal() and 8 <= int(height) <= 8192 and 8 <= int(width) <= 8192):
+        raise ConfigError(f"--size must be HxW in pixels, for example 224x224, 8..8192 each, got {args.size!r}")
+    return (int(height), int(width))
 
 
 def default_preprocess(source: Source) -> Preprocess:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError
 from splitters.commands.progress import Progress
-from splitters.commands.serving_arguments import add_serving_arguments, described
+from splitters.commands.serving_arguments import AUTO, UNKNOWN_LICENCE, add_serving_arguments, described
 
 if TYPE_CHECKING:
     from splitters.bundle import Bundle
@@ -96,7 +96,7 @@ def _any(args: argparse.Namespace) -> TrainConfig:
     if not args.model or not args.at:
         raise ConfigError("the recipe any needs --model and --at; `splitters profile MODEL` lists the cuts")
     detects = args.task == "detection"
-    if detects != (args.output != "softmax"):
+    if detects != (args.output not in (AUTO, "softmax")):
         raise ConfigError("--task detection and --output yolox (or boxes) go together: the bundle must say how to read the boxes")
     source = load_source(args.model, weights=args.weights, size_px=(args.size, args.size) if args.size else None)
     if args.model.startswith("torchvision:"):
@@ -116,7 +116,7 @@ def _any(args: argparse.Namespace) -> TrainConfig:
         cut = replace(cut, channels=most)
     config = any_cut(
         args.model, cut, weights=args.weights, size_px=height, steps=args.steps or 3000, batch=32,
-        target_bytes=tuple(args.bytes), serving={**described(source, args).to_json(), "licence": args.licence},
+        target_bytes=tuple(args.bytes), serving={**described(source, args).to_json(), "licence": args.licence or UNKNOWN_LICENCE},
     )  # fmt: skip
     return replace(config, amp=args.amp, data=tuple(args.data_parts))
 

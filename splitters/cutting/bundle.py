@@ -30,14 +30,13 @@ from splitters.cutting.checks import inference
 from splitters.cutting.onnx_export import export_onnx
 from splitters.cutting.split import Cutter, Split
 from splitters.cutting.verify import PICTURES, Verification
-from splitters.runtime.table import Told, measure_table
+from splitters.runtime.table import Told, few, measure_table
 from splitters.tasks.preprocess import Frame, preprocess
 
 log = logging.getLogger(__name__)
 
 BITS = (8, 6, 4, 3, 2)
 ONNX_TOLERANCE = 1e-3
-MEASURED = 50
 _TIMED_RUNS = 20
 
 Floats = NDArray[np.float32]
@@ -153,11 +152,6 @@ def write_bundle(
             provenance={**serving.provenance, "cut": at, "traced_by": f"torch.{split.method}", "codec": "plain"},
         )  # fmt: skip
     return Written(bundle=bundle, verification=verification, onnx_difference=difference, photos=len(images))
-
-
-def few(photos: Sequence[Frame]) -> list[Frame]:
-    """Evenly drawn photos, as many as are worth the time of running the whole model and every operating point on them."""
-    return [photos[i * len(photos) // MEASURED] for i in range(MEASURED)] if len(photos) > MEASURED else list(photos)
 
 
 def flat_tail(tail: fx.GraphModule) -> fx.GraphModule:

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from protos.errors import CutError, SourceError
 from splitters.bundle import BundleWriter
 from splitters.bundle.manifest import Head, Preprocess
-from splitters.cutting.bundle import Contiguous, Written, calibrate, few, open_session
+from splitters.cutting.bundle import Contiguous, Written, calibrate, open_session
 from splitters.cutting.checks import inference
 from splitters.cutting.onnx_export import export_onnx
 from splitters.cutting.rcnn import PREFIX
 from splitters.cutting.sources import Source
 from splitters.cutting.split import Cutter
 from splitters.cutting.verify import PICTURES
-from splitters.runtime.table import Told, measure_table
+from splitters.runtime.table import Told, few, measure_table
 from splitters.tasks.preprocess import Frame, preprocess
 
 

@@ -194,9 +194,11 @@ def _python(text: str, weights: str, size_px: tuple[int, int] | None) -> Source:
             factory = getattr(factory, part)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"py:{text} cannot be found: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported; some end with sys.exit
+        raise ModelError(f"importing {module_name} raised {type(error).__name__}: {first_line(error)}") from error
     try:
         made = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{factory_name}() of {module_name} raised {type(error).__name__}: {first_line(error)}") from error
     model, example = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):

@@ -17,13 +17,13 @@ def open_local(bundle: Bundle) -> Callable[[Frame], Answer] | None:
     if model is None:
         return None
     run = open_graph(bundle.part_path(model.path))
-    post = dict(bundle.manifest.postprocess)
-    if post.get("kind") == "yolox":
-        post["kind"] = "dense_boxes"  # a local model's boxes are decoded already
-    read = build_postprocess(post, model.preprocess)
-    spec = model.preprocess
+    spec, post = model.preprocess, dict(bundle.manifest.postprocess)
+    read = build_postprocess(post, spec)
+    # Where a local model gives boxes and scores, its boxes are decoded already.
+    decoded = build_postprocess({**post, "kind": "dense_boxes"}, spec) if post.get("kind") == "yolox" else read
 
     def answer(frame: Frame) -> Answer:
-        return read(run([preprocess(frame, spec)]), [(frame.shape[1], frame.shape[0])])[0]
+        outputs = run([preprocess(frame, spec)])
+        return (decoded if len(outputs) > 1 else read)(outputs, [(frame.shape[1], frame.shape[0])])[0]
 
     return answer
