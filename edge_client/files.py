@@ -12,8 +12,8 @@ from collections import deque
 from edge_client.engine import Engine
 from edge_client.flights import Flight
 from edge_client.frames import NS_PER_S, Outcome
+from edge_client.gates import GatedPipeline
 from edge_client.parts import Parts, PipelineConfig
-from edge_client.pipeline import Pipeline
 from protos.errors import DrainingError, HeadtailError, OverloadedError, UnreachableError, VersionMismatchError, from_code
 from protos.messages import Result
 from splitters.bundle.operating_point import OperatingPoint, best_point
@@ -23,7 +23,7 @@ _MAX_TRIES = 6
 _MAX_LOSSES = 6
 
 
-class FilePipeline(Pipeline):
+class FilePipeline(GatedPipeline):
     """The pipeline of pictures, directories and videos without ``--realtime``."""
 
     def __init__(self, config: PipelineConfig, parts: Parts, engine: Engine) -> None:
@@ -56,6 +56,9 @@ class FilePipeline(Pipeline):
                 delivery = await self._frames.next()
                 ended = delivery is None
                 self._current = self._take(delivery) if delivery is not None else None
+                if self._current is not None and await self._needs_no_answer(self._current):
+                    self._current = None
+                    continue
             if self._current is not None:
                 await self._frame(self._current)
                 self._current = None
@@ -65,6 +68,15 @@ class FilePipeline(Pipeline):
                 await self._wait_changed(0.5)
                 if self._stopping:
                     return
+
+    async def _needs_no_answer(self, flight: Flight) -> bool:
+        """Whether a gate settles the frame. What equals a frame in flight waits for that one's answer: there is time."""
+        if self._looks_unchanged(flight):
+            while self.ledger.is_open(self._passed_index) and not self._stopping:
+                await self._wait_changed(0.25)
+            if self._reuse(flight):
+                return True
+        return await self._is_filtered(flight)
 
     async def _frame(self, flight: Flight) -> None:
         if not await self._ready():
@@ -80,7 +92,8 @@ class FilePipeline(Pipeline):
         if flight.deadline_ns is not None and self._clock() >= flight.deadline_ns:
             self._settle(flight, Outcome.EXPIRED)
             return
-        flight.engine = self.engine
+        if flight.engine is not self.engine:
+            flight.engine, flight.features = self.engine, None
         shot = await self._encode(flight, self._point(), keep_local=False)
         if self.connected and flight.engine is self.engine:
             self._send(flight, shot.encoded, shot.encoded.payloads)

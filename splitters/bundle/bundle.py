@@ -286,8 +286,7 @@ def rewrite_points(
     if local is not None and manifest.local is not None:
         manifest = replace(manifest, local=replace(manifest.local, accuracy=local[0], accuracy_metric=local[1]))
     if score_min is not None:
-        tail = {**manifest.tail, **({"score_min": score_min} if "score_min" in manifest.tail else {})}
-        manifest = replace(manifest, postprocess={**manifest.postprocess, "score_min": score_min}, tail=tail)
+        manifest = replace(manifest, score_min=round(score_min, 4))
     for name, data in (*texts.items(), (MANIFEST, manifest.to_json().encode())):
         temporary = bundle.path / f".{name}.new"
         temporary.write_bytes(data)

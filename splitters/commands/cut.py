@@ -6,13 +6,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError, SourceError
-from splitters.commands.model_arguments import add_model_arguments, load_model, model_size, read_picture
+from splitters.commands.model_arguments import add_model_arguments, load_model, model_size
 from splitters.commands.progress import Progress
 from splitters.commands.serving_arguments import UNKNOWN_LICENCE, add_serving_arguments, described
+from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below, readable
 from splitters.tasks.preprocess import Frame
 
 if TYPE_CHECKING:
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from splitters.cutting.sources import Source
 
 BITS = (8, 6, 4, 3, 2)
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             from splitters.cutting.split import Cutter
             from splitters.tasks.preprocess import preprocess
 
-            serving = _serving(source, args)
+            serving = _serving(source, args, photos)
             image = torch.from_numpy(preprocess(photos[0], serving.preprocess))
             written = write_bundle(Cutter(source.model, image), args.at, photos, serving, args.out, show=show)
     bundle, proof = written.bundle, written.verification
@@ -113,10 +114,10 @@ def _detector(source: Source, args: argparse.Namespace, photos: list[Frame], sho
     )
 
 
-def _serving(source: Source, args: argparse.Namespace) -> Serving:
+def _serving(source: Source, args: argparse.Namespace, photos: list[Frame]) -> Serving:
     from splitters.cutting.bundle import Serving
 
-    told = described(source, args)
+    told = described(source, args, photos)
     return Serving(
         name=args.name or source.name, task=told.task, preprocess=told.preprocess, postprocess=told.postprocess, labels=told.labels,
         licence=args.licence or UNKNOWN_LICENCE, bits=tuple(args.bits or BITS), local=args.local,
@@ -125,7 +126,7 @@ def _serving(source: Source, args: argparse.Namespace) -> Serving:
 
 
 def read_photos(folder: Path | None, at_most: int) -> list[Frame]:
-    """Photographs of a directory (evenly drawn), or those that scikit-image ships.
+    """Photographs of a directory (evenly drawn), or those that scikit-image ships. What cannot be read is left out and named.
 
     Raises:
         SourceError: none is found.
@@ -137,8 +138,25 @@ def read_photos(folder: Path | None, at_most: int) -> list[Frame]:
             raise SourceError("photographs are needed to choose the codec's scales: give --photos DIR") from error
         shipped: tuple[Callable[[], Frame], ...] = (data.astronaut, data.chelsea, data.coffee, data.rocket)
         return [picture()[..., ::-1].copy() for picture in shipped]
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
-    if not files:
-        raise SourceError(f"{folder} holds no photographs ({', '.join(PHOTO_SUFFIXES)})")
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is no directory of photographs")
+    files = [f for f in files_below(folder) if f.suffix.lower() in PICTURE_SUFFIXES or _looks_like_a_picture(f)]
     step = max(1, len(files) // at_most)
-    return [read_picture(f) for f in files[::step][:at_most]]
+    # Evenly drawn, and then the others in turn, where one of those cannot be read.
+    drawn = files[::step]
+    taken = set(drawn)
+    spare = [f for f in files if f not in taken]
+    unreadable: list[Path] = []
+    found = [picture for _, picture in islice(readable([*drawn, *spare], unreadable=unreadable), at_most)]
+    if unreadable:
+        print(f"{len(unreadable)} of {len(files)} photographs could not be read and were left out", file=sys.stderr)
+    if not found:
+        raise SourceError(f"{folder} holds no photographs that can be read")
+    return found
+
+
+def _looks_like_a_picture(file: Path) -> bool:
+    try:
+        return content_of(file) == "picture"
+    except SourceError:
+        return False

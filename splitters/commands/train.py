@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError
+from splitters.commands.cut import read_photos
 from splitters.commands.progress import Progress
 from splitters.commands.serving_arguments import AUTO, UNKNOWN_LICENCE, add_serving_arguments, described
 
@@ -90,6 +91,7 @@ def _any(args: argparse.Namespace) -> TrainConfig:
     from torch import nn
 
     from splitters.bottleneck.learned_any import AnyCutConfig, fused_channels
+    from splitters.cutting.answers import PHOTOS
     from splitters.cutting.sources import load_source
     from splitters.training.recipes import any_cut
 
@@ -114,9 +116,10 @@ def _any(args: argparse.Namespace) -> TrainConfig:
     if isinstance(source.model, nn.Module) and (most := fused_channels(source.model, source.example, cut)) < cut.channels:
         print(f"{most} channels cross at {args.at}: the latent has {most}, not {cut.channels}", file=sys.stderr)
         cut = replace(cut, channels=most)
+    serving = described(source, args, read_photos(args.data, PHOTOS))
     config = any_cut(
         args.model, cut, weights=args.weights, size_px=height, steps=args.steps or 3000, batch=32,
-        target_bytes=tuple(args.bytes), serving={**described(source, args).to_json(), "licence": args.licence or UNKNOWN_LICENCE},
+        target_bytes=tuple(args.bytes), serving={**serving.to_json(), "licence": args.licence or UNKNOWN_LICENCE},
     )  # fmt: skip
     return replace(config, amp=args.amp, data=tuple(args.data_parts))
 

@@ -14,7 +14,7 @@ import numpy as np
 from protos.messages import Answer
 from splitters.evaluation.bdrate import Counts
 from splitters.evaluation.tasks import Score
-from splitters.tasks.agreement import agreement, share
+from splitters.tasks.base import task_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +40,11 @@ class Agreement:
 
     def score(self, answers: Sequence[Answer], counts: Counts) -> Score:
         """See ``Judge``."""
-        rows = [agreement(mine, wanted) for mine, wanted in zip(answers, self.wanted, strict=True)]
+        rows = [task_of(wanted).agreement(mine, wanted) for mine, wanted in zip(answers, self.wanted, strict=True)]
         table = np.array(rows, np.float64).reshape(-1, 2)
-        return Score(value=share(*table.sum(axis=0)), drawn=np.array([share(*row) for row in counts @ table]))
+        return Score(value=_share(*table.sum(axis=0)), drawn=np.array([_share(*row) for row in counts @ table]))
+
+
+def _share(right: float, of: float) -> float:
+    """The fraction; where there was nothing to find and nothing was found, all agreed."""
+    return float(right / of) if of else 1.0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.runtime.sessions import open_graph
-from splitters.tasks.postprocess import build_postprocess
+from splitters.tasks.base import open_task
 from splitters.tasks.preprocess import Frame, preprocess
 
 
@@ -17,13 +17,9 @@ def open_local(bundle: Bundle) -> Callable[[Frame], Answer] | None:
     if model is None:
         return None
     run = open_graph(bundle.part_path(model.path))
-    spec, post = model.preprocess, dict(bundle.manifest.postprocess)
-    read = build_postprocess(post, spec)
-    # Where a local model gives boxes and scores, its boxes are decoded already.
-    decoded = build_postprocess({**post, "kind": "dense_boxes"}, spec) if post.get("kind") == "yolox" else read
+    spec, task = model.preprocess, open_task(bundle.manifest, local=True)
 
     def answer(frame: Frame) -> Answer:
-        outputs = run([preprocess(frame, spec)])
-        return (decoded if len(outputs) > 1 else read)(outputs, [(frame.shape[1], frame.shape[0])])[0]
+        return task.decode(run([preprocess(frame, spec)]), [(frame.shape[1], frame.shape[0])])[0]
 
     return answer

@@ -23,7 +23,7 @@ from splitters.codec import codec_from_spec
 from splitters.runtime.local import open_local
 from splitters.runtime.sessions import open_graph
 from splitters.runtime.tail import load_tail
-from splitters.tasks.agreement import agreement, share
+from splitters.tasks.base import task_of
 from splitters.tasks.preprocess import Frame, input_image, normalise
 
 log = logging.getLogger(__name__)
@@ -86,14 +86,15 @@ def measure_table(bundle: Bundle, frames: Sequence[Frame], show: Told | None = N
         stem_map = head.stem(picture)
         latents = {graphs: head.latents(stem_map, graphs) for graphs in settings}
         whole = tail.run_images([picture], [size_px]) if tail.takes_images else tail.run(latents[settings[0]], [size_px])
+        judge = task_of(whole[0])
         found += not isinstance(whole[0], Detection) or bool(whole[0].boxes)
         for point in bundle.points:
             layers = codec.encode(codec.quantise([t[0] for t in latents[point.graphs]], point.codec_point))
             sizes[point.id].append(sum(map(len, layers)))
             decoded = [tensor[None] for tensor in codec.dequantise(codec.decode(layers))]
-            agreed[point.id].append(agreement(tail.run(decoded, [size_px])[0], whole[0]))
+            agreed[point.id].append(judge.agreement(tail.run(decoded, [size_px])[0], whole[0]))
         if local is not None:
-            alone.append(agreement(local(frame), whole[0]))
+            alone.append(judge.agreement(local(frame), whole[0]))
         if show is not None:
             show(number, len(frames), "photos at every operating point")
     if not found:
@@ -113,7 +114,9 @@ def measure_table(bundle: Bundle, frames: Sequence[Frame], show: Told | None = N
 
 
 def _share(parts: Sequence[tuple[float, float]]) -> float:
-    return share(*np.sum(np.array(parts, np.float64).reshape(-1, 2), axis=0))
+    """The share of all that agrees; where there was nothing to find and nothing was found, all agreed."""
+    right, of = np.sum(np.array(parts, np.float64).reshape(-1, 2), axis=0)
+    return float(right / of) if of else 1.0
 
 
 def _quantiles(values: Sequence[float]) -> Quantiles:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from edge_client.choices import measured_points
 from protos.errors import BundleError, SourceError
-from protos.messages import Box, Classification, ClassScore, Detection
 from splitters.bundle import Bundle, BundleWriter, Measured, open_bundle
 from splitters.bundle.draft import Draft
 from splitters.bundle.operating_point import UNMEASURED, UNMEASURED_METRIC
 from splitters.runtime.pictures import read_picture
 from splitters.runtime.table import measure_table
-from splitters.tasks.agreement import agreement, share
 from tests.fakes.detector_bundle import write_cell_detector, write_cell_photos
 
 
@@ -88,20 +84,6 @@ def test_what_was_never_measured_is_not_chosen_from(tmp_path: Path) -> None:
         measured_points(engine)
 
 
-def test_answers_agree_in_class_and_place() -> None:
-    def boxes(*rows: tuple[int, float]) -> Detection:
-        return Detection(boxes=tuple(Box(class_id=c, score=0.9, box_px=(x, 0.0, x + 10, 10.0)) for c, x in rows))
-
-    def first(class_id: int) -> Classification:
-        return Classification(top=(ClassScore(class_id=class_id, score=0.5),))
-
-    assert agreement(first(3), first(3)) == (1.0, 1.0)
-    assert agreement(first(3), first(4)) == (0.0, 1.0)
-    assert agreement(boxes((1, 1), (1, 2), (2, 50)), boxes((1, 0), (1, 50))) == (2.0, 5.0)
-    assert share(*agreement(boxes(), boxes())) == 1.0
-    assert share(*agreement(boxes((1, 0)), boxes())) == 0.0
-
-
 def test_what_a_killed_export_left_is_removed_and_what_is_being_written_stays(tmp_path: Path) -> None:
     def made(name: str, age_s: float) -> Path:
         folder = tmp_path / f".bundle.headtail-draft-{name}"
@@ -135,8 +117,3 @@ def test_a_draft_that_is_left_is_gone(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_sum_of_shares_is_one_share() -> None:
-    parts: Sequence[tuple[float, float]] = [(1.0, 1.0), (0.0, 1.0), (0.0, 0.0)]
-    assert share(*np.sum(np.array(parts), axis=0)) == 0.5
