@@ -177,8 +177,8 @@ class Manifest:
         task: what the outputs mean; see ``splitters.tasks``.
         labels: class id to name; COCO category ids for COCO detectors.
         latent_shape: of each latent tensor, without the batch axis.
-        score_min: of a detector, the score from which on boxes are shown and counted: that of the best F1, where it was measured. The
-            server reports weaker ones too, from the postprocess's own ``score_min`` on.
+        score_min: of a detector, the score from which on boxes are shown and counted: that of the best F1, where it was measured.
+            The server reports weaker ones too, from the postprocess's own ``score_min`` on.
         tail: ``{"kind": "onnx", "path"}`` or ``{"kind": "torch", "factory", "weights", ...}``.
     """
 
