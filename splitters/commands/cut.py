@@ -60,9 +60,11 @@ def run(args: argparse.Namespace) -> int:
     if not args.at:
         raise ConfigError("--at says where to cut; `splitters profile MODEL` lists the places")
     source = load_model(args)
-    with Progress("measuring the operating points") as show:
-        written = _detector(source, args, photos, show)
-        if written is None:
+    with Progress("cut", every_s=0.5) as show:
+        detector = _detector(source, args, photos, show)
+        if detector is not None:
+            written = detector
+        else:
             import torch
 
             from splitters.cutting.split import Cutter
@@ -70,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
             serving = _serving(source, args, photos)
             image = torch.from_numpy(preprocess(photos[0], serving.preprocess))
-            written = write_bundle(Cutter(source.model, image), args.at, photos, serving, args.out, show=show)
+            show(0, len(photos), "tracing the model")
+            written = write_bundle(Cutter(source.model, image), args.at, photos, serving, args.out, on_step=show)
     bundle, proof = written.bundle, written.verification
     print(f"{bundle.manifest.name} cut at {args.at}: {bundle.path} (sha256 {bundle.sha256[:16]}…)")
     print(f"  latents {list(bundle.manifest.latent_shape)}; head and tail are the model: relative difference "
@@ -110,7 +113,7 @@ def _detector(source: Source, args: argparse.Namespace, photos: list[Frame], sho
         name=args.name or source.name,
         bits=args.bits or BITS,
         licence=args.licence or UNKNOWN_LICENCE,
-        show=show,
+        on_step=show,
     )
 
 
