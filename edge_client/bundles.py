@@ -12,6 +12,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import grpc.aio
+
 from edge_client.rpc import Endpoint, open_channel, stub, translated
 from edge_client.store import BundleStore
 from protos.errors import BundleError, ProtocolError, StorageError, UnknownModelError, UnreachableError, VersionMismatchError
@@ -42,6 +44,8 @@ async def list_models(endpoint: Endpoint, *, timeout_s: float = 5.0) -> list[pb.
                     response = await stub(channel).ListModels(pb.ListModelsRequest(), metadata=endpoint.metadata)
             except TimeoutError:
                 raise UnreachableError(f"what listens at {endpoint.address} did not answer as a headtail server in time") from None
+    if not isinstance(response, pb.ListModelsResponse):  # gRPC gives None where bytes are no message
+        raise ProtocolError(f"the server at {endpoint.address} answered with bytes that are no list of models")
     if response.protocol_version != PROTOCOL_VERSION:
         raise VersionMismatchError(
             f"the server at {endpoint.address} speaks protocol version {response.protocol_version}, this client {PROTOCOL_VERSION}"
@@ -113,8 +117,10 @@ async def _receive(endpoint: Endpoint, receiver: _Receiver, model: str, pace: Pa
                     due_s = begun_s + idle_timeout_s + receiver.received_bytes / MIN_BYTES_PER_S
                     async with asyncio.timeout(min(idle_timeout_s, due_s - now_s)):
                         chunk = await call.read()
-                    if not isinstance(chunk, pb.BundleChunk):
+                    if chunk is grpc.aio.EOF:  # type: ignore[attr-defined]
                         break
+                    if not isinstance(chunk, pb.BundleChunk):
+                        raise ProtocolError(f"the server at {endpoint.address} sent bytes that are no piece of a bundle")
                     if chunk.WhichOneof("content") == "manifest_json":  # of megabytes, perhaps
                         await asyncio.to_thread(receiver.take, chunk)
                     else:

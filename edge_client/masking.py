@@ -23,7 +23,13 @@ def shown_url(url: str) -> str:
 
 def hide_secrets(text: str) -> str:
     """Text from a command line with whatever may be a camera's URL made safe to show."""
-    return re.sub(r"\S*(?:[A-Za-z][A-Za-z0-9+.-]*:/|@)\S*", lambda m: shown_url(m[0]) if "://" in m[0] else "…", text)
+    return re.sub(r"\S+", lambda m: _without_secret(m[0]), text)
+
+
+def _without_secret(word: str) -> str:
+    if ":/" not in word and "@" not in word:
+        return word
+    return shown_url(word) if "://" in word else "…"
 
 
 def may_hold_secret(text: str) -> bool:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_NO_MESSAGE = "the server sent bytes that are no message"  # for which gRPC gives None
+
 Gate = Callable[[int, int], bool]
 """(layer, bytes) → whether the layer may enter the network now."""
 
@@ -225,6 +227,8 @@ class Session:
                 await self._converse(call)
 
     def _check_welcome(self, message: object) -> Welcome:
+        if message is None:
+            raise ProtocolError(_NO_MESSAGE)
         if not isinstance(message, pb.ServerMessage):
             raise ProtocolError(f"the server at {self._endpoint.address} closed the stream without a welcome", retryable=True)
         if message.WhichOneof("content") != "welcome":
@@ -292,6 +296,8 @@ class Session:
                     self._events.on_draining(message.draining.grace_ns)
                 case other:
                     raise ProtocolError(f"the server sent {other or 'an empty message'} in the middle of a session")
+        if message is None:
+            raise ProtocolError(_NO_MESSAGE)
         if await call.code() is not grpc.StatusCode.OK:
             raise grpc.aio.AioRpcError(
                 await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details(), None

@@ -11,8 +11,9 @@ import tomllib
 import types
 from collections.abc import Mapping
 from dataclasses import is_dataclass
+from functools import cache
 from math import isfinite
-from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -105,6 +106,11 @@ def _plain(raw: object, what: str, error: type[HeadtailError]) -> None:
     raise error(f"{what} is nested more than {MAX_DEPTH} levels deep")
 
 
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
 def _known(raw: object, kind: Any, at: str, error: type[HeadtailError]) -> None:
     """No name that a dataclass does not have: msgspec would leave it out without a word."""
     if get_origin(kind) is Annotated:
@@ -114,7 +120,7 @@ def _known(raw: object, kind: Any, at: str, error: type[HeadtailError]) -> None:
         for one in arguments:
             _known(raw, one, at, error)
     elif isinstance(raw, dict) and is_dataclass(kind):
-        hints = get_type_hints(kind, include_extras=True)
+        hints = _hints(cast("type", kind))
         for key, value in raw.items():
             if key not in hints:
                 raise error(f"{at} has the unknown name {key!r}; known are {', '.join(sorted(hints))}")

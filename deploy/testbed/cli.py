@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from deploy.testbed.link.synthetic import KINDS
 from deploy.testbed.plots import Dot, plot_policies, plot_run
-from deploy.testbed.report import Summary, jain, summarise
 from deploy.testbed.scenario import Scenario, load_scenario
-from deploy.testbed.simulate import Run, simulate
+from deploy.testbed.simulate.report import Summary, jain, summarise
+from deploy.testbed.simulate.run import Run, simulate
 from deploy.testbed.study import ALL_POLICIES, Condition, Job, pool_rows, run_jobs, sample_traces
-from deploy.testbed.synthetic import KINDS
 from deploy.testbed.workload import Workload, find_workload
 from protos.errors import ConfigError, HeadtailError
 from protos.version import package_version
@@ -134,7 +134,7 @@ def _run(args: argparse.Namespace) -> int:
         return _run_real(args, scenario)
     workload = find_workload(args.bundle)
     if args.policy == "oracle":
-        from deploy.testbed.oracle import oracle
+        from deploy.testbed.simulate.oracle import oracle
 
         _show(args, scenario.name, workload, "oracle", oracle(scenario, workload), {})
         return 0
@@ -161,7 +161,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _run_real(args: argparse.Namespace, scenario: Scenario) -> int:
-    from deploy.testbed.real import run_real
+    from deploy.testbed.real.run import run_real
 
     if args.policy == "oracle":
         raise ConfigError("the oracle knows the future, which only --mode simulate can tell it")

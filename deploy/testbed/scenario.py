@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from deploy.testbed.link import LinkConfig, LossModel
-from deploy.testbed.synthetic import KINDS, synthesise
-from deploy.testbed.trace import Trace, constant, load_trace
+from deploy.testbed.link.model import LinkConfig, LossModel
+from deploy.testbed.link.synthetic import KINDS, synthesise
+from deploy.testbed.link.trace import Trace, constant, load_trace
 from protos.errors import ConfigError
 
 

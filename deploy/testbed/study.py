@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
 
-from deploy.testbed.oracle import oracle
-from deploy.testbed.policies import POLICIES
-from deploy.testbed.report import Summary
 from deploy.testbed.scenario import Direction, Scenario
-from deploy.testbed.simulate import simulate
+from deploy.testbed.simulate.oracle import oracle
+from deploy.testbed.simulate.policies import POLICIES
+from deploy.testbed.simulate.report import Summary
+from deploy.testbed.simulate.run import simulate
 from deploy.testbed.workload import Workload
 
 ALL_POLICIES = (*POLICIES, "oracle")
@@ -143,7 +143,7 @@ def sample_traces(folder: Path | None, per_family: int, seed: int = 0) -> dict[s
     The 3G sample takes the vehicles in turn, so that none is missing; ``per_family`` 0 takes everything. Synthetic traces are
     made from other seeds for each ``seed``.
     """
-    from deploy.testbed.synthetic import KINDS
+    from deploy.testbed.link.synthetic import KINDS
 
     rng = random.Random(seed)  # noqa: S311
     families: dict[str, list[str]] = {}

@@ -131,6 +131,6 @@ def build_postprocess(spec: Mapping[str, Any], preprocess: Preprocess) -> Postpr
             return Softmax()
         if kind in ("dense_boxes", "yolox"):
             return (Yolox if kind == "yolox" else DenseBoxes)(spec, preprocess)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BundleError(f"postprocess {kind!r} in the manifest is incomplete: {error}") from error
     raise BundleError(f"postprocess kind {kind!r} is unknown; this headtail knows softmax, dense_boxes and yolox")

@@ -21,9 +21,9 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from deploy.testbed.policies import POLICIES, Ours
 from deploy.testbed.scenario import Direction, Scenario
-from deploy.testbed.simulate import simulate
+from deploy.testbed.simulate.policies import POLICIES, Ours
+from deploy.testbed.simulate.run import simulate
 from deploy.testbed.study import ALL_POLICIES, Condition, Job, Row, pairwise_conditions, pool_rows, run_jobs, sample_traces
 from deploy.testbed.workload import Workload, load_workload
 from edge_client.control import Decision

@@ -7,7 +7,7 @@ One trace a family under three conditions (in relay mode, where each run starts 
 local only, offload fixed, split fixed and the reference controller. Local only needs no link, and runs once a condition. The
 classifier sees imagenette's val photos, and its accuracy is the share of right answers to them; the detector sees a street (vtest),
 and its accuracy is the mean F1 of its boxes with those of the whole model, at IoU .5. An answer after its deadline is none. The
-device takes the committed workload's times, stretched by the condition's slowdown (``deploy.testbed.device``); the server is this
+device takes the committed workload's times, stretched by the condition's slowdown; the server is this
 machine, whose own times in the simulation are the workload's too. Runs whose line stands in ``--out`` already are not done again:
 so a long bench can be had in several sittings (``--budget-s``).
 """
@@ -29,9 +29,9 @@ import cv2
 import numpy as np
 import torch
 
-from deploy.testbed.real import Stage, answered_in_time, summary_of
+from deploy.testbed.real.run import Stage, answered_in_time, summary_of
 from deploy.testbed.scenario import Scenario
-from deploy.testbed.simulate import simulate
+from deploy.testbed.simulate.run import simulate
 from deploy.testbed.study import Condition, Job, sample_traces, scenario_of
 from deploy.testbed.workload import Workload, load_workload
 from splitters.bundle import open_bundle

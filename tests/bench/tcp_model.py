@@ -27,13 +27,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from deploy.testbed.link import Link, LinkConfig, LossModel
-from deploy.testbed.loop import Loop
-from deploy.testbed.path import Pipe
-from deploy.testbed.relay import SERVER_ADDRESS, Relay, why_not
-from deploy.testbed.report import quantile
-from deploy.testbed.tcp import MSS_BYTES, TcpFlow
-from deploy.testbed.trace import constant
+from deploy.testbed.link.loop import Loop
+from deploy.testbed.link.model import Link, LinkConfig, LossModel
+from deploy.testbed.link.path import Pipe
+from deploy.testbed.link.tcp import MSS_BYTES, TcpFlow
+from deploy.testbed.link.trace import constant
+from deploy.testbed.real.relay import SERVER_ADDRESS, Relay, why_not
+from deploy.testbed.simulate.report import quantile
 
 PORT, REPLY_BYTES, FPS = 5201, 100, 20.0
 FRAME_BYTES = 3400  # the finest operating point's; half a megabit a second, which every cell can carry

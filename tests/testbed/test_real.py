@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from deploy.testbed.camera import OVERHEAD_BYTES
-from deploy.testbed.real import Stage, answered_in_time, summary_of
+from deploy.testbed.real.run import Stage, answered_in_time, summary_of
 from deploy.testbed.scenario import Direction, Scenario
+from deploy.testbed.simulate.camera import OVERHEAD_BYTES
 from protos.errors import ModelError
 from splitters.zoo.defaults import ensure_exported
 

@@ -10,10 +10,10 @@ from contextlib import suppress
 
 import pytest
 
-from deploy.testbed.link import LinkConfig, LossModel
-from deploy.testbed.netem import NetemRelay, discipline, has_netem, ip
-from deploy.testbed.relay import CLIENT_ADDRESS, SERVER_ADDRESS, Relay, open_relay, why_not
-from deploy.testbed.trace import Trace, constant
+from deploy.testbed.link.model import LinkConfig, LossModel
+from deploy.testbed.link.trace import Trace, constant
+from deploy.testbed.real.netem import NetemRelay, discipline, has_netem, ip
+from deploy.testbed.real.relay import CLIENT_ADDRESS, SERVER_ADDRESS, Relay, open_relay, why_not
 from protos.errors import ConfigError
 
 REASON = why_not()
@@ -160,7 +160,7 @@ def test_netem_is_looked_for_and_its_lack_is_no_error(lacks: str, monkeypatch: p
             spaces.remove(words[2])
         return ""
 
-    monkeypatch.setattr("deploy.testbed.netem.ip", ip)
+    monkeypatch.setattr("deploy.testbed.real.netem.ip", ip)
     assert has_netem() is (lacks == "")
     assert not spaces, "the namespace it was tried in is gone"
 
@@ -168,9 +168,9 @@ def test_netem_is_looked_for_and_its_lack_is_no_error(lacks: str, monkeypatch: p
 @pytest.mark.parametrize(("netem", "name"), [(True, "netem"), (False, "tun")])
 def test_the_relay_is_the_kernels_own_where_it_has_one(netem: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = LinkConfig(trace=constant(2e6))
-    monkeypatch.setattr("deploy.testbed.relay.why_not", lambda: "")
-    monkeypatch.setattr("deploy.testbed.relay.has_netem", lambda: netem)
+    monkeypatch.setattr("deploy.testbed.real.relay.why_not", lambda: "")
+    monkeypatch.setattr("deploy.testbed.real.relay.has_netem", lambda: netem)
     assert open_relay(config, config).name == name
-    monkeypatch.setattr("deploy.testbed.relay.why_not", lambda: "no root")
+    monkeypatch.setattr("deploy.testbed.real.relay.why_not", lambda: "no root")
     with pytest.raises(ConfigError, match="no root; use --mode shape"):
         open_relay(config, config)

@@ -12,12 +12,12 @@ from statistics import median
 
 import pytest
 
-from deploy.testbed.link import Link, LinkConfig, LossModel
-from deploy.testbed.loop import Loop
-from deploy.testbed.path import Pipe
-from deploy.testbed.report import quantile
-from deploy.testbed.shape import Shaper
-from deploy.testbed.trace import Trace, constant
+from deploy.testbed.link.loop import Loop
+from deploy.testbed.link.model import Link, LinkConfig, LossModel
+from deploy.testbed.link.path import Pipe
+from deploy.testbed.link.trace import Trace, constant
+from deploy.testbed.real.shape import Shaper
+from deploy.testbed.simulate.report import quantile
 
 MS = 1_000_000
 FRAMES, INTERVAL_S, ANSWER = 80, 0.05, 200

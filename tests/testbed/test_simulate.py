@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from deploy.testbed.cli import main
-from deploy.testbed.layering import Layer
-from deploy.testbed.oracle import _prune, oracle
-from deploy.testbed.policies import POLICIES
-from deploy.testbed.report import jain, summarise
+from deploy.testbed.link.layering import Layer
 from deploy.testbed.scenario import Direction, Scenario, load_scenario, parse_scenario
-from deploy.testbed.simulate import Run, simulate
+from deploy.testbed.simulate.oracle import _prune, oracle
+from deploy.testbed.simulate.policies import POLICIES
+from deploy.testbed.simulate.report import jain, summarise
+from deploy.testbed.simulate.run import Run, simulate
 from deploy.testbed.study import pairwise_conditions
 from deploy.testbed.workload import Workload, load_workload
 from protos.errors import ConfigError
@@ -218,7 +218,7 @@ def test_a_narrower_beam_only_raises_the_bound(workload: Workload, monkeypatch: 
     scenario = replace(LOSSY, duration_s=6, fps=30, uplink=Direction(mbps=1, loss_percent=3))
     found = []
     for beam in (400, 40, 4):
-        monkeypatch.setattr("deploy.testbed.oracle._BEAM", beam)
+        monkeypatch.setattr("deploy.testbed.simulate.oracle._BEAM", beam)
         found.append(oracle(scenario, workload).score)
     assert found == sorted(found)
     assert found[1] < 1.02 * found[0], "and by little"
@@ -231,7 +231,7 @@ def test_the_oracle_gives_no_state_away() -> None:
     for beam in (2, 8, 1000):
         states = rng.random((400, 5)) * [150e6, 400e6, 3.0, 5.0, 1e4] + [now_ns - 20e6, now_ns - 20e6, 10.0, 0.0, 0.0]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("deploy.testbed.oracle._BEAM", beam)
+            patch.setattr("deploy.testbed.simulate.oracle._BEAM", beam)
             kept, _ = _prune(states.copy(), now_ns, interval_ns, most, 1e6)
         assert 0 < len(kept) <= min(beam, len(states))
         free, kept_free = np.maximum(states[:, :2] - now_ns, 0), np.maximum(kept[:, :2] - now_ns, 0)

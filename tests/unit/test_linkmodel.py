@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.testbed.link import LOST, Link, LinkConfig, LossModel
-from deploy.testbed.synthetic import KINDS, synthesise
-from deploy.testbed.tcp import HEADER_BYTES, MSS_BYTES, TcpFlow
-from deploy.testbed.trace import NEVER_NS, Trace, constant, load_trace
+from deploy.testbed.link.model import LOST, Link, LinkConfig, LossModel
+from deploy.testbed.link.synthetic import KINDS, synthesise
+from deploy.testbed.link.tcp import HEADER_BYTES, MSS_BYTES, TcpFlow
+from deploy.testbed.link.trace import NEVER_NS, Trace, constant, load_trace
 from protos.errors import ConfigError
 
 MS, S = 1_000_000, 1_000_000_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from math import exp, log
 
-from deploy.testbed.frame import Device, Frame
-from deploy.testbed.loop import Loop
+from deploy.testbed.link.loop import Loop
+from deploy.testbed.simulate.frame import Device, Frame
 from deploy.testbed.workload import ServerTimes
 from edge_server.admission import Work, shed
 from edge_server.arrivals import Arrivals

@@ -17,8 +17,8 @@ from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
-from deploy.testbed.link import LinkConfig
-from deploy.testbed.shape import RealTime
+from deploy.testbed.link.model import LinkConfig
+from deploy.testbed.real.shape import RealTime
 from protos.errors import ConfigError
 
 log = logging.getLogger(__name__)

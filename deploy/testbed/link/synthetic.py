@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deploy.testbed.trace import Trace
+from deploy.testbed.link.trace import Trace
 from protos.errors import ConfigError
 
 _STEP_NS = 500_000_000

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from deploy.testbed.trace import NEVER_NS, Trace, constant
+from deploy.testbed.link.trace import NEVER_NS, Trace, constant
 from protos.errors import ConfigError
 
 LOST = -1

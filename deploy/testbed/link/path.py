@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from deploy.testbed.link import Link
-from deploy.testbed.loop import Loop
-from deploy.testbed.tcp import TcpFlow
-from deploy.testbed.trace import NEVER_NS
+from deploy.testbed.link.loop import Loop
+from deploy.testbed.link.model import Link
+from deploy.testbed.link.tcp import TcpFlow
+from deploy.testbed.link.trace import NEVER_NS
 
 
 class Pipe:

@@ -1,6 +1,6 @@
 """The real client as a slower device, and with any of the testbed's policies in its controller's place.
 
-    python -m deploy.testbed.device --workload BUNDLE --policy reference --slowdown 10 -- --camera photos/ --realtime --fps 10
+    python -m deploy.testbed.simulate.device --workload BUNDLE --policy reference --slowdown 10 -- --camera photos/ --realtime
 
 The device is stretched, not loaded: the real work is done, and then waited until the time is over that the same work takes in
 simulation, drawn from the same measured times and slowed as much. So one machine holds a slow device and a fast server, neither
@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from deploy.testbed.camera import log_normal
-from deploy.testbed.policies import POLICIES, make_policy
+from deploy.testbed.simulate.camera import log_normal
+from deploy.testbed.simulate.policies import POLICIES, make_policy
 from deploy.testbed.workload import Workload, find_workload, workload_of
 from edge_client.app import Client, Console
 from edge_client.choices import DeviceTimes, make_controller, name_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from deploy.testbed.path import Pipe
+from deploy.testbed.link.path import Pipe
 from protos.messages import Grant
 
 

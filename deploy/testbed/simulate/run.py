@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deploy.testbed.camera import Camera, CameraConfig
-from deploy.testbed.layering import Layers, checked
-from deploy.testbed.link import Link
-from deploy.testbed.loop import Loop
-from deploy.testbed.path import Pipe
-from deploy.testbed.policies import make_policy
-from deploy.testbed.report import Summary, summarise
+from deploy.testbed.link.layering import Layers, checked
+from deploy.testbed.link.loop import Loop
+from deploy.testbed.link.model import Link
+from deploy.testbed.link.path import Pipe
 from deploy.testbed.scenario import Scenario
-from deploy.testbed.server import Server
+from deploy.testbed.simulate.camera import Camera, CameraConfig
+from deploy.testbed.simulate.policies import make_policy
+from deploy.testbed.simulate.report import Summary, summarise
+from deploy.testbed.simulate.server import Server
 from deploy.testbed.workload import Workload
 from edge_client.control import ControlConfig
 from edge_server.bandwidth import BandwidthManager

@@ -23,10 +23,10 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.testbed.camera import OVERHEAD_BYTES
-from deploy.testbed.report import Summary
+from deploy.testbed.link.tcp import HEADER_BYTES, MSS_BYTES
 from deploy.testbed.scenario import Scenario
-from deploy.testbed.tcp import HEADER_BYTES, MSS_BYTES
+from deploy.testbed.simulate.camera import OVERHEAD_BYTES
+from deploy.testbed.simulate.report import Summary
 from deploy.testbed.workload import Workload
 from splitters.bundle.offload import pareto_offloads
 from splitters.bundle.operating_point import Quantiles

@@ -17,9 +17,9 @@ import random
 from collections import deque
 from collections.abc import Callable
 
-from deploy.testbed.cubic import Cubic
-from deploy.testbed.link import LOST, Link
-from deploy.testbed.trace import NEVER_NS
+from deploy.testbed.link.cubic import Cubic
+from deploy.testbed.link.model import LOST, Link
+from deploy.testbed.link.trace import NEVER_NS
 
 MSS_BYTES = 1448
 HEADER_BYTES = 52

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
 
-from deploy.testbed.frame import Frame
-from deploy.testbed.layering import Layer, Layers, split_bytes
-from deploy.testbed.loop import Loop
-from deploy.testbed.path import Pipe
-from deploy.testbed.policies import Policy
-from deploy.testbed.server import Server
+from deploy.testbed.link.layering import Layer, Layers, split_bytes
+from deploy.testbed.link.loop import Loop
+from deploy.testbed.link.path import Pipe
+from deploy.testbed.simulate.frame import Frame
+from deploy.testbed.simulate.policies import Policy
+from deploy.testbed.simulate.server import Server
 from deploy.testbed.workload import Workload
 from edge_client.control import Decision, Explanation, Local, Offload, Skip, Split
 from protos.messages import Grant

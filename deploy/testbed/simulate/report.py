@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deploy.testbed.frame import Frame
+from deploy.testbed.simulate.frame import Frame
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any
 
-from deploy.testbed.trace import NEVER_NS
+from deploy.testbed.link.trace import NEVER_NS
 
 
 class Loop:

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from deploy.testbed.link import Link, LinkConfig
-from deploy.testbed.loop import Loop
-from deploy.testbed.path import Pipe
-from deploy.testbed.tcp import MSS_BYTES
-from deploy.testbed.trace import NEVER_NS
+from deploy.testbed.link.loop import Loop
+from deploy.testbed.link.model import Link, LinkConfig
+from deploy.testbed.link.path import Pipe
+from deploy.testbed.link.tcp import MSS_BYTES
+from deploy.testbed.link.trace import NEVER_NS
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from deploy.testbed.link import LinkConfig
+from deploy.testbed.link.model import LinkConfig
 from deploy.testbed.plots import Dot, plot_run
-from deploy.testbed.relay import SERVER_ADDRESS, open_relay
-from deploy.testbed.report import quantile
+from deploy.testbed.real.relay import SERVER_ADDRESS, open_relay
+from deploy.testbed.real.shape import Shaper
 from deploy.testbed.scenario import Scenario
-from deploy.testbed.shape import Shaper
+from deploy.testbed.simulate.report import quantile
 from protos.errors import ConfigError, ModelError
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Stage:
         self, scenario: Scenario, source: str, policy: str, results: Path, address: str, begin_unix_ns: int = 0
     ) -> list[str]:
         return [
-            *(*_PYTHON, "deploy.testbed.device", "--policy", policy, "--slowdown", f"{scenario.device_slowdown:g}"),
+            *(*_PYTHON, "deploy.testbed.simulate.device", "--policy", policy, "--slowdown", f"{scenario.device_slowdown:g}"),
             *("--workload", self._workload),
             *("--begin-unix-ns", str(begin_unix_ns), "--", "--server", address),
             *("--camera", source, "--realtime", "--fps", f"{scenario.fps:g}", "--loop"),

@@ -20,9 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from deploy.testbed.link import LOST, Link, LinkConfig
-from deploy.testbed.netem import NetemRelay, has_netem, ip
-from deploy.testbed.shape import RealTime
+from deploy.testbed.link.model import LOST, Link, LinkConfig
+from deploy.testbed.real.netem import NetemRelay, has_netem, ip
+from deploy.testbed.real.shape import RealTime
 from protos.errors import ConfigError
 
 log = logging.getLogger(__name__)

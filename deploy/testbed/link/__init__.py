@@ -1,0 +1,1 @@
+"""The link between camera and server: bandwidth traces, loss, TCP, and how payloads become packets."""
