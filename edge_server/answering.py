@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from edge_server.assembly import Frame
 from edge_server.backends import Backend, TailWork
@@ -15,10 +16,18 @@ from edge_server.metrics import Metrics
 from edge_server.models import Model
 from edge_server.tracing import NoTracing, Tracing
 from protos.errors import HeadtailError, InternalError, OverloadedError
-from protos.messages import Result, ServerTimings
+from protos.messages import PayloadKind, Result, ServerTimings
 from splitters.codec import ReferenceStore
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class History:
+    """A session's decoded symbols, and whose turn it is to decode: a frame may refer to the one just before it."""
+
+    references: ReferenceStore = field(default_factory=ReferenceStore)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Answerer:
@@ -56,42 +65,56 @@ class Answerer:
         """Payloads that wait for their answers."""
         return self._pending_bytes
 
-    async def answer(self, model: Model, frame: Frame, references: ReferenceStore) -> Result:
+    async def answer(self, model: Model, frame: Frame, history: History) -> Result:
         """The frame's result, an error included.
+
+        A frame that comes too late, or that the tail refuses, is decoded all the same: the next one refers to it.
 
         Args:
             model: the session's.
             frame: as it arrived.
-            references: the session's history; the decoded symbols are added.
+            history: the session's; the decoded symbols are added.
         """
         size = frame.payload_bytes
         self._pending_bytes += size
+        decoded = Decoded(arrays=())
         try:
-            result = await self._answer(model, frame, references)
+            start_ns = self._clock()
+            decoded = await self._decode_in_turn(model, frame, history)
+            result = await self._answer(model, frame, decoded, start_ns)
         except HeadtailError as error:
-            result = failed(frame, error, self._clock())
+            result = failed(frame, error, self._clock(), decoded)
         except Exception:
             log.exception("frame %d failed", frame.frame_id)
-            result = failed(frame, InternalError("the server failed on this frame; its log says why"), self._clock())
+            ours = InternalError("the server failed on this frame; its log says why")
+            result = failed(frame, ours, self._clock(), decoded)
         finally:
             self._pending_bytes -= size
         self._metrics.on_result(model.name, result, size)
         self._tracing.on_result(model.name, frame.traceparent, result)
         return result
 
-    async def _answer(self, model: Model, frame: Frame, references: ReferenceStore) -> Result:
+    async def _decode_in_turn(self, model: Model, frame: Frame, history: History) -> Decoded:
         if frame.error is not None:
             raise frame.error
         if self._pending_bytes > self._limits.max_pending_bytes:
             raise OverloadedError(f"{self._pending_bytes} payload bytes wait for their answers already")
-        start_ns = self._clock()
-        if frame.deadline_ns is not None and start_ns >= frame.deadline_ns:
+        refers = frame.kind is PayloadKind.LATENT and model.codec.supports_reference
+        if not refers and frame.deadline_ns is not None and self._clock() >= frame.deadline_ns:
             raise OverloadedError("the frame's deadline had passed before it was decoded")
         loop = asyncio.get_running_loop()
-        decoded = await loop.run_in_executor(self._pool, self._decode, model, frame, references)
-        if decoded.symbols is not None and model.codec.supports_reference:
-            references.add(frame.frame_id, decoded.symbols)
+        if not refers:
+            return await loop.run_in_executor(self._pool, self._decode, model, frame, history.references)
+        async with history.turn:
+            decoded = await loop.run_in_executor(self._pool, self._decode, model, frame, history.references)
+            if decoded.symbols is not None:
+                history.references.add(frame.frame_id, decoded.symbols)
+        return decoded
+
+    async def _answer(self, model: Model, frame: Frame, decoded: Decoded, start_ns: int) -> Result:
         decode_ns = self._clock() - start_ns
+        if frame.deadline_ns is not None and self._clock() >= frame.deadline_ns:
+            raise OverloadedError("the frame's deadline had passed before its tail could run")
         done = await self._backend.run(
             TailWork(
                 bundle_sha256=model.sha256, kind=frame.kind, arrays=decoded.arrays, size_px=frame.size_px,
@@ -115,9 +138,10 @@ class Answerer:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def failed(frame: Frame, error: HeadtailError, now_ns: int) -> Result:
-    """An error as the frame's result."""
+def failed(frame: Frame, error: HeadtailError, now_ns: int, decoded: Decoded | None = None) -> Result:
+    """An error as the frame's result; what was decoded of it all the same may be referred to."""
     return Result(
         frame_id=frame.frame_id, error=error, echo_sent_ns=frame.echo_sent_ns,
+        layers_decoded=decoded.layers if decoded else 0, symbols_crc32=decoded.symbols_crc32 if decoded else 0,
         timings=ServerTimings(total_ns=max(0, now_ns - frame.arrived_ns) if frame.arrived_ns else 0),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc.aio
 
+from edge_server.answering import History
 from edge_server.assembly import read_frame
 from edge_server.auth import caller
 from edge_server.fetch import FetchSlots, chunks
@@ -23,7 +24,6 @@ from edge_server.wire import checked
 from protos.errors import DrainingError, HeadtailError, LimitError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import MAX_TRACEPARENT_CHARS, PROTOCOL_VERSION
-from splitters.codec import ReferenceStore
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class Ingress:
             raise refusal
         if traceparent and not frame.traceparent:
             frame = replace(frame, traceparent=traceparent)
-        result = await self.services.answerer.answer(model, frame, ReferenceStore())
+        result = await self.services.answerer.answer(model, frame, History())
         return pb.InferResponse(result=result.to_proto())
 
     async def reload(self) -> None:

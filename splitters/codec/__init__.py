@@ -11,10 +11,12 @@
 Video: the client codes against what the server holds, the server keeps what it decoded::
 
     coded = codec.compress(latents, point_id, *predictor.choose())                 # client
-    predictor.sent(frame_id, coded.symbols, key=not coded.predicted)
+    predictor.sent(frame_id, coded.symbols, reference=coded.reference)
     symbols = codec.decode(coded.payloads, store); store.add(frame_id, symbols)    # server
     predictor.acknowledged(frame_id, symbols.layers, symbols.crc32())              # client, from the server's result
-    predictor.reset()                                                              # client, on reconnect or error `payload`
+    predictor.refused(frame_id)                                                    # client, on error `payload`
+    predictor.lost(frame_id)                                                       # client, on any other error without layers
+    predictor.reset()                                                              # client, on reconnect
 """
 
 from __future__ import annotations

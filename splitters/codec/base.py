@@ -30,12 +30,17 @@ class Coded:
     Attributes:
         symbols: what the receiver will have decoded, exactly.
         payloads: one per layer, base first.
-        predicted: whether it was coded against the reference; else it is a key frame.
+        reference: id of the frame it was coded against; None for a key frame.
     """
 
     symbols: Symbols
     payloads: tuple[bytes, ...]
-    predicted: bool = False
+    reference: int | None = None
+
+    @property
+    def predicted(self) -> bool:
+        """Whether it was coded against a reference; else it is a key frame."""
+        return self.reference is not None
 
 
 class LatentCodec(ABC):

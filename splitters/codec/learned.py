@@ -226,7 +226,7 @@ class LearnedCodec(LatentCodec):
             gain = np.square(wanted - choice.values).sum() - np.square(wanted - alone.symbols.tensors[0].reshape(base.shape)).sum()
             if sum(map(len, alone.payloads)) - len(payload) < gain / max(point.price, 1e-3) / 8:
                 return alone
-        return Coded(symbols=symbols, payloads=(payload,), predicted=True)
+        return Coded(symbols=symbols, payloads=(payload,), reference=reference_frame)
 
     def encode(self, symbols: Symbols, reference: Symbols | None = None, reference_frame: int | None = None) -> list[bytes]:
         """See `LatentCodec.encode`: exactly these symbols, in one layer where they are predicted."""
