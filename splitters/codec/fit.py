@@ -41,7 +41,7 @@ from splitters.codec.context import (
 from splitters.codec.fit_predicted import fit_predicted
 from splitters.codec.regression import RADIUS, frequencies, scale_fit, solve
 from splitters.codec.stages import MAX_SYMBOL, padded_planes
-from splitters.codec.tables import pack_tables, read_tables, unpack_tables
+from splitters.codec.tables import finest_tier, pack_tables, read_tables, unpack_tables
 
 Integers = NDArray[np.integer[Any]]
 Latents = NDArray[np.floating[Any]]
@@ -125,7 +125,8 @@ def refit_predicted(
     told = {"channels": index.channels, "layers": list(index.layers), "tiers": index.tiers, "radius": index.radius}
     fitted = fit_predicted(clips, gains, progress=progress)
     if scene is not None:
-        fitted["predicted/scene"] = np.clip(np.rint(scene * gains[0][:, None, None]), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
+        finest = gains[finest_tier(gains)][:, None, None]
+        fitted["predicted/scene"] = np.clip(np.rint(scene * finest), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
     return pack_tables(told, kept | fitted)
 
 

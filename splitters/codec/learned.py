@@ -39,7 +39,7 @@ from splitters.codec.motion import neighbours, predicted
 from splitters.codec.renewal import Cells, get_cells, put_cells
 from splitters.codec.stages import MAX_SYMBOL, decode_layers, encode_layers
 from splitters.codec.symbols import SymbolArray, Symbols
-from splitters.codec.tables import Predicted, read_tables
+from splitters.codec.tables import Predicted, finest_tier, read_tables
 
 _MAX_PRICE = 100.0
 _LEAST_PRICE = 1e-3
@@ -283,7 +283,12 @@ class LearnedCodec(LatentCodec):
 
     def _scene(self, scene: SymbolArray, point: _Point) -> _Base:
         crc = zlib.crc32(np.ascontiguousarray(scene, dtype="<i2").tobytes())
-        return _Base(values=self._in_units(scene, 0, point), history=unknown_history(*scene.shape[1:]), crc32=crc, frame=None)
+        return _Base(
+            values=self._in_units(scene, finest_tier(self._gains), point),
+            history=unknown_history(*scene.shape[1:]),
+            crc32=crc,
+            frame=None,
+        )
 
     def _in_units(self, values: SymbolArray, tier: int, point: _Point) -> SymbolArray:
         """Symbols (C, H * W) of a tier in a point's units; another tier's take one product and one rounding, exact."""
@@ -362,9 +367,8 @@ class LearnedCodec(LatentCodec):
             return base
         frame = max((f for f in references if f & 0xFF == header.reference_byte), default=None)
         if frame is None:
-            raise PayloadError(
-                f"the payload is predicted from a frame ...{header.reference_byte}, which is not held: send a key frame"
-            )
+            low = header.reference_byte
+            raise PayloadError(f"the payload is predicted from a frame ...{low}, which is not held: send a key frame")
         base = self._base(references[frame], point, frame)
         if not belongs_to(payload, base.crc32):
             raise PayloadError(f"the payload is damaged, or frame {frame} is held with other symbols: send a key frame")

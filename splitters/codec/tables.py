@@ -56,7 +56,7 @@ class Predicted:
         renewal: weights of every tier.
         tables: `TABLES` rows of 2 * radius + 1 frequencies for the symbols of changed cells.
         costs: of every tier, for the encoder's choice alone.
-        scene: (C, H, W) symbols in the first tier's units of what a site's camera sees when nothing happens; both sides hold it
+        scene: (C, H, W) symbols in the finest tier's units of what a site's camera sees when nothing happens; both sides hold it
             from the start. None: the bundle belongs to no site.
     """
 
@@ -171,6 +171,11 @@ def read_tables(data: bytes) -> Tables:
         return Tables(channels=channels, layers=layers, radius=radius, intra=intra, predicted=predicted)
     except (LookupError, TypeError, ValueError, struct.error) as error:
         raise BundleError(f"the codec's tables do not hold together: {error!r}") from error
+
+
+def finest_tier(gains: NDArray[np.floating[Any]]) -> int:
+    """The tier of the largest gains (tiers, C): a scene's."""
+    return int(gains.sum(axis=1).argmax())
 
 
 def _read_mode(

@@ -1,4 +1,4 @@
-"""A bundle's codec fitted to one site: a camera's unlabelled video becomes tables, and the scene that both sides know from the start.
+"""A bundle's codec fitted to one site: a camera's unlabelled video becomes tables, and the scene that both sides know.
 
 What moves at a site, and how much its picture flickers, is the same tomorrow as today, so the tables of predicted frames fit it
 better than any others. And the first frame of every session shows the same place: the bundle carries its latent (the median over
@@ -27,7 +27,7 @@ from splitters.evaluation.run import open_codec
 from splitters.evaluation.video import send_clip
 
 Latents = NDArray[np.float32]
-_MOST_FRAMES = 400  # of each video that are fitted on, evenly spread in pieces
+_MOST_FRAMES = 240  # of each video that are fitted on, evenly spread in pieces
 _PIECE = 40
 _CHEAP_SHARE = 3  # encoders other than the dearest see one piece in so many
 
