@@ -18,6 +18,7 @@ _COLOURS = {
 }  # fmt: skip
 _PALETTE = 37
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
+_DARK = 120  # a ground of less luminance needs white letters
 MIN_WIDTH_PX = 640
 _MAX_HEIGHT_PX = 1280  # that a small picture is enlarged to: a picture of 3 x 9000 px is not
 
@@ -72,7 +73,7 @@ def _draw_boxes(
     for corners, text, area, colour in reversed(placed):
         if area[1] > corners[3] or area[3] < corners[1]:  # the label had to move away: a line says whose it is
             cv2.line(picture, (max(corners[0], area[0]), corners[1]), (area[0], area[1]), colour, 1, cv2.LINE_AA)
-        _label(picture, text, area[:2], 0.8 * size, _BLACK, colour)
+        _label(picture, text, area[:2], 0.8 * size, _readable_on(colour), colour)
 
 
 def _inside(corners: tuple[float, ...], picture: Frame) -> Area:
@@ -113,6 +114,11 @@ def _class_colour(class_id: int) -> Colour:
     hue = np.uint8([[[class_id * _PALETTE % 180, 200, 255]]])  # type: ignore[arg-type]
     blue, green, red = cv2.cvtColor(hue, cv2.COLOR_HSV2BGR)[0, 0].tolist()  # type: ignore[call-overload]
     return int(blue), int(green), int(red)
+
+
+def _readable_on(ground: Colour) -> Colour:
+    blue, green, red = ground
+    return _BLACK if 0.114 * blue + 0.587 * green + 0.299 * red > _DARK else _WHITE
 
 
 def _measure(text: str, size: float) -> tuple[int, int, int, int]:

@@ -173,16 +173,17 @@ class Client:
         if traces is not None:
             sinks.add(traces)
         executor = ThreadExecutor()
+        asked = bool(config.interest) or config.recall is not None
         parts = Parts(
             frames=capture, worker=DeviceWorker(executor), clock=self._clock, emit=sinks.take, sample=sampler.offer,
             fetch=functools.partial(self._fetch, endpoint, model), controller=self._controller, times=lambda: self._times,
             traceparent=traces.sent if traces is not None else untraced,
-            interest=functools.partial(self._interest, wanted=_wanted(config.prefilter, source, live)),
+            interest=functools.partial(self._interest, wanted=_wanted(config.prefilter, source, asked=asked)),
         )  # fmt: skip
         settings = PipelineConfig(
             model=model, deadline_ms=config.effective_deadline_ms(live=live), max_in_flight=config.max_in_flight,
             wait_for_server_s=config.effective_wait_s(live=live), point_id=self._checked_point(engine), group=config.group,
-            change_gate=_wanted(config.change_gate, source, live), temporal=not source.pictures,
+            change_gate=_wanted(config.change_gate, source), floor=config.floor(), temporal=not source.pictures,
             keep_images=config.display or config.track or config.save_video is not None, client_version=package_version(),
         )  # fmt: skip
         pipeline = self._pipeline = (LivePipeline if live else FilePipeline)(settings, parts, engine)
@@ -216,6 +217,7 @@ class Client:
     def _checked_point(self, engine: Engine) -> int | None:
         if self._config.operating_point is not None:
             engine.bundle.point(self._config.operating_point)
+        self._config.floor().check(engine.bundle)
         return self._config.operating_point
 
     async def _first_bundle(self, endpoint: Endpoint, model: str, *, live: bool, wait_s: float) -> Bundle:
@@ -277,8 +279,8 @@ class Client:
         names = [name.strip() for name in config.interest.split(",") if name.strip()]
         promise = read_promise(engine.bundle, interest=names, recall=config.recall)
         if promise is None:
-            if config.prefilter == "on" and self._fresh:
-                raise ConfigError(f"bundle {engine.model!r} has no prefilter; leave --prefilter out")
+            if (config.prefilter == "on" or names or config.recall is not None) and self._fresh:
+                raise ConfigError(f"bundle {engine.model!r} has no prefilter; leave --prefilter, --interest and --recall out")
             return None
         log.info("prefilter for %s: threshold %.3f, recall >= %.3f", ", ".join(promise.interest), promise.threshold, promise.recall)
         return InterestGate(promise)
@@ -383,9 +385,9 @@ class Client:
         return f"{model}{also}{lacks}{gone}\nmemory   {facts['peak_memory_bytes'] / 2**20:.0f} MiB at its peak"
 
 
-def _wanted(setting: str, source: Source, live: bool) -> bool:
-    """What ``auto`` means: gates are for cameras; of a file every frame is wanted."""
-    return live and (setting == "on" or (setting == "auto" and source.camera))
+def _wanted(setting: str, source: Source, *, asked: bool = False) -> bool:
+    """What ``auto`` means: gates are for cameras; of a file every frame is wanted, unless something else was asked for."""
+    return setting == "on" or (setting == "auto" and (source.camera or asked))
 
 
 def peak_memory_bytes() -> int:

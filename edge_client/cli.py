@@ -18,7 +18,7 @@ from edge_client.interrupts import Interrupts
 from edge_client.masking import hide_secrets
 from protos.errors import ConfigError, HeadtailError
 from protos.logs import FORMATS, say, set_up
-from protos.process import leave, steady_streams
+from protos.process import leave, steady_streams, was_closed
 from protos.version import package_version
 
 if TYPE_CHECKING:
@@ -97,11 +97,12 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--change-gate",
         choices=("on", "off", "auto"),
-        help="reuse the last result where nothing moved (default on for cameras, off for files)",
+        help="reuse the last result where nothing moved (default: on for cameras)",
     )
     add("--prefilter", choices=("on", "off", "auto"), help="stop frames without anything of interest (default as --change-gate)")
-    add("--interest", metavar="CLASSES", help="what the prefilter looks for, comma separated, e.g. person,car")
+    add("--interest", metavar="CLASSES", help="what the prefilter looks for, comma separated, e.g. person,car (switches it on)")
     add("--recall", type=float, metavar="R", help="the prefilter's promised recall, e.g. 0.98 (default: the bundle's)")
+    add("--score-min", metavar="S", help="boxes below this score do not count; 0.4 or 0.4,person=0.6 (default: the bundle's)")
     add("--track", action="store_true", help="carry the last boxes along on frames without an answer, each marked with its age")
     add = parser.add_argument_group("where answers go").add_argument
     add("--output", metavar="FILE", help="results as JSON lines, one a frame; - is standard output")
@@ -160,6 +161,8 @@ def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Consol
     try:
         config, level, form = parse(argv)
         logging.getLogger("edge_client.explain").setLevel("INFO" if config.explain else "WARNING")
+        if config.output == "-" and was_closed(1):
+            raise ConfigError("--output - is standard output, and standard output is closed")
         # In a terminal a log line replaces the status line, which is then written again below it.
         set_up(level, form, sys.stderr, before="\r\x1b[2K" if sys.stderr.isatty() else "")
         return _run(config, form, make, interrupts)

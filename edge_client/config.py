@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_client.floor import ScoreFloor, read_floor
 from edge_client.rpc import Endpoint, is_port, token_from_environment
 from protos.errors import ConfigError
 from protos.schema import checked, read_toml
@@ -41,6 +42,7 @@ class ClientConfig:
         prefilter: the same; where the bundle has one.
         interest: comma-separated class names the prefilter looks for; empty: those the bundle was exported for.
         recall: the prefilter's; None: the bundle's.
+        score_min: ``0.4``, or ``0.4,person=0.6``: boxes below are neither reported, drawn nor tracked; empty: the bundle's.
         track: carry the last boxes along on frames that have no answer of their own.
         group: cameras with the same name share a link; the server divides it among them.
         metrics_listen: host:port for Prometheus; None: off.
@@ -71,6 +73,7 @@ class ClientConfig:
     prefilter: str = "auto"
     interest: str = ""
     recall: float | None = None
+    score_min: str | float = ""
     track: bool = False
     group: str = ""
     metrics_listen: str | None = None
@@ -93,6 +96,9 @@ class ClientConfig:
         for name in ("change_gate", "prefilter"):
             if getattr(self, name) not in ("on", "off", "auto"):
                 raise ConfigError(f"--{name.replace('_', '-')} must be on, off or auto, got {getattr(self, name)!r}")
+        if self.prefilter == "off" and (self.interest or self.recall is not None):
+            raise ConfigError("--interest and --recall are for the prefilter, which --prefilter off switches off")
+        self.floor()
         if self.recall is not None and not 0 < self.recall < 1:
             raise ConfigError(f"--recall must lie between 0 and 1, got {self.recall}")
         for name in ("model", "group", "interest"):
@@ -110,6 +116,14 @@ class ClientConfig:
         if self.server == EMBEDDED:
             return Endpoint(address=address)
         return Endpoint(address=address, tls=self.tls, token=token_from_environment(), **paths)
+
+    def floor(self) -> ScoreFloor:
+        """From which score on a box counts.
+
+        Raises:
+            ConfigError: ``score_min`` cannot be read.
+        """
+        return read_floor(str(self.score_min))
 
     def metrics_address(self) -> tuple[str, int]:
         """Host and port of the metrics' endpoint.

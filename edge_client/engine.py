@@ -9,7 +9,7 @@ from typing import Any
 from edge_client.frames import NS_PER_MS, Clock
 from edge_client.head import Head, run_options
 from protos.errors import BundleError, ConfigError, ModelError, PayloadError
-from protos.messages import Answer, Result
+from protos.messages import Answer, Classification, Detection, Result
 from protos.schema import read_json
 from splitters.bundle import Bundle
 from splitters.bundle.offload import compress
@@ -21,6 +21,7 @@ from splitters.tasks.preprocess import Frame, input_image, normalise
 
 Reference = tuple[Symbols | None, int | None]
 NO_REFERENCE: Reference = (None, None)
+_ANSWERS: Mapping[str, type] = {"classification": Classification, "detection": Detection}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +105,11 @@ class Engine:
         local = bundle.manifest.local is not None
         self.local = LocalModel(bundle, clock=clock, threads=threads, options=self._options) if local else None
         self.codec = _open_codec(bundle)
+
+    def expects(self, answer: Answer) -> bool:
+        """Whether an answer is of the kind that this bundle's task has."""
+        kind = _ANSWERS.get(self.bundle.manifest.task)
+        return kind is None or isinstance(answer, kind)
 
     def abandon(self) -> None:
         """Ends a graph that is running, from another thread, and every later run; the run raises ``ModelError``."""

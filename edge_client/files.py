@@ -12,16 +12,18 @@ from collections import deque
 from edge_client.engine import Engine
 from edge_client.flights import Flight
 from edge_client.frames import NS_PER_S, Outcome
+from edge_client.gates import GatedPipeline
 from edge_client.parts import Parts, PipelineConfig
-from edge_client.pipeline import Pipeline
 from protos.errors import DrainingError, HeadtailError, OverloadedError, UnreachableError, VersionMismatchError, from_code
+from protos.messages import Result
 from splitters.bundle.operating_point import OperatingPoint, best_point
 
 _WINDOW = 8
 _MAX_TRIES = 6
+_MAX_LOSSES = 6
 
 
-class FilePipeline(Pipeline):
+class FilePipeline(GatedPipeline):
     """The pipeline of pictures, directories and videos without ``--realtime``."""
 
     def __init__(self, config: PipelineConfig, parts: Parts, engine: Engine) -> None:
@@ -31,6 +33,7 @@ class FilePipeline(Pipeline):
         self._paused: set[Flight] = set()
         self._current: Flight | None = None
         self._down_ns = 0
+        self._vain = 0  # streams lost with frames in flight, since the last answer
         self._offline = False
 
     @property
@@ -53,6 +56,9 @@ class FilePipeline(Pipeline):
                 delivery = await self._frames.next()
                 ended = delivery is None
                 self._current = self._take(delivery) if delivery is not None else None
+                if self._current is not None and await self._needs_no_answer(self._current):
+                    self._current = None
+                    continue
             if self._current is not None:
                 await self._frame(self._current)
                 self._current = None
@@ -62,6 +68,15 @@ class FilePipeline(Pipeline):
                 await self._wait_changed(0.5)
                 if self._stopping:
                     return
+
+    async def _needs_no_answer(self, flight: Flight) -> bool:
+        """Whether a gate settles the frame. What equals a frame in flight waits for that one's answer: there is time."""
+        if self._looks_unchanged(flight):
+            while self.ledger.is_open(self._passed_index) and not self._stopping:
+                await self._wait_changed(0.25)
+            if self._reuse(flight):
+                return True
+        return await self._is_filtered(flight)
 
     async def _frame(self, flight: Flight) -> None:
         if not await self._ready():
@@ -77,7 +92,8 @@ class FilePipeline(Pipeline):
         if flight.deadline_ns is not None and self._clock() >= flight.deadline_ns:
             self._settle(flight, Outcome.EXPIRED)
             return
-        flight.engine = self.engine
+        if flight.engine is not self.engine:
+            flight.engine, flight.features = self.engine, None
         shot = await self._encode(flight, self._point(), keep_local=False)
         if self.connected and flight.engine is self.engine:
             self._send(flight, shot.encoded, shot.encoded.payloads)
@@ -117,10 +133,22 @@ class FilePipeline(Pipeline):
         self._down_ns = self._clock()
         super().on_down(error)
 
+    def on_result(self, result: Result, now_ns: int) -> None:
+        """See ``SessionEvents``."""
+        self._vain = 0
+        super().on_result(result, now_ns)
+
     def _on_lost(self, flights: list[Flight]) -> None:
+        self._vain += any(not flight.refusal for flight in flights)
+        if self._vain >= _MAX_LOSSES:
+            self.refused = self.refused or UnreachableError(f"the server took frames {self._vain} times and answered none of them")
+            self.stop()
         for flight in sorted(flights, key=lambda f: f.frame.index):
             if flight.refusal:
                 self._refused_again(flight)
+            elif flight.tries >= _MAX_LOSSES:  # every time it is sent, the stream ends
+                self.refused = self.refused or UnreachableError(f"frame {flight.frame.index} was sent {flight.tries} times in vain")
+                self._settle(flight, Outcome.DROPPED, "unanswered")
             else:
                 self._again.append(flight)
         self._notify()

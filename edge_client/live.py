@@ -10,17 +10,14 @@ import json
 import logging
 from dataclasses import asdict, replace
 
-from edge_client.change import ChangeGate
 from edge_client.control import Decision, Local, Offload, Skip, Split
 from edge_client.engine import Encoded, Engine, Features
 from edge_client.flights import Flight
-from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Outcome
-from edge_client.interest import InterestGate
+from edge_client.frames import NS_PER_S, CapturedFrame, Outcome
+from edge_client.gates import GatedPipeline
 from edge_client.parts import Parts, PipelineConfig, Shot
-from edge_client.pipeline import Pipeline
 from edge_client.timings import SCHEDULING_NS
 from protos.errors import UnreachableError
-from protos.messages import Answer, Detection, Result
 
 log = logging.getLogger(__name__)
 explain_log = logging.getLogger("edge_client.explain")
@@ -28,15 +25,12 @@ explain_log = logging.getLogger("edge_client.explain")
 _FAR_NS = 10 * NS_PER_S
 
 
-class LivePipeline(Pipeline):
+class LivePipeline(GatedPipeline):
     """The camera's pipeline."""
 
     def __init__(self, config: PipelineConfig, parts: Parts, engine: Engine) -> None:
         super().__init__(config, parts, engine)
         self._current: Flight | None = None
-        self._gate = ChangeGate() if config.change_gate else None
-        self._passed_index = 0
-        self._last: tuple[int, Answer] | None = None
 
     async def _main(self) -> None:
         # A server that is there gets a moment to say so: else the first frames would all be answered locally.
@@ -79,7 +73,7 @@ class LivePipeline(Pipeline):
     # ------------------------------------------------------------------ one frame
 
     async def _frame(self, flight: Flight) -> None:
-        if self._is_unchanged(flight) or (self.interest is not None and await self._is_filtered(flight, self.interest)):
+        if self._is_unchanged(flight) or await self._is_filtered(flight):
             return
         decision = self._decide(flight)
         if await self._fall_back_first(decision):
@@ -128,40 +122,6 @@ class LivePipeline(Pipeline):
         for flight in due:
             await self._answer_locally(flight)
         return bool(due)
-
-    def _is_unchanged(self, flight: Flight) -> bool:
-        frame = flight.frame
-        if self._gate is None or frame.image is None:
-            return False
-        if self._gate.changed(frame.image, self._clock()):
-            self._passed_index = frame.index
-            return False
-        if self._last is None or self._last[0] < self._passed_index:
-            return False  # the frame it equals has no answer yet
-        self._settle(flight, Outcome.UNCHANGED, answer=self._last[1], detail=f"as frame {self._last[0]}")
-        return True
-
-    async def _is_filtered(self, flight: Flight, gate: InterestGate) -> bool:
-        engine, image = flight.engine, flight.frame.image
-        assert image is not None  # noqa: S101 - just captured
-
-        def work() -> tuple[Features, list[float], int]:
-            features = engine.features(image)
-            start_ns = self._clock()
-            return features, engine.head.prefilter_scores(features.maps), self._clock() - start_ns
-
-        features, scores, elapsed_ns = await self._worker.run(work, due_ns=flight.deadline_ns or self._clock() + _FAR_NS)
-        flight.features = features
-        flight.stages_ms |= {
-            "preprocess": features.preprocess_ns / NS_PER_MS,
-            "head": features.stem_ns / NS_PER_MS,
-            "prefilter": elapsed_ns / NS_PER_MS,
-        }
-        score = gate.score(scores)
-        if gate.stops(flight.frame.index, score):
-            self._settle(flight, Outcome.FILTERED, detail=f"interest {score:.2f}")
-            return True
-        return False
 
     async def _skip(self, flight: Flight, reason: str) -> None:
         if reason == "late":
@@ -218,17 +178,3 @@ class LivePipeline(Pipeline):
         if self.config.point_id is not None or flight.deadline_ns is None:
             return True  # the controller had no say in it
         return self.controller.wants_fallback(flight.wire_id, now_ns, flight.deadline_ns)
-
-    def _on_answer(self, flight: Flight, result: Result) -> None:
-        if self.interest is not None and self.interest.learn(flight.frame.index, result.answer):
-            log.warning(
-                "the prefilter misses more than it promised here: its threshold is now %.3f (promised at %.3f)",
-                self.interest.threshold,
-                self.interest.promise.threshold,
-            )
-
-    def _on_settled(self, flight: Flight, outcome: Outcome, answer: Answer | None) -> None:
-        if outcome is Outcome.FILTERED:
-            answer = Detection(boxes=())
-        if answer is not None and outcome is not Outcome.UNCHANGED and (self._last is None or flight.frame.index > self._last[0]):
-            self._last = (flight.frame.index, answer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from edge_client.capture import Delivery
@@ -12,6 +12,7 @@ from edge_client.choices import DeviceTimes
 from edge_client.control import Controller
 from edge_client.device import DeviceWorker
 from edge_client.engine import Encoded, Engine
+from edge_client.floor import ScoreFloor
 from edge_client.frames import CapturedFrame, Clock, FrameReport
 from edge_client.interest import InterestGate
 from edge_client.session import Gate
@@ -76,6 +77,7 @@ class PipelineConfig:
         keep_images: reports carry the frame, for sinks that draw on it.
         client_version: for the server's log.
         group: cameras that share a bottleneck link.
+        floor: from which score on a box counts.
         change_gate: reuse the last answer where nothing moved.
         temporal: predict latents from frames the server has acknowledged; for sources that are video.
     """
@@ -88,6 +90,7 @@ class PipelineConfig:
     keep_images: bool = False
     client_version: str = ""
     group: str = ""
+    floor: ScoreFloor = field(default_factory=ScoreFloor)
     change_gate: bool = False
     temporal: bool = False
 

@@ -22,7 +22,7 @@ from edge_client.parts import Link, Parts, PipelineConfig, Shot
 from edge_client.session import Gate, Welcome
 from edge_client.timings import SCHEDULING_NS, DevicePace, Timings
 from edge_client.update import BundleUpdate
-from protos.errors import HeadtailError, OverloadedError, VersionMismatchError
+from protos.errors import HeadtailError, OverloadedError, ProtocolError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, Answer, FrameLayer, Grant, PayloadKind, Result
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
@@ -35,6 +35,8 @@ Make = Callable[[Engine, Features], Encoded]
 LATE_GRACE_NS = 100 * NS_PER_MS
 _HISTORY = 16  # frames back that a latent may be predicted from; every server remembers so many
 _FORGET_NS = 6 * NS_PER_S  # longer than a session waits for a silent server: else frames would go on entering a dead network
+_STOP_S = 8.0
+_HEAD_ENDS_S = 5.0
 _UNANSWERED_NS = 60 * NS_PER_S
 _LAST_JOB_S = 1.0
 
@@ -67,6 +69,7 @@ class Pipeline:
         self._changed = asyncio.Event()
         self._update = BundleUpdate(parts.fetch, lambda: self.link.up, self._notify)
         self._stopping = False
+        self._stop_asked = asyncio.Event()
         self._finished = False
 
     # ------------------------------------------------------------------ life
@@ -81,10 +84,11 @@ class Pipeline:
         session = asyncio.create_task(link.run())
         main = asyncio.create_task(self._main())
         rescue = asyncio.create_task(self._rescue_loop())
+        patience = asyncio.create_task(self._patience())
         try:
-            await asyncio.wait({session, main, rescue}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({session, main, rescue, patience}, return_when=asyncio.FIRST_COMPLETED)
             if session.done() and session.exception() is None:
-                await asyncio.wait({main, rescue}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({main, rescue, patience}, return_when=asyncio.FIRST_COMPLETED)
             for task in (main, rescue, session):
                 if task.done():
                     task.result()
@@ -94,7 +98,7 @@ class Pipeline:
                 self._capture(frame)
                 self._settle_frame(frame, Outcome.DROPPED, "stopped")
             self._update.cancel()
-            for task in (main, rescue):
+            for task in (main, rescue, patience):
                 task.cancel()
             for flight in [*self._flights.values(), *self._orphans, *self._waiting()]:
                 self._settle(flight, Outcome.DROPPED, "stopped")
@@ -103,8 +107,14 @@ class Pipeline:
                 await asyncio.wait_for(session, 1.5)
             await asyncio.gather(main, rescue, return_exceptions=True)
             hopeless = asyncio.get_running_loop().call_later(_LAST_JOB_S, self._abandon)
-            await self._worker.join()
+            with suppress(TimeoutError):  # a head that does not come back holds nobody up
+                await asyncio.wait_for(self._worker.join(), _HEAD_ENDS_S)
             hopeless.cancel()
+
+    async def _patience(self) -> None:
+        """Ends, and the run with it, some time after ``stop``, whatever the last frame waits for."""
+        await self._stop_asked.wait()
+        await asyncio.sleep(_STOP_S)
 
     def _abandon(self) -> None:
         """The device is at a job that does not end by itself."""
@@ -116,6 +126,7 @@ class Pipeline:
     def stop(self) -> None:
         """Ends the source; what is in flight is still waited for, shortly."""
         self._stopping = True
+        self._stop_asked.set()
         for frame in self._frames.close():
             self._capture(frame)
             self._settle_frame(frame, Outcome.DROPPED, "stopped")
@@ -186,6 +197,7 @@ class Pipeline:
         frame = flight.frame
         if not self.ledger.settle(frame.index, outcome, reason):
             return False
+        answer = self.config.floor.cut(answer, flight.engine.bundle)
         report = flight.report(outcome, reason, answer, detail, now_ns=self._clock())
         self._parts.emit(report if self.config.keep_images else replace(report, frame=replace(frame, image=None)))
         self._on_settled(flight, outcome, answer)
@@ -426,6 +438,9 @@ class Pipeline:
     def on_result(self, result: Result, now_ns: int) -> None:
         """See ``SessionEvents``."""
         flight = self._flights.pop(result.frame_id, None)
+        if flight is not None and result.answer is not None and not flight.engine.expects(result.answer):
+            failure = ProtocolError(f"the server answers with a {type(result.answer).__name__}, which is not this model's task")
+            result = replace(result, answer=None, error=failure)
         if self.predictor is not None:
             learn_reference(self.predictor, result)
         estimator = self.controller.estimator

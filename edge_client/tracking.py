@@ -113,7 +113,8 @@ class BoxTracker:
         scale = min(1.0, self._config.longest_px / max(frame.shape[:2]))
         grey = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
         if scale < 1:
-            grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+            size = (max(1, round(frame.shape[1] * scale)), max(1, round(frame.shape[0] * scale)))
+            grey = cv2.resize(grey, size, interpolation=cv2.INTER_LINEAR)
         return grey.astype(np.uint8, copy=False), scale
 
     def _grid(self, box: Box) -> Floats:

@@ -42,12 +42,12 @@ class BundleUpdate:
         self._next_s = self._calm_s = -1.0
         self._refused: dict[str, float] = {}
         self._renewed = asyncio.Event()
-        self._over = False
+        self._over = self._fetching = False
 
     @property
     def running(self) -> bool:
-        """Whether a bundle is on the way."""
-        return self._task is not None
+        """Whether a bundle is on the way, and not only waited for: one that cannot be had is no reason to wait."""
+        return self._fetching
 
     def want(self, sha256: str) -> None:
         """The bundle with this hash is wanted; empty: none, the one in use is the server's."""
@@ -80,6 +80,7 @@ class BundleUpdate:
                 if early_s > 0:
                     await self._wait(early_s)
                     continue
+                self._fetching = True
                 try:
                     self._ready = await self._fetch(wanted)
                 except HeadtailError as error:
@@ -88,6 +89,8 @@ class BundleUpdate:
                     if isinstance(error, BundleError | ProtocolError):
                         self._refused[wanted] = loop.time() + _REFUSED_S
                         self._refused = dict([*self._refused.items()][-_REFUSALS:])
+                finally:
+                    self._fetching = False
                 self._wait_s = min(2 * self._wait_s, _LONGEST_S) if loop.time() < self._calm_s else _FIRST_S
                 self._next_s = loop.time() + self._wait_s
                 self._calm_s = self._next_s + _CALM_S

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from edge_server.assembly import Frame
 from edge_server.backends import Backend, TailWork
 from edge_server.config import Limits
 from edge_server.decode import Decoded, decode_frame
+from edge_server.fair import FairPool
 from edge_server.metrics import Metrics
 from edge_server.models import Model
 from edge_server.tracing import NoTracing, Tracing
@@ -57,15 +60,36 @@ class Answerer:
         self._clock = clock
         self._metrics = metrics
         self._tracing = tracing or NoTracing()
-        self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+        self.pool = FairPool(decode_threads, clock=clock)
         self._pending_bytes = 0
+        self._pending: Counter[str] = Counter()
 
     @property
     def pending_bytes(self) -> int:
         """Payloads that wait for their answers."""
         return self._pending_bytes
 
-    async def answer(self, model: Model, frame: Frame, history: History) -> Result:
+    @contextmanager
+    def pending(self, client: str, size: int) -> Iterator[None]:
+        """Counts bytes that wait for their answer.
+
+        Raises:
+            OverloadedError: too many wait: altogether, or of one client beside others.
+        """
+        most = self._limits.max_pending_bytes
+        self._pending_bytes += size
+        self._pending[client] += size
+        try:
+            own = self._pending[client]
+            if self._pending_bytes > most or (own > most // 2 and len(self._pending) > 1):
+                raise OverloadedError(f"{self._pending_bytes} payload bytes wait for their answers already, {own} of this client")
+            yield
+        finally:
+            self._pending_bytes -= size
+            self._pending[client] -= size
+            self._pending += Counter()  # clients without any are forgotten
+
+    async def answer(self, model: Model, frame: Frame, history: History, client: str = "") -> Result:
         """The frame's result, an error included.
 
         A frame that comes too late, or that the tail refuses, is decoded all the same: the next one refers to it.
@@ -74,51 +98,48 @@ class Answerer:
             model: the session's.
             frame: as it arrived.
             history: the session's; the decoded symbols are added.
+            client: whose frame it is.
         """
         size = frame.payload_bytes
-        self._pending_bytes += size
         decoded = Decoded(arrays=())
         try:
-            start_ns = self._clock()
-            decoded = await self._decode_in_turn(model, frame, history)
-            result = await self._answer(model, frame, decoded, start_ns)
+            with self.pending(client, size):
+                start_ns = self._clock()
+                decoded = await self._decode_in_turn(model, frame, history, client)
+                result = await self._answer(model, frame, decoded, start_ns, client)
         except HeadtailError as error:
             result = failed(frame, error, self._clock(), decoded)
         except Exception:
             log.exception("frame %d failed", frame.frame_id)
             ours = InternalError("the server failed on this frame; its log says why")
             result = failed(frame, ours, self._clock(), decoded)
-        finally:
-            self._pending_bytes -= size
         self._metrics.on_result(model.name, result, size)
         self._tracing.on_result(model.name, frame.traceparent, result)
         return result
 
-    async def _decode_in_turn(self, model: Model, frame: Frame, history: History) -> Decoded:
+    async def _decode_in_turn(self, model: Model, frame: Frame, history: History, client: str) -> Decoded:
         if frame.error is not None:
             raise frame.error
-        if self._pending_bytes > self._limits.max_pending_bytes:
-            raise OverloadedError(f"{self._pending_bytes} payload bytes wait for their answers already")
         refers = frame.kind is PayloadKind.LATENT and model.codec.supports_reference
         if not refers and frame.deadline_ns is not None and self._clock() >= frame.deadline_ns:
             raise OverloadedError("the frame's deadline had passed before it was decoded")
-        loop = asyncio.get_running_loop()
+        decode = functools.partial(self._decode, model, frame, history.references, late_too=refers)
         if not refers:
-            return await loop.run_in_executor(self._pool, self._decode, model, frame, history.references)
+            return await self.pool.run(client, decode)
         async with history.turn:
-            decoded = await loop.run_in_executor(self._pool, self._decode, model, frame, history.references)
+            decoded = await self.pool.run(client, decode)
             if decoded.symbols is not None:
                 history.references.add(frame.frame_id, decoded.symbols)
         return decoded
 
-    async def _answer(self, model: Model, frame: Frame, decoded: Decoded, start_ns: int) -> Result:
+    async def _answer(self, model: Model, frame: Frame, decoded: Decoded, start_ns: int, client: str) -> Result:
         decode_ns = self._clock() - start_ns
         if frame.deadline_ns is not None and self._clock() >= frame.deadline_ns:
             raise OverloadedError("the frame's deadline had passed before its tail could run")
         done = await self._backend.run(
             TailWork(
                 bundle_sha256=model.sha256, kind=frame.kind, arrays=decoded.arrays, size_px=frame.size_px,
-                deadline_ns=frame.deadline_ns,
+                deadline_ns=frame.deadline_ns, client=client,
             )
         )  # fmt: skip
         return Result(
@@ -130,12 +151,14 @@ class Answerer:
             ),
         )  # fmt: skip
 
-    def _decode(self, model: Model, frame: Frame, references: ReferenceStore) -> Decoded:
+    def _decode(self, model: Model, frame: Frame, references: ReferenceStore, *, late_too: bool) -> Decoded:
+        if not late_too and frame.deadline_ns is not None and self._clock() >= frame.deadline_ns:
+            raise OverloadedError("the frame's deadline had passed before it was its turn to be decoded")
         return decode_frame(model, frame, references, max_pixels=self._limits.max_pixels)
 
     def close(self) -> None:
         """Ends the executor."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.close()
 
 
 def failed(frame: Frame, error: HeadtailError, now_ns: int, decoded: Decoded | None = None) -> Result:

@@ -8,6 +8,7 @@ shape does not depend on it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import count
@@ -21,6 +22,8 @@ from protos.errors import OverloadedError
 T = TypeVar("T")
 
 _SMOOTHING = 0.2  # weight of the newest of the tail's times
+_PRESENT_NS = 2_000_000_000  # a client counts as present for so long after its last frame
+_SHARED_RUN_NS = 30_000_000  # longest run of the tail while several clients are present: whoever comes next waits for its end
 _STALE_NS = 500_000_000  # a time that nothing has confirmed for so long refuses no frame: one slow run must not do so for ever
 
 
@@ -33,6 +36,7 @@ class Waiting(Generic[T]):
     queued_ns: int
     item: T
     order: int = 0
+    client: str = ""
 
     @property
     def urgency(self) -> tuple[float, int]:
@@ -87,21 +91,33 @@ class BatchQueue(Generic[T]):
         self.times = TailTimes()
         self._waiting: list[Waiting[T]] = []
         self._order = count()
+        self._seen_ns: dict[str, int] = {}  # by client, when its last frame came
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, key: Hashable, deadline_ns: int | None, now_ns: int, item: T) -> None:
+    def add(self, key: Hashable, deadline_ns: int | None, now_ns: int, item: T, *, client: str = "") -> None:
         """Queues a frame.
 
         Raises:
-            OverloadedError: the queue is full, or the frame would be late even if it ran at once.
+            OverloadedError: the queue, or its client's part of it, is full, or the frame would be late even if it ran at once.
         """
+        self._seen_ns[client] = now_ns
         if len(self._waiting) >= self.config.max_queue:
             raise OverloadedError(f"{len(self._waiting)} frames wait for the tail already")
+        if len(self._waiting) >= self.config.max_queue // 2 and self._shared(now_ns):
+            own = sum(w.client == client for w in self._waiting)
+            if own >= self.config.max_queue // 2:
+                raise OverloadedError(f"{own} frames of this client wait for the tail already")
         if deadline_ns is not None and now_ns + self.times.estimate_ns(key, 1, now_ns) + self.config.margin_ns > deadline_ns:
             raise OverloadedError(self._too_late(key, now_ns))
-        self._waiting.append(Waiting(key, deadline_ns, now_ns, item, next(self._order)))
+        self._waiting.append(Waiting(key, deadline_ns, now_ns, item, next(self._order), client))
+
+    def _shared(self, now_ns: int) -> bool:
+        """Whether several clients are present."""
+        if len(self._seen_ns) > 1:
+            self._seen_ns = {c: at_ns for c, at_ns in self._seen_ns.items() if now_ns - at_ns <= _PRESENT_NS}
+        return len(self._seen_ns) > 1
 
     def remove(self, items: set[int]) -> None:
         """Forgets frames whose sender is gone, by ``id(item)``."""
@@ -139,13 +155,14 @@ class BatchQueue(Generic[T]):
         return Batch(run=chosen, refused=refused)
 
     def _size(self, same: list[Waiting[T]], now_ns: int) -> int:
-        """As many as finish before the most urgent one's deadline; at least one."""
-        deadline_ns = same[0].deadline_ns
-        if deadline_ns is None:
-            return len(same)
-        left_ns = deadline_ns - now_ns - self.config.margin_ns
+        """As many as finish before the most urgent one's deadline, and soon where others may come; at least one."""
+        deadline_ns, most_ns = same[0].deadline_ns, inf
+        if deadline_ns is not None:
+            most_ns = deadline_ns - now_ns - self.config.margin_ns
+        if self._shared(now_ns):
+            most_ns = min(most_ns, _SHARED_RUN_NS)
         size = len(same)
-        while size > 1 and self.times.estimate_ns(same[0].key, size, now_ns) > left_ns:
+        while size > 1 and self.times.estimate_ns(same[0].key, size, now_ns) > most_ns:
             size -= 1
         return size
 
@@ -157,7 +174,13 @@ class BatchQueue(Generic[T]):
             late = late or (w.deadline_ns is not None and at_ns > w.deadline_ns)
         if not late:
             return []
-        works = [Work(key=w, deadline_ns=w.deadline_ns, cost_ns=costs[w.key]) for w in self._waiting]
+        asked_ns: Counter[str] = Counter()
+        for w in self._waiting:
+            asked_ns[w.client] += costs[w.key]
+        works = [
+            Work(key=w, deadline_ns=w.deadline_ns, cost_ns=costs[w.key], asked=asked_ns[w.client].bit_length())
+            for w in self._waiting
+        ]
         _, gone = shed(works, now_ns, margin_ns=self.config.margin_ns)
         refused = {id(work.key) for work in gone}
         kept = [w for w in self._waiting if id(w) not in refused]

@@ -48,6 +48,12 @@ def decode_frame(model: Model, frame: Frame, references: Mapping[int, Symbols], 
     if frame.kind is PayloadKind.IMAGE:
         return Decoded(arrays=(decode_image(b"".join(frame.layers), model.bundle.manifest.preprocess.size_px, max_pixels),))
     symbols = model.codec.decode(frame.layers, references)
+    said = {point.id: point.codec_point for point in model.bundle.points}.get(frame.operating_point)
+    if said != symbols.point_id:
+        held = "which this bundle does not have" if said is None else f"whose payloads are of {said!r}"
+        raise PayloadError(
+            f"the frame says operating point {frame.operating_point}, {held}; its payload is of {symbols.point_id!r}"
+        )
     return Decoded(
         arrays=tuple(model.codec.dequantise(symbols)), layers=symbols.layers, symbols=symbols, symbols_crc32=symbols.crc32()
     )
@@ -66,6 +72,8 @@ def decode_image(payload: bytes, size_px: tuple[int, int], max_pixels: int) -> N
         LimitError: more than ``max_pixels``.
     """
     width, height = image_size(payload)
+    if payload.startswith(_JPEG) and (scans := payload.count(_SCAN)) > _MAX_SCANS:
+        raise LimitError(f"the picture has {scans} scans; this server decodes at most {_MAX_SCANS}")
     if width * height > max_pixels:
         raise LimitError(f"the picture has {width}x{height} px; this server decodes at most {max_pixels} pixels")
     if not restorable(height, width, size_px):
@@ -82,6 +90,12 @@ def decode_image(payload: bytes, size_px: tuple[int, int], max_pixels: int) -> N
     return restore(image.astype(np.uint8, copy=False), size_px)
 
 
+_JPEG = b"\xff\xd8"
+_SCAN = b"\xff\xda"  # within a scan's own data 0xff is followed by 0
+_MAX_SCANS = 32  # each goes over all pixels; usual progressive encoders write 10, the thriftiest fewer than 20
+_MAX_SEGMENTS = 256  # before the size; a file from a camera has a dozen
+
+
 def image_size(payload: bytes) -> tuple[int, int]:
     """(width, height) as a JPEG's or WebP's header says.
 
@@ -89,7 +103,7 @@ def image_size(payload: bytes) -> tuple[int, int]:
         PayloadError: it is neither, or ends before its size.
     """
     try:
-        if payload[:2] == b"\xff\xd8":
+        if payload.startswith(_JPEG):
             return _jpeg_size(payload)
         if payload[:4] == b"RIFF" and payload[8:12] == b"WEBP":
             return _webp_size(payload)
@@ -105,14 +119,13 @@ _BARE = frozenset(range(0xD0, 0xD8)) | {0x01}
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     at = 2
-    while True:
+    for _ in range(_MAX_SEGMENTS):
         if data[at] != 0xFF:
             raise PayloadError("the JPEG's markers are damaged")
-        while data[at] == 0xFF:
-            at += 1
-        marker = data[at]
-        at += 1
-        if marker in _BARE:
+        marker = data[at + 1]
+        at += 2
+        if marker in _BARE or marker == 0xFF:
+            at -= marker == 0xFF  # filling
             continue
         if marker in _SOF:
             height, width = struct.unpack_from(">HH", data, at + 3)
@@ -121,6 +134,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             raise PayloadError("the JPEG has no size before its pixels")
         (length,) = struct.unpack_from(">H", data, at)
         at += max(2, length)
+    raise PayloadError("the JPEG has too much before its size")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from edge_server.fetch import FetchSlots, chunks
 from edge_server.loading import bring_up_to_date
 from edge_server.models import Model
 from edge_server.quota import Client
-from edge_server.session import Services, Session
+from edge_server.session import Services, Session, host_of
 from edge_server.status import translated
 from edge_server.wire import checked
 from protos.errors import DrainingError, HeadtailError, LimitError, VersionMismatchError
@@ -94,7 +94,7 @@ class Ingress:
     async def FetchBundle(self, request: pb.FetchBundleRequest, context: Context) -> None:  # noqa: N802
         """A bundle's device part. Frames of other sessions go between two chunks; who does not read is let go."""
         client = self.client
-        who = client.name or context.peer().rpartition(":")[0]
+        who = client.name or host_of(context)
         async with translated(context, self.services.metrics.on_refused), self._fetches.hold(who):
             model = self.services.store.get(checked(request).model)
             begun_ns, sent_bytes = self.services.clock(), 0
@@ -112,7 +112,7 @@ class Ingress:
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:  # noqa: N802
         """One frame, one answer."""
         async with translated(context, self.services.metrics.on_refused), self.call():
-            return await self._infer(checked(request), trace_of(context))
+            return await self._infer(checked(request), trace_of(context), self.client.name or host_of(context))
         raise AssertionError  # translated() has ended the call
 
     async def Session(self, request_iterator: Any, context: Context) -> None:  # noqa: N802
@@ -135,24 +135,26 @@ class Ingress:
                 finally:
                     self.sessions.discard(session)
 
-    async def _infer(self, request: pb.InferRequest, traceparent: str) -> pb.InferResponse:
+    async def _infer(self, request: pb.InferRequest, traceparent: str, who: str) -> pb.InferResponse:
         now_ns = self.services.clock()
         if request.protocol_version != PROTOCOL_VERSION:
             raise VersionMismatchError(
                 f"the client speaks protocol version {request.protocol_version}, this server {PROTOCOL_VERSION}"
             )
         model = self.services.store.get(request.model)
-        frame = read_frame(request, self.services.limits, now_ns)
         if request.bundle_sha256 != model.sha256:
             raise VersionMismatchError(
                 f"the frame was made with bundle {request.bundle_sha256[:12] or '(none)'}, the server's tail is {model.sha256[:12]}"
             )
-        refusal = self.client.admit_frame(frame.payload_bytes, now_ns)
+        n_bytes = sum(len(layer.payload) for layer in request.layers)
+        refusal = self.client.admit_frame(n_bytes, now_ns)
         if refusal is not None:
             raise refusal
+        await asyncio.sleep(self.services.pace.wait_s(who, n_bytes, now_ns))
+        frame = read_frame(request, self.services.limits, now_ns)
         if traceparent and not frame.traceparent:
             frame = replace(frame, traceparent=traceparent)
-        result = await self.services.answerer.answer(model, frame, History())
+        result = await self.services.answerer.answer(model, frame, History(), who)
         return pb.InferResponse(result=result.to_proto())
 
     async def reload(self) -> None:

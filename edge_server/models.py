@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from protos.errors import BundleError, HeadtailError, UnknownModelError
+from protos.schema import read_json
 from splitters.bundle import Bundle, open_bundle, sha256_hex
 from splitters.bundle.manifest import MANIFEST
 from splitters.codec import LatentCodec, codec_from_spec
@@ -58,10 +59,7 @@ def open_model(path: Path) -> Model:
         raise BundleError(f"cannot read {path / MANIFEST}: {error.strerror}") from error
     if sha256_hex(manifest_json) != bundle.sha256:
         raise BundleError(f"{path} was replaced while it was read; try again")
-    try:
-        spec = json.loads(bundle.read_part(bundle.manifest.codec))
-    except ValueError as error:
-        raise BundleError(f"{bundle.manifest.codec} is not JSON: {error}") from error
+    spec = read_json(bundle.read_part(bundle.manifest.codec), dict[str, Any], what=bundle.manifest.codec)
     files = {part.path: bundle.read_part(part.path) for part in bundle.manifest.device_parts()}
     return Model(bundle=bundle, codec=codec_from_spec(spec, bundle.read_part), manifest_json=manifest_json, device_files=files)
 

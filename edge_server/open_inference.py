@@ -9,7 +9,8 @@ request's parameters ``source_width`` and ``source_height`` give (default: the m
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import grpc.aio
@@ -19,19 +20,18 @@ from numpy.typing import NDArray
 from edge_server.backends import TailWork
 from edge_server.ingress import Ingress, trace_of
 from edge_server.models import Model
+from edge_server.quota import Client
+from edge_server.session import host_of
 from edge_server.status import translated
+from edge_server.tensors import Request, read_request, read_values
 from edge_server.wire import checked
-from protos.errors import HeadtailError, LimitError, ProtocolError
+from protos.errors import HeadtailError, LimitError, ProtocolError, UnknownModelError, VersionMismatchError
 from protos.headtail.v1 import open_inference_pb2 as oip
 from protos.messages import MAX_SIDE_PX, Answer, Classification, PayloadKind, Result, ServerTimings
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _MAX_BATCH = 256
-_TYPES: Mapping[str, tuple[np.dtype[Any], str]] = {
-    "FP32": (np.dtype("<f4"), "fp32_contents"),
-    "UINT8": (np.dtype("u1"), "uint_contents"),
-}
 
 
 class OpenInference:
@@ -56,11 +56,26 @@ class OpenInference:
         return oip.ServerReadyResponse(ready=not self._ingress.draining)
 
     async def ModelReady(self, request: Any, context: Context) -> oip.ModelReadyResponse:  # noqa: N802
-        """Whether a model is held."""
+        """Whether a model is held, in the version asked for."""
         async with translated(context, self._s.metrics.on_refused):
-            held = {m.name for m in self._s.store.all()}
-            return oip.ModelReadyResponse(ready=checked(request).name in held and not self._ingress.draining)
+            try:
+                self._model(checked(request).name, request.version)
+            except (UnknownModelError, VersionMismatchError):
+                return oip.ModelReadyResponse(ready=False)
+            return oip.ModelReadyResponse(ready=bool(request.name) and not self._ingress.draining)
         raise AssertionError  # translated() has ended the call
+
+    def _model(self, name: str, version: str) -> Model:
+        """The model of that name, in that version where one is given: the first twelve digits of its hash, or all of them.
+
+        Raises:
+            UnknownModelError: no such model is held.
+            VersionMismatchError: another version of it is.
+        """
+        model = self._s.store.get(name)
+        if version and version not in (_version(model), model.sha256):
+            raise VersionMismatchError(f"version {version[:64]!r} is not held; {model.name!r} is {_version(model)}")
+        return model
 
     async def ServerMetadata(self, request: Any, context: Context) -> oip.ServerMetadataResponse:  # noqa: N802
         """Name and version."""
@@ -70,7 +85,7 @@ class OpenInference:
     async def ModelMetadata(self, request: Any, context: Context) -> oip.ModelMetadataResponse:  # noqa: N802
         """Inputs and outputs; of `image` and the latents a request gives one."""
         async with translated(context, self._s.metrics.on_refused):
-            model = self._s.store.get(checked(request).name)
+            model = self._model(checked(request).name, request.version)
             manifest = model.bundle.manifest
             tensor = oip.ModelMetadataResponse.TensorMetadata
             inputs = [tensor(name=n, datatype=t, shape=[-1, *s]) for n, (t, s) in _inputs(model).items()]
@@ -80,33 +95,41 @@ class OpenInference:
             if manifest.task == "detection":
                 outputs.append(tensor(name="boxes", datatype="FP32", shape=[-1, -1, 4]))
             return oip.ModelMetadataResponse(
-                name=model.name, versions=[model.sha256[:12]], platform="headtail", inputs=inputs, outputs=outputs
+                name=model.name, versions=[_version(model)], platform="headtail", inputs=inputs, outputs=outputs
             )
         raise AssertionError  # translated() has ended the call
 
-    async def ModelInfer(self, request: Any, context: Context) -> oip.ModelInferResponse:  # noqa: N802
+    async def ModelInfer(self, request: bytes, context: Context) -> oip.ModelInferResponse:  # noqa: N802
         """A batch of frames; each is queued by itself and batched with everyone's."""
         async with translated(context, self._s.metrics.on_refused), self._ingress.call():
-            return await self._infer(checked(request), context)
+            client = self._ingress.client
+            who = client.name or host_of(context)
+            with self._s.answerer.pending(who, len(request)):
+                await asyncio.sleep(self._s.pace.wait_s(who, len(request), self._s.clock()))
+                return await self._infer(request, context, client, who)
         raise AssertionError  # translated() has ended the call
 
-    async def _infer(self, request: oip.ModelInferRequest, context: Context) -> oip.ModelInferResponse:
-        model = self._s.store.get(request.model_name)
-        if request.model_version and not model.sha256.startswith(request.model_version):
-            raise ProtocolError(f"version {request.model_version[:64]!r} is not held; {model.name!r} is {model.sha256[:12]}")
-        arrays = _read(request, model)
-        kind = PayloadKind.IMAGE if "image" in arrays else PayloadKind.LATENT
-        tensors = [arrays["image"][..., ::-1]] if kind is PayloadKind.IMAGE else list(arrays.values())
-        size_px = _source_size(request, model)
+    async def _infer(self, data: bytes, context: Context, client: Client, who: str) -> oip.ModelInferResponse:
+        """Admission first, by what the request weighs and says of itself; its values are looked at in a thread."""
         now_ns, left_s = self._s.clock(), context.time_remaining()
         deadline_ns = None if left_s is None else now_ns + int(left_s * 1e9)
-        client, works = self._ingress.client, []
-        for row in range(len(tensors[0])):
-            frame = [np.ascontiguousarray(tensor[row]) for tensor in tensors]
-            if (refusal := client.admit_frame(sum(a.nbytes for a in frame), now_ns)) is not None:
-                raise refusal
-            works.append(TailWork(bundle_sha256=model.sha256, kind=kind, arrays=frame, size_px=size_px, deadline_ns=deadline_ns))
-        with client.unary_frames(len(works) - 1):  # the call itself counts as one
+        if (refusal := client.admit_frame(len(data), now_ns, frames=0)) is not None:
+            raise refusal
+        pool = self._s.answerer.pool
+        request = await pool.run(who, functools.partial(read_request, data))
+        said = request.said
+        model = self._model(said.model_name, said.model_version)
+        batch = _checked_inputs(request, model)
+        size_px = _source_size(said, model)
+        wanted = _wanted(said, model)
+        if (refusal := client.admit_frame(0, now_ns, frames=batch)) is not None:
+            raise refusal
+        with client.unary_frames(batch - 1):  # the call itself counts as one
+            kind, frames = await pool.run(who, functools.partial(_frames, request, model, batch))
+            works = [
+                TailWork(bundle_sha256=model.sha256, kind=kind, arrays=f, size_px=size_px, deadline_ns=deadline_ns, client=who)
+                for f in frames
+            ]
             done = await asyncio.gather(*(self._s.backend.run(work) for work in works), return_exceptions=True)
         for each in done:
             if isinstance(each, BaseException):
@@ -118,8 +141,11 @@ class OpenInference:
             result = Result(frame_id=row, answer=each.answer, timings=timings)
             self._s.metrics.on_result(model.name, result, sum(a.nbytes for a in works[row].arrays))
             self._s.tracing.on_result(model.name, trace, result)
-        outputs = _outputs([each.answer for each in answers])
-        return _respond(request, model, outputs)
+        return _respond(said, model, _outputs([each.answer for each in answers]), wanted)
+
+
+def _version(model: Model) -> str:
+    return model.sha256[:12]
 
 
 def _inputs(model: Model) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -131,21 +157,24 @@ def _inputs(model: Model) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found | {f"latent_{i}": ("FP32", shape) for i, shape in enumerate(manifest.latent_shape)}
 
 
-def _read(request: oip.ModelInferRequest, model: Model) -> dict[str, NDArray[Any]]:
-    """The request's tensors, checked against the model before any is built."""
-    known = _inputs(model)
+def _checked_inputs(request: Request, model: Model) -> int:
+    """How many frames the request has; its tensors are checked against the model by what they say of themselves.
+
+    Raises:
+        ProtocolError: they are not the model's inputs.
+        LimitError: too many frames.
+    """
+    known, inputs = _inputs(model), request.said.inputs
     latents = [name for name in known if name != "image"]
-    names = [tensor.name for tensor in request.inputs]
+    names = [tensor.name for tensor in inputs]
     if names != ["image"] and sorted(names) != sorted(latents):
         raise ProtocolError(f"give either image or {', '.join(latents)}; the request has {', '.join(names)[:200] or 'no input'}")
-    raw = request.raw_input_contents
-    if raw and len(raw) != len(names):
-        raise ProtocolError(f"{len(raw)} raw contents came for {len(names)} inputs")
-    batch = request.inputs[0].shape[0] if request.inputs[0].shape else 0
+    if request.raw and len(request.raw) != len(names):
+        raise ProtocolError(f"{len(request.raw)} raw contents came for {len(names)} inputs")
+    batch = inputs[0].shape[0] if inputs[0].shape else 0
     if not 1 <= batch <= _MAX_BATCH:
         raise LimitError(f"a batch has 1..{_MAX_BATCH} frames, got {batch}")
-    found = {}
-    for index, tensor in enumerate(request.inputs):
+    for tensor in inputs:
         if tensor.name not in known:
             raise ProtocolError(f"{model.name!r} has no input {tensor.name[:64]!r}")
         datatype, shape = known[tensor.name]
@@ -153,22 +182,19 @@ def _read(request: oip.ModelInferRequest, model: Model) -> dict[str, NDArray[Any
         given = tuple(tensor.shape[: len(shape) + 2])
         if tensor.datatype != datatype or given != (batch, *shape):
             raise ProtocolError(f"input {tensor.name!r} must be {datatype} {(batch, *shape)}, got {tensor.datatype[:16]} {given}")
-        found[tensor.name] = _array(tensor, raw[index] if raw else None, datatype, (batch, *shape))
-    return {name: found[name] for name in known if name in found}
+    return batch
 
 
-def _array(tensor: oip.ModelInferRequest.InferInputTensor, raw: bytes | None, datatype: str, shape: Sequence[int]) -> NDArray[Any]:
-    dtype, field = _TYPES[datatype]
-    count = int(np.prod(shape))
-    values = raw if raw is not None else getattr(tensor.contents, field)
-    if len(values) != (count * dtype.itemsize if raw is not None else count):
-        raise ProtocolError(f"input {tensor.name!r} has {len(values)} values or bytes, which is not {tuple(shape)} of {datatype}")
-    if raw is None and datatype == "UINT8" and max(values, default=0) > 255:
-        raise ProtocolError(f"input {tensor.name!r} holds values above 255")
-    array: NDArray[Any] = np.frombuffer(raw, dtype) if raw is not None else np.array(values, dtype)
-    if datatype == "FP32" and not np.isfinite(array).all():
-        raise ProtocolError(f"input {tensor.name!r} holds numbers that are not finite")
-    return array.reshape(shape)
+def _frames(request: Request, model: Model, batch: int) -> tuple[PayloadKind, list[list[NDArray[Any]]]]:
+    """The arrays of each frame, as the tail takes them; in a thread, since it looks at every value."""
+    known = _inputs(model)
+    found = {
+        tensor.name: read_values(request, index, known[tensor.name][0], (batch, *known[tensor.name][1]))
+        for index, tensor in enumerate(request.said.inputs)
+    }
+    kind = PayloadKind.IMAGE if "image" in found else PayloadKind.LATENT
+    tensors = [found["image"][..., ::-1]] if kind is PayloadKind.IMAGE else [found[name] for name in known if name in found]
+    return kind, [[np.ascontiguousarray(tensor[row]) for tensor in tensors] for row in range(batch)]
 
 
 def _source_size(request: oip.ModelInferRequest, model: Model) -> tuple[int, int]:
@@ -196,14 +222,27 @@ def _outputs(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
     return found if isinstance(answers[0], Classification) else {**found, "boxes": boxes}
 
 
-def _respond(request: oip.ModelInferRequest, model: Model, outputs: dict[str, NDArray[Any]]) -> oip.ModelInferResponse:
-    wanted = [output.name for output in request.outputs] or list(outputs)
+def _wanted(request: oip.ModelInferRequest, model: Model) -> list[str]:
+    """The outputs asked for; empty: all.
+
+    Raises:
+        ProtocolError: the model has no such output.
+    """
+    known = ["class_ids", "scores", "boxes"] if model.bundle.manifest.task == "detection" else ["class_ids", "scores"]
+    wanted = [output.name for output in request.outputs]
     for name in wanted:
-        if name not in outputs:
-            raise ProtocolError(f"{model.name!r} has no output {name[:64]!r}; it has {', '.join(outputs)}")
+        if name not in known:
+            raise ProtocolError(f"{model.name!r} has no output {name[:64]!r}; it has {', '.join(known)}")
+    return wanted
+
+
+def _respond(
+    request: oip.ModelInferRequest, model: Model, outputs: dict[str, NDArray[Any]], wanted: Sequence[str]
+) -> oip.ModelInferResponse:
+    names = wanted or list(outputs)
     tensor = oip.ModelInferResponse.InferOutputTensor
     return oip.ModelInferResponse(
-        model_name=model.name, model_version=model.sha256[:12], id=request.id,
-        outputs=[tensor(name=n, datatype="INT64" if n == "class_ids" else "FP32", shape=outputs[n].shape) for n in wanted],
-        raw_output_contents=[outputs[n].tobytes() for n in wanted],
+        model_name=model.name, model_version=_version(model), id=request.id,
+        outputs=[tensor(name=n, datatype="INT64" if n == "class_ids" else "FP32", shape=outputs[n].shape) for n in names],
+        raw_output_contents=[outputs[n].tobytes() for n in names],
     )  # fmt: skip

@@ -102,9 +102,9 @@ class Client:
         finally:
             self.unary -= count
 
-    def admit_frame(self, n_bytes: int, now_ns: int) -> HeadtailError | None:
-        """Counts a frame against the quota, or says why it is refused."""
-        if self._frames is not None and not self._frames.take(1, now_ns):
+    def admit_frame(self, n_bytes: int, now_ns: int, *, frames: int = 1) -> HeadtailError | None:
+        """Counts a frame, or several that come together, against the quota, or says why they are refused."""
+        if self._frames is not None and not self._frames.take(frames, now_ns):
             return LimitError(f"this token's quota of {self._frames.per_s:g} frames/s is used up", retryable=True)
         if self._bytes is not None and not self._bytes.take(n_bytes, now_ns):
             return LimitError(f"this token's quota of {self._bytes.per_s:g} bytes/s is used up", retryable=True)

@@ -24,6 +24,7 @@ from edge_server.assembly import Assembler, Frame
 from edge_server.backends import Backend
 from edge_server.bandwidth import BandwidthManager
 from edge_server.config import Limits
+from edge_server.fair import Pace
 from edge_server.metrics import Metrics
 from edge_server.models import Model, ModelStore
 from edge_server.tracing import NoTracing, Tracing
@@ -74,6 +75,12 @@ class Services:
     clock: Callable[[], int]
     version: str
     tracing: Tracing = field(default_factory=NoTracing)
+    pace: Pace = field(default_factory=Pace)
+
+
+def host_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """Where a call comes from, without the port."""
+    return context.peer().rpartition(":")[0]
 
 
 class Session:
@@ -91,6 +98,7 @@ class Session:
         self._s = services
         self._context = context
         self._quota = quota
+        self._who = (quota.name if quota is not None else "") or host_of(context)
         self._client_sha256 = ""
         self._max_in_flight = _DEFAULT_IN_FLIGHT
         self._assembler = self._new_assembler()
@@ -219,8 +227,10 @@ class Session:
         match message.WhichOneof("content"):
             case "layer":
                 self._on_layer(message.layer)
-                if pause_ns := self._s.bandwidth.pause_ns(self.id, self._s.clock()):
-                    await asyncio.sleep(min(pause_ns, _PAUSE_NS) / 1e9)
+                now_ns = self._s.clock()
+                wait_s = self._s.pace.wait_s(self._who, len(message.layer.payload), now_ns)
+                if pause_s := max(min(self._s.bandwidth.pause_ns(self.id, now_ns), _PAUSE_NS) / 1e9, wait_s):
+                    await asyncio.sleep(pause_s)
             case "ping":
                 self._send(pb.ServerMessage(pong=pb.Pong(echo_sent_ns=message.ping.sent_ns)))
             case "hello":
@@ -281,7 +291,7 @@ class Session:
         return None
 
     async def _answer(self, model: Model, frame: Frame, history: History) -> None:
-        self._settle(frame, await self._s.answerer.answer(model, frame, history))
+        self._settle(frame, await self._s.answerer.answer(model, frame, history, self._who))
 
     def _greeted(self) -> Model:
         if self.model is None:

@@ -8,7 +8,7 @@ hundred: 8 MiB of them would become half a gigabyte and hold up every session fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, Final
 
@@ -42,10 +42,8 @@ CROWDED: Final = Malformed(LimitError, "the request has more fields than any of 
 
 
 def _reader(kind: type[Message]) -> Callable[[bytes], Message | Malformed]:
-    allowed = _MAX_FETCH_FIELDS if kind is pb.FetchBundleRequest else _MAX_FIELDS
-
     def read(data: bytes) -> Message | Malformed:
-        if _left(data, 0, len(data), kind.DESCRIPTOR, allowed) < 0:
+        if is_crowded(data, kind):
             return CROWDED
         try:
             return kind.FromString(data)
@@ -53,6 +51,57 @@ def _reader(kind: type[Message]) -> Callable[[bytes], Message | Malformed]:
             return MALFORMED
 
     return read
+
+
+def is_crowded(data: bytes, kind: type[Message]) -> bool:
+    """Whether a message has more fields than any of its kind needs."""
+    allowed = _MAX_FETCH_FIELDS if kind is pb.FetchBundleRequest else _MAX_FIELDS
+    return _left(data, 0, len(data), kind.DESCRIPTOR, allowed) < 0
+
+
+def fields(data: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
+    """A message's fields one level deep, unparsed: (tag, value, the whole field with its tag).
+
+    Raises:
+        ProtocolError: the bytes are no message.
+    """
+    at, end = 0, len(data)
+    while at < end:
+        begin = at
+        tag, at = _varint(data, at, end)
+        value = at
+        match tag & 7:
+            case 0:
+                _, at = _varint(data, at, end)
+            case 1:
+                at += 8
+            case 2:
+                size, value = _varint(data, at, end)
+                at = value + size
+            case 5:
+                at += 4
+            case _:
+                raise ProtocolError(MALFORMED.text)
+        if at > end or tag < 8:
+            raise ProtocolError(MALFORMED.text)
+        yield tag, data[value:at], data[begin:at]
+
+
+def length_tag(number: int) -> int:
+    """The tag of a field of bytes, of a message or of packed numbers."""
+    return number << 3 | 2
+
+
+def tagged(number: int, value: bytes | bytearray) -> bytes:
+    """A field of bytes, or of a message, with its tag."""
+    out = bytearray()
+    for part in (length_tag(number), len(value)):
+        left = part
+        while left > 0x7F:
+            out.append(left & 0x7F | 0x80)
+            left >>= 7
+        out.append(left)
+    return bytes(out) + value
 
 
 def _left(data: bytes, at: int, end: int, kind: Descriptor, left: int) -> int:
@@ -80,7 +129,7 @@ def _left(data: bytes, at: int, end: int, kind: Descriptor, left: int) -> int:
     return left
 
 
-def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+def _varint(data: bytes | memoryview, at: int, end: int) -> tuple[int, int]:
     """A varint and where it ends; ``end`` where it does not, or is longer than one may be."""
     value = 0
     for shift in range(0, 70, 7):
@@ -130,11 +179,22 @@ OPEN_INFERENCE: Final[Mapping[str, Call]] = {
 
 
 def handler(service: str, calls: Mapping[str, Call], servicer: Any) -> grpc.GenericRpcHandler[Any, Any]:
-    """All calls of a service, for ``add_generic_rpc_handlers``."""
+    """All calls of a service, for ``add_generic_rpc_handlers``.
+
+    A request to infer stays as it came: whoever answers it reads it once it is admitted, where that holds nobody up.
+    """
+
+    def reader(kind: type[Message]) -> Callable[[bytes], Any]:
+        return bytes if kind is oip.ModelInferRequest else _reader(kind)
+
     return grpc.method_handlers_generic_handler(
         service,
         {
-            name: make(getattr(servicer, name), request_deserializer=_reader(kind), response_serializer=_writer)
+            name: make(
+                getattr(servicer, name),
+                request_deserializer=bytes if kind is oip.ModelInferRequest else _reader(kind),
+                response_serializer=_writer,
+            )
             for name, (make, kind) in calls.items()
         },
     )

@@ -8,6 +8,13 @@ import sys
 import threading
 from typing import NoReturn, TextIO
 
+_closed: set[int] = set()
+
+
+def was_closed(number: int) -> bool:
+    """Whether the process was started with this descriptor closed."""
+    return number in _closed
+
 
 def steady_streams() -> None:
     """Makes sure that standard streams exist and that no text breaks them.
@@ -19,6 +26,7 @@ def steady_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
+            _closed.add(number)
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     sys.stdout = _steady(sys.stdout, 1)
     sys.stderr = _steady(sys.stderr, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections import defaultdict
@@ -19,7 +20,7 @@ from deploy.testbed.simulate.report import Summary, jain, summarise
 from deploy.testbed.simulate.run import Run, simulate
 from deploy.testbed.study import ALL_POLICIES, Condition, Job, pool_rows, run_jobs, sample_traces
 from deploy.testbed.workload import Workload, find_workload
-from protos.errors import ConfigError, HeadtailError
+from protos.errors import ConfigError, HeadtailError, SourceError, StorageError
 from protos.version import package_version
 
 SCENARIOS = Path(__file__).parent / "scenarios"
@@ -33,7 +34,8 @@ examples:
   sudo edge-testbed run lossy --mode relay --bundle detector     # two network namespaces, real TCP
   edge-testbed compare --traces $HEADTAIL_DATA/traces --deadline-ms 200 --json
 
-exit codes: 0 done; 2 a wrong argument or scenario; 4 the bundle is unreadable; 1 our own fault.
+exit codes: 0 done; 2 a wrong argument or scenario; 3 no such frames; 4 the bundle is unreadable; 12 a file cannot be written;
+130 interrupted; 1 our own fault.
 """
 
 
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
+        _check_paths(args)
         code: int = args.run(args)
     except HeadtailError as error:
         print(f"edge-testbed: {error.message}", file=sys.stderr)
@@ -49,7 +52,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"edge-testbed: {error}", file=sys.stderr)
+        return StorageError.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        logging.getLogger("edge-testbed").exception("our own fault")
+        return 1
     return code
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """What a run writes at its end and reads at its beginning is looked at before it begins."""
+    for option in ("plot", "explain"):
+        path: Path | None = getattr(args, option, None)
+        if path is not None and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise ConfigError(f"--{option} {path} cannot be written: its folder is absent or not writable")
+    plot: Path | None = args.plot if hasattr(args, "plot") else None
+    if plot is not None and plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"--plot {plot} must end in .png, .pdf or .svg")
+    source: str | None = getattr(args, "frames", None)
+    if (
+        source
+        and not source.isdecimal()
+        and not source.startswith("synthetic:")
+        and "://" not in source
+        and not Path(source).exists()
+    ):
+        raise SourceError(f"--frames {source} does not exist")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--policy", default="ours", choices=ALL_POLICIES, help="who decides (default %(default)s)")
     run.add_argument("--mode", default="simulate", choices=("simulate", "shape", "relay"), help="default %(default)s")
     run.add_argument("--frames", metavar="SOURCE", help="shape and relay: the video, picture or folder the camera shows")
-    run.add_argument("--duration-s", type=float, help="instead of the scenario's")
+    run.add_argument("--duration-s", type=_number, help="instead of the scenario's")
     run.add_argument(
         "--explain", type=Path, metavar="FILE", help="write every decision's inputs, candidates and choice as JSON lines"
     )
@@ -83,14 +121,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         help="folder with traces (.log, .txt, .csv, Mahimahi), searched to the bottom; default: synthetic ones",
     )
-    compare.add_argument("--deadline-ms", type=float, default=200.0)
-    compare.add_argument("--fps", type=float, default=10.0)
-    compare.add_argument("--loss-percent", type=float, default=0.0)
-    compare.add_argument("--rtt-ms", type=float, default=80.0)
-    compare.add_argument("--device-slowdown", type=float, default=10.0)
+    compare.add_argument("--deadline-ms", type=_number, default=200.0)
+    compare.add_argument("--fps", type=_number, default=10.0)
+    compare.add_argument("--loss-percent", type=_number, default=0.0)
+    compare.add_argument("--rtt-ms", type=_number, default=80.0)
+    compare.add_argument("--device-slowdown", type=_number, default=10.0)
     compare.add_argument("--policies", default=",".join(ALL_POLICIES), help="comma separated (default: all)")
     compare.add_argument("--limit", type=int, default=12, help="traces, drawn with --seed; 0: all (default %(default)s)")
-    compare.add_argument("--duration-s", type=float, default=30.0, help="virtual time a trace (default %(default)s)")
+    compare.add_argument("--duration-s", type=_number, default=30.0, help="virtual time a trace (default %(default)s)")
     compare.add_argument("--seed", type=int, default=0)
     compare.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     _workload_arguments(compare)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from protos.errors import MissingDependencyError
+from splitters.profiling.ticks import plain_log_ticks
 
 # Okabe and Ito's palette.
 COLOURS = {"result": "#0072B2", "offload": "#56B4E9", "local": "#E69F00", "expired": "#D55E00", "dropped": "#999999"}
@@ -109,6 +110,7 @@ def _bitrates(ax: Any, dots: Sequence[Dot], capacity: Sequence[tuple[float, floa
         ax.set_yscale("log", nonpositive="clip")
         low = 0.5 * min(s for s in sent if s)
         ax.set_ylim(low, 8 * max(rates))
+        plain_log_ticks(ax.yaxis, low, 8 * max(rates))
     else:
         ax.set_ylim(0, max(1.35 * most, 1.35 * high, 0.1))
     ax.fill_between(times, rates, low, step="post", color="#dddddd", lw=0, label="link capacity")

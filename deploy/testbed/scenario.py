@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from deploy.testbed.link.model import LinkConfig, LossModel
 from deploy.testbed.link.synthetic import KINDS, synthesise
 from deploy.testbed.link.trace import Trace, constant, load_trace
 from protos.errors import ConfigError
+from protos.schema import checked, read_toml
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +92,10 @@ class Scenario:
     folder: Path = field(default_factory=Path)
 
     def __post_init__(self) -> None:
-        if self.duration_s <= 0 or self.fps <= 0 or self.deadline_ms <= 0 or self.device_slowdown <= 0:
-            raise ConfigError("duration_s, fps, deadline_ms and device_slowdown must be positive")
+        bounds = {"duration_s": 86_400, "fps": 1000, "deadline_ms": 3_600_000, "device_slowdown": 10_000}
+        for name, most in bounds.items():
+            if not 0 < getattr(self, name) <= most:  # nan is not
+                raise ConfigError(f"duration_s, fps, deadline_ms and device_slowdown must be positive; {name} at most {most}")
         if self.cameras < 1 or not 0 <= self.greedy <= self.cameras or self.start_spread_ms < 0:
             raise ConfigError("cameras must be at least 1, greedy 0..cameras, start_spread_ms not negative")
 
@@ -116,24 +118,19 @@ def load_scenario(path: Path) -> Scenario:
         ConfigError: unreadable, an unknown key, or a value out of range.
     """
     try:
-        data = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        data = read_toml(path.read_text(encoding="utf-8"), what=f"scenario {path}")
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"scenario {path} cannot be read: {error}") from error
     return parse_scenario({"name": path.stem, **data}, path.parent)
 
 
 def parse_scenario(data: Mapping[str, Any], folder: Path = Path()) -> Scenario:
     """From plain TOML types."""
-    known = {f.name for f in fields(Scenario)} - {"folder"}
-    _refuse_unknown(data, known, "the scenario")
-    values = dict(data)
+    _refuse_unknown(data, {f.name for f in fields(Scenario)} - {"folder"}, "the scenario")
     for name in ("uplink", "downlink"):
-        if name in values:
-            _refuse_unknown(values[name], {f.name for f in fields(Direction)}, f"[{name}]")
-            section = dict(values[name])
-            section["outages_s"] = tuple(tuple(pair) for pair in section.get("outages_s", ()))
-            values[name] = Direction(**section)
-    return Scenario(**values, folder=folder)
+        if isinstance(section := data.get(name), Mapping):
+            _refuse_unknown(section, {f.name for f in fields(Direction)}, f"[{name}]")
+    return replace(checked(dict(data), Scenario, what="the scenario", error=ConfigError), folder=folder)
 
 
 def _refuse_unknown(data: Mapping[str, Any], known: set[str], where: str) -> None:

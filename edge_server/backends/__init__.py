@@ -27,6 +27,7 @@ class TailWork:
         arrays: float32 latents, or one (h, w, 3) uint8 BGR picture.
         size_px: (width, height) of the source frame.
         deadline_ns: on the server's monotonic clock; None: none.
+        client: whose frame it is: a token's name, or a host where there are no tokens.
     """
 
     bundle_sha256: str
@@ -34,6 +35,7 @@ class TailWork:
     arrays: Sequence[NDArray[Any]]
     size_px: tuple[int, int]
     deadline_ns: int | None = None
+    client: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

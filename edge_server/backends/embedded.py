@@ -139,7 +139,7 @@ class EmbeddedBackend:
                 raise InternalError("the tail's thread has ended; the server's log says why")
             if work.bundle_sha256 not in self._tails:
                 raise UnknownModelError(f"no tail of bundle {work.bundle_sha256[:12]} is loaded")
-            self._queue.add(_key(work), work.deadline_ns, self._clock(), job)
+            self._queue.add(_key(work), work.deadline_ns, self._clock(), job, client=work.client)
             self._wake.notify()
         try:
             return await job.future

@@ -1,6 +1,6 @@
 """What travels between the ingress and a tail's replica: plain tuples, quick to pickle and independent of our classes.
 
-A call is ``(bundle's hash, its directory, kind, arrays, size, remaining ns)``; a reply is `Reply`. A detection of a hundred
+A call is ``(bundle's hash, its directory, kind, arrays, size, remaining ns, client)``; a reply is `Reply`. A detection of a hundred
 boxes as dataclasses takes a millisecond to pickle and load, as tuples a few dozen microseconds.
 """
 
@@ -14,7 +14,7 @@ from protos.messages import Answer, Box, Classification, ClassScore, Detection, 
 
 # (error's (code, text, retryable) or None, the answer's kind, its rows, queue ns, tail ns, batch size)
 Reply = tuple[tuple[str, str, bool] | None, str, tuple[Any, ...], int, int, int]
-Call = tuple[str, str, int, tuple[Any, ...], tuple[int, int], int | None]
+Call = tuple[str, str, int, tuple[Any, ...], tuple[int, int], int | None, str]
 
 _CLASSES, _BOXES = "classes", "boxes"
 
@@ -27,7 +27,7 @@ def pack_call(work: TailWork, path: str, remaining_ns: int | None) -> Call:
         path: the bundle's directory, which every node sees.
         remaining_ns: until its deadline; None: none.
     """
-    return (work.bundle_sha256, path, work.kind.value, tuple(work.arrays), work.size_px, remaining_ns)
+    return (work.bundle_sha256, path, work.kind.value, tuple(work.arrays), work.size_px, remaining_ns, work.client)
 
 
 def unpack_call(call: Call, now_ns: int) -> TailWork:
@@ -37,10 +37,10 @@ def unpack_call(call: Call, now_ns: int) -> TailWork:
         call: from `pack_call`.
         now_ns: the replica's clock.
     """
-    sha256, _, kind, arrays, size_px, remaining_ns = call
+    sha256, _, kind, arrays, size_px, remaining_ns, client = call
     return TailWork(
         bundle_sha256=sha256, kind=PayloadKind(kind), arrays=arrays, size_px=size_px,
-        deadline_ns=None if remaining_ns is None else now_ns + remaining_ns,
+        deadline_ns=None if remaining_ns is None else now_ns + remaining_ns, client=client,
     )  # fmt: skip
 
 

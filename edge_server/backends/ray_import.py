@@ -23,7 +23,8 @@ SETTINGS = {
 for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
 # Clusters want a token by default, yet a process that joins one shows its own only when told that it has to.
-if any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or (Path.home() / ".ray" / "auth_token").exists():
+_token = Path(os.path.expanduser("~/.ray/auth_token"))  # noqa: PTH111 - Path.home() fails where there is no home
+if any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or _token.exists():
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 try:

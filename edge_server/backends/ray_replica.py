@@ -174,7 +174,7 @@ def _shelf_replica(size: int) -> type[_Replica]:
                     return pack_error(error)
                 waited_ns = time.monotonic_ns() - begun_ns
                 remaining_ns = None if call[5] is None else max(0, call[5] - waited_ns)
-                reply = await self._answer((*call[:5], remaining_ns))
+                reply = await self._answer((*call[:5], remaining_ns, call[6]))
                 if reply[0] is None or reply[0][0] != UnknownModelError.code:
                     break
             return reply

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import os
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -86,10 +87,12 @@ class RayBackend:
     def _connect(self) -> None:
         if not ray.is_initialized():
             self._ours = not self._config.address
-            options = (
+            if self._ours and os.environ.pop("RAY_ADDRESS", None) is not None:  # of a cluster that may be gone; Ray would join it
+                log.warning("RAY_ADDRESS is not used: a cluster is started on this machine; --ray-address names one to join")
+            options: dict[str, Any] = (
                 {"address": self._config.address}
                 if self._config.address
-                else {"include_dashboard": False, "num_cpus": self._config.cpus}
+                else {"address": "local", "include_dashboard": False, "num_cpus": self._config.cpus}
             )
             try:
                 ray.init(log_to_driver=False, configure_logging=False, namespace="headtail", **options)

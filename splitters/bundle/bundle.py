@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from protos.errors import BundleError, ConfigError
+from protos.schema import read_json
 from splitters.bundle.draft import Draft
 from splitters.bundle.manifest import (
     FORMAT_VERSION,
@@ -41,9 +42,12 @@ def cache_dir() -> Path:
     if configured := os.environ.get("HEADTAIL_CACHE"):
         return Path(configured)
     try:
-        return Path.home() / ".cache" / "headtail"
+        home = Path.home()
     except RuntimeError:
-        raise ConfigError("this user has no home directory; HEADTAIL_CACHE names a place for bundles") from None
+        home = Path()
+    if not home.is_absolute() or os.environ.get("HOME") == "":  # which Python takes for the root directory
+        raise ConfigError("this user has no home directory; HEADTAIL_CACHE names a place for bundles")
+    return home / ".cache" / "headtail"
 
 
 def exported_path(name: str) -> Path:
@@ -148,6 +152,26 @@ def _read(path: Path) -> bytes:
         raise BundleError(f"cannot read {path}: {error.strerror}") from error
 
 
+def _may_be_replaced(out: Path) -> bool:
+    """Whether nothing is lost with ``out``: it is absent, empty, or holds a bundle and nothing else.
+
+    Other things have a ``manifest.json``, too: browser extensions, web applications.
+    """
+    if not out.exists() and not out.is_symlink():
+        return True
+    if out.is_symlink() or not out.is_dir():
+        return False
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir()}
+    if not files:
+        return True
+    try:
+        data = read_json(_read(out / MANIFEST), dict[str, Any], what=MANIFEST, limit=MAX_MANIFEST_BYTES)
+        listed = {part["path"] for part in data["parts"]}
+    except (BundleError, LookupError, TypeError):
+        return False
+    return "format_version" in data and files <= listed | {MANIFEST}
+
+
 class BundleWriter:
     """Collects parts in a temporary directory beside ``out``; ``finish`` makes the bundle appear all at once.
 
@@ -155,8 +179,8 @@ class BundleWriter:
     """
 
     def __init__(self, out: Path) -> None:
-        if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"{out} exists and is no bundle; choose another --out")
+        if not _may_be_replaced(out):
+            raise ConfigError(f"{out} exists and is no bundle, or holds other files than a bundle's; choose another --out")
         self._out = out
         self._draft = Draft(out)
         self._dir = self._draft.path

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from protos.errors import ConfigError
 from splitters.codec.base import SPEC_VERSION, Spec
+from splitters.codec.plain import MAX_BITS
 
 _MARGIN = 0.01
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3)
@@ -27,12 +28,12 @@ def calibrate_plain(
 ) -> Spec:
     """Chooses scales from the latents of some 50 to 500 typical images.
 
-    At 8 bits the interval is the observed one plus 1 % on either side. Below, clipping outliers
+    From 8 bits on the interval is the observed one plus 1 % on either side. Below, clipping outliers
     pays: the interval that minimises the mean squared error on the samples is taken, per channel.
 
     Args:
         samples: one array per latent tensor, batch axis first.
-        bits: one codec point each, 1..8.
+        bits: one codec point each, 1..12.
         channel_axes: the channel axis of each latent, batch axis *not* counted; default 0.
         point_ids: names of the points; default ``b8``, ``b6``, ...
 
@@ -48,8 +49,8 @@ def calibrate_plain(
         raise ConfigError("calibration needs at least one sample of each latent")
     if len(axes) != len(samples) or len(names) != len(bits) or len(set(names)) != len(names):
         raise ConfigError("calibration needs one channel axis per latent and one distinct id per point")
-    if not bits or any(not 1 <= n <= 8 for n in bits):
-        raise ConfigError(f"bits must lie in 1..8, got {list(bits)}")
+    if not bits or any(not 1 <= n <= MAX_BITS for n in bits):
+        raise ConfigError(f"bits must lie in 1..{MAX_BITS}, got {list(bits)}")
     columns = [_per_channel(np.asarray(s), axis) for s, axis in zip(samples, axes, strict=True)]
     points = []
     for name, width in zip(names, bits, strict=True):

@@ -1,5 +1,6 @@
-"""The plain codec: static per-channel affine scale, 1..8 bits, one zstandard layer.
+"""The plain codec: static per-channel affine scale, 1..12 bits, one zstandard layer.
 
+Above 8 bits all high bytes follow all low ones.
 Works for any number of latent tensors of any shape, so every cut has a payload before one is trained.
 
 Shapes: latents are (C, H, W), (L, C) with ``channel_axis`` 1, (C,) or (); no batch axis.
@@ -29,6 +30,7 @@ from splitters.codec.base import (
 from splitters.codec.envelope import MAX_POINTS, Header, is_predicted, open_layers, seal
 from splitters.codec.symbols import SymbolArray, Symbols
 
+MAX_BITS = 12
 _ZSTD_LEVEL = 6
 
 
@@ -76,8 +78,8 @@ class PlainCodec(LatentCodec):
 
     def _read_point(self, point: Mapping[str, Any], axes: Sequence[int]) -> _Point:
         bits = int(point["bits"])
-        if not 1 <= bits <= 8:
-            raise ValueError(f"bits must lie in 1..8, got {bits}")
+        if not 1 <= bits <= MAX_BITS:
+            raise ValueError(f"bits must lie in 1..{MAX_BITS}, got {bits}")
         scales = []
         for entry, shape, axis in zip(point["tensors"], self.shapes, axes, strict=True):
             channels = shape[axis] if shape else 1
@@ -140,7 +142,9 @@ class PlainCodec(LatentCodec):
         for tensor in symbols.tensors:
             if tensor.size and (int(tensor.min()) < 0 or int(tensor.max()) > levels):
                 raise ConfigError(f"symbols of point {symbols.point_id} lie in 0..{levels}")
-        raw = b"".join(tensor.astype(np.uint8).tobytes() for tensor in symbols.tensors)
+        raw = b"".join((tensor & 0xFF).astype(np.uint8).tobytes() for tensor in symbols.tensors)
+        if levels > 0xFF:
+            raw += b"".join((tensor >> 8).astype(np.uint8).tobytes() for tensor in symbols.tensors)
         # A compressor per call: they are cheap, and not safe to share between threads.
         compressor = zstandard.ZstdCompressor(
             level=_ZSTD_LEVEL, write_checksum=False, write_content_size=False, write_dict_id=False
@@ -155,15 +159,18 @@ class PlainCodec(LatentCodec):
             raise PayloadError("a plain payload has no reference frame")
         header, bodies = open_layers(layers, strict=strict)
         point_id = self._check_header(header)
-        raw = _decompress(bodies[0], sum(self._sizes))
         levels = self._points[point_id].levels
-        flat = np.frombuffer(raw, dtype=np.uint8)
+        count = sum(self._sizes)
+        raw = _decompress(bodies[0], count if levels <= 0xFF else 2 * count)
+        flat = np.frombuffer(raw, dtype=np.uint8).astype(np.int16)
+        if levels > 0xFF:
+            flat = flat[:count] | (flat[count:] << 8)
         if int(flat.max()) > levels:
             raise PayloadError(f"a symbol of point {point_id} exceeds {levels}")
         tensors: list[SymbolArray] = []
         start = 0
         for shape, size in zip(self.shapes, self._sizes, strict=True):
-            tensors.append(flat[start : start + size].astype(np.int16).reshape(shape))
+            tensors.append(flat[start : start + size].reshape(shape))
             start += size
         return Symbols(point_id=point_id, tensors=tuple(tensors), layers=1, layer_count=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import numpy as np
 
 from protos.errors import ConfigError, SourceError
 from splitters.bundle.manifest import Preprocess
+from splitters.runtime.pictures import read_picture
 from splitters.tasks.preprocess import Frame, input_image
 
 if TYPE_CHECKING:
@@ -38,13 +40,21 @@ def load_model(args: argparse.Namespace) -> Source:
     """
     from splitters.cutting.sources import load_source
 
-    size = None
-    if args.size:
-        height, _, width = str(args.size).partition("x")
-        if not (height.isdigit() and width.isdigit()):
-            raise ConfigError(f"--size must be HxW in pixels, for example 224x224, got {args.size!r}")
-        size = (int(height), int(width))
-    return load_source(args.model, weights=args.weights, size_px=size)
+    return load_source(args.model, weights=args.weights, size_px=model_size(args))
+
+
+def model_size(args: argparse.Namespace) -> tuple[int, int] | None:
+    """(height, width) of --size; None where it is not given.
+
+    Raises:
+        ConfigError: it is no HxW.
+    """
+    if not args.size:
+        return None
+    height, _, width = str(args.size).partition("x")
+    if not (height.isdecimal() and width.isdecimal() and 8 <= int(height) <= 8192 and 8 <= int(width) <= 8192):
+        raise ConfigError(f"--size must be HxW in pixels, for example 224x224, 8..8192 each, got {args.size!r}")
+    return (int(height), int(width))
 
 
 def default_preprocess(source: Source) -> Preprocess:
@@ -58,16 +68,15 @@ def default_preprocess(source: Source) -> Preprocess:
     )  # fmt: skip
 
 
-def read_picture(path: Path) -> Frame:
-    """A picture file as (H, W, 3) BGR.
-
-    Raises:
-        SourceError: OpenCV cannot read it.
-    """
-    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if picture is None:
-        raise SourceError(f"{path} is no picture that can be read")
-    return picture.astype(np.uint8, copy=False)
+def assume(source: Source, spec: Preprocess) -> None:
+    """Tells how pictures are prepared where the source does not say it."""
+    scaled = {"letterbox": "fitted into", "shortest": f"scaled to a short side of {spec.resize_px} px and cropped to"}
+    told = f"{scaled.get(spec.resize, 'scaled to')} {spec.size_px[0]}x{spec.size_px[1]} px"
+    print(
+        f"note: nothing says how {source.name} wants its pictures: they are {told}, with ImageNet's mean {spec.mean} and deviation "
+        f"{spec.std}. If it was trained otherwise its answers will be wrong: give --preprocess FILE.json",
+        file=sys.stderr,
+    )
 
 
 def sample_picture(path: Path | None, source: Source) -> tuple[Frame, Preprocess, str, int]:
@@ -77,6 +86,8 @@ def sample_picture(path: Path | None, source: Source) -> tuple[Frame, Preprocess
         SourceError: the file is no picture, or there is none and scikit-image, which ships one, is absent.
     """
     spec = default_preprocess(source)
+    if source.preprocess is None:
+        assume(source, spec)
     if path is not None:
         picture, where = read_picture(path), str(path)
     else:

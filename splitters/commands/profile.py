@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     source = load_model(args)
     if is_detector(source.model):
         source = backbone_source(source)
+    source.check_takes_pictures()
     picture, spec, where, jpeg_bytes = sample_picture(args.image, source)
     image = flat_inputs(torch.from_numpy(preprocess(picture, spec)))
     table = profile(source.model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError
+from splitters.commands.cut import read_photos
 from splitters.commands.progress import Progress
-from splitters.commands.serving_arguments import add_serving_arguments, described
+from splitters.commands.serving_arguments import AUTO, UNKNOWN_LICENCE, add_serving_arguments, described
 
 if TYPE_CHECKING:
     from splitters.training.config import TrainConfig
@@ -83,13 +84,14 @@ def _any(args: argparse.Namespace) -> TrainConfig:
     from torch import nn
 
     from splitters.bottleneck.learned_any import AnyCutConfig, fused_channels
+    from splitters.cutting.answers import PHOTOS
     from splitters.cutting.sources import load_source
     from splitters.training.recipes import any_cut
 
     if not args.model or not args.at:
         raise ConfigError("the recipe any needs --model and --at; `splitters profile MODEL` lists the cuts")
     detects = args.task == "detection"
-    if detects != (args.output != "softmax"):
+    if detects != (args.output not in (AUTO, "softmax")):
         raise ConfigError("--task detection and --output yolox (or boxes) go together: the bundle must say how to read the boxes")
     source = load_source(args.model, weights=args.weights, size_px=(args.size, args.size) if args.size else None)
     if args.model.startswith("torchvision:"):
@@ -107,9 +109,10 @@ def _any(args: argparse.Namespace) -> TrainConfig:
     if isinstance(source.model, nn.Module) and (most := fused_channels(source.model, source.example, cut)) < cut.channels:
         print(f"{most} channels cross at {args.at}: the latent has {most}, not {cut.channels}", file=sys.stderr)
         cut = replace(cut, channels=most)
+    serving = described(source, args, read_photos(args.data, PHOTOS))
     config = any_cut(
         args.model, cut, weights=args.weights, size_px=height, steps=args.steps or 3000, batch=32,
-        target_bytes=tuple(args.bytes), serving={**described(source, args).to_json(), "licence": args.licence},
+        target_bytes=tuple(args.bytes), serving={**serving.to_json(), "licence": args.licence or UNKNOWN_LICENCE},
     )  # fmt: skip
     return replace(config, amp=args.amp, data=tuple(args.data_parts))
 

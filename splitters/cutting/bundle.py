@@ -26,6 +26,7 @@ from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, LocalModel, Preprocess, Task
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import calibrate_plain, codec_from_spec
+from splitters.cutting.answers import check_answers
 from splitters.cutting.checks import inference
 from splitters.cutting.onnx_export import export_onnx
 from splitters.cutting.split import Cutter, Split
@@ -104,12 +105,14 @@ def write_bundle(cutter: Cutter, at: str, photos: Sequence[Frame], serving: Serv
         out: the bundle's directory.
 
     Raises:
-        CutError: no such cut, it does not verify, its batch is fixed, or the ONNX halves differ from the model.
+        CutError: no such cut, it does not verify, its batch is fixed, its outputs are not what the postprocess reads, or the
+            ONNX halves differ from the model.
         ModelError: a half cannot be exported.
         SourceError: no photos.
     """
     if not photos:
         raise SourceError("photographs are needed to choose the codec's scales: give --photos DIR")
+    check_answers(cutter.model, photos, preprocess=serving.preprocess, postprocess=serving.postprocess, labels=serving.labels)
     split = cutter.split(at)
     cutter.partitioner.check_payload(at)
     if not split.dynamic_batch:

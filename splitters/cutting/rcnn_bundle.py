@@ -19,7 +19,7 @@ from splitters.bundle.manifest import Head, Preprocess
 from splitters.cutting.bundle import Contiguous, Written, calibrate, open_session
 from splitters.cutting.checks import inference
 from splitters.cutting.onnx_export import export_onnx
-from splitters.cutting.rcnn import PREFIX
+from splitters.cutting.rcnn import PREFIX, DetectorTail, ServedTail, shell
 from splitters.cutting.sources import Source
 from splitters.cutting.split import Cutter
 from splitters.cutting.verify import PICTURES
@@ -101,6 +101,10 @@ def write_detector_bundle(
         raise CutError(f"{name}: {' '.join(split.notes)}")
     verification = split.verify(torch.from_numpy(np.concatenate(images[:PICTURES])))
     names = [f"latent_{i}" for i in range(len(split.latent_names))]
+    with inference(detector):  # what the server will run, on a photograph, before anything is written
+        latents = [t.numpy() for t in split.head(first)]
+        served = ServedTail(DetectorTail(shell(detector), split.tail, spec.size_px).eval(), spec)
+        served.answers(latents, [(photos[0].shape[1], photos[0].shape[0])])
     with BundleWriter(out) as writer, inference(detector):
         path = writer.file("device/stem.onnx", "device")
         export_onnx(Contiguous(split.head), [first], path, inputs=["image"], outputs=names)

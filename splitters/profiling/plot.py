@@ -8,6 +8,7 @@ from typing import Any
 
 from protos.errors import MissingDependencyError
 from splitters.profiling.table import CutCost, Profile
+from splitters.profiling.ticks import plain_log_ticks
 
 _INK, _FAINT, _BYTES, _PALE, _WORK, _MARK = "#222222", "#8a8f98", "#0b6e99", "#a9cfe0", "#c2661c", "#0b3d52"
 _LABELS = 7
@@ -22,7 +23,6 @@ def plot(profile: Profile, path: Path) -> None:
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter
     except ModuleNotFoundError as error:
         raise MissingDependencyError("matplotlib is not installed; install the extra: pip install 'headtail[zoo]'") from error
     with mpl.rc_context({"font.size": 9, "font.family": "DejaVu Sans", "axes.edgecolor": _FAINT, "axes.linewidth": 0.8}):
@@ -43,8 +43,9 @@ def plot(profile: Profile, path: Path) -> None:
         _stages(axes, rows)
         axes.set_xlim(-0.5, len(rows) - 0.5)
         lowest = min([r.zstd_bytes for r in rows if r.zstd_bytes], default=1) / 1e3
-        axes.set_ylim(max(lowest / 4, 0.02), max(r.float_bytes for r in rows) / 1e3 * 1.8)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        low, high = max(lowest / 4, 0.02), max(r.float_bytes for r in rows) / 1e3 * 1.8
+        axes.set_ylim(low, high)
+        plain_log_ticks(axes.yaxis, low, high)
         axes.set_ylabel("crossing the cut, kB per image", color=_BYTES)
         axes.tick_params(axis="y", colors=_BYTES, which="both")
         work = axes.twinx()

@@ -27,14 +27,17 @@ log = logging.getLogger(__name__)
 
 Picture = NDArray[np.uint8]
 
-MAX_PIXELS: Final = 1 << 28
-"""More are not decoded: 268 megapixels are 800 MB; a few kilobytes of PNG can claim far more."""
+MAX_PIXELS: Final = 178_956_970
+"""More are not decoded, as Pillow has it: they would be 537 MB, and a few kilobytes of PNG can claim far more."""
 
 PICTURE_SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
     | {".ppm", ".pgm", ".pbm", ".jp2", ".avif", ".gif", ".heic"}
 )
 """Names that promise a picture: a file of that name which holds none is worth a warning of its own."""
+
+MAX_SIDE_PX: Final = 32768
+"""Of a side, as the protocol has it."""
 
 _HEAD_BYTES: Final = 32
 _SIGNATURES: Final = (
@@ -113,8 +116,10 @@ def decode_picture(data: bytes) -> Picture:
     if not _is_picture(data[:_HEAD_BYTES]):
         raise SourceError("is no picture that can be read: it is empty" if not data else "is no picture that can be read")
     form, size_px, orientation = _header(data)
-    if size_px[0] * size_px[1] > MAX_PIXELS:
-        raise SourceError(f"has {size_px[0]} x {size_px[1]} px; at most {MAX_PIXELS >> 20} megapixels are read")
+    if size_px[0] * size_px[1] > MAX_PIXELS or max(size_px) > MAX_SIDE_PX:
+        raise SourceError(
+            f"has {size_px[0]} x {size_px[1]} px; at most {MAX_PIXELS // 10**6} megapixels and sides of {MAX_SIDE_PX} px are read"
+        )
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
@@ -137,7 +142,7 @@ def _header(data: bytes) -> tuple[str, tuple[int, int], int]:
                 orientation = image.getexif().get(_ORIENTATION_TAG, 1)
                 return str(image.format), image.size, orientation if isinstance(orientation, int) else 1
     except Image.DecompressionBombError:
-        return "", (MAX_PIXELS, 2), 1
+        raise SourceError(f"has too many pixels; at most {MAX_PIXELS // 10**6} megapixels are read") from None
     except Exception as error:  # noqa: BLE001 - whatever a broken header makes Pillow raise: OpenCV judges the picture
         log.debug("no header: %s", error)
         return "", (0, 0), 1

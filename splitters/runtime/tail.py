@@ -5,6 +5,7 @@ Shape legend: N batch. Latents are float32, batch first, one array per latent te
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -21,6 +22,8 @@ from splitters.bundle import Bundle
 from splitters.runtime.sessions import open_graph
 from splitters.tasks.postprocess import Floats, Postprocess, SizePx, build_postprocess
 from splitters.tasks.preprocess import normalise
+
+log = logging.getLogger(__name__)
 
 # Who builds the torch module of a tail; the bundle names the factory, never code.
 FACTORIES: Mapping[str, str] = {
@@ -125,7 +128,7 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
 
     Args:
         bundle: opened and verified.
-        device: a torch device, for tails of kind ``torch``.
+        device: a torch device, for tails of kind ``torch``; one of kind ``onnx`` runs on the processor, and says so.
         threads: of a tail of kind ``onnx``; 0: as torch is set, or the environment says.
         ready_soon: frames can run as soon as this returns, at full speed once `Tail.prepare` is done; else at full speed from
             the first frame, which takes the longer.
@@ -137,9 +140,12 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
     kind = spec.get("kind")
     post = build_postprocess(bundle.manifest.postprocess, bundle.manifest.preprocess)
     if kind == "onnx":
+        if device != "cpu":
+            log.warning("%s: its tail is ONNX and runs on the processor, not on %s", bundle.manifest.name, device)
         whole = spec.get("whole")
-        later = Later(lambda: _onnx(bundle, str(whole), threads)) if whole else None
-        return Tail(bundle, _onnx(bundle, spec["path"], threads), later, post)
+        batch = int(spec.get("batch", 0))
+        later = Later(lambda: batched(_onnx(bundle, str(whole), threads), batch)) if whole else None
+        return Tail(bundle, batched(_onnx(bundle, spec["path"], threads), batch), later, post)
     if kind == "torch":
         return _torch_tail(bundle, spec, post, device, ready_soon)
     raise BundleError(f"tail kind {kind!r} is unknown; this headtail knows onnx and torch")
@@ -147,6 +153,31 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
 
 def _onnx(bundle: Bundle, path: str, threads: int) -> Runner:
     return open_graph(bundle.part_path(path), threads=threads or _threads(), spinning=True)
+
+
+def batched(runner: Runner, batch: int) -> Runner:
+    """A runner whose model takes ``batch`` 1: frame by frame, the answers as one batch again. 0: any batch, as it is.
+
+    Where frames differ in length, as after a suppression in the graph, zeros fill up.
+    """
+    if batch != 1:
+        return runner
+
+    def run(arrays: Sequence[Floats]) -> list[Floats]:
+        frames = [runner([a[n : n + 1] for a in arrays]) for n in range(len(arrays[0]))]
+        return [_stacked(outputs) for outputs in zip(*frames, strict=True)]
+
+    return run
+
+
+def _stacked(parts: Sequence[Floats]) -> Floats:
+    if len(parts) == 1:
+        return parts[0]
+    most = [max(sides) for sides in zip(*(p.shape[1:] for p in parts), strict=True)]
+    joined = np.zeros((len(parts), *most), parts[0].dtype)
+    for row, part in zip(joined, parts, strict=True):
+        row[tuple(slice(0, side) for side in part.shape[1:])] = part[0]
+    return cast("Floats", joined)
 
 
 def _threads() -> int:
@@ -204,6 +235,9 @@ class _OwnAnswers(Tail):
         self.bundle = bundle
         self._module = module
         self._whole = None
+
+    def prepare(self) -> None:
+        """See ``Tail.prepare``; nothing was left for later."""
 
     def run(self, latents: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
         """See ``Tail.run``."""

@@ -119,8 +119,7 @@ class VideoReader:
             return f"{self._shown} cannot be read: {error.strerror}"
         if not self._live:
             return f"{self._shown} is no video that can be read"
-        reason = getattr(error, "strerror", "") or type(error).__name__
-        return f"nothing at {self._shown} gives a picture: {reason.lower()}"
+        return f"nothing at {self._shown} gives a picture: {_reason(error)}"
 
     def read(self) -> tuple[Frame, float] | None:
         """The next frame and its time in seconds since the first; None at the end. Blocks.
@@ -151,8 +150,7 @@ class VideoReader:
                 yield from self._decoded_from(None)
                 if isinstance(error, av.InvalidDataError) and not self._live:
                     break  # damaged to the point that nothing more is found: what is missing is counted below
-                reason = getattr(error, "strerror", "") or type(error).__name__
-                raise SourceError(f"{self._shown} cannot be read any further: {reason.lower()}") from None
+                raise SourceError(f"{self._shown} cannot be read any further: {_reason(error)}") from None
             if packet is None:
                 break
             self._note(packet)
@@ -224,6 +222,9 @@ class _File(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
     def read(self, size: int = -1) -> bytes | None:
         return self._file.read(size)
 
@@ -237,6 +238,15 @@ class _File(io.RawIOBase):
         with contextlib.suppress(AttributeError):  # it was never opened
             self._file.close()
         super().close()
+
+
+def _reason(error: Exception) -> str:
+    """FFmpeg's reason without the address it was about, which may hold a password."""
+    import av
+
+    if isinstance(error, av.error.ExitError):
+        return "nothing came within the time limit"
+    return str(getattr(error, "strerror", "") or type(error).__name__).lower()
 
 
 def _options(url: str) -> dict[str, str]:

@@ -129,8 +129,12 @@ def build_postprocess(spec: Mapping[str, Any], preprocess: Preprocess) -> Postpr
     try:
         if kind == "softmax":
             return Softmax()
+        if kind == "declared":
+            from splitters.tasks.decoding import declared
+
+            return declared(spec, preprocess)
         if kind in ("dense_boxes", "yolox"):
             return (Yolox if kind == "yolox" else DenseBoxes)(spec, preprocess)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BundleError(f"postprocess {kind!r} in the manifest is incomplete: {error}") from error
-    raise BundleError(f"postprocess kind {kind!r} is unknown; this headtail knows softmax, dense_boxes and yolox")
+    raise BundleError(f"postprocess kind {kind!r} is unknown; this headtail knows softmax, dense_boxes, yolox and declared")

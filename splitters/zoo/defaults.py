@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -143,6 +144,7 @@ def ensure_exported(name: str) -> Path:
             log.info("%s was exported by other code or weights; it is exported again", path)
     except BundleError as error:
         log.info("%s; it is exported again", error.message)
+        shutil.rmtree(path, ignore_errors=True)  # in our own cache, and of no use
     export(name, path)
     return path
 

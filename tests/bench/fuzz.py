@@ -1,6 +1,10 @@
-"""A fuzz campaign: every decoder in process, and a real server over a socket. No crash, no hang, no growth, only mapped errors.
+"""A fuzz campaign: decoders and readers in process, servers and clients over sockets. No crash, no hang, only mapped errors.
 
-    python -m tests.bench.fuzz [--inputs 1000000] [--socket-inputs 20000] [--seed 1] [--jobs 2]
+    python -m tests.bench.fuzz [--inputs 1000000] [--socket-inputs 20000] [--reader-inputs 200000] [--client-inputs 10000]
+                               [--open-inference-inputs 20000] [--seed 1] [--jobs 2]
+
+Readers are what a device reads from outside: a bundle's files, caches, TOML and options, messages, bundles that arrive. Around
+the cache lies a tree that must be the same afterwards, and the cache has a quota.
 
 An input that ends otherwise than it may stops the campaign with its seed and number.
 """
@@ -10,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import resource
 import tempfile
@@ -22,6 +27,9 @@ import psutil
 
 from splitters.bundle import open_bundle
 from tests.fakes.bundles import write_tiny_bundle
+from tests.fakes.hostile_server import run_clients
+from tests.fakes.open_inference_fuzz import run_open_inference
+from tests.fakes.peer_fuzz import run_readers
 from tests.fakes.server_client import Device, picture, session
 from tests.fakes.server_fuzz import Tally, run_decoders, run_socket, summary
 from tests.fakes.server_running import child
@@ -37,6 +45,20 @@ def decode_job(path: str, inputs: int, seed: int) -> tuple[Tally, int]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tally = run_decoders(bundle, inputs, seed)
     return tally, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def reader_job(path: str, tmp: str, inputs: int, seed: int) -> Tally:
+    """One process's share of hostile files, settings and messages."""
+    with tempfile.TemporaryDirectory(dir=tmp) as root:
+        return run_readers(open_bundle(Path(path)), Path(root), inputs, seed)
+
+
+async def client_campaign(path: Path, tmp: Path, inputs: int, seed: int) -> Tally:
+    """Clients against a hostile server."""
+    logging.disable()
+    root = tmp / "clients"
+    root.mkdir()
+    return await run_clients(open_bundle(path), root, inputs, seed)
 
 
 def merged(tallies: list[Tally]) -> Tally:
@@ -62,6 +84,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--socket-inputs", type=int, default=20_000)
+    parser.add_argument("--reader-inputs", type=int, default=200_000)
+    parser.add_argument("--client-inputs", type=int, default=10_000)
+    parser.add_argument("--open-inference-inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
@@ -88,9 +113,24 @@ def main() -> None:
             f"{time.perf_counter() - begun:.0f} s, the server grew by {server_growth >> 20} MiB",
             flush=True,
         )
+        begun = time.perf_counter()
+        with ProcessPoolExecutor(args.jobs) as pool:
+            share = -(-args.reader_inputs // args.jobs)
+            reading = [pool.submit(reader_job, str(bundle.path), tmp, share, args.seed + n) for n in range(args.jobs)]
+            readers = merged([job.result() for job in reading])
+        print("readers", summary(readers), f"{time.perf_counter() - begun:.0f} s", flush=True)
+        begun = time.perf_counter()
+        clients = asyncio.run(client_campaign(bundle.path, Path(tmp), args.client_inputs, args.seed))
+        print("clients", summary(clients), f"{time.perf_counter() - begun:.0f} s", flush=True)
+        begun = time.perf_counter()
+        with child(Path(tmp), bundle.path, arguments=("--log-level", "error")) as server:
+            open_inference = asyncio.run(run_open_inference(server.address, args.open_inference_inputs, args.seed))
+            assert server.stop() == 0
+        print("open inference", summary(open_inference), f"{time.perf_counter() - begun:.0f} s", flush=True)
     assert growth < MAX_GROWTH_BYTES
     assert server_growth < MAX_GROWTH_BYTES
     figures = {"decoders": summary(decoders), "decoders_growth_bytes": growth, "socket": summary(over_socket)}
+    figures |= {"readers": summary(readers), "clients": summary(clients), "open_inference": summary(open_inference)}
     print(json.dumps({"bench": "fuzz", "seed": args.seed, **figures, "server_growth_bytes": server_growth, "crashes": 0}))
 
 

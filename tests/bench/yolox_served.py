@@ -116,7 +116,8 @@ def main() -> int:
         if args.bundle is None:
             subprocess.run(
                 [sys.executable, "-m", "splitters.cli", "cut", f"onnx:{model}", "--at", args.at, "--out", str(path), "--output",
-                 "yolox", "--photos", str(data / "coco/train/images"), "--score-min", "0.01", "--name", "yolox-nano",
+                 "yolox", "--labels", "coco", "--photos", str(data / "coco/train/images"), "--score-min", "0.01",
+                 "--name", "yolox-nano",
                  "--licence", "Apache-2.0"],
                 check=True,
             )  # fmt: skip

@@ -18,7 +18,7 @@ from edge_client.engine import Encoded, Features
 from edge_client.frames import CapturedFrame
 from edge_client.session import Gate, Welcome
 from protos.errors import HeadtailError, OverloadedError, UnreachableError
-from protos.messages import Classification, ClassScore, FrameLayer, Result, ServerTimings
+from protos.messages import Classification, ClassScore, Detection, FrameLayer, Result, ServerTimings
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from tests.fakes.client_loop import VirtualLoop
 
@@ -116,6 +116,9 @@ class FakeEngine:
         self._device, self._head_ms, self.local_ms = device, head_ms, local_ms
         self.local: Any = self if local else None
 
+    def expects(self, answer: Any) -> bool:
+        return isinstance(answer, Classification)
+
     def abandon(self) -> None:
         raise AssertionError("no job here takes so long")
 
@@ -164,7 +167,8 @@ def fake_controller(engine: Any, fps: float) -> Controller:
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """From ``at_s`` for ``for_s``: ``down`` (stream broken), ``hang`` (answers are held back), ``lose`` (never answered),
-    ``refuse`` (overloaded), ``error`` (a fault of the frame), ``latents`` (no images), ``drain`` (told to go, then down);
+    ``refuse`` (overloaded), ``error`` (a fault of the frame), ``kind`` (another task's answer),
+    ``latents`` (no images), ``drain`` (told to go, then down);
     ``bundle`` (from then on another).
     """
 
@@ -275,10 +279,11 @@ class FakeLink:
             error = OverloadedError("busy")
         elif self._fault("error") or (self._fault("latents") and layers[0].payload[:2] == JPEG):
             error = HeadtailError("no")
+        answer = Detection(boxes=()) if self._fault("kind") else ANSWER
         start_s = max(self.loop.time() + self.rtt_s / 2, self._busy_s)
         self._busy_s = start_s + self.tail_s
         timings = ServerTimings(tail_ns=round(self.tail_s * 1e9), total_ns=round(self.tail_s * 1e9))
-        result = Result(frame_id=wire_id, answer=None if error else ANSWER, error=error, timings=timings, echo_sent_ns=now_ns)
+        result = Result(frame_id=wire_id, answer=None if error else answer, error=error, timings=timings, echo_sent_ns=now_ns)
         self.loop.call_at(self._busy_s + self.rtt_s / 2, self._deliver, result, epoch)
 
     def restart(self) -> None:

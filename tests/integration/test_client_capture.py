@@ -183,3 +183,47 @@ async def test_a_driver_that_raises_is_a_clear_error() -> None:
     capture = Capture(CaptureConfig(source=VIDEO), opener=open_camera)
     with pytest.raises(SourceError, match="driver exploded"):
         await capture.start()
+
+
+async def test_a_file_that_cannot_be_read_any_further_is_no_end() -> None:
+    def read(count: int) -> bool:
+        if count == 5:
+            raise SourceError("clip cannot be read any further: input/output error")
+        return True
+
+    capture = Capture(CaptureConfig(source=VIDEO), opener=lambda s: FakeCamera(read))
+    await capture.start()
+    seen = []
+    while (delivery := await capture.next()) is not None:
+        seen.append(number(delivery))
+    assert seen == list(range(5)), "what was read before is answered"
+    assert capture.broken is not None
+    assert "input/output error" in capture.broken.message
+
+
+async def test_realtime_follows_the_clips_own_stamps() -> None:
+    """Five frames in a burst, then one after 0.4 s; a constant frame rate would bring it after 0.17 s."""
+
+    class Clip(FakeCamera):
+        def read(self) -> Shot | None:
+            shot, at_s = super().read(), (0.0, 0.02, 0.04, 0.06, 0.08, 0.4)[min(self._count - 1, 5)]
+            return shot and Shot(image=shot.image, position_s=at_s)
+
+    capture = Capture(CaptureConfig(source=VIDEO, realtime=True), opener=lambda s: Clip(lambda count: count < 6))
+    await capture.start()
+    frames = []
+    while (delivery := await capture.next()) is not None:
+        frames += [*delivery.superseded, delivery.frame]
+    assert [frame.position_ns for frame in frames] == [0, 20_000_000, 40_000_000, 60_000_000, 80_000_000, 400_000_000]
+    assert frames[-1].captured_ns - frames[0].captured_ns >= 400_000_000
+
+
+async def test_closing_ends_the_wait_for_a_camera_that_does_not_open() -> None:
+    release = threading.Event()
+    capture = Capture(CaptureConfig(source=DEVICE), opener=lambda s: FakeCamera(lambda count: not release.wait(10)))
+    start = asyncio.create_task(capture.start())
+    await asyncio.sleep(0)
+    capture.close()
+    await asyncio.wait_for(start, 2)
+    assert await capture.next() is None
+    release.set()

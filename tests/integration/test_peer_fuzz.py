@@ -29,9 +29,9 @@ def test_what_a_device_reads_is_right_or_refused_and_nothing_else_is_touched(bun
 
 
 async def test_a_client_survives_a_hostile_server(bundle: Bundle, tmp_path: Path) -> None:
-    tally = await run_clients(bundle, tmp_path, 1500, seed=7)
-    assert tally.errors["done"] > 3
-    assert tally.accepted > 500
+    tally = await run_clients(bundle, tmp_path, 400, seed=7)
+    assert tally.errors["done"] > 0
+    assert tally.accepted > 100
 
 
 async def test_a_server_survives_hostile_open_inference_requests(bundle: Bundle) -> None:

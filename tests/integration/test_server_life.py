@@ -195,7 +195,7 @@ async def test_a_tail_thread_that_dies_ends_the_server_with_a_message(bundle: Bu
             monkeypatch.setattr(EmbeddedBackend, "_remember", dies)
             result = await stream.frame(device.layers(picture(), 0))
             assert result.error is not None
-            assert result.error.code == "internal"
+            assert result.error.message.startswith("the peer failed: the tail's thread has ended")
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(InternalError, match=r"the tail's thread has died \(MemoryError: as if\)"):
             await serving

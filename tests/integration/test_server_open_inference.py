@@ -107,6 +107,33 @@ async def test_what_does_not_fit_is_a_mapped_error(stub: oip_grpc.GRPCInferenceS
     assert dict(caught.value.trailing_metadata())["headtail-code"]
 
 
+async def test_the_version_is_checked_in_every_call(stub: oip_grpc.GRPCInferenceServiceStub, bundle: Bundle) -> None:
+    held = (await stub.ModelMetadata(oip.ModelMetadataRequest(name="tiny"))).versions[0]
+    for version in ("", held, bundle.sha256):
+        assert (await stub.ModelReady(oip.ModelReadyRequest(name="tiny", version=version))).ready
+        assert (await stub.ModelMetadata(oip.ModelMetadataRequest(name="tiny", version=version))).versions == [held]
+        asked = request(image=pixels(bundle, 0))
+        asked.model_version = version
+        assert (await stub.ModelInfer(asked)).model_version == held
+    for version in ("99", held[:1], held[:11], bundle.sha256 + "0"):
+        assert not (await stub.ModelReady(oip.ModelReadyRequest(name="tiny", version=version))).ready
+        asked = request(image=pixels(bundle, 0))
+        asked.model_version = version
+        for call in (stub.ModelMetadata(oip.ModelMetadataRequest(name="tiny", version=version)), stub.ModelInfer(asked)):
+            with pytest.raises(grpc.aio.AioRpcError, match="is not held"):
+                await call
+
+
+async def test_outputs_that_do_not_exist_are_refused_before_anything_runs(
+    stub: oip_grpc.GRPCInferenceServiceStub, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(image=pixels(bundle, 0))
+    asked.outputs.add(name="logits")
+    monkeypatch.setattr("edge_server.open_inference.read_values", lambda *_: pytest.fail("its values were looked at"))
+    with pytest.raises(grpc.aio.AioRpcError, match="no output 'logits'; it has class_ids, scores"):
+        await stub.ModelInfer(asked)
+
+
 async def test_a_shape_of_very_many_dimensions_is_not_written_out(stub: oip_grpc.GRPCInferenceServiceStub) -> None:
     bad = request(image=np.zeros((1, 32, 32, 3), np.uint8))
     bad.inputs[0].shape.extend([1] * 1_000_000)

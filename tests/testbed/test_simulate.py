@@ -339,3 +339,43 @@ def test_unknown_settings_are_refused() -> None:
 def test_a_wrong_scenario_name_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "nowhere"]) == 2
     assert "no scenario 'nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"fps": "x"},
+        {"fps": True},
+        {"duration_s": float("nan")},
+        {"duration_s": 1e30},
+        {"deadline_ms": float("inf")},
+        {"uplink": 5},
+        {"uplink": {"mbps": "fast"}},
+        {"uplink": {"outages_s": [[1]]}},
+        {"cameras": 1.5},
+    ],
+)
+def test_settings_of_a_scenario_have_their_types(data: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        parse_scenario(data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--duration-s", "nan"], 2),
+        (["--plot", "/nonexistent/x.png"], 2),
+        (["--plot", "x.xyz"], 2),
+        (["--explain", "/nonexistent/x"], 2),
+        (["--mode", "shape", "--frames", "/nonexistent"], 3),
+    ],
+)
+def test_what_a_run_cannot_use_is_told_before_it_begins(
+    arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        found = main(["run", "tunnel", *arguments])
+    except SystemExit as end:  # argparse's own
+        found = int(str(end.code))
+    assert found == code
+    assert arguments[-2] in capsys.readouterr().err

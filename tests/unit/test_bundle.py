@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from protos.errors import BundleError, ConfigError
-from splitters.bundle import MANIFEST, OFFLOADS, POINTS, Bundle, BundleWriter, open_bundle, rewrite_points, sha256_hex
+from splitters.bundle import MANIFEST, OFFLOADS, POINTS, Bundle, BundleWriter, cache_dir, open_bundle, rewrite_points, sha256_hex
 from splitters.bundle.manifest import Head, Preprocess, check_part_path, parse_manifest, parse_preprocess
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
@@ -85,6 +85,16 @@ def test_a_foreign_directory_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "b" / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="no bundle"):
         BundleWriter(tmp_path / "b")
+    (tmp_path / "b" / MANIFEST).write_text('{"manifest_version": 3, "name": "a browser extension"}')
+    with pytest.raises(ConfigError, match="no bundle"):
+        BundleWriter(tmp_path / "b")
+    write(tmp_path / "c")
+    (tmp_path / "link").symlink_to(tmp_path / "c")
+    with pytest.raises(ConfigError, match="no bundle"):
+        BundleWriter(tmp_path / "link")
+    (tmp_path / "c" / "notes.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="other files"):
+        BundleWriter(tmp_path / "c")
 
 
 UNSAFE = ["", "/etc/passwd", "../x", "a/../../x", "a\\b", "c:x", "a//b", "./a", "a\0b", "x" * 300, "a/b/c/d/e", "...", "a/..../b"]
@@ -156,6 +166,23 @@ def test_offload_options_travel_with_the_bundle_as_a_part_of_the_device(tmp_path
     (bundle.path / OFFLOADS).write_text("[]")
     with pytest.raises(BundleError, match="offloads"):
         open_bundle(bundle.path, side="device")
+
+
+@pytest.mark.parametrize("home", ["", "relative", None])
+def test_without_a_home_the_cache_has_to_be_named(home: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEADTAIL_CACHE", raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    else:
+
+        def lacking() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", lacking)
+    with pytest.raises(ConfigError, match="HEADTAIL_CACHE names"):
+        cache_dir()
+    monkeypatch.setenv("HEADTAIL_CACHE", "/x")
+    assert cache_dir() == Path("/x")
 
 
 def test_every_setting_of_the_preprocessing_returns_from_json_and_bounds_are_kept() -> None:

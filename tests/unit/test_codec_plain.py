@@ -156,7 +156,7 @@ def test_another_version_is_named() -> None:
         (("points",), []),
         (("tensors", 0, "shape"), [1 << 20, 1 << 20]),
         (("tensors", 0, "channel_axis"), 7),
-        (("points", 0, "bits"), 9),
+        (("points", 0, "bits"), 13),
         (("points", 0, "tensors"), []),
         (("points", 0, "tensors", 0, "step"), [0.0] * 5),
         (("points", 0, "tensors", 0, "low"), [float("nan")] * 5),
@@ -179,6 +179,6 @@ def test_calibration_refuses_what_it_cannot_use() -> None:
     with pytest.raises(ConfigError, match="NaN"):
         calibrate_plain([np.full((2, 3), np.nan)])
     with pytest.raises(ConfigError, match="bits"):
-        calibrate_plain(SAMPLES[:1], bits=(9,))
+        calibrate_plain(SAMPLES[:1], bits=(13,))
     with pytest.raises(ConfigError, match="channel axis 3"):
         calibrate_plain(SAMPLES[:1], channel_axes=(3,))

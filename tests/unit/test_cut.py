@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import splitters
-from protos.errors import CutError
+from protos.errors import CutError, ModelError
+from splitters.cutting.sources import load_source
 from splitters.cutting.split import Cutter, split
 
 IMAGE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -375,3 +378,20 @@ def test_ordered_outputs_of_a_backbone_keep_their_names() -> None:
     halves = split(Backbone(), "a", IMAGE)
     halves.verify(IMAGE)
     assert list(halves.tail(*halves.head(IMAGE))) == ["0", "pool"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise ValueError('as if')", "importing broken raised ValueError: as if"),
+        ("import sys; sys.exit('away')", "importing broken raised SystemExit: away"),
+        ("def build():\n    raise KeyError('as if')", r"build\(\) of broken raised KeyError"),
+        ("def build():\n    raise SystemExit(3)", r"build\(\) of broken raised SystemExit"),
+    ],
+)
+def test_a_module_that_raises_is_a_models_error(body: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    with pytest.raises(ModelError, match=said):
+        load_source("py:broken:build")

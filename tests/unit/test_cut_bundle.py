@@ -72,7 +72,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def serving() -> Serving:
     return Serving(
-        name="small", task="classification", postprocess={"kind": "softmax"}, labels={0: "zero"}, licence="none", provenance={},
+        name="small", task="classification", postprocess={"kind": "softmax"}, labels={}, licence="none", provenance={},
         preprocess=Preprocess(resize="shortest", size_px=(SIDE, SIDE), resize_px=SIDE, mean=(0.5,) * 3, std=(0.25,) * 3),
         bits=(8, 2),
     )  # fmt: skip

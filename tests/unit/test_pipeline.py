@@ -53,6 +53,7 @@ def run(
     refuse_fetches: int = 0,
     controller: Any = fake_controller,
     point_id: int | None = None,
+    limit_s: float = 120.0,
 ) -> Run:
     async def main(loop: VirtualLoop) -> Run:
         device = FakeDevice()
@@ -79,7 +80,7 @@ def run(
         await pipeline.run(link)
         return Run(pipeline, link, reports)
 
-    return run_virtual(main)
+    return run_virtual(main, limit_s=limit_s)
 
 
 def check(r: Run, *, deadline_ms: float = 500.0, frames: int | None = 300) -> None:
@@ -226,6 +227,13 @@ def test_a_slow_device_supersedes_frames_and_counts_them() -> None:
     assert r.count(Outcome.RESULT) > 80
 
 
+def test_an_answer_of_another_task_is_an_error_of_its_frame() -> None:
+    r = run(faults=[Fault(at_s=0.0, for_s=1e9, kind="kind")])
+    check(r)
+    assert r.count(Outcome.RESULT) == 0
+    assert r.count(Outcome.LOCAL) > 250
+
+
 def test_an_overloaded_server_is_answered_for_locally() -> None:
     r = run(faults=[Fault(at_s=2.0, for_s=2.0, kind="refuse")])
     check(r)
@@ -333,6 +341,21 @@ def test_files_overload_is_retried_and_a_frame_that_fails_is_named() -> None:
     assert isinstance(r.pipeline, FilePipeline)
     assert r.pipeline.refused is not None
     assert r.pipeline.ledger.dropped["headtail"] > 0
+
+
+def test_files_give_up_on_a_server_that_takes_frames_and_never_answers() -> None:
+    r = run(live=False, deadline_ms=0, wait_s=30, frames=100, faults=[Fault(at_s=0.0, for_s=1e9, kind="lose")], limit_s=400)
+    assert isinstance(r.pipeline, FilePipeline)
+    assert isinstance(r.pipeline.refused, UnreachableError)
+    assert r.count(Outcome.RESULT) == 0
+    assert r.pipeline.ledger.balanced
+
+
+def test_files_do_not_wait_for_a_bundle_that_cannot_be_had() -> None:
+    changed = [Fault(at_s=0.2, for_s=1.0, kind="down"), Fault(at_s=0.5, for_s=1e9, kind="bundle")]
+    r = run(live=False, deadline_ms=0, wait_s=30, frames=600, faults=changed, fetches=[], refuse_fetches=10**9, limit_s=300)
+    assert r.count(Outcome.LOCAL) > 300
+    assert r.pipeline.ledger.balanced
 
 
 def test_files_take_a_new_bundle() -> None:

@@ -18,7 +18,8 @@ from protos.messages import Classification, ClassScore, PayloadKind
 from tests.golden.make_predicted import make_codec, scene
 
 CODEC = make_codec()
-MODEL: Any = SimpleNamespace(codec=CODEC, name="m", sha256="0" * 64)
+BUNDLE = SimpleNamespace(points=[SimpleNamespace(id=1, codec_point="fine")])
+MODEL: Any = SimpleNamespace(codec=CODEC, name="m", sha256="0" * 64, bundle=BUNDLE)
 ANSWER = Classification(top=(ClassScore(class_id=1, score=0.5),))
 
 
@@ -48,7 +49,7 @@ def chain(count: int) -> list[tuple[tuple[bytes, ...], Any]]:
 def frame(number: int, layers: tuple[bytes, ...], *, deadline_ns: int | None = None) -> Frame:
     return Frame(
         frame_id=number, kind=PayloadKind.LATENT, layers=layers, size_px=(64, 48), deadline_ns=deadline_ns, arrived_ns=1,
-        echo_sent_ns=0, operating_point=0,
+        echo_sent_ns=0, operating_point=1,
     )  # fmt: skip
 
 

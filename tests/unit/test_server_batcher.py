@@ -183,3 +183,48 @@ def test_every_frame_is_run_or_refused_exactly_once_and_never_run_late(frames: l
             assert all(w.deadline_ns is None or now <= w.deadline_ns for w in batch.run)
             told += [w.item[0] for w in batch.run]
     assert sorted(told) == sorted(offered)
+
+
+# ------------------------------------------------------------------------------------------------ several clients
+
+
+def test_a_flood_makes_nobody_late_but_itself() -> None:
+    q = queue(max_batch=1, margin_ns=0)
+    q.times.add("k", 1, 10 * MS, 0)
+    for i in range(60):
+        q.add("k", (40 + i) * MS, 0, f"flood{i}", client="flood")
+    q.add("k", 100 * MS, 0, "camera", client="camera")
+    done, now_ns = [], 0
+    while (batch := q.take(now_ns)).run:
+        now_ns += 10 * MS
+        q.times.add("k", 1, 10 * MS, now_ns)
+        done.append((batch.run[0].item, now_ns))
+    assert [at_ns for name, at_ns in done if name == "camera" and at_ns <= 100 * MS]
+    assert len(done) > 5, "and the flood has the rest of the tail"
+
+
+def test_while_others_are_present_no_run_of_the_tail_is_long() -> None:
+    q = queue(max_batch=16)
+    q.times.add("k", 1, 10 * MS, 0)
+    q.times.add("k", 16, 160 * MS, 0)
+    for i in range(16):
+        q.add("k", None, 0, str(i), client="flood")
+    assert len(q.take(0).run) == 16
+    q.add("k", None, 0, "camera", client="camera")
+    q.take(0)
+    for i in range(16):
+        q.add("k", None, 0, str(i), client="flood")
+    assert len(q.take(0).run) == 3
+
+
+def test_one_client_cannot_fill_the_queue_while_others_are_present() -> None:
+    q = queue(max_queue=8)
+    q.add("k", None, 0, "camera", client="camera")
+    for i in range(4):
+        q.add("k", None, 0, str(i), client="flood")
+    with pytest.raises(OverloadedError, match="of this client"):
+        q.add("k", None, 0, "5", client="flood")
+    q.add("k", None, 0, "camera", client="camera")
+    alone = queue(max_queue=8)
+    for i in range(8):
+        alone.add("k", None, 0, str(i), client="flood")

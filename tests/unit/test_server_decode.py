@@ -1,4 +1,6 @@
 import struct
+from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -6,9 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_server.decode import decode_image, image_size
+from edge_server.assembly import Frame
+from edge_server.decode import decode_frame, decode_image, image_size
+from edge_server.models import open_model
 from protos.errors import HeadtailError, LimitError, PayloadError
 from splitters.bundle.offload import compress
+from tests.fakes.bundles import write_tiny_bundle
+from tests.fakes.server_client import Device, picture
+from tests.fakes.server_flood import many_scans
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
 
@@ -44,6 +51,33 @@ def test_a_bomb_is_refused_before_it_is_decoded() -> None:
     data[at + 5 : at + 9] = struct.pack(">HH", 60000, 60000)
     with pytest.raises(LimitError, match="60000x60000"):
         decode_image(bytes(data), (24, 40), 1 << 20)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded() -> None:
+    """Each goes over all pixels: four megabytes of them took minutes of a thread."""
+    data = many_scans(24, 100_000)
+    assert data.count(b"\xff\xda") > 1000
+    with pytest.raises(LimitError, match="scans"):
+        decode_image(data, (24, 24), 10_000)
+    assert decode_image(many_scans(24, 750), (24, 24), 10_000).shape == (24, 24, 3), "a few more than usual are decoded"
+
+
+@pytest.mark.parametrize("filling", [b"\xff\xfe\x00\x02", b"\xff\xd0", b"\xff", b"\xff\x01"])
+def test_a_header_without_end_is_given_up(filling: bytes) -> None:
+    with pytest.raises(PayloadError, match="too much before its size"):
+        image_size(b"\xff\xd8" + filling * 1_000_000)
+
+
+def test_what_a_frame_says_of_its_operating_point_is_checked(tmp_path: Path) -> None:
+    bundle = write_tiny_bundle(tmp_path / "tiny")
+    model, device = open_model(bundle.path), Device(bundle)
+    points = [point.id for point in bundle.points]
+    payload = tuple(device.payloads(picture(), points[0]))
+    frame = Frame(frame_id=0, layers=payload, operating_point=points[0])
+    assert decode_frame(model, frame, {}, max_pixels=1).symbols is not None
+    for said in (points[1], 999):
+        with pytest.raises(PayloadError, match=f"operating point {said}"):
+            decode_frame(model, replace(frame, operating_point=said), {}, max_pixels=1)
 
 
 def test_another_size_than_the_models_is_refused() -> None:

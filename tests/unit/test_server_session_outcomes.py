@@ -31,6 +31,9 @@ class FakeContext:
         self.to_server: asyncio.Queue[Any] = asyncio.Queue()
         self.results: asyncio.Queue[Result] = asyncio.Queue()
 
+    def peer(self) -> str:
+        return "ipv4:192.0.2.1:5"
+
     async def read(self) -> Any:
         return await self.to_server.get()
 
@@ -50,7 +53,8 @@ Answer = Callable[[Frame], Awaitable[Result]]
 
 @contextlib.asynccontextmanager
 async def opened(answer: Answer) -> Any:
-    async def answers(_model: object, frame: Frame, _references: object) -> Result:
+    async def answers(_model: object, frame: Frame, _references: object, client: str) -> Result:
+        assert client == "ipv4:192.0.2.1"
         return await answer(frame)
 
     store: Any = SimpleNamespace(get=lambda _name: MODEL)
@@ -125,8 +129,7 @@ async def test_a_task_that_ends_without_a_result_is_an_error_to_the_client(end: 
         context.frame(1, left_ms=5000)
         first = await soon(context)
         assert first.error is not None
-        assert first.error.code == "model"  # the server's own fault, as the client counts it
-        assert "the peer failed" in first.error.message
+        assert first.error.message.startswith("the peer failed: ")
         context.frame(2, left_ms=5000)
         assert (await soon(context)).error is None
 

@@ -1,0 +1,205 @@
+"""An ONNX model as a bundle: pieces of the user's own graph, proved, decoded, measured, and only then written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from protos.errors import SourceError
+from protos.messages import Answer
+from splitters.bundle import Bundle, BundleWriter
+from splitters.bundle.manifest import Head, LocalModel, Preprocess
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
+from splitters.codec import LatentCodec, calibrate_plain, codec_from_spec
+from splitters.cutting.onnx.cost import best_cut, crossing_costs
+from splitters.cutting.onnx.cuts import Cuts, OnnxCut
+from splitters.cutting.onnx.judge import METRIC, Agreement, judge
+from splitters.cutting.onnx.model import OnnxModel, at_batch_one, to_bytes
+from splitters.cutting.onnx.pieces import IMAGE, Latent, Pieces, divide, latent_name
+from splitters.cutting.onnx.proof import Proof, prove
+from splitters.cutting.onnx.runtime import Session
+from splitters.runtime.tail import batched
+from splitters.tasks.decoding import Declared, Decoding
+from splitters.tasks.preprocess import Frame, preprocess
+
+_TIMED_RUNS = 20
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnnxServing:
+    """What a bundle says of an ONNX model beyond its pieces; see ``splitters.cutting.bundle.Serving``."""
+
+    name: str
+    preprocess: Preprocess
+    decoding: Decoding
+    labels: Mapping[int, str]
+    licence: str
+    provenance: Mapping[str, Any]
+    bits: Sequence[int]
+    local: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnnxWritten:
+    """The bundle, and what was found while it was made."""
+
+    bundle: Bundle
+    cut: OnnxCut
+    proof: Proof
+    agreement: Agreement
+    answers: tuple[Answer, ...]
+    photos: int
+    notes: tuple[str, ...]
+
+
+def write_onnx_bundle(model: OnnxModel, at: str | None, photos: Sequence[Frame], serving: OnnxServing, out: Path) -> OnnxWritten:
+    """Cuts, proves, decodes, calibrates and writes.
+
+    Args:
+        model: ready to be cut.
+        at: the cut; None: the one that sends the fewest bytes with at most 35 % of the work on the device.
+        photos: frames as OpenCV reads them.
+        serving: the rest of the manifest.
+        out: the bundle's directory.
+
+    Raises:
+        CutError: no such cut, or the pieces are not the file.
+        ConfigError: the decoding does not fit the outputs.
+        ModelError: a piece cannot be run.
+        SourceError: no photographs.
+    """
+    if not photos:
+        raise SourceError("photographs are needed to choose the codec's scales: give --photos DIR")
+    images = [preprocess(photo, serving.preprocess) for photo in photos]
+    asked = model
+    model, cut, pieces, proof = _proved(model, at, images)
+    head = Session(to_bytes(pieces.head, serving.name), optimised=True, what="the head")
+    tail = Session(to_bytes(pieces.tail, serving.name), optimised=True, what="the tail")
+    runs = [head.run({IMAGE: image}) for image in images]
+    spec = _calibrated(pieces.latents, runs, serving.bits)
+    codec = codec_from_spec(spec, lambda _path: b"")
+    decode = Declared(serving.decoding, serving.preprocess)
+    judged = judge(model, decode, _tail_runner(tail), photos, images)
+    agreements = [judged.point(codec, str(number), runs) for number in range(len(serving.bits))]
+    agreement, answers = agreements[int(np.argmax(serving.bits))]
+    points = _points(head, images, runs, codec, pieces.latents, serving.bits, [a.accuracy for a, _ in agreements])
+    with BundleWriter(out) as writer:
+        for path, side, piece in (
+            ("device/stem.onnx", "device", pieces.head),
+            ("server/tail.onnx", "server", pieces.tail),
+            ("server/whole.onnx", "server", pieces.whole),
+        ):
+            writer.add(path, to_bytes(piece, serving.name), "device" if side == "device" else "server")
+        local = None
+        if serving.local:
+            writer.add("device/local.onnx", to_bytes(pieces.whole, serving.name), "device")
+            local = LocalModel(path="device/local.onnx", preprocess=serving.preprocess)
+        writer.add("device/codec.json", json.dumps(spec).encode(), "device")
+        batch = {} if proof.free_batch else {"batch": 1}
+        bundle = writer.finish(
+            points=points, name=serving.name, task=serving.decoding.task, preprocess=serving.preprocess,
+            labels=dict(serving.labels),
+            latent_shape=tuple(latent.shape for latent in pieces.latents), head=Head(stem="device/stem.onnx"),
+            codec="device/codec.json", local=local, postprocess=serving.decoding.to_json(), licence=serving.licence,
+            tail={
+                "kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx", "outputs": list(model.outputs), **batch,
+            },
+            provenance={
+                **serving.provenance, "cut": cut.name, "cut_by": "ONNX IR", "codec": "plain", "opset": model.opset,
+                "sha256": hashlib.sha256(model.path.read_bytes()).hexdigest(),
+            },
+        )  # fmt: skip
+    notes = [*model.notes, *proof.notes]
+    if asked.free_batch and not proof.free_batch:
+        notes.append("pictures in one batch do not give what each gives alone: the server runs them one by one")
+    return OnnxWritten(
+        bundle=bundle, cut=cut, proof=proof, agreement=agreement, answers=tuple(answers), photos=len(images), notes=tuple(notes)
+    )
+
+
+def _proved(model: OnnxModel, at: str | None, images: Sequence[Array]) -> tuple[OnnxModel, OnnxCut, Pieces, Proof]:
+    """The cut and its proof; with a batch of one where a free batch does not hold."""
+    cuts = Cuts(model)
+    if at is None:
+        cut, cost = best_cut(cuts, images[0])
+    else:
+        cut = cuts.find(at)
+        cost = crossing_costs(cuts, [cut], images[0])[cut.position]
+    fixed = not model.free_batch
+    if fixed or all(shape and shape[0] == 1 for shape in cost.shapes):
+        pieces = divide(model, cut, cost.shapes)
+        proof = prove(model, pieces, images)
+        if fixed or proof.free_batch:
+            return model, cut, pieces, proof
+    alone = at_batch_one(model)
+    cuts = Cuts(alone)
+    cut = cuts.find(cut.name)
+    cost = crossing_costs(cuts, [cut], images[0])[cut.position]
+    pieces = divide(alone, cut, cost.shapes)
+    return alone, cut, pieces, prove(alone, pieces, images)
+
+
+def _tail_runner(session: Session) -> Any:
+    def run(arrays: Sequence[Array]) -> list[Array]:
+        return session.run({latent_name(i): a for i, a in enumerate(arrays)})
+
+    return batched(run, 1)
+
+
+def channel_axis(shape: Sequence[int]) -> int:
+    """Which axis of a latent (without batch) holds channels: first of (C, H, W), last of (L, C) and of (H, W, C)."""
+    if len(shape) == 2 or (len(shape) == 3 and shape[0] == shape[1] != shape[2]):
+        return len(shape) - 1
+    return 0
+
+
+def _calibrated(latents: Sequence[Latent], runs: Sequence[Sequence[Array]], bits: Sequence[int]) -> dict[str, Any]:
+    """The codec's spec; bytes of the graph travel as they are at 8 bits."""
+    samples = [np.concatenate([run[i] for run in runs]) for i in range(len(latents))]
+    axes = [channel_axis(latent.shape) for latent in latents]
+    spec: dict[str, Any] = dict(calibrate_plain(samples, bits, channel_axes=axes, point_ids=[str(i) for i in range(len(bits))]))
+    for index, latent in enumerate(latents):
+        low = {ir.DataType.UINT8: 0.0, ir.DataType.INT8: -128.0, ir.DataType.BOOL: 0.0}.get(latent.dtype)
+        if low is None:
+            continue
+        for point in spec["points"]:
+            levels = 1 if latent.dtype == ir.DataType.BOOL else 255
+            entry = point["tensors"][index]
+            entry["low"] = [low] * len(entry["low"])
+            entry["step"] = [max(levels / (2 ** point["bits"] - 1), 1.0)] * len(entry["step"])
+    return spec
+
+
+def _points(
+    head: Session, images: Sequence[Array], runs: Sequence[Sequence[Array]], codec: LatentCodec, latents: Sequence[Latent],
+    bits: Sequence[int], accuracy: Sequence[float],
+) -> list[OperatingPoint]:  # fmt: skip
+    """Operating points with payload bytes and head times measured on the photographs, and the agreement with the whole file."""
+    spent = []
+    for number in range(_TIMED_RUNS):
+        start = time.perf_counter_ns()
+        head.run({IMAGE: images[number % len(images)]})
+        spent.append((time.perf_counter_ns() - start) / 1e6)
+    head_ms = Quantiles(p50=float(np.median(spent)), p95=float(np.percentile(spent, 95)))
+    channels = sum(latent.shape[channel_axis(latent.shape)] if latent.shape else 1 for latent in latents)
+    points = []
+    for number, width in enumerate(bits):
+        sizes = [sum(map(len, codec.encode(codec.quantise([t[0] for t in run], str(number))))) for run in runs]
+        measured = Quantiles(p50=float(np.median(sizes)), p95=float(np.percentile(sizes, 95)))
+        points.append(
+            OperatingPoint(
+                id=number, channels=channels, bits=width, payload_bytes=measured, head_ms=head_ms,
+                accuracy=accuracy[number], accuracy_metric=METRIC,
+            )
+        )  # fmt: skip
+    return points
