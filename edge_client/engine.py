@@ -9,19 +9,18 @@ from typing import Any
 from edge_client.frames import NS_PER_MS, Clock
 from edge_client.head import Head, run_options
 from protos.errors import BundleError, ConfigError, ModelError, PayloadError
-from protos.messages import Answer, Classification, Detection, Result
+from protos.messages import Answer, Result
 from protos.schema import read_json
 from splitters.bundle import Bundle
 from splitters.bundle.offload import compress
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import LatentCodec, Predictor, Symbols, codec_from_spec
 from splitters.runtime.sessions import Floats, open_graph
-from splitters.tasks.postprocess import build_postprocess
+from splitters.tasks.base import open_task
 from splitters.tasks.preprocess import Frame, input_image, normalise
 
 Reference = tuple[Symbols | None, int | None]
 NO_REFERENCE: Reference = (None, None)
-_ANSWERS: Mapping[str, type] = {"classification": Classification, "detection": Detection}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,10 +64,7 @@ class LocalModel:
             raise ConfigError(f"bundle {bundle.manifest.name!r} carries no local model")
         self._preprocess = spec.preprocess
         self._graph = open_graph(bundle.part_path(spec.path), threads=threads, options=options)
-        post = dict(bundle.manifest.postprocess)
-        if post.get("kind") == "yolox":
-            post["kind"] = "dense_boxes"  # a local model's boxes are decoded already
-        self._post = build_postprocess(post, spec.preprocess)
+        self._task = open_task(bundle.manifest, local=True)
         self._clock = clock
 
     def prepare(self, frame: Frame) -> Frame:
@@ -80,7 +76,7 @@ class LocalModel:
         start_ns = self._clock()
         outputs = self._graph([normalise(image, self._preprocess)])
         try:
-            answer = self._post(outputs, [size_px])[0]
+            answer = self._task.decode(outputs, [size_px])[0]
         except (ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise ModelError(f"the local model's outputs are not what the manifest says: {error}") from error
         return answer, (self._clock() - start_ns) / NS_PER_MS
@@ -99,17 +95,13 @@ class Engine:
         self.model = bundle.manifest.name
         self.sha256 = bundle.sha256
         self.labels = bundle.manifest.labels
+        self.task = open_task(bundle.manifest)
         self._clock = clock
         self._options = run_options()
         self.head = Head(bundle, clock=clock, threads=threads, options=self._options)
         local = bundle.manifest.local is not None
         self.local = LocalModel(bundle, clock=clock, threads=threads, options=self._options) if local else None
         self.codec = _open_codec(bundle)
-
-    def expects(self, answer: Answer) -> bool:
-        """Whether an answer is of the kind that this bundle's task has."""
-        kind = _ANSWERS.get(self.bundle.manifest.task)
-        return kind is None or isinstance(answer, kind)
 
     def abandon(self) -> None:
         """Ends a graph that is running, from another thread, and every later run; the run raises ``ModelError``."""

@@ -14,9 +14,10 @@ from math import comb
 from typing import Any
 
 from protos.errors import BundleError, ConfigError
-from protos.messages import Answer, Detection
+from protos.messages import Answer
 from protos.schema import read_json
 from splitters.bundle import Bundle
+from splitters.tasks.base import task_of
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +134,8 @@ class InterestGate:
 
     def learn(self, index: int, answer: Answer | None) -> bool:
         """Takes the server's answer to a frame that passed; True when the threshold had to loosen."""
-        boxes = answer.boxes if isinstance(answer, Detection) else ()
-        hit = any(b.class_id in self.promise.class_ids and b.score >= self.promise.sure for b in boxes)
+        seen = task_of(answer).classes(answer, score_min=self.promise.sure) if answer is not None else ()
+        hit = any(class_id in self.promise.class_ids for class_id in seen)
         if index not in self._probes:
             self._passed_hits += hit
             return False

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import BundleError, ConfigError
-from splitters.bundle.manifest import Preprocess, Task
+from splitters.bundle.manifest import Preprocess
 from splitters.commands.model_arguments import assume, default_preprocess
 from splitters.tasks.decoding import Preset, preset_names, read_preset
 from splitters.tasks.imagenet import imagenet_labels
@@ -37,7 +37,7 @@ class Described:
         labels: class id → name.
     """
 
-    task: Task
+    task: str
     preprocess: Preprocess
     postprocess: Mapping[str, Any]
     labels: Mapping[int, str]
@@ -87,7 +87,7 @@ def described(source: Source, args: argparse.Namespace, photos: Sequence[Frame])
     if source.check is not None:
         source.check([preprocess(photo, spec) for photo in photos])
     limits = {k: v for k, v in (("score_min", args.score_min), ("iou", args.iou)) if v is not None}
-    task: Task = "classification" if output == "softmax" else "detection"
+    task: str = "classification" if output == "softmax" else "detection"
     postprocess: dict[str, Any] = {"kind": _KINDS.get(output, "declared")}
     if preset is not None:
         task, postprocess = preset.decoding.task, replace(preset.decoding, **limits).to_json()
@@ -96,7 +96,7 @@ def described(source: Source, args: argparse.Namespace, photos: Sequence[Frame])
     labels = _labels(source, args.labels, count_classes(postprocess, outputs, spec))
     if output in ("yolox", "boxes"):
         postprocess |= {"class_ids": sorted(labels), "score_min": 0.05, "iou": 0.65, **limits}
-    check_answers(model, photos, preprocess=spec, postprocess=postprocess, labels=labels)
+    check_answers(model, photos, preprocess=spec, postprocess=postprocess, labels=labels, task=task)
     return Described(task=task, preprocess=spec, postprocess=postprocess, labels=labels)
 
 

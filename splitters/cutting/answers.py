@@ -22,8 +22,8 @@ from protos.errors import CutError, HeadtailError
 from protos.schema import checked
 from splitters.bundle.manifest import Preprocess
 from splitters.cutting.checks import first_line, run_model
+from splitters.tasks.base import make_task
 from splitters.tasks.decoding import Decoding
-from splitters.tasks.postprocess import build_postprocess
 from splitters.tasks.preprocess import Frame, preprocess
 
 PHOTOS = 4
@@ -77,6 +77,7 @@ def check_answers(
     preprocess: Preprocess,
     postprocess: Mapping[str, Any],
     labels: Mapping[int, str],
+    task: str = "classification",
 ) -> None:
     """Runs the model and its postprocess on photographs.
 
@@ -95,7 +96,7 @@ def check_answers(
             f"of the ids {_span(ids)}"
         )
     try:
-        build_postprocess(postprocess, preprocess)(outputs, [(p.shape[1], p.shape[0]) for p in photos[:PHOTOS]])
+        make_task(task, postprocess, preprocess).decode(outputs, [(p.shape[1], p.shape[0]) for p in photos[:PHOTOS]])
     except HeadtailError as error:
         raise CutError(f"{error.message}{_seen(outputs)}") from error
     except Exception as error:

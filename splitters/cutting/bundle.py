@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from protos.errors import CutError, SourceError
 from splitters.bundle import Bundle, BundleWriter
-from splitters.bundle.manifest import Head, LocalModel, Preprocess, Task
+from splitters.bundle.manifest import Head, LocalModel, Preprocess
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import calibrate_plain, codec_from_spec
 from splitters.cutting.answers import check_answers
@@ -59,7 +59,7 @@ class Serving:
     """
 
     name: str
-    task: Task
+    task: str
     preprocess: Preprocess
     postprocess: Mapping[str, Any]
     labels: Mapping[int, str]
@@ -112,7 +112,14 @@ def write_bundle(cutter: Cutter, at: str, photos: Sequence[Frame], serving: Serv
     """
     if not photos:
         raise SourceError("photographs are needed to choose the codec's scales: give --photos DIR")
-    check_answers(cutter.model, photos, preprocess=serving.preprocess, postprocess=serving.postprocess, labels=serving.labels)
+    check_answers(
+        cutter.model,
+        photos,
+        preprocess=serving.preprocess,
+        postprocess=serving.postprocess,
+        labels=serving.labels,
+        task=serving.task,
+    )
     split = cutter.split(at)
     cutter.partitioner.check_payload(at)
     if not split.dynamic_batch:

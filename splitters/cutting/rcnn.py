@@ -26,7 +26,7 @@ from splitters.bundle.manifest import Preprocess
 from splitters.cutting import torchvision_compat
 from splitters.cutting.checks import inference
 from splitters.cutting.split import Cutter, Split
-from splitters.tasks.postprocess import detection
+from splitters.tasks.detection import detection
 from splitters.tasks.preprocess import geometry
 
 Size = tuple[int, int]

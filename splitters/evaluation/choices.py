@@ -17,7 +17,7 @@ from splitters.evaluation.measure import Each, Measured, Photos, nothing, quanti
 from splitters.runtime.pictures import read_picture
 from splitters.runtime.sessions import open_graph
 from splitters.runtime.tail import Tail
-from splitters.tasks.postprocess import build_postprocess
+from splitters.tasks.base import open_task
 from splitters.tasks.preprocess import preprocess
 
 Value = Callable[[Sequence[Answer]], float]
@@ -92,14 +92,11 @@ def measure_local(bundle: Bundle, files: Sequence[Path], value: Value, *, each: 
     if model is None:
         return None
     run = open_graph(bundle.part_path(model.path))
-    post = dict(bundle.manifest.postprocess)
-    if post.get("kind") == "yolox":
-        post["kind"] = "dense_boxes"  # a local model's boxes are decoded already
-    answer = build_postprocess(post, model.preprocess)
+    task = open_task(bundle.manifest, local=True)
     answers: list[Answer] = []
     for file in files:
         frame = read_picture(file)
         outputs = run([preprocess(frame, model.preprocess)])
-        answers += answer(outputs, [(frame.shape[1], frame.shape[0])])
+        answers += task.decode(outputs, [(frame.shape[1], frame.shape[0])])
         each()
     return value(answers)

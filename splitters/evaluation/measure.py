@@ -25,7 +25,7 @@ from splitters.evaluation.image_codecs import Picture, Setting, decode, encode
 from splitters.runtime.pictures import readable
 from splitters.runtime.sessions import open_session
 from splitters.runtime.tail import Tail
-from splitters.tasks.postprocess import SizePx
+from splitters.tasks.base import SizePx
 from splitters.tasks.preprocess import geometry, input_image, normalise
 
 log = logging.getLogger(__name__)

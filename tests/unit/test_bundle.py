@@ -125,7 +125,7 @@ def _edited(tmp_path: Path, **changes: Any) -> str:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format_version": 2}, {"task": "poetry"}, {"surprise": 1}, {"parts": []}, {"parts": "x"}, {"head": {}},
+        {"format_version": 2}, {"task": ""}, {"surprise": 1}, {"parts": []}, {"parts": "x"}, {"head": {}},
         {"labels": {"x": "y"}}, {"preprocess": {"resize": "stretch", "size_px": [1, 2]}},
         {"preprocess": {"resize": "melt", "size_px": [32, 32]}}, {"codec": "server/tail.onnx"},
     ],

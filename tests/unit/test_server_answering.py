@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_server.answering import Answerer, History
-from edge_server.assembly import Frame
 from edge_server.config import Limits
-from edge_server.metrics import NoMetrics
+from edge_server.doors.answering import Answerer, History
+from edge_server.frames.assembly import Frame
+from edge_server.observe.metrics import NoMetrics
 from protos.errors import OverloadedError, PayloadError
 from protos.messages import Classification, ClassScore, PayloadKind
 from tests.golden.make_predicted import make_codec, scene
