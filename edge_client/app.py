@@ -18,7 +18,7 @@ from edge_client.bundles import choose_model, fetch_bundle, list_models
 from edge_client.capture import Capture, CaptureConfig
 from edge_client.choices import DeviceTimes, make_controller
 from edge_client.config import EMBEDDED, ClientConfig
-from edge_client.control import Controller
+from edge_client.control import Policy
 from edge_client.device import DeviceWorker, ThreadExecutor
 from edge_client.embedded import EmbeddedServer
 from edge_client.engine import Engine
@@ -269,7 +269,7 @@ class Client:
         self._engine, self._times = engine, times
         return engine
 
-    def _controller(self, engine: Engine, fps: float) -> Controller:
+    def _controller(self, engine: Engine, fps: float) -> Policy:
         return make_controller(engine, self._times, fps=fps, explain=self._config.explain, policy=self._config.policy)
 
     def _interest(self, engine: Engine, *, wanted: bool) -> InterestGate | None:

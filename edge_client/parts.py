@@ -9,7 +9,7 @@ from typing import Protocol
 
 from edge_client.capture import Delivery
 from edge_client.choices import DeviceTimes
-from edge_client.control import Controller
+from edge_client.control import Policy
 from edge_client.device import DeviceWorker
 from edge_client.engine import Encoded, Engine
 from edge_client.floor import ScoreFloor
@@ -115,7 +115,7 @@ class Parts:
     clock: Clock
     emit: Callable[[FrameReport], None]
     fetch: Callable[[str], Awaitable[Engine]]
-    controller: Callable[[Engine, float], Controller]
+    controller: Callable[[Engine, float], Policy]
     times: Callable[[], DeviceTimes] = DeviceTimes
     interest: Callable[[Engine], InterestGate | None] = lambda _engine: None
     traceparent: Traceparent = untraced

@@ -370,7 +370,7 @@ class Pipeline:
         for wire_id, flight in list(self._flights.items()):
             if not self.ledger.is_open(flight.frame.index) and now_ns - flight.encoded_ns > _FORGET_NS:
                 del self._flights[wire_id]
-                self.controller.estimator.on_lost(wire_id, now_ns)
+                self.controller.on_lost(wire_id, now_ns)
 
     # ------------------------------------------------------------------ a new bundle
 
@@ -413,9 +413,9 @@ class Pipeline:
         self._server_sha256 = welcome.bundle_sha256
         limits = [n for n in (welcome.max_in_flight, self.config.max_in_flight) if n > 0]
         self._welcome_limit = min(limits, default=0)
-        self.controller.window.set_limit(self._welcome_limit)
+        self.controller.set_limit(self._welcome_limit)
         if welcome.bundle_sha256 == self.engine.sha256:
-            self.controller.estimator.on_connect(self._clock())
+            self.controller.on_connect(self._clock())
             log.info("connected: model %s, session %s", welcome.model, welcome.session_id)
         self._want_bundle(welcome.bundle_sha256)
         self._notify()
@@ -424,7 +424,7 @@ class Pipeline:
         """See ``SessionEvents``."""
         if self._server_sha256 == self.engine.sha256 and not self._finished:  # else it ends because we wanted it to
             log.warning("the session is down: %s", error.message)
-        self.controller.estimator.on_disconnect(self._clock())
+        self.controller.on_disconnect(self._clock())
         self._server_sha256 = ""
         lost, self._flights = list(self._flights.values()), {}
         self._on_lost([f for f in lost if self.ledger.is_open(f.frame.index)])
@@ -443,11 +443,10 @@ class Pipeline:
                 result = replace(result, answer=None, error=failure)
         if self.predictor is not None:
             learn_reference(self.predictor, result)
-        estimator = self.controller.estimator
         if isinstance(result.error, OverloadedError):
-            estimator.on_refused(result.frame_id, now_ns)
+            self.controller.on_refused(result.frame_id, now_ns)
         elif result.error is not None:
-            estimator.on_lost(result.frame_id, now_ns)
+            self.controller.on_lost(result.frame_id, now_ns)
         else:
             self.controller.on_ack(result.frame_id, now_ns, result.timings.total_ns)
         self._notify()
@@ -510,7 +509,7 @@ class Pipeline:
 
     def on_pong(self, rtt_ns: int, now_ns: int) -> None:
         """See ``SessionEvents``."""
-        self.controller.estimator.on_pong(rtt_ns, now_ns)
+        self.controller.on_pong(rtt_ns, now_ns)
 
     def on_bundle_changed(self, sha256: str) -> None:
         """See ``SessionEvents``; frames of the old bundle go on until the new one is here or the server refuses them."""
@@ -520,9 +519,9 @@ class Pipeline:
         """See ``SessionEvents``."""
         log.warning("the server is going away within %.1f s", grace_ns / NS_PER_S)
         self._draining = True
-        self.controller.estimator.on_disconnect(self._clock())
+        self.controller.on_disconnect(self._clock())
         self._notify()
 
     def ping_due(self, now_ns: int) -> bool:
         """See ``SessionEvents``."""
-        return self.controller.estimator.ping_due(now_ns)
+        return self.controller.ping_due(now_ns)

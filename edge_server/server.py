@@ -19,21 +19,22 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from edge_server import preflight, wire
-from edge_server.answering import Answerer
-from edge_server.auth import TokenInterceptor, Tokens
+from edge_server import preflight
+from edge_server.access.auth import TokenInterceptor, Tokens
+from edge_server.access.quota import Client
 from edge_server.backends import BACKENDS, Backend
-from edge_server.bandwidth import BandwidthManager
+from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import SecurityConfig, ServerConfig, split_address
-from edge_server.gate import Gate
-from edge_server.ingress import Ingress
+from edge_server.doors import wire
+from edge_server.doors.answering import Answerer
+from edge_server.doors.gate import Gate
+from edge_server.doors.grpc import Ingress
+from edge_server.doors.open_inference import OpenInference
+from edge_server.doors.session import Services
 from edge_server.loading import bring_up_to_date
-from edge_server.metrics import Metrics, NoMetrics, PrometheusMetrics
 from edge_server.models import Model, ModelStore
-from edge_server.open_inference import OpenInference
-from edge_server.quota import Client
-from edge_server.session import Services
-from edge_server.tracing import NoTracing, Traces
+from edge_server.observe.metrics import Metrics, NoMetrics, PrometheusMetrics
+from edge_server.observe.tracing import NoTracing, Traces
 from protos.errors import ConfigError, HeadtailError, InternalError
 from protos.process import leave
 from protos.tracing import open_spans

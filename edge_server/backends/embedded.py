@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_server.backends import Load, TailAnswer, TailWork
+from edge_server.backends.batcher import BatchQueue, Waiting
 from edge_server.backends.recent import Recent
-from edge_server.batcher import BatchQueue, Waiting
 from edge_server.config import BatchConfig, ServerConfig, TailConfig
 from edge_server.machine import check_cpus
 from protos.errors import DrainingError, HeadtailError, InternalError, ModelError, UnknownModelError

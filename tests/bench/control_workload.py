@@ -25,7 +25,7 @@ import numpy as np
 
 from edge_client.choices import believable
 from edge_client.engine import Engine
-from edge_server.decode import decode_image
+from edge_server.frames.decode import decode_image
 from protos.errors import ConfigError
 from splitters.bundle import Bundle, open_bundle
 from splitters.bundle.operating_point import OperatingPoint

@@ -19,16 +19,16 @@ from typing import Any, Protocol
 import grpc.aio
 from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs lack it
 
-from edge_server.answering import Answerer, failed
-from edge_server.assembly import Assembler, Frame
+from edge_server.access.fair import Pace
 from edge_server.backends import Backend
-from edge_server.bandwidth import BandwidthManager
+from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import Limits
-from edge_server.fair import Pace
-from edge_server.metrics import Metrics
+from edge_server.doors.answering import Answerer, failed
+from edge_server.doors.wire import checked
+from edge_server.frames.assembly import Assembler, Frame
 from edge_server.models import Model, ModelStore
-from edge_server.tracing import NoTracing, Tracing
-from edge_server.wire import checked
+from edge_server.observe.metrics import Metrics
+from edge_server.observe.tracing import NoTracing, Tracing
 from protos.errors import (
     DrainingError,
     HeadtailError,

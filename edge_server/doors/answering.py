@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from edge_server.assembly import Frame
+from edge_server.access.fair import FairPool
 from edge_server.backends import Backend, TailWork
 from edge_server.config import Limits
-from edge_server.decode import Decoded, decode_frame
-from edge_server.fair import FairPool
-from edge_server.metrics import Metrics
+from edge_server.frames.assembly import Frame
+from edge_server.frames.decode import Decoded, decode_frame
 from edge_server.models import Model
-from edge_server.tracing import NoTracing, Tracing
+from edge_server.observe.metrics import Metrics
+from edge_server.observe.tracing import NoTracing, Tracing
 from protos.errors import HeadtailError, InternalError, OverloadedError
 from protos.messages import Result, ServerTimings
 from splitters.codec import ReferenceStore

@@ -17,14 +17,14 @@ import grpc.aio
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_server.access.quota import Client
 from edge_server.backends import TailWork
-from edge_server.ingress import Ingress, trace_of
+from edge_server.doors.grpc import Ingress, trace_of
+from edge_server.doors.session import host_of
+from edge_server.doors.tensors import Request, read_request, read_values
+from edge_server.doors.wire import checked
 from edge_server.models import Model
-from edge_server.quota import Client
-from edge_server.session import host_of
 from edge_server.status import translated
-from edge_server.tensors import Request, read_request, read_values
-from edge_server.wire import checked
 from protos.errors import HeadtailError, LimitError, ProtocolError, UnknownModelError, VersionMismatchError
 from protos.headtail.v1 import open_inference_pb2 as oip
 from protos.messages import MAX_SIDE_PX, PayloadKind, Result, ServerTimings
