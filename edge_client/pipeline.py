@@ -26,7 +26,7 @@ from protos.errors import HeadtailError, OverloadedError, ProtocolError, Version
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, Answer, FrameLayer, Grant, PayloadKind, Result
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
-from splitters.codec import Predictor, is_predicted
+from splitters.codec import Predictor
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,9 @@ class Pipeline:
 
     def _new_predictor(self) -> Predictor | None:
         codec = self.engine.codec
-        return Predictor(codec, max_frames=_HISTORY) if self.config.temporal and codec.supports_reference else None
+        if not (self.config.temporal and codec.supports_reference):
+            return None
+        return Predictor(codec, max_frames=_HISTORY, reliable=True)  # a stream: what is sent arrives, or the session ends
 
     # ------------------------------------------------------------------ frames and their outcomes
 
@@ -268,7 +270,7 @@ class Pipeline:
         wire_id = self.link.send(layers, deadline_ns=flight.deadline_ns, gate=gate)
         self._flights[wire_id], flight.wire_id = flight, wire_id
         if self.predictor is not None and encoded.symbols is not None:
-            self.predictor.sent(wire_id, encoded.symbols, key=not is_predicted(payloads[0]))
+            self.predictor.sent(wire_id, encoded.symbols, reference=encoded.reference)
         self._notify()
 
     def _let_go(self, flight: Flight) -> CapturedFrame:
@@ -487,7 +489,8 @@ class Pipeline:
 
     def on_sent(self, frame_id: int, layer: int, n_bytes: int, now_ns: int) -> None:
         """See ``SessionEvents``."""
-        del layer
+        if self.predictor is not None:
+            self.predictor.delivered(frame_id, layer)
         flight = self._flights.get(frame_id)
         if flight is not None:
             flight.payload_bytes += n_bytes
@@ -495,6 +498,8 @@ class Pipeline:
 
     def on_unsent(self, frame_id: int) -> None:
         """See ``SessionEvents``."""
+        if self.predictor is not None:
+            self.predictor.lost(frame_id)
         flight = self._flights.pop(frame_id, None)
         if flight is not None and self.ledger.is_open(flight.frame.index):
             self._on_lost([flight])

@@ -148,7 +148,7 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info, s
 def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick, show: Told | None) -> _Bench:
     detector = bundle.manifest.task == "detection"
     if config.labels is not None:
-        bundle = _loose(bundle, config.score_min)  # against the whole model's boxes its own threshold is the right one
+        bundle = loose(bundle, config.score_min)  # against the whole model's boxes its own threshold is the right one
     tail = load_tail(bundle)
     if not tail.takes_images and (config.against or config.labels is None):
         raise ConfigError("this bundle holds no whole model: give --labels and --against none")
@@ -193,7 +193,7 @@ def _judge(config: EvaluateConfig, bundle: Bundle) -> Judge | None:
     return read_labels(config.labels, files, config.images, bundle.manifest.labels)
 
 
-def _loose(bundle: Bundle, score_min: float) -> Bundle:
+def loose(bundle: Bundle, score_min: float) -> Bundle:
     """The bundle with another score threshold; its files stay as they are."""
     manifest = bundle.manifest
     if manifest.task != "detection":
