@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError, SourceError
 from splitters.commands.model_arguments import add_model_arguments, load_model, model_size
+from splitters.commands.progress import Progress
 from splitters.commands.serving_arguments import UNKNOWN_LICENCE, add_serving_arguments, described
 from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below, readable
 from splitters.tasks.preprocess import Frame
@@ -59,18 +60,20 @@ def run(args: argparse.Namespace) -> int:
     if not args.at:
         raise ConfigError("--at says where to cut; `splitters profile MODEL` lists the places")
     source = load_model(args)
-    detector = _detector(source, args, photos)
-    if detector is not None:
-        written = detector
-    else:
-        import torch
+    with Progress("cut", every_s=0.5) as show:
+        detector = _detector(source, args, photos, show)
+        if detector is not None:
+            written = detector
+        else:
+            import torch
 
-        from splitters.cutting.split import Cutter
-        from splitters.tasks.preprocess import preprocess
+            from splitters.cutting.split import Cutter
+            from splitters.tasks.preprocess import preprocess
 
-        serving = _serving(source, args, photos)
-        image = torch.from_numpy(preprocess(photos[0], serving.preprocess))
-        written = write_bundle(Cutter(source.model, image), args.at, photos, serving, args.out)
+            serving = _serving(source, args, photos)
+            image = torch.from_numpy(preprocess(photos[0], serving.preprocess))
+            show(0, len(photos), "tracing the model")
+            written = write_bundle(Cutter(source.model, image), args.at, photos, serving, args.out, on_step=show)
     bundle, proof = written.bundle, written.verification
     print(f"{bundle.manifest.name} cut at {args.at}: {bundle.path} (sha256 {bundle.sha256[:16]}…)")
     print(f"  latents {list(bundle.manifest.latent_shape)}; head and tail are the model: relative difference "
@@ -90,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _detector(source: Source, args: argparse.Namespace, photos: list[Frame]) -> Any:
+def _detector(source: Source, args: argparse.Namespace, photos: list[Frame], show: Progress) -> Any:
     """The bundle of one of torchvision's detectors, which bring their own resize and postprocess; None for other models."""
     if not str(args.model).startswith("torchvision:"):
         return None
@@ -108,6 +111,7 @@ def _detector(source: Source, args: argparse.Namespace, photos: list[Frame]) -> 
         name=args.name or source.name,
         bits=args.bits or BITS,
         licence=args.licence or UNKNOWN_LICENCE,
+        on_step=show,
     )
 
 

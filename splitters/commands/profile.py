@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from splitters.commands.model_arguments import add_model_arguments, load_model, sample_picture
+from splitters.commands.progress import Progress
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     source.check_takes_pictures()
     picture, spec, where, jpeg_bytes = sample_picture(args.image, source)
     image = flat_inputs(torch.from_numpy(preprocess(picture, spec)))
-    table = profile(source.model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s)
+    with Progress("profile", every_s=2) as show:
+        table = profile(source.model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s, on_step=show)
     print(table)
     print(f" picture: {where}; weights: {source.weights}" + ("" if source.weights != "random" else
           " (compressed sizes are those of an untrained network; trained ones are usually smaller after activations)"))  # fmt: skip

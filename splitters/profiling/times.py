@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from protos.errors import ModelError
-from splitters.cutting.checks import first_line, inference
+from splitters.cutting.checks import OnStep, first_line, inference, silent
 from splitters.cutting.partition import Cut
 from splitters.cutting.split import Cutter
 from splitters.runtime.sessions import open_session
@@ -47,7 +47,14 @@ def _clock(run: Callable[[], Any]) -> float:
 
 
 def cut_times(
-    cutter: Cutter, cuts: Sequence[Cut], inputs: Sequence[Tensor], *, first: Sequence[Cut], budget_s: float, notes: list[str]
+    cutter: Cutter,
+    cuts: Sequence[Cut],
+    inputs: Sequence[Tensor],
+    *,
+    first: Sequence[Cut],
+    budget_s: float,
+    notes: list[str],
+    on_step: OnStep = silent,
 ) -> tuple[Mapping[int, Mapping[str, Any]], tuple[float, float]]:
     """Times by position, and those of the whole model (ONNX Runtime, torch); cuts in ``first`` are measured first."""
     threads = torch.get_num_threads()
@@ -56,6 +63,7 @@ def cut_times(
     start = time.monotonic()
     try:
         with inference(cutter.model):
+            on_step(0, len(cuts), "exporting the whole model")
             timer = _Timer(cutter, cuts, inputs, notes)
             whole = timer.whole()
             start, export_s = time.monotonic(), time.monotonic() - start
@@ -63,7 +71,9 @@ def cut_times(
             for cut in dict.fromkeys((*first, *_coarse_to_fine(cuts)), None):
                 if time.monotonic() - start > budget_s and len(measured) >= 2:
                     break
+                on_step(len(measured), len(cuts), f"timing {cut.name} (for {budget_s:g} s at most)")
                 measured[cut.position] = timer.halves(cut)
+            on_step(len(cuts), len(cuts), f"{len(measured)} cuts timed, the others interpolated")
     finally:
         torch.set_num_threads(threads)
     at = sorted(measured)

@@ -176,8 +176,11 @@ def test_the_verb_prints_a_table_draws_a_picture_and_ends_with_json(tmp_path: Pa
     picture = tmp_path / "deep" / "profile.png"
     code = main(["profile", "py:tests.unit.test_profiling:build", "--size", "32x32", "--budget-s", "1", "--plot", str(picture),
                  "--bitrate-bps", "1e6", "--json"])  # fmt: skip
-    lines = capsys.readouterr().out.strip().splitlines()
+    printed = capsys.readouterr()
+    lines = printed.out.strip().splitlines()
     assert code == 0
+    assert "profile: 0 of 1  tracing the model" in printed.err
+    assert "profile: 2 of 2  2 cuts timed" in printed.err
     assert any(line.split()[:1] == ["a"] or line.split()[:2] == ["*", "a"] for line in lines)
     assert [r["name"] for r in json.loads(lines[-1])["rows"]] == ["a", "b"]
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
