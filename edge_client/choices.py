@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.control import ControlConfig, Controller, Decision, Local, LocalOption, Offload, Split
+from edge_client.control import ControlConfig, Decision, Local, LocalOption, Offload, Policy, Split
 from edge_client.engine import Engine
+from edge_client.extensions import POLICIES, make
 from edge_client.frames import NS_PER_MS, NS_PER_S, Clock
 from edge_client.interest import read_promise
 from protos.errors import BundleError
@@ -151,10 +152,11 @@ def _quantiles(values: list[float]) -> Quantiles:
     return Quantiles(p50=float(np.median(values)), p95=float(np.quantile(values, 0.95)))
 
 
-def make_controller(engine: Engine, times: DeviceTimes, *, fps: float, explain: bool = False) -> Controller:
-    """The controller of one bundle on this device.
+def make_controller(engine: Engine, times: DeviceTimes, *, fps: float, explain: bool = False, policy: str = "adaptive") -> Policy:
+    """The policy of one bundle on this device, by name or as ``module:Class``.
 
     Raises:
+        ConfigError: there is no such policy, or it does not take what it is given.
         BundleError: the bundle's operating points were not measured: nothing says which is better.
     """
     points = measured_points(engine)
@@ -164,7 +166,8 @@ def make_controller(engine: Engine, times: DeviceTimes, *, fps: float, explain: 
         option = LocalOption(accuracy=local.accuracy, ms=times.local_ms or Quantiles(p50=30.0, p95=60.0))
     config = ControlConfig(fps=min(max(fps, 1.0), 1000.0) if fps else 30.0, initial_bps=_INITIAL_BPS, explain=explain)
     offloads = [replace(o, encode_ms=times.offload_ms.get(name_of(o), o.encode_ms)) for o in engine.bundle.offloads]
-    return Controller(config, points, local=option, offloads=offloads, head_ms=times.head_ms)
+    made: Policy = make(POLICIES, policy, config, points, local=option, offloads=offloads, head_ms=times.head_ms)
+    return made
 
 
 def measured_points(engine: Engine) -> tuple[OperatingPoint, ...]:

@@ -92,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--operating-point", type=int, metavar="ID", help="always send at this operating point instead of choosing")
     add("--group", metavar="NAME", help="cameras of the same group share a link; the server divides it fairly")
+    add("--policy", metavar="NAME", help="who chooses what is sent: a registered name or module:Class (default adaptive)")
+    add("--transport", metavar="NAME", help="what carries the frames: a registered name or module:Class (default grpc)")
     add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
     add = parser.add_argument_group("which frames need no answer").add_argument
     add(
@@ -113,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="write annotated frames: a .mp4 (H.264), .mkv or .avi, a .jpg for one picture, or a directory",
     )
+    add("--sink", action="append", metavar="NAME[=WHERE]", help="a further place: a registered name or module:Class; repeatable")
     add("--display", action="store_true", help="show annotated frames in a window")
     add("--json", action="store_true", help="the summary as one JSON object on the last line of standard output")
     add = parser.add_argument_group("encryption (the token stands in HEADTAIL_TOKEN)").add_argument

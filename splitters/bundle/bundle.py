@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -258,6 +258,25 @@ class BundleWriter:
 def _describe(root: Path, path: str, side: Side) -> Part:
     file = root / path
     return Part(path=path, sha256=sha256_file(file), bytes=file.stat().st_size, side=side)
+
+
+def replace_parts(bundle: Bundle, parts: Mapping[str, bytes]) -> Bundle:
+    """Writes other bytes in the place of some of a bundle's parts; its hash changes with them.
+
+    Args:
+        bundle: as it is.
+        parts: path → content, of parts that the bundle has.
+
+    Raises:
+        BundleError: it has no such part.
+    """
+    fresh = {path: replace(bundle.manifest.part(path), sha256=sha256_hex(data), bytes=len(data)) for path, data in parts.items()}
+    manifest = replace(bundle.manifest, parts=tuple(fresh.get(p.path, p) for p in bundle.manifest.parts))
+    for name, data in (*parts.items(), (MANIFEST, manifest.to_json().encode())):
+        temporary = bundle.path / f"{name}.new"
+        temporary.write_bytes(data)
+        temporary.replace(bundle.path / name)
+    return open_bundle(bundle.path)
 
 
 def rewrite_points(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from protos.errors import ConfigError, SourceError
 from protos.messages import Detection
 from splitters.bottleneck.narrow import narrow
-from splitters.bundle import MANIFEST, Bundle, open_bundle, sha256_hex
+from splitters.bundle import Bundle, replace_parts
 from splitters.evaluation.measure import Device
 from splitters.evaluation.prefilter import Array, passage_scores, passages, present, roc_auc
 from splitters.evaluation.steps import Told
@@ -277,11 +277,4 @@ def store(bundle: Bundle, interest: Sequence[str], fitted: Fit, told: str) -> Bu
         "calibrated": [g for g in old.get("calibrated", ()) if set(g["interest"]) != set(interest)],
         **({"sure": max(least, known)} if known is not None else {}),
     }  # fmt: skip
-    data = json.dumps(new, indent=1).encode()
-    part = replace(bundle.manifest.part(path), sha256=sha256_hex(data), bytes=len(data))
-    manifest = replace(bundle.manifest, parts=tuple(part if p.path == path else p for p in bundle.manifest.parts))
-    for name, content in ((path, data), (MANIFEST, manifest.to_json().encode())):
-        temporary = bundle.path / f"{name}.new"
-        temporary.write_bytes(content)
-        temporary.replace(bundle.path / name)
-    return open_bundle(bundle.path)
+    return replace_parts(bundle, {path: json.dumps(new, indent=1).encode()})
