@@ -277,7 +277,7 @@ class Client:
         if not wanted:
             return None
         names = [name.strip() for name in config.interest.split(",") if name.strip()]
-        promise = read_promise(engine.bundle, interest=names, recall=config.recall)
+        promise = read_promise(engine.bundle, interest=names, recall=config.recall, insist=config.prefilter == "on")
         if promise is None:
             if (config.prefilter == "on" or names or config.recall is not None) and self._fresh:
                 raise ConfigError(f"bundle {engine.model!r} has no prefilter; leave --prefilter, --interest and --recall out")

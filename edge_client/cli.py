@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="reuse the last result where nothing moved (default: on for cameras)",
     )
     add("--prefilter", choices=("on", "off", "auto"), help="stop frames without anything of interest (default as --change-gate)")
-    add("--interest", metavar="CLASSES", help="what the prefilter looks for, comma separated, e.g. person,car (switches it on)")
+    add("--interest", metavar="CLASSES", help="what the prefilter looks for: classes, or person, vehicle, animal (switches it on)")
     add("--recall", type=float, metavar="R", help="the prefilter's promised recall, e.g. 0.98 (default: the bundle's)")
     add("--score-min", metavar="S", help="boxes below this score do not count; 0.4 or 0.4,person=0.6 (default: the bundle's)")
     add("--track", action="store_true", help="carry the last boxes along on frames without an answer, each marked with its age")

@@ -81,9 +81,11 @@ def run(args: argparse.Namespace) -> int:
           f"replacing a latent moves the output by {min(proof.sensitivity):.1e} or more")  # fmt: skip
     for warning in proof.warnings:
         print(f"splitters cut: warning: {warning}", file=sys.stderr)
-    print(f"  point bits  payload p50     p95   head ms (scales and bytes from {written.photos} photographs)")
+    metric = bundle.points[0].accuracy_metric
+    print(f"  point bits  payload p50     p95   head ms  {metric} (scales and bytes from {written.photos} photographs)")
     for p in bundle.points:
-        print(f"  {p.id:5} {p.bits:4.0f} {p.payload_bytes.p50:10.0f} B {p.payload_bytes.p95:7.0f} {p.head_ms.p50:8.2f}")
+        size = p.payload_bytes
+        print(f"  {p.id:5} {p.bits:4.0f} {size.p50:10.0f} B {size.p95:7.0f} {p.head_ms.p50:8.2f}  {p.accuracy:.4f}")
     if args.json:
         print(json.dumps({
             "path": str(bundle.path), "sha256": bundle.sha256, "at": args.at, "relative_difference": proof.relative_difference,

@@ -31,6 +31,7 @@ from splitters.cutting.checks import OnStep, inference, silent
 from splitters.cutting.onnx_export import export_onnx
 from splitters.cutting.split import Cutter, Split
 from splitters.cutting.verify import PICTURES, Verification
+from splitters.runtime.table import few, measure_table
 from splitters.tasks.preprocess import Frame, preprocess
 
 log = logging.getLogger(__name__)
@@ -165,7 +166,8 @@ def write_bundle(
         )  # fmt: skip
         writer.add("device/codec.json", json.dumps(spec).encode(), "device")
         bundle = writer.finish(
-            points=points, name=serving.name, task=serving.task, preprocess=serving.preprocess, labels=dict(serving.labels),
+            points=points, measure=lambda b: measure_table(b, few(photos), on_step),
+            name=serving.name, task=serving.task, preprocess=serving.preprocess, labels=dict(serving.labels),
             latent_shape=split.latent_shapes, head=Head(stem="device/stem.onnx"), codec="device/codec.json", local=local,
             tail={"kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx"},
             postprocess=dict(serving.postprocess), licence=serving.licence,

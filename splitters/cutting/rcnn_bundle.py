@@ -23,6 +23,7 @@ from splitters.cutting.rcnn import PREFIX, DetectorTail, ServedTail, shell
 from splitters.cutting.sources import Source
 from splitters.cutting.split import Cutter
 from splitters.cutting.verify import PICTURES
+from splitters.runtime.table import few, measure_table
 from splitters.tasks.preprocess import Frame, preprocess
 
 
@@ -127,7 +128,8 @@ def write_detector_bundle(
         state = {k: v.contiguous() for k, v in detector.state_dict().items()}
         save_file(state, writer.file("server/detector.safetensors", "server"))
         bundle = writer.finish(
-            points=points, name=name, task="detection", preprocess=spec, labels=dict(source.labels),
+            points=points, measure=lambda b: measure_table(b, few(photos), on_step),
+            name=name, task="detection", preprocess=spec, labels=dict(source.labels),
             latent_shape=split.latent_shapes, head=Head(stem="device/stem.onnx"), codec="device/codec.json",
             tail={
                 "kind": "torch", "factory": f"torchvision:{source.name}", "weights": ["server/detector.safetensors"], "at": at,

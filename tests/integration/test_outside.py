@@ -67,7 +67,18 @@ def test_task_policy_transport_sink_and_backend_of_another_package(tmp_path: Pat
 
 @pytest.mark.usefixtures("installed")
 def test_the_policy_of_another_package_runs_in_the_testbed() -> None:
-    line = [sys.executable, "-m", "deploy.testbed.cli", "run", "lossy", "--policy", "smallest", "--duration-s", "5", "--json"]
+    line = [
+        sys.executable,
+        "-c",
+        "import sys; from deploy.testbed.cli import main; sys.exit(main())",
+        "run",
+        "lossy",
+        "--policy",
+        "smallest",
+        "--duration-s",
+        "5",
+        "--json",
+    ]
     done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=False, env=environment())
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
