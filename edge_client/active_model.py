@@ -13,7 +13,7 @@ from edge_client.timings import DevicePace
 from protos.errors import HeadtailError, OverloadedError
 from protos.messages import Answer, Result
 from splitters.bundle.operating_point import Quantiles
-from splitters.codec import Predictor, is_predicted
+from splitters.codec import Predictor
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class ActiveModel:
         self.controller = parts.controller(engine, fps)
         self.interest = self._open_interest(parts, lenient=lenient)
         self._make_controller = parts.controller
-        self._predictor = Predictor(engine.codec, max_frames=_HISTORY) if temporal and engine.codec.supports_reference else None
+        self._predictor = _open_predictor(engine) if temporal else None
         self._choices = parts.times(engine).choices()
         self._pace = DevicePace({decision.name: ms.p50 * NS_PER_MS for decision, ms in self._choices.items()})
 
@@ -72,10 +72,21 @@ class ActiveModel:
         if self._predictor is not None:
             self._predictor.reset()
 
-    def on_sent(self, wire_id: int, encoded: Encoded, base: bytes) -> None:
-        """A frame was handed to the session under ``wire_id``; ``base`` is its base layer."""
+    def on_queued(self, wire_id: int, encoded: Encoded) -> None:
+        """A frame was handed to the session under ``wire_id``."""
         if self._predictor is not None and encoded.symbols is not None:
-            self._predictor.sent(wire_id, encoded.symbols, key=not is_predicted(base))
+            self._predictor.sent(wire_id, encoded.symbols, reference=encoded.reference)
+
+    def on_sent(self, wire_id: int, layer: int, n_bytes: int, now_ns: int) -> None:
+        """The session handed one of its layers to the transport."""
+        if self._predictor is not None:
+            self._predictor.delivered(wire_id, layer)
+        self.controller.on_sent(wire_id, n_bytes, now_ns)
+
+    def on_unsent(self, wire_id: int) -> None:
+        """The session held the frame back."""
+        if self._predictor is not None:
+            self._predictor.lost(wire_id)
 
     def on_result(self, result: Result, now_ns: int) -> None:
         """A result of the server, wanted or not."""
@@ -105,3 +116,9 @@ class ActiveModel:
             for other, ms in self._choices.items():
                 if (factor := factors.get(other.name)) is not None:
                     self.controller.set_device_ms(other, Quantiles(p50=ms.p50 * factor, p95=ms.p95 * factor))
+
+
+def _open_predictor(engine: Engine) -> Predictor | None:
+    if not engine.codec.supports_reference:
+        return None
+    return Predictor(engine.codec, max_frames=_HISTORY, reliable=True)  # a stream: what is sent arrives, or the session ends

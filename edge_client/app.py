@@ -22,16 +22,16 @@ from edge_client.control import Policy
 from edge_client.device import DeviceWorker, ThreadExecutor
 from edge_client.embedded import EmbeddedServer
 from edge_client.engine import Engine
+from edge_client.extensions import SINKS, TRANSPORTS, make
 from edge_client.files import FileStrategy
 from edge_client.frames import Ledger
 from edge_client.interest import InterestGate, read_promise
 from edge_client.live import LiveStrategy
 from edge_client.metrics import Metrics
-from edge_client.parts import Parts, PipelineConfig
+from edge_client.parts import Link, Parts, PipelineConfig
 from edge_client.proof import prove
 from edge_client.rpc import Endpoint
 from edge_client.runner import Runner
-from edge_client.session import Session
 from edge_client.sinks import InOrder, JsonLines, PictureLines, Sink, Window, open_json_file, open_video
 from edge_client.sinks.jsonl import is_pipe, open_pipe
 from edge_client.sinks.output_file import refuse_overwriting
@@ -88,7 +88,7 @@ class Client:
         self._clock = time.monotonic_ns
         self._store = BundleStore()
         self._runner: Runner | None = None
-        self._session: Session | None = None
+        self._session: Link | None = None
         self._capture: Capture | None = None
         self._engine: Engine | None = None
         self._times = DeviceTimes()
@@ -187,7 +187,7 @@ class Client:
             keep_images=config.display or config.track or config.save_video is not None, client_version=package_version(),
         )  # fmt: skip
         runner = self._runner = Runner(settings, parts, engine, LiveStrategy if live else FileStrategy)
-        self._session = Session(endpoint, runner.exchange, clock=self._clock)
+        self._session = make(TRANSPORTS, config.transport, endpoint, runner.exchange, clock=self._clock)
         if config.metrics_listen is not None:
             metrics = Metrics(self._session)
             log.info("metrics on port %d", metrics.serve(*config.metrics_address()))
@@ -270,14 +270,14 @@ class Client:
         return engine
 
     def _controller(self, engine: Engine, fps: float) -> Policy:
-        return make_controller(engine, self._times, fps=fps, explain=self._config.explain)
+        return make_controller(engine, self._times, fps=fps, explain=self._config.explain, policy=self._config.policy)
 
     def _interest(self, engine: Engine, *, wanted: bool) -> InterestGate | None:
         config = self._config
         if not wanted:
             return None
         names = [name.strip() for name in config.interest.split(",") if name.strip()]
-        promise = read_promise(engine.bundle, interest=names, recall=config.recall)
+        promise = read_promise(engine.bundle, interest=names, recall=config.recall, insist=config.prefilter == "on")
         if promise is None:
             if (config.prefilter == "on" or names or config.recall is not None) and self._fresh:
                 raise ConfigError(f"bundle {engine.model!r} has no prefilter; leave --prefilter, --interest and --recall out")
@@ -309,6 +309,9 @@ class Client:
             sinks.append(PictureLines(self._console.results, self._labels))
         if config.display:
             sinks.append(Window(self._labels))
+        for text in config.sink:
+            name, _, where = text.partition("=")
+            sinks.append(make(SINKS, name, where, self._labels))
         return sinks
 
     def _status(self, *, summary_sink: InOrder) -> Status:

@@ -40,12 +40,14 @@ class Encoded:
     Attributes:
         payloads: one per layer, base first.
         symbols: what they hold, for temporal prediction; None for an offloaded image.
+        reference: the frame they were predicted from; None for a key frame.
         stages_ms: preprocess, head and codec.
     """
 
     payloads: tuple[bytes, ...]
     symbols: Symbols | None
     stages_ms: Mapping[str, float]
+    reference: int | None = None
 
     @property
     def payload_bytes(self) -> int:
@@ -124,16 +126,15 @@ class Engine:
         latents = self.head.latents(features.maps, point)
         head_ns = self._clock()
         try:
-            symbols = self.codec.quantise(latents, point.codec_point)
+            coded = self.codec.compress(latents, point.codec_point, *reference)
         except ConfigError as error:
             raise ModelError(f"the head's outputs are not what the bundle says: {error.message}") from error
-        payloads = tuple(self.codec.encode(symbols, *reference))
         stages = {
             "preprocess": features.preprocess_ns / NS_PER_MS,
             "head": (features.stem_ns + head_ns - start_ns) / NS_PER_MS,
             "codec": (self._clock() - head_ns) / NS_PER_MS,
         }
-        return Encoded(payloads=payloads, symbols=symbols, stages_ms=stages)
+        return Encoded(payloads=coded.payloads, symbols=coded.symbols, stages_ms=stages, reference=coded.reference)
 
     def compress(self, features: Features, image_format: str, quality: int, size_px: int = 0) -> Encoded:
         """The model's own input as a JPEG or WebP, for a server that runs the whole model."""
@@ -150,11 +151,13 @@ class Engine:
 
 
 def learn_reference(predictor: Predictor, result: Result) -> None:
-    """What a result says of the symbols the server holds for temporal prediction."""
-    if isinstance(result.error, PayloadError):
-        predictor.reset()  # the server lacks what we referred to: key frames until it says otherwise
-    elif result.error is None and result.layers_decoded:
+    """What a result says of the symbols the server holds for temporal prediction; a refused frame may have been decoded too."""
+    if result.layers_decoded:
         predictor.acknowledged(result.frame_id, result.layers_decoded, result.symbols_crc32)
+    elif isinstance(result.error, PayloadError):
+        predictor.refused(result.frame_id)
+    elif result.error is not None:
+        predictor.lost(result.frame_id)
 
 
 def _open_codec(bundle: Bundle) -> LatentCodec:

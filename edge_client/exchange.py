@@ -94,7 +94,7 @@ class Exchange:
         flight.payload_bytes = 0
         wire_id = self.link.send(layers, deadline_ns=flight.deadline_ns, gate=gate)
         self.flights[wire_id], flight.wire_id = flight, wire_id
-        self._pipeline.model.on_sent(wire_id, encoded, payloads[0])
+        self._pipeline.model.on_queued(wire_id, encoded)
         self._pipeline.notify()
 
     def forget(self, now_ns: int) -> None:
@@ -212,14 +212,14 @@ class Exchange:
 
     def on_sent(self, frame_id: int, layer: int, n_bytes: int, now_ns: int) -> None:
         """See ``SessionEvents``."""
-        del layer
         flight = self.flights.get(frame_id)
         if flight is not None:
             flight.payload_bytes += n_bytes
-        self._pipeline.model.controller.on_sent(frame_id, n_bytes, now_ns)
+        self._pipeline.model.on_sent(frame_id, layer, n_bytes, now_ns)
 
     def on_unsent(self, frame_id: int) -> None:
         """See ``SessionEvents``."""
+        self._pipeline.model.on_unsent(frame_id)
         flight = self.flights.pop(frame_id, None)
         if flight is not None and self._pipeline.is_open(flight):
             self.strategy.on_lost([flight])

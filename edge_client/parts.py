@@ -42,12 +42,13 @@ class Frames(Protocol):
 
 
 class Link(Protocol):
-    """The stream; ``edge_client.session.Session`` in earnest."""
+    """What carries frames and answers; ``edge_client.session.Session`` in earnest."""
 
     up: bool
     welcomed: asyncio.Event
     failed: asyncio.Event
     error: HeadtailError | None
+    reconnects: int
 
     async def run(self) -> None:
         """Connects and reconnects until closed."""
