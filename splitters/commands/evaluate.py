@@ -130,7 +130,8 @@ def _video(bundle: Bundle, args: argparse.Namespace) -> int:
     from splitters.evaluation.video_report import plot_video
 
     config = VideoConfig(
-        clips=tuple(args.video), against=_names(args.against, "h264,h265"), fps=args.fps, part=_part(args.part), limit=args.limit or 240,
+        clips=tuple(args.video), against=_names(args.against, "h264,h265"), fps=args.fps, part=_part(args.part),
+        limit=args.limit or 240,
         ages=_numbers(args.references, "--references"), points=_numbers(args.points, "--points") if args.points else None,
         draws=args.draws or 200, score_min=args.score_min,
     )  # fmt: skip
