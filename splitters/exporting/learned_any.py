@@ -151,10 +151,10 @@ def export_run(run: Path, out: Path, *, model: str = "", name: str = "") -> Bund
         export_onnx(stem, [image], writer.file("device/stem.onnx", "device"), inputs=["image"], outputs=["stem_map"])
         graphs = {}
         for index, width in dict.fromkeys(run for tier in student.ensemble.tiers for run in tier.runs):
-            name = graph_name(index, width)
-            graphs[name] = f"device/encoder_{name}.onnx"
+            graph = graph_name(index, width)
+            graphs[graph] = f"device/encoder_{graph}.onnx"
             module = device_encoder(student.ensemble.encoders[index], width)
-            export_onnx(module, [stem_map], writer.file(graphs[name], "device"), inputs=["stem_map"], outputs=["latent_0"])
+            export_onnx(module, [stem_map], writer.file(graphs[graph], "device"), inputs=["stem_map"], outputs=["latent_0"])
         server = _ServerPart(student).eval()
         outputs = [f"output_{i}" for i, _ in enumerate(server(latent))]
         export_onnx(server, [latent], writer.file("server/tail.onnx", "server"), inputs=["latent_0"], outputs=outputs)

@@ -50,6 +50,12 @@ def _efficientnet_lite0(out: Path) -> Bundle:
     return export_learned(out, WEIGHTS) if (WEIGHTS / WEIGHTS_FILE).is_file() else _efficientnet_lite0_plain(out)
 
 
+def _yolox_nano(out: Path) -> Bundle:
+    from splitters.zoo.yolox_nano.export import export_yolox_nano
+
+    return export_yolox_nano(out)
+
+
 def _run(run: Path, out: Path) -> Bundle:
     """The bundle of a directory that `splitters train` wrote."""
     recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
@@ -71,6 +77,7 @@ EXPORTERS: Mapping[str, Callable[[Path], Bundle]] = {
     PLAIN: _efficientnet_lite0_plain,
     "detector": _detector,
     DETECTOR_PLAIN: _detector_plain,
+    "yolox-nano": _yolox_nano,
 }
 
 
