@@ -21,6 +21,17 @@ def check_cpus(cpus: tuple[int, ...]) -> None:
         raise ConfigError(f"--tail-cpus: this process has no core {given}; it has {','.join(map(str, sorted(allowed)))}")
 
 
+def check_threads(threads: int) -> None:
+    """Whether that many threads are of use here; many more than cores keep each other, and everybody else, from running.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    cores = os.cpu_count() or 1
+    if threads > 4 * max(cores, 4):
+        raise ConfigError(f"--tail-threads {threads}: this machine has {cores} cores; give at most {4 * max(cores, 4)}")
+
+
 def check_device(device: str) -> None:
     """Whether torch can run on this device.
 

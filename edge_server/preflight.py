@@ -8,10 +8,10 @@ import ssl
 import stat
 from pathlib import Path
 
-from edge_server.auth import Tokens
+from edge_server.access.auth import Tokens
 from edge_server.config import SecurityConfig, ServerConfig, split_address
 from edge_server.files import read_small
-from edge_server.machine import check_cpus, check_device
+from edge_server.machine import check_cpus, check_device, check_threads
 from protos.errors import ConfigError
 
 _MAX_PEM_BYTES = 1 << 20
@@ -32,6 +32,7 @@ def check(config: ServerConfig) -> None:
         _check_port_file(config.port_file)
     if config.backend == "embedded":
         check_cpus(config.tail.cpus)
+        check_threads(config.tail.threads)
         check_device(config.tail.device)
 
 

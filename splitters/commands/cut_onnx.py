@@ -136,7 +136,7 @@ def _report(written: OnnxWritten, args: argparse.Namespace) -> None:
           f"{'any batch' if proof.free_batch else 'frame by frame'}")  # fmt: skip
     same = "the file's to the last bit" if proof.identical else "the file's"
     print(f"  head and tail are {same} on {proof.pictures} pictures; as optimised for serving within {proof.difference:.1e}")
-    first = bundle.points[0]
+    first = max(bundle.points, key=lambda p: p.bits)
     if bundle.manifest.task == "detection":
         print(f"  through the codec at {first.bits:g} bits: {seen.matched} of {seen.found} boxes on {seen.photos} photographs "
               f"found again, within {seen.box_px:.2f} px and {seen.score:.3f} of the score")  # fmt: skip
@@ -151,9 +151,10 @@ def _report(written: OnnxWritten, args: argparse.Namespace) -> None:
               f"scores within {seen.score:.3f}")  # fmt: skip
     for note in written.notes:
         print(f"splitters cut: warning: {note}", file=sys.stderr)
-    print(f"  point bits  payload p50     p95   head ms (scales and bytes from {written.photos} photographs)")
+    print(f"  point bits  payload p50     p95   head ms  agreement with the whole file (on {written.photos} photographs)")
     for p in bundle.points:
-        print(f"  {p.id:5} {p.bits:4.0f} {p.payload_bytes.p50:10.0f} B {p.payload_bytes.p95:7.0f} {p.head_ms.p50:8.2f}")
+        sent = f"{p.payload_bytes.p50:10.0f} B {p.payload_bytes.p95:7.0f}"
+        print(f"  {p.id:5} {p.bits:4.0f} {sent} {p.head_ms.p50:8.2f}  {p.accuracy:.4f}")
     if args.json:
         print(json.dumps({
             "path": str(bundle.path), "sha256": bundle.sha256, "at": written.cut.name, "identical": proof.identical,

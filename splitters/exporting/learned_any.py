@@ -18,12 +18,14 @@ from splitters.bottleneck.crossing import Gather
 from splitters.bottleneck.learned import LearnedSplit
 from splitters.bottleneck.learned_any import AnyCutConfig, FusedEncoder, TappedTail, build_any
 from splitters.bottleneck.narrow import narrow
-from splitters.bundle import Bundle, BundleWriter
+from splitters.bundle import Bundle, BundleWriter, Measure
 from splitters.bundle.manifest import Head, parse_preprocess
+from splitters.bundle.operating_point import load_points
 from splitters.codec import learned_spec
 from splitters.cutting.onnx_export import export_onnx
 from splitters.cutting.sources import Source, load_source
 from splitters.exporting.learned import (
+    POINTS_FILE,
     RECIPE_FILE,
     TABLES_FILE,
     TABLES_PART,
@@ -123,12 +125,13 @@ class _FusedStem(nn.Module):
         return fused
 
 
-def export_run(run: Path, out: Path, *, model: str = "", name: str = "") -> Bundle:
+def export_run(run: Path, out: Path, *, measure: Measure | None = None, model: str = "", name: str = "") -> Bundle:
     """Writes the bundle of a finished run.
 
     Args:
         run: what `splitters train any` wrote.
         out: the bundle's directory.
+        measure: measures the operating points where the run holds none.
         model: where the source model lies now; empty: where the recipe says.
         name: the bundle's; empty: the source model's.
     """
@@ -147,6 +150,8 @@ def export_run(run: Path, out: Path, *, model: str = "", name: str = "") -> Bund
         shape=(shape[0], shape[1], shape[2]), gains=gains.numpy(), ungains=ungains.numpy(),
         points={f"r{i}": (i, r.channels) for i, r in enumerate(rungs)}, tables_path=TABLES_PART,
     )  # fmt: skip
+    measured = run / POINTS_FILE
+    points = load_points(measured.read_text(encoding="utf-8")) if measured.exists() else operating_points(student.ensemble, rungs)
     with BundleWriter(out) as writer:
         export_onnx(stem, [image], writer.file("device/stem.onnx", "device"), inputs=["image"], outputs=["stem_map"])
         graphs = {}
@@ -163,7 +168,7 @@ def export_run(run: Path, out: Path, *, model: str = "", name: str = "") -> Bund
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         writer.add(TABLES_PART, (run / TABLES_FILE).read_bytes(), "device")
         return writer.finish(
-            points=operating_points(student.ensemble, rungs), latent_shape=(shape,), codec="device/codec.json",
+            points=points, measure=None if measured.exists() else measure, latent_shape=(shape,), codec="device/codec.json",
             head=Head(stem="device/stem.onnx", graphs=graphs), **_ends(name or source.name, recipe),
             tail={"kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx", "base_weights": ["server/whole.onnx"]},
         )  # fmt: skip

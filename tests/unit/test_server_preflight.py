@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from edge_server import preflight
-from edge_server.auth import Tokens, parse_tokens
+from edge_server.access.auth import Tokens, parse_tokens
 from edge_server.config import SecurityConfig, ServerConfig
 from edge_server.files import read_small
-from edge_server.machine import check_cpus, check_device
+from edge_server.machine import check_cpus, check_device, check_threads
 from protos.errors import ConfigError
 
 TOKEN = "0123456789abcdef"
@@ -53,6 +53,13 @@ def test_cores_that_are_not_there_are_named() -> None:
     check_cpus(())
     with pytest.raises(ConfigError, match="no core 4095; it has"):
         check_cpus((4095,))
+
+
+def test_many_more_threads_than_cores_are_refused() -> None:
+    check_threads(0)
+    check_threads(16)
+    with pytest.raises(ConfigError, match="--tail-threads 1024: this machine has"):
+        check_threads(1024)
 
 
 @pytest.mark.parametrize("device", ["zz", "cuda:77"])

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from protos.errors import BundleError, ConfigError, SourceError
-from protos.messages import Answer, Detection
+from protos.errors import SourceError
+from protos.messages import Answer
 from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, LocalModel, Preprocess
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import LatentCodec, calibrate_plain, codec_from_spec
 from splitters.cutting.onnx.cost import best_cut, crossing_costs
 from splitters.cutting.onnx.cuts import Cuts, OnnxCut
+from splitters.cutting.onnx.judge import METRIC, Agreement, judge
 from splitters.cutting.onnx.model import OnnxModel, at_batch_one, to_bytes
-from splitters.cutting.onnx.pieces import IMAGE, Latent, Pieces, divide, latent_name, whole_outputs
+from splitters.cutting.onnx.pieces import IMAGE, Latent, Pieces, divide, latent_name
 from splitters.cutting.onnx.proof import Proof, prove
 from splitters.cutting.onnx.runtime import Session
 from splitters.runtime.tail import batched
@@ -30,7 +31,6 @@ from splitters.tasks.decoding import Declared, Decoding
 from splitters.tasks.preprocess import Frame, preprocess
 
 _TIMED_RUNS = 20
-_JUDGED = 3
 
 Array = np.ndarray[Any, Any]
 
@@ -47,25 +47,6 @@ class OnnxServing:
     provenance: Mapping[str, Any]
     bits: Sequence[int]
     local: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Agreement:
-    """Answers through head, codec and tail, against the whole file's, on photographs.
-
-    Attributes:
-        photos: how many.
-        found: of the whole file: boxes, or for a classifier photographs.
-        matched: of them, those the pieces give too (same class; boxes within .5 overlap).
-        box_px: largest difference of a matched box's side, in source pixels.
-        score: largest difference of a matched score.
-    """
-
-    photos: int
-    found: int
-    matched: int
-    box_px: float
-    score: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,8 +89,10 @@ def write_onnx_bundle(model: OnnxModel, at: str | None, photos: Sequence[Frame],
     spec = _calibrated(pieces.latents, runs, serving.bits)
     codec = codec_from_spec(spec, lambda _path: b"")
     decode = Declared(serving.decoding, serving.preprocess)
-    agreement, answers = _judged(model, codec, decode, photos[:_JUDGED], images, runs, _tail_runner(tail))
-    points = _points(head, images, runs, codec, pieces.latents, serving.bits)
+    judged = judge(model, decode, _tail_runner(tail), photos, images)
+    agreements = [judged.point(codec, str(number), runs) for number in range(len(serving.bits))]
+    agreement, answers = agreements[int(np.argmax(serving.bits))]
+    points = _points(head, images, runs, codec, pieces.latents, serving.bits, [a.accuracy for a, _ in agreements])
     with BundleWriter(out) as writer:
         for path, side, piece in (
             ("device/stem.onnx", "device", pieces.head),
@@ -120,7 +103,8 @@ def write_onnx_bundle(model: OnnxModel, at: str | None, photos: Sequence[Frame],
         local = None
         if serving.local:
             writer.add("device/local.onnx", to_bytes(pieces.whole, serving.name), "device")
-            local = LocalModel(path="device/local.onnx", preprocess=serving.preprocess)
+            # The device's copy is the whole file: it agrees with it.
+            local = LocalModel(path="device/local.onnx", preprocess=serving.preprocess, accuracy=1.0, accuracy_metric=METRIC)
         writer.add("device/codec.json", json.dumps(spec).encode(), "device")
         batch = {} if proof.free_batch else {"batch": 1}
         bundle = writer.finish(
@@ -199,9 +183,9 @@ def _calibrated(latents: Sequence[Latent], runs: Sequence[Sequence[Array]], bits
 
 def _points(
     head: Session, images: Sequence[Array], runs: Sequence[Sequence[Array]], codec: LatentCodec, latents: Sequence[Latent],
-    bits: Sequence[int],
+    bits: Sequence[int], accuracy: Sequence[float],
 ) -> list[OperatingPoint]:  # fmt: skip
-    """Operating points with payload bytes and head times measured on the photographs."""
+    """Operating points with payload bytes and head times measured on the photographs, and the agreement with the whole file."""
     spent = []
     for number in range(_TIMED_RUNS):
         start = time.perf_counter_ns()
@@ -213,52 +197,10 @@ def _points(
     for number, width in enumerate(bits):
         sizes = [sum(map(len, codec.encode(codec.quantise([t[0] for t in run], str(number))))) for run in runs]
         measured = Quantiles(p50=float(np.median(sizes)), p95=float(np.percentile(sizes, 95)))
-        points.append(OperatingPoint(id=number, channels=channels, bits=width, payload_bytes=measured, head_ms=head_ms))
+        points.append(
+            OperatingPoint(
+                id=number, channels=channels, bits=width, payload_bytes=measured, head_ms=head_ms,
+                accuracy=accuracy[number], accuracy_metric=METRIC,
+            )
+        )  # fmt: skip
     return points
-
-
-def _judged(
-    model: OnnxModel, codec: LatentCodec, decode: Declared, photos: Sequence[Frame], images: Sequence[Array],
-    runs: Sequence[Sequence[Array]], tail: Any,
-) -> tuple[Agreement, list[Answer]]:  # fmt: skip
-    """Decodes the whole file's outputs and those that come through the codec, and compares the answers."""
-    found = matched = 0
-    box_px = score = 0.0
-    answers: list[Answer] = []
-    point = codec.point_ids[0]
-    for photo, image, latents in zip(photos, images, runs, strict=False):
-        size = (photo.shape[1], photo.shape[0])
-        received = codec.dequantise(codec.decode(codec.encode(codec.quantise([t[0] for t in latents], point))))
-        try:
-            wanted = decode(whole_outputs(model, image), [size])[0]
-            got = decode(tail([latent[None] for latent in received]), [size])[0]
-        except BundleError as error:
-            raise ConfigError(f"--output does not fit what {model.path.name} returns: {error.message}") from error
-        answers.append(got)
-        if isinstance(wanted, Detection) and isinstance(got, Detection):
-            pairs = _pairs(wanted, got)
-            found, matched = found + len(wanted.boxes), matched + len(pairs)
-            for a, b in pairs:
-                box_px = max(box_px, *(abs(x - y) for x, y in zip(a.box_px, b.box_px, strict=True)))
-                score = max(score, abs(a.score - b.score))
-        elif not isinstance(wanted, Detection) and not isinstance(got, Detection):
-            found, matched = found + 1, matched + (wanted.top[0].class_id == got.top[0].class_id)
-            score = max(score, abs(wanted.top[0].score - got.top[0].score))
-    return Agreement(photos=len(answers), found=found, matched=matched, box_px=box_px, score=score), answers
-
-
-def _pairs(wanted: Detection, got: Detection) -> list[tuple[Any, Any]]:
-    """Boxes of the same class that overlap by half, each used once, best score first."""
-    from splitters.tasks.boxes import iou_matrix
-
-    free, pairs = list(got.boxes), []
-    for box in wanted.boxes:
-        same = [b for b in free if b.class_id == box.class_id]
-        if not same:
-            continue
-        overlap = iou_matrix(np.asarray([box.box_px], np.float32), np.asarray([b.box_px for b in same], np.float32))[0]
-        best = int(overlap.argmax())
-        if overlap[best] >= 0.5:
-            pairs.append((box, same[best]))
-            free.remove(same[best])
-    return pairs
