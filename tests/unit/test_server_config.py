@@ -1,5 +1,7 @@
 """Settings are checked once, before anything is loaded."""
 
+from pathlib import Path
+
 import pytest
 
 from edge_server.cli import build_parser, config_from
@@ -58,7 +60,7 @@ def test_only_an_open_door_without_lock_is_exposed(tmp_path) -> None:
         lambda: SecurityConfig(tls_cert="x"),
         lambda: SecurityConfig(tls_client_ca="x"),
         lambda: SecurityConfig(frames_per_s_per_token=1),
-        lambda: ServerConfig(models=()),
+        lambda: ServerConfig(models=("m",), models_dir=Path("bundles")),
         lambda: ServerConfig(models=("m",), backend="magic"),
         lambda: ServerConfig(models=("m",), grace_s=-1),
         lambda: ServerConfig(models=("m",), metrics_port=70000),
