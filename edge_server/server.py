@@ -21,7 +21,7 @@ from grpc_health.v1 import health, health_pb2
 from edge_server import preflight
 from edge_server.access.auth import Tokens, open_tokens
 from edge_server.access.quota import Client
-from edge_server.backends import Backend
+from edge_server.backends import BACKENDS, Backend
 from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import ServerConfig
 from edge_server.doors import listen, wire
@@ -117,6 +117,7 @@ class Server:
             raise
 
     async def _open(self) -> None:
+        open_backend = BACKENDS.find(self.config.backend)
         await asyncio.get_running_loop().run_in_executor(None, preflight.check, self.config)
         if self.config.metrics_port is not None:
             metrics = PrometheusMetrics()
@@ -125,7 +126,9 @@ class Server:
         spans = open_spans("headtail-server", package_version(), self.config.otel_endpoint)
         if spans is not None:
             self.tracing = Traces(spans)
-        self._backend = backend = await self._make_backend()
+        self._backend = backend = await open_backend(
+            self.config, clock=time.monotonic_ns, on_death=functools.partial(self._fail, "the tail's thread")
+        )
         store = self._store
         failures = await bring_up_to_date(store, backend, _on_ready)
         for failure in failures if store.all() else failures[1:]:
@@ -151,19 +154,6 @@ class Server:
         self._loading = Loading(store, backend, ingress.sessions, grace_s=self.config.grace_s, linger_s=self.config.linger_s)
         self._ingress = ingress
         await self._listen(ingress, self._loading, anyone)
-
-    async def _make_backend(self) -> Backend:
-        if self.config.backend == "ray":
-            from edge_server.backends.ray_serve import RayBackend
-
-            backend = RayBackend(self.config.batch, self.config.tail, self.config.ray, time.monotonic_ns)
-            await backend.start()
-            return backend
-        from edge_server.backends.embedded import EmbeddedBackend
-
-        return EmbeddedBackend(
-            self.config.batch, self.config.tail, time.monotonic_ns, on_death=functools.partial(self._fail, "the tail's thread")
-        )
 
     async def _listen(self, ingress: Ingress, loading: Loading, anyone: Client) -> None:
         limits = self.config.limits

@@ -177,6 +177,8 @@ class Manifest:
         task: what the outputs mean; see ``splitters.tasks``.
         labels: class id to name; COCO category ids for COCO detectors.
         latent_shape: of each latent tensor, without the batch axis.
+        score_min: of a detector, the score from which on boxes are shown and counted: that of the best F1, where it was measured.
+            The server reports weaker ones too, from the postprocess's own ``score_min`` on.
         tail: ``{"kind": "onnx", "path"}`` or ``{"kind": "torch", "factory", "weights", ...}``.
     """
 
@@ -191,6 +193,7 @@ class Manifest:
     tail: Mapping[str, Any]
     local: LocalModel | None = None
     postprocess: Mapping[str, Any] = field(default_factory=dict)
+    score_min: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     licence: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION

@@ -21,8 +21,8 @@ A predicted frame, version 2, always one layer::
 
     u8   version << 4 | kind << 1 | 1
     u8   index of the codec point
-    u8   low byte of the reference's frame id
-    u8   class of the frame's density of changes
+    u8   low byte of the reference's frame id, 0 with a scene
+    u8   class of the frame's density of changes; 128 more where the reference is the scene that the bundle holds
     ...  body
     u32  CRC-32 of all above, started from the CRC-32 of the reference's symbols
 
@@ -48,6 +48,7 @@ MAX_LAYER_BYTES = 16 * 2**20
 
 _CRC_BYTES = 4
 _KEY_BYTES, _PREDICTED_BYTES = 3, 4
+_SCENE = 0x80
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,12 +69,14 @@ class PredictedHeader:
         point_index: its codec point.
         reference_byte: low byte of the reference's frame id.
         density: class of its density of changes.
+        scene: whether the reference is what the bundle holds of its site.
     """
 
     kind: str
     point_index: int
     reference_byte: int
     density: int
+    scene: bool = False
 
 
 def seal(header: Header, bodies: Sequence[bytes]) -> list[bytes]:
@@ -94,7 +97,8 @@ def seal(header: Header, bodies: Sequence[bytes]) -> list[bytes]:
 def seal_predicted(header: PredictedHeader, body: bytes, reference_crc32: int) -> bytes:
     """Wraps a predicted frame's body."""
     lead = PREDICTED_VERSION << 4 | KINDS.index(header.kind) << 1 | 1
-    data = bytes((lead, header.point_index, header.reference_byte, header.density)) + body
+    density = header.density | _SCENE * header.scene
+    data = bytes((lead, header.point_index, header.reference_byte, density)) + body
     return data + struct.pack("<I", zlib.crc32(data, reference_crc32))
 
 
@@ -120,7 +124,10 @@ def open_predicted(payload: bytes) -> tuple[PredictedHeader, bytes]:
             f"the frame is predicted in form {lead >> 4}, this release reads form {PREDICTED_VERSION}: "
             "both sides need the same release"
         )
-    header = PredictedHeader(kind=_kind(lead), point_index=payload[1], reference_byte=payload[2], density=payload[3])
+    header = PredictedHeader(
+        kind=_kind(lead), point_index=payload[1], reference_byte=payload[2], density=payload[3] & ~_SCENE,
+        scene=bool(payload[3] & _SCENE),
+    )  # fmt: skip
     return header, payload[_PREDICTED_BYTES:-_CRC_BYTES]
 
 

@@ -40,8 +40,8 @@ from splitters.codec.context import (
 )
 from splitters.codec.fit_predicted import fit_predicted
 from splitters.codec.regression import RADIUS, frequencies, scale_fit, solve
-from splitters.codec.stages import padded_planes
-from splitters.codec.tables import pack_tables, read_tables, unpack_tables
+from splitters.codec.stages import MAX_SYMBOL, padded_planes
+from splitters.codec.tables import finest_tier, pack_tables, read_tables, unpack_tables
 
 Integers = NDArray[np.integer[Any]]
 Latents = NDArray[np.floating[Any]]
@@ -97,7 +97,12 @@ def fit_tables(
 
 
 def refit_predicted(
-    part: bytes, clips: Sequence[Latents], gains: NDArray[np.floating[Any]], *, progress: Callable[[str], None] | None = None
+    part: bytes,
+    clips: Sequence[Latents],
+    gains: NDArray[np.floating[Any]],
+    *,
+    scene: Latents | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> bytes:
     """The same tables with those of predicted frames fitted to these clips; key frames' stay.
 
@@ -105,6 +110,7 @@ def refit_predicted(
         part: bytes from `fit_tables`, of any release.
         clips: latents of successive frames, (T, C, H, W) each.
         gains: (tiers, C) of the codec.
+        scene: latent (C, H, W) of what one site's camera sees when nothing happens; None: the tables belong to no site.
         progress: told in words how far the fit is.
 
     Raises:
@@ -117,7 +123,11 @@ def refit_predicted(
     index, arrays = unpack_tables(part)
     kept = {f"intra/{name}": arrays[f"intra/{name}"] for name in (*WEIGHT_NAMES, "tables")}
     told = {"channels": index.channels, "layers": list(index.layers), "tiers": index.tiers, "radius": index.radius}
-    return pack_tables(told, kept | fit_predicted(clips, gains, progress=progress))
+    fitted = fit_predicted(clips, gains, progress=progress)
+    if scene is not None:
+        finest = gains[finest_tier(gains)][:, None, None]
+        fitted["predicted/scene"] = np.clip(np.rint(scene * finest), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
+    return pack_tables(told, kept | fitted)
 
 
 def _check(symbols_by_tier: Sequence[Integers], layers: Sequence[int]) -> int:

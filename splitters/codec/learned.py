@@ -9,6 +9,7 @@ back as symbols * ungain[tier, channel] (gain units: Cui et al. 2021, arXiv 2003
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -38,9 +39,10 @@ from splitters.codec.motion import neighbours, predicted
 from splitters.codec.renewal import Cells, get_cells, put_cells
 from splitters.codec.stages import MAX_SYMBOL, decode_layers, encode_layers
 from splitters.codec.symbols import SymbolArray, Symbols
-from splitters.codec.tables import Predicted, read_tables
+from splitters.codec.tables import Predicted, finest_tier, read_tables
 
 _MAX_PRICE = 100.0
+_LEAST_PRICE = 1e-3
 _BUSY = 0.3  # a share of changed cells above which coding alone is tried
 
 
@@ -92,6 +94,23 @@ def learned_spec(
         ],
         "tables": tables_path,
     }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Base:
+    """What a frame is predicted from, in its point's units.
+
+    Attributes:
+        values: (C, H * W).
+        history: when and how its cells last changed.
+        crc32: of the reference as it is held.
+        frame: its id; None for the bundle's scene.
+    """
+
+    values: SymbolArray
+    history: History
+    crc32: int
+    frame: int | None
 
 
 class LearnedCodec(LatentCodec):
@@ -153,6 +172,9 @@ class LearnedCodec(LatentCodec):
         self.shapes = ((channels, height, width),)
         self._geometry = Geometry(height, width)
         self._near = neighbours(height, width)
+        predicts = self._tables.predicted
+        if predicts is not None and predicts.scene is not None and predicts.scene.shape != self.shapes[0]:
+            raise BundleError(f"the bundle's scene is of shape {predicts.scene.shape}, its latents are {self.shapes[0]}")
 
     def layer_count(self, point_id: str) -> int:
         """One, or as many as groups of channels that the point's channels kept reach into."""
@@ -211,22 +233,28 @@ class LearnedCodec(LatentCodec):
             ConfigError: an unknown point, or a latent of another shape than the bundle's.
             ModelError: the latent holds NaN.
         """
-        if reference is None or reference_frame is None or self._tables.predicted is None:
+        if self._tables.predicted is None:
             return super().compress(latents, point_id)
         point = self._point(point_id)
+        if reference is not None and reference_frame is not None:
+            base = self._base(reference, point, reference_frame)
+        elif self._tables.predicted.scene is not None:
+            base = self._scene(self._tables.predicted.scene, point)
+        else:
+            return super().compress(latents, point_id)
         wanted = np.zeros((self._tables.channels, self._near.shape[1]), np.float32)
         scaled = np.clip(self._scaled(latents, point_id), -MAX_SYMBOL, MAX_SYMBOL)
         wanted[: point.channels] = scaled.reshape(point.channels, -1)
-        base = self._rescaled(reference, point)
         costs = self._tables.predicted.costs[point.tier]
-        choice = choose_symbols(wanted, base, self._near, costs, point.price, reference_frame, MAX_SYMBOL)
-        payload, symbols = self._predict(choice, base, reference, reference_frame, point_id)
+        choice = choose_symbols(wanted, base.values, self._near, costs, point.price, base.frame or 0, MAX_SYMBOL)
+        payload, symbols = self._predict(choice, base, point_id)
         if choice.changed.mean() > _BUSY:
             alone = super().compress(latents, point_id)
-            gain = np.square(wanted - choice.values).sum() - np.square(wanted - alone.symbols.tensors[0].reshape(base.shape)).sum()
-            if sum(map(len, alone.payloads)) - len(payload) < gain / max(point.price, 1e-3) / 8:
+            whole = alone.symbols.tensors[0].reshape(wanted.shape)
+            gain = np.square(wanted - choice.values).sum() - np.square(wanted - whole).sum()
+            if sum(map(len, alone.payloads)) - len(payload) < gain / max(point.price, _LEAST_PRICE) / 8:
                 return alone
-        return Coded(symbols=symbols, payloads=(payload,), reference=reference_frame)
+        return Coded(symbols=symbols, payloads=(payload,), reference=base.frame)
 
     def encode(self, symbols: Symbols, reference: Symbols | None = None, reference_frame: int | None = None) -> list[bytes]:
         """See `LatentCodec.encode`: exactly these symbols, in one layer where they are predicted."""
@@ -242,37 +270,58 @@ class LearnedCodec(LatentCodec):
         alone = seal(Header(kind=self.kind, point_index=index, layer_count=len(point.ends)), bodies)
         if reference is None or reference_frame is None or self._tables.predicted is None or not symbols.complete:
             return alone
-        base = self._rescaled(reference, point)
-        choice = match(values.reshape(base.shape), base, self._near)
-        payload, _ = self._predict(choice, base, reference, reference_frame, symbols.point_id)
+        base = self._base(reference, point, reference_frame)
+        choice = match(values.reshape(base.values.shape), base.values, self._near)
+        payload, _ = self._predict(choice, base, symbols.point_id)
         return [payload] if len(payload) < sum(map(len, alone)) else alone
 
-    def _predict(
-        self, choice: Choice, base: SymbolArray, reference: Symbols, reference_frame: int, point_id: str
-    ) -> tuple[bytes, Symbols]:
+    def _base(self, reference: Symbols, point: _Point, frame: int) -> _Base:
+        self._check_symbols(reference)
+        history = reference.history if reference.history is not None else unknown_history(*self.shapes[0][1:])
+        values = self._in_units(reference.tensors[0], self._point(reference.point_id).tier, point)
+        return _Base(values=values, history=history, crc32=reference.crc32(), frame=frame)
+
+    def _scene(self, scene: SymbolArray, point: _Point) -> _Base:
+        crc = zlib.crc32(np.ascontiguousarray(scene, dtype="<i2").tobytes())
+        return _Base(
+            values=self._in_units(scene, finest_tier(self._gains), point),
+            history=unknown_history(*scene.shape[1:]),
+            crc32=crc,
+            frame=None,
+        )
+
+    def _in_units(self, values: SymbolArray, tier: int, point: _Point) -> SymbolArray:
+        """Symbols (C, H * W) of a tier in a point's units; another tier's take one product and one rounding, exact."""
+        if tier != point.tier:
+            ratio = self._ungains[tier].astype(np.float64) * self._gains[point.tier]
+            values = np.clip(np.rint(values * ratio[:, None, None]), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
+        if values[point.channels :].any():
+            values = values.copy()
+            values[point.channels :] = 0
+        return values.reshape(len(values), -1)
+
+    def _predict(self, choice: Choice, base: _Base, point_id: str) -> tuple[bytes, Symbols]:
         """A predicted frame's payload, and what the receiver will hold."""
         point, tables = self._point(point_id), cast("Predicted", self._tables.predicted)
-        history = self._history(reference)
         encoder = self._coders.encoder()
-        put_changes(encoder, tables.change, self._geometry, history, choice.changed, choice.modes)
+        put_changes(encoder, tables.change, self._geometry, base.history, choice.changed, choice.modes)
         cells = self._cells(base, choice.changed, choice.modes)
         values = choice.values[:, choice.changed].astype(np.int64)
         put_cells(encoder, tables.renewal[point.tier], tables.tables, self._tables.radius, cells, values, point.channels)
         header = PredictedHeader(
-            kind=self.kind, point_index=self.point_ids.index(point_id), reference_byte=reference_frame & 0xFF,
-            density=density(choice.changed),
+            kind=self.kind, point_index=self.point_ids.index(point_id), reference_byte=(base.frame or 0) & 0xFF,
+            density=density(choice.changed), scene=base.frame is None,
         )  # fmt: skip
-        symbols = self._followed(point_id, choice.values, next_history(history, choice.changed, choice.modes))
-        return seal_predicted(header, encoder.finish(), reference.crc32()), symbols
+        return seal_predicted(header, encoder.finish(), base.crc32), self._followed(point_id, choice, base)
 
-    def _history(self, reference: Symbols) -> History:
-        return reference.history if reference.history is not None else unknown_history(*self.shapes[0][1:])
+    def _cells(self, base: _Base, changed: NDArray[np.bool_], modes: NDArray[np.int64]) -> Cells:
+        return Cells.of(predicted(base.values, self._near, np.flatnonzero(changed), modes), modes)
 
-    def _cells(self, base: SymbolArray, changed: NDArray[np.bool_], modes: NDArray[np.int64]) -> Cells:
-        return Cells.of(predicted(base, self._near, np.flatnonzero(changed), modes), modes)
-
-    def _followed(self, point_id: str, values: SymbolArray, history: History) -> Symbols:
-        return Symbols(point_id=point_id, tensors=(values.reshape(self.shapes[0]),), layers=1, layer_count=1, history=history)
+    def _followed(self, point_id: str, choice: Choice, base: _Base) -> Symbols:
+        """What a frame leaves at both sides."""
+        history = next_history(base.history, choice.changed, choice.modes)
+        values = choice.values.reshape(self.shapes[0])
+        return Symbols(point_id=point_id, tensors=(values,), layers=1, layer_count=1, history=history)
 
     def decode(self, layers: Sequence[bytes], references: References | None = None, *, strict: bool = False) -> Symbols:
         """See `LatentCodec.decode`."""
@@ -292,41 +341,35 @@ class LearnedCodec(LatentCodec):
             raise PayloadError(f"a predicted frame is one layer, {len(layers)} arrived")
         if self._tables.predicted is None:
             raise PayloadError("the payload is predicted from a frame, but this bundle has no tables for that: send a key frame")
-        reference = self._find(payload, header.reference_byte, references)
         point, tables = self._points[point_id], self._tables.predicted
+        base = self._reference(payload, header, references, point)
         if header.density >= DENSITIES:
             raise PayloadError(f"density class {header.density} is unknown to this release")
-        base, history = self._rescaled(reference, point), self._history(reference)
         decoder = self._coders.decoder(body)
-        changed, modes = get_changes(decoder, tables.change, self._geometry, history, header.density)
+        changed, modes = get_changes(decoder, tables.change, self._geometry, base.history, header.density)
         cells = self._cells(base, changed, modes)
         found = get_cells(decoder, tables.renewal[point.tier], tables.tables, self._tables.radius, cells, point.channels)
         if found.size and np.abs(found).max() > MAX_SYMBOL:
             raise PayloadError(f"a symbol exceeds {MAX_SYMBOL}: the payload is not of this bundle")
-        values = base.copy()
+        values = base.values.copy()
         values[:, changed] = found
-        return self._followed(point_id, values, next_history(history, changed, modes))
+        return self._followed(point_id, Choice(values=values, changed=changed, modes=modes), base)
 
-    def _find(self, payload: bytes, low_byte: int, references: References) -> Symbols:
-        """Returns exactly the symbols a frame was predicted from: the newest held whose frame id ends so."""
-        frame = max((f for f in references if f & 0xFF == low_byte), default=None)
+    def _reference(self, payload: bytes, header: PredictedHeader, references: References, point: _Point) -> _Base:
+        """Exactly what a frame was predicted from: the scene, or the newest frame held whose id ends so."""
+        if header.scene:
+            scene = cast("Predicted", self._tables.predicted).scene
+            if scene is None:
+                raise PayloadError("the payload is predicted from a site's scene, but this bundle holds none: send a key frame")
+            base = self._scene(scene, point)
+            if not belongs_to(payload, base.crc32):
+                raise PayloadError("the payload is damaged, or predicted from another scene: send a key frame")
+            return base
+        frame = max((f for f in references if f & 0xFF == header.reference_byte), default=None)
         if frame is None:
-            raise PayloadError(f"the payload is predicted from a frame ...{low_byte}, which is not held: send a key frame")
-        held = references[frame]
-        self._check_symbols(held)
-        if not belongs_to(payload, held.crc32()):
+            low = header.reference_byte
+            raise PayloadError(f"the payload is predicted from a frame ...{low}, which is not held: send a key frame")
+        base = self._base(references[frame], point, frame)
+        if not belongs_to(payload, base.crc32):
             raise PayloadError(f"the payload is damaged, or frame {frame} is held with other symbols: send a key frame")
-        return held
-
-    def _rescaled(self, reference: Symbols, point: _Point) -> SymbolArray:
-        """The reference's symbols (C, H * W) in a point's units; another tier's take one product and one rounding, exact."""
-        self._check_symbols(reference)
-        other = self._point(reference.point_id)
-        values = reference.tensors[0]
-        if other.tier != point.tier:
-            ratio = self._ungains[other.tier].astype(np.float64) * self._gains[point.tier]
-            values = np.clip(np.rint(values * ratio[:, None, None]), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
-        if values[point.channels :].any():
-            values = values.copy()
-            values[point.channels :] = 0
-        return values.reshape(len(values), -1)
+        return base

@@ -56,12 +56,15 @@ class Predicted:
         renewal: weights of every tier.
         tables: `TABLES` rows of 2 * radius + 1 frequencies for the symbols of changed cells.
         costs: of every tier, for the encoder's choice alone.
+        scene: (C, H, W) symbols in the finest tier's units of what a site's camera sees when nothing happens; both sides hold it
+            from the start. None: the bundle belongs to no site.
     """
 
     change: ChangeTables
     renewal: tuple[Renewal, ...]
     tables: TableSet
     costs: tuple[Costs, ...]
+    scene: NDArray[np.int16] | None = None
 
 
 COST_UNIT = 64  # of `Costs`, in the file
@@ -170,6 +173,11 @@ def read_tables(data: bytes) -> Tables:
         raise BundleError(f"the codec's tables do not hold together: {error!r}") from error
 
 
+def finest_tier(gains: NDArray[np.floating[Any]]) -> int:
+    """The tier of the largest gains (tiers, C): a scene's."""
+    return int(gains.sum(axis=1).argmax())
+
+
 def _read_mode(
     arrays: Mapping[str, NDArray[np.integer[Any]]], mode: str, channels: int, layers: tuple[int, ...], tiers: int, radius: int
 ) -> Mode:
@@ -203,4 +211,5 @@ def _read_predicted(arrays: Mapping[str, NDArray[np.integer[Any]]], channels: in
             Renewal(**{n: arrays[f"predicted/{n}"][tier].astype(np.float64) for n in RENEWAL_NAMES}) for tier in range(tiers)
         ),
         tables=TableSet(arrays["predicted/tables"]), costs=tuple(Costs(same=c[0], other=c[1]) for c in costs),
+        scene=arrays["predicted/scene"].astype(np.int16) if "predicted/scene" in arrays else None,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError, SourceError
 from splitters.commands.model_arguments import add_model_arguments, load_model, model_size
+from splitters.commands.progress import Progress
 from splitters.commands.serving_arguments import UNKNOWN_LICENCE, add_serving_arguments, described
 from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below, readable
 from splitters.tasks.preprocess import Frame
@@ -59,18 +60,20 @@ def run(args: argparse.Namespace) -> int:
     if not args.at:
         raise ConfigError("--at says where to cut; `splitters profile MODEL` lists the places")
     source = load_model(args)
-    detector = _detector(source, args, photos)
-    if detector is not None:
-        written = detector
-    else:
-        import torch
+    with Progress("cut", every_s=0.5) as show:
+        detector = _detector(source, args, photos, show)
+        if detector is not None:
+            written = detector
+        else:
+            import torch
 
-        from splitters.cutting.split import Cutter
-        from splitters.tasks.preprocess import preprocess
+            from splitters.cutting.split import Cutter
+            from splitters.tasks.preprocess import preprocess
 
-        serving = _serving(source, args, photos)
-        image = torch.from_numpy(preprocess(photos[0], serving.preprocess))
-        written = write_bundle(Cutter(source.model, image), args.at, photos, serving, args.out)
+            serving = _serving(source, args, photos)
+            image = torch.from_numpy(preprocess(photos[0], serving.preprocess))
+            show(0, len(photos), "tracing the model")
+            written = write_bundle(Cutter(source.model, image), args.at, photos, serving, args.out, on_step=show)
     bundle, proof = written.bundle, written.verification
     print(f"{bundle.manifest.name} cut at {args.at}: {bundle.path} (sha256 {bundle.sha256[:16]}…)")
     print(f"  latents {list(bundle.manifest.latent_shape)}; head and tail are the model: relative difference "
@@ -78,9 +81,11 @@ def run(args: argparse.Namespace) -> int:
           f"replacing a latent moves the output by {min(proof.sensitivity):.1e} or more")  # fmt: skip
     for warning in proof.warnings:
         print(f"splitters cut: warning: {warning}", file=sys.stderr)
-    print(f"  point bits  payload p50     p95   head ms (scales and bytes from {written.photos} photographs)")
+    metric = bundle.points[0].accuracy_metric
+    print(f"  point bits  payload p50     p95   head ms  {metric} (scales and bytes from {written.photos} photographs)")
     for p in bundle.points:
-        print(f"  {p.id:5} {p.bits:4.0f} {p.payload_bytes.p50:10.0f} B {p.payload_bytes.p95:7.0f} {p.head_ms.p50:8.2f}")
+        size = p.payload_bytes
+        print(f"  {p.id:5} {p.bits:4.0f} {size.p50:10.0f} B {size.p95:7.0f} {p.head_ms.p50:8.2f}  {p.accuracy:.4f}")
     if args.json:
         print(json.dumps({
             "path": str(bundle.path), "sha256": bundle.sha256, "at": args.at, "relative_difference": proof.relative_difference,
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _detector(source: Source, args: argparse.Namespace, photos: list[Frame]) -> Any:
+def _detector(source: Source, args: argparse.Namespace, photos: list[Frame], show: Progress) -> Any:
     """The bundle of one of torchvision's detectors, which bring their own resize and postprocess; None for other models."""
     if not str(args.model).startswith("torchvision:"):
         return None
@@ -108,6 +113,7 @@ def _detector(source: Source, args: argparse.Namespace, photos: list[Frame]) -> 
         name=args.name or source.name,
         bits=args.bits or BITS,
         licence=args.licence or UNKNOWN_LICENCE,
+        on_step=show,
     )
 
 

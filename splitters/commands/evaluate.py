@@ -61,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=float,
         default=0.01,
         help="detectors: AP counts boxes from this score on (default: %(default)s). Which boxes a viewer is shown is the "
-        "bundle's own score_min: with --labels it becomes the score of the best F1",
+        "manifest's score_min: with --labels it becomes the score of the best F1",
     )
     parser.add_argument("--plot", type=Path, help="write the picture to this PNG")
     parser.add_argument("--report", type=Path, help="write everything measured to this JSON file")

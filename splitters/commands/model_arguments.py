@@ -88,6 +88,12 @@ def sample_picture(path: Path | None, source: Source) -> tuple[Frame, Preprocess
     spec = default_preprocess(source)
     if source.preprocess is None:
         assume(source, spec)
+    picture, where, jpeg_bytes = sample_of(path, spec)
+    return picture, spec, where, jpeg_bytes
+
+
+def sample_of(path: Path | None, spec: Preprocess) -> tuple[Frame, str, int]:
+    """A photograph, where it is from, and its bytes as a JPEG once it is the model's input; see `sample_picture`."""
     if path is not None:
         picture, where = read_picture(path), str(path)
     else:
@@ -98,4 +104,4 @@ def sample_picture(path: Path | None, source: Source) -> tuple[Frame, Preprocess
         astronaut: Callable[[], Frame] = data.astronaut
         picture, where = np.ascontiguousarray(astronaut()[..., ::-1]), "scikit-image's astronaut (NASA, public domain)"
     _, jpeg = cv2.imencode(".jpg", input_image(picture, spec), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    return picture, spec, where, int(jpeg.size)
+    return picture, where, int(jpeg.size)

@@ -55,6 +55,7 @@ def check_conversion(path: Path, module: nn.Module, pictures: Sequence[Floats], 
         except Exception as error:
             raise ModelError(f"{path} does not run once it is converted: {type(error).__name__}: {first_line(error)}") from error
     hint = f" (the converter warned: {'; '.join(said)})" if said else ""
+    hint += "; `splitters cut` divides the file itself and needs no conversion"
     worst = 0.0
     for index, output in enumerate(session.get_outputs()):
         truth, ours = [w[index] for w in wanted], [g[index] if index < len(g) else None for g in got]
@@ -62,15 +63,16 @@ def check_conversion(path: Path, module: nn.Module, pictures: Sequence[Floats], 
             if ours_one is None or ours_one.shape != truth_one.shape:
                 shape = "nothing" if ours_one is None else f"shape {ours_one.shape}"
                 raise ModelError(
-                    f"{path} cannot be cut: its output {output.name!r} has shape {truth_one.shape}, converted {shape}{hint}"
+                    f"{path} cannot be trained or profiled: its output {output.name!r} has shape {truth_one.shape}, in torch "
+                    f"{shape}{hint}"
                 )
         both = np.stack([np.stack(truth), np.stack([np.asarray(o) for o in ours])]).astype(np.float64)
         gap = float(np.abs(both[0] - both[1]).max(initial=0.0))
         spread = float(both[0].std()) if both[0].size else 0.0
         if not gap <= max(TOLERANCE * spread, FLOOR):
             raise ModelError(
-                f"{path} cannot be cut: converted, its output {output.name!r} differs from what ONNX Runtime computes of the file "
-                f"by {gap:.2g} ({gap / (spread or 1.0):.2g} of its standard deviation; allowed: {TOLERANCE}){hint}"
+                f"{path} cannot be trained or profiled: in torch its output {output.name!r} differs from what ONNX Runtime "
+                f"computes by {gap:.2g} ({gap / (spread or 1.0):.2g} of its standard deviation; allowed: {TOLERANCE}){hint}"
             )
         worst = max(worst, gap / spread if spread else 0.0)
     return worst

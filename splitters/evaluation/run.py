@@ -22,7 +22,7 @@ from splitters.bundle import Bundle
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint, best_point, mark_pareto
 from splitters.codec import LatentCodec, codec_from_spec
-from splitters.evaluation.agreement import agreement_with
+from splitters.evaluation.agreement import Agreement
 from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
 from splitters.evaluation.cache import describe, load, photos_key, store
 from splitters.evaluation.choices import measure_local, measure_offloads, offload_ladder
@@ -168,7 +168,7 @@ def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick, show: Told | None)
     each = Steps(_runs(tail, photos, config) * len(photos), show)
     whole = run_whole(tail, photos, each=each) if tail.takes_images else None
     if judge is None:
-        judge = agreement_with(whole or [], photos.files)
+        judge = Agreement(files=photos.files, wanted=tuple(whole or ()))
     counts = resample(len(photos), config.draws)
     return _Bench(
         bundle=bundle, tail=tail, photos=photos, judge=judge, counts=counts, config=config, tick=tick, each=each, whole=whole

@@ -61,7 +61,9 @@ class ClassificationTask(Task):
         """``predictions``, the most probable first."""
         rows = classes_of(answer)
         return {
-            "predictions": [{"class_id": s.class_id, "label": labels.get(s.class_id, ""), "score": round(s.score, 6)} for s in rows]
+            "predictions": [
+                {"class_id": s.class_id, "label": labels.get(s.class_id, str(s.class_id)), "score": round(s.score, 6)} for s in rows
+            ]
         }
 
     @classmethod

@@ -113,7 +113,7 @@ class DetectionTask(Task):
         return {
             "detections": [
                 {
-                    "class_id": b.class_id, "label": labels.get(b.class_id, ""), "score": round(b.score, 6),
+                    "class_id": b.class_id, "label": labels.get(b.class_id, str(b.class_id)), "score": round(b.score, 6),
                     "box_px": [round(v, 2) for v in b.box_px],
                 }
                 for b in boxes_of(answer)

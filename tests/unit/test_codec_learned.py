@@ -244,7 +244,13 @@ def test_forged_but_well_sealed_payloads_never_crash_a_decoder(data: st.DataObje
     point = data.draw(st.integers(0, 5))
     count = data.draw(st.integers(1, 3))
     if data.draw(st.booleans()):
-        header = PredictedHeader(kind="learned", point_index=point, reference_byte=1, density=data.draw(st.integers(0, 5)))
+        header = PredictedHeader(
+            kind="learned",
+            point_index=point,
+            reference_byte=1,
+            density=data.draw(st.integers(0, 5)),
+            scene=data.draw(st.booleans()),
+        )
         payloads = [seal_predicted(header, data.draw(st.binary(max_size=200)), reference.crc32())]
     else:
         bodies = data.draw(st.lists(st.binary(max_size=200), min_size=1, max_size=count))
@@ -345,6 +351,34 @@ def test_prediction_is_fitted_anew_and_key_frames_stay() -> None:
     assert read_tables(refit_predicted(old, clips, np.ones((2, 24)))).predicted is not None
     with pytest.raises(ConfigError, match="gains, 2 x 24"):
         refit_predicted(old, clips, np.ones((3, 24)))
+
+
+def test_a_sites_scene_makes_key_frames_cheap_and_steps_aside_elsewhere() -> None:
+    rng = np.random.default_rng(30)
+    clip = scene(rng, 14, speed=2.0)  # what moves is soon gone
+    others = [scene(np.random.default_rng(40 + i), 10) for i in range(6)]
+    part = refit_predicted(PART, [clip, *others], GAINS, scene=np.median(clip, 0))
+    codec, pure = LearnedCodec(SPEC, part), LearnedCodec(SPEC, part, coder="pure")
+    for point in codec.point_ids:
+        key = codec.compress([clip[1]], point)
+        assert not key.predicted
+        assert pure.compress([clip[1]], point).payloads == key.payloads
+        assert len(key.payloads) == 1
+        assert sum(map(len, key.payloads)) < 0.7 * sum(map(len, COMPILED.compress([clip[1]], point).payloads))
+        for reader in (codec, pure):  # nothing has to be held for it
+            assert reader.decode(key.payloads, strict=True).crc32() == key.symbols.crc32()
+        with pytest.raises(PayloadError, match="this bundle holds none: send a key frame"):
+            COMPILED.decode(key.payloads)
+    follows = codec.compress([clip[2]], "fine", codec.compress([clip[1]], "fine").symbols, 1)
+    assert follows.predicted
+    elsewhere = codec.compress([-3 * smooth(rng, 1)[0]], "fine")
+    assert len(elsewhere.payloads) == codec.layer_count("fine")
+    other = refit_predicted(PART, [clip], GAINS, scene=clip[0] + 1)
+    with pytest.raises(PayloadError, match="another scene: send a key frame"):
+        LearnedCodec(SPEC, other).decode(codec.compress([clip[1]], "fine").payloads)
+    wide = {**SPEC, "shape": [C, H, W + 1]}
+    with pytest.raises(BundleError, match="the bundle's scene is of shape"):
+        LearnedCodec(wide, part)
 
 
 def test_tables_without_clips_and_odd_planes_still_code() -> None:
