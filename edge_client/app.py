@@ -28,9 +28,8 @@ from edge_client.frames import Ledger
 from edge_client.interest import InterestGate, read_promise
 from edge_client.live import LiveStrategy
 from edge_client.metrics import Metrics
-from edge_client.parts import Link, Parts, PipelineConfig
+from edge_client.parts import Parts, PipelineConfig
 from edge_client.proof import prove
-from edge_client.rpc import Endpoint
 from edge_client.runner import Runner
 from edge_client.sinks import InOrder, JsonLines, PictureLines, Sink, Window, open_json_file, open_video
 from edge_client.sinks.jsonl import is_pipe, open_pipe
@@ -41,6 +40,8 @@ from edge_client.store import BundleStore
 from edge_client.summary import JpegSampler, Summary
 from edge_client.tracing import Traces, untraced
 from edge_client.tracking import Follower
+from edge_client.transport.base import Link
+from edge_client.transport.rpc import Endpoint
 from protos.errors import ConfigError, HeadtailError, SourceError
 from protos.text import printable
 from protos.tracing import open_spans
