@@ -103,6 +103,8 @@ class LivePipeline(GatedPipeline):
             if self.controller.window.allows():
                 return Split(point_id=self.config.point_id)
             return Local()
+        reference = self.predictor.choose()[1] if self.predictor is not None else None
+        self.controller.on_reference(self.ages.age(reference, flight.frame.index))
         decision = self.controller.decide(flight.frame.index, now_ns, deadline_ns)
         return Local() if not self.connected and isinstance(decision, Split | Offload) else decision
 

@@ -19,6 +19,7 @@ from edge_client.engine import NO_REFERENCE, Encoded, Engine, Features, learn_re
 from edge_client.flights import Flight, next_turn
 from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Ledger, Outcome
 from edge_client.parts import Link, Parts, PipelineConfig, Shot
+from edge_client.references import ReferenceAges
 from edge_client.session import Gate, Welcome
 from edge_client.timings import SCHEDULING_NS, DevicePace, Timings
 from edge_client.update import BundleUpdate
@@ -60,6 +61,7 @@ class Pipeline:
         self.timings = Timings()
         self._pace = self._new_pace()
         self.predictor = self._new_predictor()
+        self.ages = ReferenceAges()
         self.interest = parts.interest(engine)
         self._flights: dict[int, Flight] = {}
         self._orphans: list[Flight] = []
@@ -233,6 +235,7 @@ class Pipeline:
         self.timings.head.add(flight.encoded_ns - start_ns)
         if flight.decision is not None:
             self._on_device(flight.decision, flight.encoded_ns - start_ns)
+            self.controller.on_payload(flight.decision, shot.encoded.payload_bytes, flight.encoded_ns)
         if flight.frame.image is not None:
             self._parts.sample(flight.frame.image, shot.input_image)
         return shot
@@ -268,6 +271,7 @@ class Pipeline:
         wire_id = self.link.send(layers, deadline_ns=flight.deadline_ns, gate=gate)
         self._flights[wire_id], flight.wire_id = flight, wire_id
         if self.predictor is not None and encoded.symbols is not None:
+            self.ages.sent(wire_id, frame.index)
             self.predictor.sent(wire_id, encoded.symbols, key=not is_predicted(payloads[0]))
         self._notify()
 

@@ -127,8 +127,9 @@ class PolicyClient(Client):
         return self._engine
 
     def _controller(self, engine: Engine, fps: float) -> Controller:
-        if self._policy == "ours":
-            return make_controller(engine, self._times, fps=fps, explain=self._config.explain)
+        if self._policy in ("ours", "ours_table"):
+            learn = self._policy == "ours"
+            return make_controller(engine, self._times, fps=fps, explain=self._config.explain, learn_sizes=learn)
         config = ControlConfig(fps=min(max(fps, 1.0), 1000.0) if fps else 30.0)
         policy = make_policy(self._policy, workload_of(engine, self._times), config)
         if not isinstance(policy, Controller):

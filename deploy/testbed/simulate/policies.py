@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -24,6 +25,8 @@ class Policy(Protocol):
     def on_sent(self, frame_id: int, n_bytes: int, now_ns: int) -> None: ...  # noqa: D102
     def on_ack(self, frame_id: int, now_ns: int, server_ns: int = 0) -> None: ...  # noqa: D102
     def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None: ...  # noqa: D102
+    def on_reference(self, age: int) -> None: ...  # noqa: D102
+    def on_payload(self, decision: Decision, n_bytes: int, now_ns: int) -> None: ...  # noqa: D102
     def on_grant(  # noqa: D102
         self, now_ns: int, *, bitrate_bps: float = 0.0, max_in_flight: int = 0, queue_ns: int = 0, tail_ns: int = 0
     ) -> None: ...
@@ -37,6 +40,13 @@ class Ours(Controller):
 
     def __init__(self, workload: Workload, config: ControlConfig) -> None:
         super().__init__(config, workload.points, local=workload.local, offloads=_worth_offering(workload.offloads))
+
+
+class OursByTable(Ours):
+    """The same, but it believes the table's payload sizes, whatever payloads cost."""
+
+    def __init__(self, workload: Workload, config: ControlConfig) -> None:
+        super().__init__(workload, replace(config, learn_sizes=False))
 
 
 class Baseline(Controller):
@@ -141,6 +151,7 @@ class Reference(_MeanThroughput):
 
 POLICIES: dict[str, Callable[[Workload, ControlConfig], Policy]] = {
     "ours": Ours,
+    "ours_table": OursByTable,
     "local": LocalOnly,
     "offload_fixed": FixedOffload,
     "offload_adaptive": AdaptiveOffload,
