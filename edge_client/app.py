@@ -18,20 +18,20 @@ from edge_client.bundles import choose_model, fetch_bundle, list_models
 from edge_client.capture import Capture, CaptureConfig
 from edge_client.choices import DeviceTimes, make_controller
 from edge_client.config import EMBEDDED, ClientConfig
-from edge_client.control import Controller
+from edge_client.control import Policy
 from edge_client.device import DeviceWorker, ThreadExecutor
 from edge_client.embedded import EmbeddedServer
 from edge_client.engine import Engine
+from edge_client.extensions import SINKS, TRANSPORTS, make
 from edge_client.files import FilePipeline
 from edge_client.frames import Ledger
 from edge_client.interest import InterestGate, read_promise
 from edge_client.live import LivePipeline
 from edge_client.metrics import Metrics
-from edge_client.parts import Parts, PipelineConfig
+from edge_client.parts import Link, Parts, PipelineConfig
 from edge_client.pipeline import Pipeline
 from edge_client.proof import prove
 from edge_client.rpc import Endpoint
-from edge_client.session import Session
 from edge_client.sinks import InOrder, JsonLines, PictureLines, Sink, Window, open_json_file, open_video
 from edge_client.sinks.jsonl import is_pipe, open_pipe
 from edge_client.sinks.output_file import refuse_overwriting
@@ -88,7 +88,7 @@ class Client:
         self._clock = time.monotonic_ns
         self._store = BundleStore()
         self._pipeline: Pipeline | None = None
-        self._session: Session | None = None
+        self._session: Link | None = None
         self._capture: Capture | None = None
         self._engine: Engine | None = None
         self._times = DeviceTimes()
@@ -187,7 +187,7 @@ class Client:
             keep_images=config.display or config.track or config.save_video is not None, client_version=package_version(),
         )  # fmt: skip
         pipeline = self._pipeline = (LivePipeline if live else FilePipeline)(settings, parts, engine)
-        self._session = Session(endpoint, pipeline, clock=self._clock)
+        self._session = make(TRANSPORTS, config.transport, endpoint, pipeline, clock=self._clock)
         if config.metrics_listen is not None:
             metrics = Metrics(self._session)
             log.info("metrics on port %d", metrics.serve(*config.metrics_address()))
@@ -269,15 +269,15 @@ class Client:
         self._engine, self._times = engine, times
         return engine
 
-    def _controller(self, engine: Engine, fps: float) -> Controller:
-        return make_controller(engine, self._times, fps=fps, explain=self._config.explain)
+    def _controller(self, engine: Engine, fps: float) -> Policy:
+        return make_controller(engine, self._times, fps=fps, explain=self._config.explain, policy=self._config.policy)
 
     def _interest(self, engine: Engine, *, wanted: bool) -> InterestGate | None:
         config = self._config
         if not wanted:
             return None
         names = [name.strip() for name in config.interest.split(",") if name.strip()]
-        promise = read_promise(engine.bundle, interest=names, recall=config.recall)
+        promise = read_promise(engine.bundle, interest=names, recall=config.recall, insist=config.prefilter == "on")
         if promise is None:
             if (config.prefilter == "on" or names or config.recall is not None) and self._fresh:
                 raise ConfigError(f"bundle {engine.model!r} has no prefilter; leave --prefilter, --interest and --recall out")
@@ -309,6 +309,9 @@ class Client:
             sinks.append(PictureLines(self._console.results, self._labels))
         if config.display:
             sinks.append(Window(self._labels))
+        for text in config.sink:
+            name, _, where = text.partition("=")
+            sinks.append(make(SINKS, name, where, self._labels))
         return sinks
 
     def _status(self, *, summary_sink: InOrder) -> Status:

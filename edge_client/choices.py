@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import platform
 import time
@@ -18,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.control import ControlConfig, Controller, Decision, Local, LocalOption, Offload, Split
+from edge_client.control import ControlConfig, Decision, Local, LocalOption, Offload, Policy, Split
 from edge_client.engine import Engine
+from edge_client.extensions import POLICIES, make
 from edge_client.frames import NS_PER_MS, NS_PER_S, Clock
 from edge_client.interest import read_promise
 from protos.errors import BundleError
@@ -153,36 +153,43 @@ def _quantiles(values: list[float]) -> Quantiles:
 
 
 def make_controller(
-    engine: Engine, times: DeviceTimes, *, fps: float, explain: bool = False, learn_sizes: bool = True
-) -> Controller:
-    """The controller of one bundle on this device."""
-    points = believable(engine.bundle.points, engine)
+    engine: Engine,
+    times: DeviceTimes,
+    *,
+    fps: float,
+    explain: bool = False,
+    policy: str = "adaptive",
+    learn_sizes: bool = True,
+) -> Policy:
+    """The policy of one bundle on this device, by name or as ``module:Class``.
+
+    Raises:
+        ConfigError: there is no such policy, or it does not take what it is given.
+        BundleError: the bundle's operating points were not measured: nothing says which is better.
+    """
+    points = measured_points(engine)
     local = engine.bundle.manifest.local
     option = None
     if local is not None and engine.local is not None:
-        worst = min(p.accuracy for p in points)
-        option = LocalOption(accuracy=local.accuracy or 0.8 * worst, ms=times.local_ms or Quantiles(p50=30.0, p95=60.0))
+        option = LocalOption(accuracy=local.accuracy, ms=times.local_ms or Quantiles(p50=30.0, p95=60.0))
     config = ControlConfig(
         fps=min(max(fps, 1.0), 1000.0) if fps else 30.0, initial_bps=_INITIAL_BPS, learn_sizes=learn_sizes, explain=explain
     )
     offloads = [replace(o, encode_ms=times.offload_ms.get(name_of(o), o.encode_ms)) for o in engine.bundle.offloads]
-    return Controller(config, points, local=option, offloads=offloads, head_ms=times.head_ms)
+    made: Policy = make(POLICIES, policy, config, points, local=option, offloads=offloads, head_ms=times.head_ms)
+    return made
 
 
-def believable(points: tuple[OperatingPoint, ...], engine: Engine) -> list[OperatingPoint]:
-    """The table with stand-ins where nothing was measured.
+def measured_points(engine: Engine) -> tuple[OperatingPoint, ...]:
+    """The bundle's table.
 
-    More bits are taken to be a little more accurate, and a payload to be three quarters of its symbols.
+    Raises:
+        BundleError: it was not measured.
     """
-    elements = sum(math.prod(shape) for shape in engine.bundle.manifest.latent_shape)
-    unmeasured = all(p.accuracy == 0 for p in points)
-    order = {p.id: rank for rank, p in enumerate(sorted(points, key=lambda p: (p.bits, p.channels, p.encoders, p.width)))}
-    table = []
-    for point in points:
-        if unmeasured:
-            point = replace(point, accuracy=0.7 + 0.01 * min(order[point.id], 25), pareto=True)  # noqa: PLW2901
-        if point.payload_bytes.p95 <= 0:
-            guess = 0.75 * elements * point.bits / 8 + 32
-            point = replace(point, payload_bytes=Quantiles(p50=guess, p95=guess))  # noqa: PLW2901
-        table.append(point)
-    return table
+    points = engine.bundle.points
+    if any(not p.measured for p in points):
+        raise BundleError(
+            f"the operating points of bundle {engine.model!r} were never measured, so none can be chosen: export it again with "
+            "this release, or run `splitters evaluate` on it where it is served"
+        )
+    return points

@@ -92,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--operating-point", type=int, metavar="ID", help="always send at this operating point instead of choosing")
     add("--group", metavar="NAME", help="cameras of the same group share a link; the server divides it fairly")
+    add("--policy", metavar="NAME", help="who chooses what is sent: a registered name or module:Class (default adaptive)")
+    add("--transport", metavar="NAME", help="what carries the frames: a registered name or module:Class (default grpc)")
     add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
     add = parser.add_argument_group("which frames need no answer").add_argument
     add(
@@ -100,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="reuse the last result where nothing moved (default: on for cameras)",
     )
     add("--prefilter", choices=("on", "off", "auto"), help="stop frames without anything of interest (default as --change-gate)")
-    add("--interest", metavar="CLASSES", help="what the prefilter looks for, comma separated, e.g. person,car (switches it on)")
+    add("--interest", metavar="CLASSES", help="what the prefilter looks for: classes, or person, vehicle, animal (switches it on)")
     add("--recall", type=float, metavar="R", help="the prefilter's promised recall, e.g. 0.98 (default: the bundle's)")
     add("--score-min", metavar="S", help="boxes below this score do not count; 0.4 or 0.4,person=0.6 (default: the bundle's)")
     add("--track", action="store_true", help="carry the last boxes along on frames without an answer, each marked with its age")
@@ -113,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="write annotated frames: a .mp4 (H.264), .mkv or .avi, a .jpg for one picture, or a directory",
     )
+    add("--sink", action="append", metavar="NAME[=WHERE]", help="a further place: a registered name or module:Class; repeatable")
     add("--display", action="store_true", help="show annotated frames in a window")
     add("--json", action="store_true", help="the summary as one JSON object on the last line of standard output")
     add = parser.add_argument_group("encryption (the token stands in HEADTAIL_TOKEN)").add_argument

@@ -45,6 +45,9 @@ class ClientConfig:
         score_min: ``0.4``, or ``0.4,person=0.6``: boxes below are neither reported, drawn nor tracked; empty: the bundle's.
         track: carry the last boxes along on frames that have no answer of their own.
         group: cameras with the same name share a link; the server divides it among them.
+        policy: who chooses, frame by frame: a registered name, or ``module:Class``.
+        transport: what carries the frames: the same.
+        sink: further places where answers go, each ``NAME`` or ``NAME=WHERE``: the same.
         metrics_listen: host:port for Prometheus; None: off.
         otel_endpoint: an OTLP collector for traces; None: as OpenTelemetry's own variables say.
         tls_ca, tls_cert, tls_key, tls: see ``rpc.Endpoint``.
@@ -76,6 +79,9 @@ class ClientConfig:
     score_min: str | float = ""
     track: bool = False
     group: str = ""
+    policy: str = "adaptive"
+    transport: str = "grpc"
+    sink: tuple[str, ...] = ()
     metrics_listen: str | None = None
     otel_endpoint: str | None = None
     tls: bool = False

@@ -9,19 +9,18 @@ from typing import Any
 from edge_client.frames import NS_PER_MS, Clock
 from edge_client.head import Head, run_options
 from protos.errors import BundleError, ConfigError, ModelError, PayloadError
-from protos.messages import Answer, Classification, Detection, Result
+from protos.messages import Answer, Result
 from protos.schema import read_json
 from splitters.bundle import Bundle
 from splitters.bundle.offload import compress
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import LatentCodec, Predictor, Symbols, codec_from_spec
 from splitters.runtime.sessions import Floats, open_graph
-from splitters.tasks.postprocess import build_postprocess
+from splitters.tasks.base import open_task
 from splitters.tasks.preprocess import Frame, input_image, normalise
 
 Reference = tuple[Symbols | None, int | None]
 NO_REFERENCE: Reference = (None, None)
-_ANSWERS: Mapping[str, type] = {"classification": Classification, "detection": Detection}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,12 +40,14 @@ class Encoded:
     Attributes:
         payloads: one per layer, base first.
         symbols: what they hold, for temporal prediction; None for an offloaded image.
+        reference: the frame they were predicted from; None for a key frame.
         stages_ms: preprocess, head and codec.
     """
 
     payloads: tuple[bytes, ...]
     symbols: Symbols | None
     stages_ms: Mapping[str, float]
+    reference: int | None = None
 
     @property
     def payload_bytes(self) -> int:
@@ -63,10 +64,7 @@ class LocalModel:
             raise ConfigError(f"bundle {bundle.manifest.name!r} carries no local model")
         self._preprocess = spec.preprocess
         self._graph = open_graph(bundle.part_path(spec.path), threads=threads, options=options)
-        post = dict(bundle.manifest.postprocess)
-        if post.get("kind") == "yolox":
-            post["kind"] = "dense_boxes"  # a local model's boxes are decoded already
-        self._post = build_postprocess(post, spec.preprocess)
+        self._task = open_task(bundle.manifest, local=True)
         self._clock = clock
 
     def prepare(self, frame: Frame) -> Frame:
@@ -78,7 +76,7 @@ class LocalModel:
         start_ns = self._clock()
         outputs = self._graph([normalise(image, self._preprocess)])
         try:
-            answer = self._post(outputs, [size_px])[0]
+            answer = self._task.decode(outputs, [size_px])[0]
         except (ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise ModelError(f"the local model's outputs are not what the manifest says: {error}") from error
         return answer, (self._clock() - start_ns) / NS_PER_MS
@@ -97,17 +95,13 @@ class Engine:
         self.model = bundle.manifest.name
         self.sha256 = bundle.sha256
         self.labels = bundle.manifest.labels
+        self.task = open_task(bundle.manifest)
         self._clock = clock
         self._options = run_options()
         self.head = Head(bundle, clock=clock, threads=threads, options=self._options)
         local = bundle.manifest.local is not None
         self.local = LocalModel(bundle, clock=clock, threads=threads, options=self._options) if local else None
         self.codec = _open_codec(bundle)
-
-    def expects(self, answer: Answer) -> bool:
-        """Whether an answer is of the kind that this bundle's task has."""
-        kind = _ANSWERS.get(self.bundle.manifest.task)
-        return kind is None or isinstance(answer, kind)
 
     def abandon(self) -> None:
         """Ends a graph that is running, from another thread, and every later run; the run raises ``ModelError``."""
@@ -132,16 +126,15 @@ class Engine:
         latents = self.head.latents(features.maps, point)
         head_ns = self._clock()
         try:
-            symbols = self.codec.quantise(latents, point.codec_point)
+            coded = self.codec.compress(latents, point.codec_point, *reference)
         except ConfigError as error:
             raise ModelError(f"the head's outputs are not what the bundle says: {error.message}") from error
-        payloads = tuple(self.codec.encode(symbols, *reference))
         stages = {
             "preprocess": features.preprocess_ns / NS_PER_MS,
             "head": (features.stem_ns + head_ns - start_ns) / NS_PER_MS,
             "codec": (self._clock() - head_ns) / NS_PER_MS,
         }
-        return Encoded(payloads=payloads, symbols=symbols, stages_ms=stages)
+        return Encoded(payloads=coded.payloads, symbols=coded.symbols, stages_ms=stages, reference=coded.reference)
 
     def compress(self, features: Features, image_format: str, quality: int, size_px: int = 0) -> Encoded:
         """The model's own input as a JPEG or WebP, for a server that runs the whole model."""
@@ -158,11 +151,13 @@ class Engine:
 
 
 def learn_reference(predictor: Predictor, result: Result) -> None:
-    """What a result says of the symbols the server holds for temporal prediction."""
-    if isinstance(result.error, PayloadError):
-        predictor.reset()  # the server lacks what we referred to: key frames until it says otherwise
-    elif result.error is None and result.layers_decoded:
+    """What a result says of the symbols the server holds for temporal prediction; a refused frame may have been decoded too."""
+    if result.layers_decoded:
         predictor.acknowledged(result.frame_id, result.layers_decoded, result.symbols_crc32)
+    elif isinstance(result.error, PayloadError):
+        predictor.refused(result.frame_id)
+    elif result.error is not None:
+        predictor.lost(result.frame_id)
 
 
 def _open_codec(bundle: Bundle) -> LatentCodec:

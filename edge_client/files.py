@@ -125,7 +125,7 @@ class FilePipeline(GatedPipeline):
 
     @property
     def _window(self) -> int:
-        limits = [n for n in (self._welcome_limit, self.controller.estimator.grant_max_in_flight) if n > 0]
+        limits = [n for n in (self._welcome_limit, self.controller.granted_in_flight) if n > 0]
         return min([self.config.max_in_flight or _WINDOW, *limits])
 
     def on_down(self, error: HeadtailError) -> None:

@@ -14,7 +14,7 @@ from edge_client.flights import Flight
 from edge_client.frames import NS_PER_MS, NS_PER_S, Outcome
 from edge_client.parts import Parts, PipelineConfig
 from edge_client.pipeline import Pipeline
-from protos.messages import Answer, Detection, Result
+from protos.messages import Answer, Result
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,6 @@ class GatedPipeline(Pipeline):
 
     def _on_settled(self, flight: Flight, outcome: Outcome, answer: Answer | None) -> None:
         if outcome is Outcome.FILTERED:
-            answer = Detection(boxes=())
+            answer = flight.engine.task.empty()
         if answer is not None and outcome is not Outcome.UNCHANGED and (self._last is None or flight.frame.index > self._last[0]):
             self._last = (flight.frame.index, answer)

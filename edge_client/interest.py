@@ -8,15 +8,16 @@ scene, the threshold loosens. After Matsubara & Levorato (2020, arXiv 2007.15818
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Any
 
 from protos.errors import BundleError, ConfigError
-from protos.messages import Answer, Detection
+from protos.messages import Answer
 from protos.schema import read_json
 from splitters.bundle import Bundle
+from splitters.tasks.base import task_of
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +50,21 @@ class Promise:
     width: int = 0
 
 
-def read_promise(bundle: Bundle, *, interest: Sequence[str] = (), recall: float | None = None) -> Promise | None:
-    """The promise for these classes and this recall; None where the bundle has no prefilter.
+def read_promise(
+    bundle: Bundle, *, interest: Sequence[str] = (), recall: float | None = None, insist: bool = False
+) -> Promise | None:
+    """The promise for these classes and this recall.
+
+    Every set of classes that the bundle was calibrated for has thresholds of its own: each class, and groups such as ``vehicle``.
 
     Args:
         bundle: whose manifest names a prefilter; its promise lies beside it.
-        interest: class names; empty: those the bundle was exported for.
+        interest: names of classes and groups; empty: those the bundle was exported for.
         recall: asked for; None: the bundle's own.
+        insist: filter for classes without a promise, too.
+
+    Returns:
+        None where the bundle has no prefilter, or has no promise for these classes and nobody insists: nothing is to be filtered.
 
     Raises:
         ConfigError: a class the prefilter does not know, or a recall it has no threshold for.
@@ -70,22 +79,42 @@ def read_promise(bundle: Bundle, *, interest: Sequence[str] = (), recall: float 
         ids = [int(i) for i in spec["category_ids"]]
         names = {bundle.manifest.labels.get(i, str(i)): (column, i) for column, i in enumerate(ids)}
         own = tuple(str(n) for n in spec["interest"])
-        chosen = _for_recall(spec, recall)
-        threshold, bound = float(chosen["threshold"]), float(chosen["recall_promised"])
+        groups = {str(g["name"]): tuple(str(n) for n in g["interest"]) for g in spec.get("calibrated", ()) if g.get("name")}
+        wanted = _expanded(tuple(interest) or own, names, groups, bundle.manifest.name)
+        fitting = [g for g in (spec, *spec.get("calibrated", ())) if set(g["interest"]) == set(wanted)]
+        chosen = _for_recall(fitting[0] if fitting else spec, recall)
+        threshold, bound = float(chosen["threshold"]), float(chosen["recall_promised"]) if fitting else 0.0
         sure = float(spec.get("sure", SURE))
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise BundleError(f"the prefilter's promise in bundle {bundle.manifest.name!r} cannot be read: {error}") from error
-    wanted = tuple(interest) or own
-    for name in wanted:
-        if name not in names:
-            raise ConfigError(f"the prefilter of {bundle.manifest.name!r} knows {', '.join(names)}; {name!r} is not among them")
-    if set(wanted) != set(own):
-        log.warning("the prefilter was calibrated for %s; for %s its threshold promises nothing", ", ".join(own), ", ".join(wanted))
-        bound = 0.0
+    if not fitting:
+        known = ", ".join("+".join(g["interest"]) for g in (spec, *spec.get("calibrated", ())))
+        told = f"the prefilter was not calibrated for {', '.join(wanted)} (it was for {known})"
+        if not insist:
+            log.warning("%s: it promises nothing, so no frame is filtered; --prefilter on filters all the same", told)
+            return None
+        log.warning("%s: frames that hold them may be stopped", told)
     return Promise(
         interest=wanted, class_ids=frozenset(names[n][1] for n in wanted), columns=tuple(names[n][0] for n in wanted),
         threshold=threshold, recall=bound, sure=sure, width=len(ids),
     )  # fmt: skip
+
+
+def _expanded(
+    interest: Sequence[str], names: Mapping[str, object], groups: Mapping[str, Sequence[str]], model: str
+) -> tuple[str, ...]:
+    """Class names, groups replaced by their classes.
+
+    Raises:
+        ConfigError: a name is neither.
+    """
+    found: dict[str, None] = {}
+    for name in interest:
+        if name not in names and name not in groups:
+            more = f", and the groups {', '.join(groups)}" if groups else ""
+            raise ConfigError(f"the prefilter of {model!r} knows {', '.join(names)}{more}; {name!r} is not among them")
+        found |= dict.fromkeys([name] if name in names else groups[name])
+    return tuple(found)
 
 
 def _for_recall(spec: dict[str, object], recall: float | None) -> dict[str, float]:
@@ -133,8 +162,8 @@ class InterestGate:
 
     def learn(self, index: int, answer: Answer | None) -> bool:
         """Takes the server's answer to a frame that passed; True when the threshold had to loosen."""
-        boxes = answer.boxes if isinstance(answer, Detection) else ()
-        hit = any(b.class_id in self.promise.class_ids and b.score >= self.promise.sure for b in boxes)
+        seen = task_of(answer).classes(answer, score_min=self.promise.sure) if answer is not None else ()
+        hit = any(class_id in self.promise.class_ids for class_id in seen)
         if index not in self._probes:
             self._passed_hits += hit
             return False

@@ -50,9 +50,9 @@ class LivePipeline(GatedPipeline):
 
     def _adopt_link(self) -> None:
         """The fps is known only now, and with it the controller's interval."""
-        self.controller.window.set_limit(self._welcome_limit)
+        self.controller.set_limit(self._welcome_limit)
         if self.connected:
-            self.controller.estimator.on_connect(self._clock())
+            self.controller.on_connect(self._clock())
 
     def _waiting(self) -> list[Flight]:
         return [self._current] if self._current is not None else []
@@ -100,7 +100,7 @@ class LivePipeline(GatedPipeline):
         now_ns = self._clock()
         deadline_ns = flight.deadline_ns if flight.deadline_ns is not None else now_ns + _FAR_NS
         if self.config.point_id is not None and self.connected and deadline_ns > now_ns:
-            if self.controller.window.allows():
+            if self.controller.allows():
                 return Split(point_id=self.config.point_id)
             return Local()
         reference = self.predictor.choose()[1] if self.predictor is not None else None

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from edge_client.capture import Delivery
 from edge_client.choices import DeviceTimes
-from edge_client.control import Controller
+from edge_client.control import Policy
 from edge_client.device import DeviceWorker
 from edge_client.engine import Encoded, Engine
 from edge_client.floor import ScoreFloor
@@ -42,12 +42,13 @@ class Frames(Protocol):
 
 
 class Link(Protocol):
-    """The stream; ``edge_client.session.Session`` in earnest."""
+    """What carries frames and answers; ``edge_client.session.Session`` in earnest."""
 
     up: bool
     welcomed: asyncio.Event
     failed: asyncio.Event
     error: HeadtailError | None
+    reconnects: int
 
     async def run(self) -> None:
         """Connects and reconnects until closed."""
@@ -114,7 +115,7 @@ class Parts:
     clock: Clock
     emit: Callable[[FrameReport], None]
     fetch: Callable[[str], Awaitable[Engine]]
-    controller: Callable[[Engine, float], Controller]
+    controller: Callable[[Engine, float], Policy]
     times: Callable[[], DeviceTimes] = DeviceTimes
     interest: Callable[[Engine], InterestGate | None] = lambda _engine: None
     traceparent: Traceparent = untraced

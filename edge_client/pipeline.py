@@ -27,7 +27,7 @@ from protos.errors import HeadtailError, OverloadedError, ProtocolError, Version
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, Answer, FrameLayer, Grant, PayloadKind, Result
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
-from splitters.codec import Predictor, is_predicted
+from splitters.codec import Predictor
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,9 @@ class Pipeline:
 
     def _new_predictor(self) -> Predictor | None:
         codec = self.engine.codec
-        return Predictor(codec, max_frames=_HISTORY) if self.config.temporal and codec.supports_reference else None
+        if not (self.config.temporal and codec.supports_reference):
+            return None
+        return Predictor(codec, max_frames=_HISTORY, reliable=True)  # a stream: what is sent arrives, or the session ends
 
     # ------------------------------------------------------------------ frames and their outcomes
 
@@ -272,7 +274,7 @@ class Pipeline:
         self._flights[wire_id], flight.wire_id = flight, wire_id
         if self.predictor is not None and encoded.symbols is not None:
             self.ages.sent(wire_id, frame.index)
-            self.predictor.sent(wire_id, encoded.symbols, key=not is_predicted(payloads[0]))
+            self.predictor.sent(wire_id, encoded.symbols, reference=encoded.reference)
         self._notify()
 
     def _let_go(self, flight: Flight) -> CapturedFrame:
@@ -374,7 +376,7 @@ class Pipeline:
         for wire_id, flight in list(self._flights.items()):
             if not self.ledger.is_open(flight.frame.index) and now_ns - flight.encoded_ns > _FORGET_NS:
                 del self._flights[wire_id]
-                self.controller.estimator.on_lost(wire_id, now_ns)
+                self.controller.on_lost(wire_id, now_ns)
 
     # ------------------------------------------------------------------ a new bundle
 
@@ -417,9 +419,9 @@ class Pipeline:
         self._server_sha256 = welcome.bundle_sha256
         limits = [n for n in (welcome.max_in_flight, self.config.max_in_flight) if n > 0]
         self._welcome_limit = min(limits, default=0)
-        self.controller.window.set_limit(self._welcome_limit)
+        self.controller.set_limit(self._welcome_limit)
         if welcome.bundle_sha256 == self.engine.sha256:
-            self.controller.estimator.on_connect(self._clock())
+            self.controller.on_connect(self._clock())
             log.info("connected: model %s, session %s", welcome.model, welcome.session_id)
         self._want_bundle(welcome.bundle_sha256)
         self._notify()
@@ -428,7 +430,7 @@ class Pipeline:
         """See ``SessionEvents``."""
         if self._server_sha256 == self.engine.sha256 and not self._finished:  # else it ends because we wanted it to
             log.warning("the session is down: %s", error.message)
-        self.controller.estimator.on_disconnect(self._clock())
+        self.controller.on_disconnect(self._clock())
         self._server_sha256 = ""
         lost, self._flights = list(self._flights.values()), {}
         self._on_lost([f for f in lost if self.ledger.is_open(f.frame.index)])
@@ -440,16 +442,17 @@ class Pipeline:
     def on_result(self, result: Result, now_ns: int) -> None:
         """See ``SessionEvents``."""
         flight = self._flights.pop(result.frame_id, None)
-        if flight is not None and result.answer is not None and not flight.engine.expects(result.answer):
-            failure = ProtocolError(f"the server answers with a {type(result.answer).__name__}, which is not this model's task")
-            result = replace(result, answer=None, error=failure)
+        if flight is not None and result.error is None:
+            try:
+                flight.engine.task.check(result.answer)
+            except ProtocolError as failure:
+                result = replace(result, answer=None, error=failure)
         if self.predictor is not None:
             learn_reference(self.predictor, result)
-        estimator = self.controller.estimator
         if isinstance(result.error, OverloadedError):
-            estimator.on_refused(result.frame_id, now_ns)
+            self.controller.on_refused(result.frame_id, now_ns)
         elif result.error is not None:
-            estimator.on_lost(result.frame_id, now_ns)
+            self.controller.on_lost(result.frame_id, now_ns)
         else:
             self.controller.on_ack(result.frame_id, now_ns, result.timings.total_ns)
         self._notify()
@@ -490,7 +493,8 @@ class Pipeline:
 
     def on_sent(self, frame_id: int, layer: int, n_bytes: int, now_ns: int) -> None:
         """See ``SessionEvents``."""
-        del layer
+        if self.predictor is not None:
+            self.predictor.delivered(frame_id, layer)
         flight = self._flights.get(frame_id)
         if flight is not None:
             flight.payload_bytes += n_bytes
@@ -498,6 +502,8 @@ class Pipeline:
 
     def on_unsent(self, frame_id: int) -> None:
         """See ``SessionEvents``."""
+        if self.predictor is not None:
+            self.predictor.lost(frame_id)
         flight = self._flights.pop(frame_id, None)
         if flight is not None and self.ledger.is_open(flight.frame.index):
             self._on_lost([flight])
@@ -512,7 +518,7 @@ class Pipeline:
 
     def on_pong(self, rtt_ns: int, now_ns: int) -> None:
         """See ``SessionEvents``."""
-        self.controller.estimator.on_pong(rtt_ns, now_ns)
+        self.controller.on_pong(rtt_ns, now_ns)
 
     def on_bundle_changed(self, sha256: str) -> None:
         """See ``SessionEvents``; frames of the old bundle go on until the new one is here or the server refuses them."""
@@ -522,9 +528,9 @@ class Pipeline:
         """See ``SessionEvents``."""
         log.warning("the server is going away within %.1f s", grace_ns / NS_PER_S)
         self._draining = True
-        self.controller.estimator.on_disconnect(self._clock())
+        self.controller.on_disconnect(self._clock())
         self._notify()
 
     def ping_due(self, now_ns: int) -> bool:
         """See ``SessionEvents``."""
-        return self.controller.estimator.ping_due(now_ns)
+        return self.controller.ping_due(now_ns)

@@ -6,37 +6,22 @@ from collections import Counter
 from collections.abc import Mapping
 
 from edge_client.frames import FrameReport
-from protos.messages import Answer, Classification, Detection
+from protos.messages import Answer
 from protos.text import printable
-
-_LABEL_CHARS = 40
-_CLASSES = 6  # named of one frame
-
-
-def label_of(class_id: int, labels: Mapping[int, str]) -> str:
-    """A class's name, or its number where it has none."""
-    return printable(labels.get(class_id) or f"class {class_id}", max_chars=_LABEL_CHARS)
-
-
-def in_words(answer: Answer | None, labels: Mapping[int, str]) -> str:
-    """What a frame shows, in a few words; empty where nothing is known of it."""
-    if isinstance(answer, Classification):
-        return ", ".join(f"{label_of(s.class_id, labels)} {s.score:.2f}" for s in answer.top[:1])
-    if isinstance(answer, Detection):
-        counts = Counter(label_of(box.class_id, labels) for box in answer.boxes).most_common()
-        more = f" and {len(counts) - _CLASSES} more kinds" if len(counts) > _CLASSES else ""
-        return ", ".join(f"{name} {n}" for name, n in counts[:_CLASSES]) + more if counts else "nothing"
-    return ""
+from splitters.tasks.base import task_of
+from splitters.tasks.canvas import label_of
 
 
 def line_of(report: FrameReport, labels: Mapping[int, str]) -> str:
     """The line that the console shows of a picture."""
-    words = in_words(report.answer, labels)
-    if isinstance(report.answer, Detection) and report.answer.boxes:
-        best = report.answer.boxes[:_CLASSES]
-        words += "  (" + ", ".join(f"{label_of(b.class_id, labels)} {b.score:.2f}" for b in best) + ")"
+    words = "" if report.answer is None else task_of(report.answer).in_words(report.answer, labels, more=True)
     name = printable(report.frame.source) or f"frame {report.frame.index}"
     return f"{name}: {words or report.outcome.value + (f' ({report.reason})' if report.reason else '')}"
+
+
+def in_words(answer: Answer | None, labels: Mapping[int, str]) -> str:
+    """What a frame shows, in a few words; empty where nothing is known of it."""
+    return "" if answer is None else task_of(answer).in_words(answer, labels)
 
 
 class AnswerCounts:
@@ -48,12 +33,11 @@ class AnswerCounts:
 
     def take(self, answer: Answer | None, labels: Mapping[int, str]) -> None:
         """One frame's answer; of a classification, its first class."""
-        if isinstance(answer, Detection):
-            seen = Counter(label_of(box.class_id, labels) for box in answer.boxes)
-        elif isinstance(answer, Classification):
-            seen = Counter(label_of(score.class_id, labels) for score in answer.top[:1])
-        else:
+        if answer is None:
             return
+        seen: Counter[str] = Counter()
+        for class_id, count in task_of(answer).classes(answer).items():
+            seen[label_of(class_id, labels)] += count
         self.objects.update(seen)
         self.frames.update(seen.keys())
 

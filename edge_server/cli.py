@@ -62,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", action="append", metavar="NAME|DIR",
         help=f"a default bundle's name (exported on first use) or a directory; repeat for several; without: {DEFAULT_MODEL}",
     )  # fmt: skip
-    p.add_argument("--backend", default="embedded", help="where tails run: embedded (in this process) or ray (Ray Serve)")
+    p.add_argument(
+        "--backend", default="embedded", help="where tails run: embedded (in this process), ray (Ray Serve), or a package's"
+    )
     p.add_argument(
         "--grace-s", type=float, default=10.0, help="longest a shutdown waits for frames in flight (default %(default)s)"
     )

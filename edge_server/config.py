@@ -236,7 +236,7 @@ class ServerConfig:
     Attributes:
         listen: host:port; port 0 picks a free one.
         models: bundle names or directories, the default first.
-        backend: ``embedded`` or ``ray``.
+        backend: ``embedded``, ``ray``, one that a package registered, or ``module:function``.
         grace_s: how long work in flight may take at shutdown.
         linger_s: how long sessions stay open after they were told of the shutdown, so that frames already on their way get
             a plain refusal.
@@ -267,8 +267,6 @@ class ServerConfig:
         split_address(self.listen)
         if not self.models:
             raise ConfigError("give at least one --model")
-        if self.backend not in ("embedded", "ray"):
-            raise ConfigError(f"backend {self.backend!r} is unknown; there are embedded and ray")
         if not all(self.models):
             raise ConfigError("--model must be a model's name or a bundle's directory, got an empty text")
         _check(self, {"grace_s": (0, 3600), "linger_s": (0, 3600)})

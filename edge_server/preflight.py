@@ -8,7 +8,7 @@ import ssl
 import stat
 from pathlib import Path
 
-from edge_server.auth import Tokens
+from edge_server.access.auth import Tokens
 from edge_server.config import SecurityConfig, ServerConfig, split_address
 from edge_server.files import read_small
 from edge_server.machine import check_cpus, check_device, check_threads

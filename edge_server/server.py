@@ -19,21 +19,22 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from edge_server import preflight, wire
-from edge_server.answering import Answerer
-from edge_server.auth import TokenInterceptor, Tokens
-from edge_server.backends import Backend
-from edge_server.bandwidth import BandwidthManager
+from edge_server import preflight
+from edge_server.access.auth import TokenInterceptor, Tokens
+from edge_server.access.quota import Client
+from edge_server.backends import BACKENDS, Backend
+from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import SecurityConfig, ServerConfig, split_address
-from edge_server.gate import Gate
-from edge_server.ingress import Ingress
+from edge_server.doors import wire
+from edge_server.doors.answering import Answerer
+from edge_server.doors.gate import Gate
+from edge_server.doors.grpc import Ingress
+from edge_server.doors.open_inference import OpenInference
+from edge_server.doors.session import Services
 from edge_server.loading import bring_up_to_date
-from edge_server.metrics import Metrics, NoMetrics, PrometheusMetrics
 from edge_server.models import Model, ModelStore
-from edge_server.open_inference import OpenInference
-from edge_server.quota import Client
-from edge_server.session import Services
-from edge_server.tracing import NoTracing, Traces
+from edge_server.observe.metrics import Metrics, NoMetrics, PrometheusMetrics
+from edge_server.observe.tracing import NoTracing, Traces
 from protos.errors import ConfigError, HeadtailError, InternalError
 from protos.process import leave
 from protos.tracing import open_spans
@@ -104,6 +105,7 @@ class EdgeServer:
         Raises:
             HeadtailError: a setting, bundle, certificate or address cannot be used.
         """
+        open_backend = BACKENDS.find(self.config.backend)
         await asyncio.get_running_loop().run_in_executor(None, preflight.check, self.config)
         if self.config.metrics_port is not None:
             metrics = PrometheusMetrics()
@@ -112,7 +114,9 @@ class EdgeServer:
         spans = open_spans("headtail-server", package_version(), self.config.otel_endpoint)
         if spans is not None:
             self.tracing = Traces(spans)
-        self._backend = backend = await self._make_backend()
+        self._backend = backend = await open_backend(
+            self.config, clock=time.monotonic_ns, on_death=functools.partial(self._fail, "the tail's thread")
+        )
         store = ModelStore(self.config.models)
         failures = await bring_up_to_date(store, backend, _on_ready)
         for failure in failures if store.all() else failures[1:]:
@@ -136,19 +140,6 @@ class EdgeServer:
         self._anyone = Client(max_unary=self.config.limits.max_unary_in_flight)
         self._ingress = Ingress(services, self._anyone)
         await self._listen()
-
-    async def _make_backend(self) -> Backend:
-        if self.config.backend == "ray":
-            from edge_server.backends.ray_serve import RayBackend
-
-            backend = RayBackend(self.config.batch, self.config.tail, self.config.ray, time.monotonic_ns)
-            await backend.start()
-            return backend
-        from edge_server.backends.embedded import EmbeddedBackend
-
-        return EmbeddedBackend(
-            self.config.batch, self.config.tail, time.monotonic_ns, on_death=functools.partial(self._fail, "the tail's thread")
-        )
 
     async def _listen(self) -> None:
         assert self._ingress is not None  # noqa: S101 - start() made it

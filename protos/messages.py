@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final
+from math import prod
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from protos.errors import HeadtailError, LimitError, PayloadError, ProtocolError, from_peer
 from protos.headtail.v1 import headtail_pb2 as pb
@@ -24,11 +29,18 @@ MAX_TRACEPARENT_CHARS: Final = 55
 MAX_TOP: Final = 1000
 MAX_BOXES: Final = 5000
 MAX_CLASS_ID: Final = 10**5
+MAX_TENSORS: Final = 64
+MAX_ANSWER_BYTES: Final = 6 << 20
+_MAX_AXES: Final = 8
+_MAX_TENSOR_NAME_CHARS: Final = 200
 MAX_DURATION_NS: Final = 3600 * 10**9
 MAX_BITRATE_BPS: Final = 10**13
 MAX_BATCH: Final = 1 << 16
 _ROUNDING: Final = 1e-3  # of a probability computed in half precision
 _MAX_TREND: Final = 1e9
+_DTYPES: Final = frozenset(
+    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()  # noqa: SIM905 - reads better
+)
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -139,7 +151,43 @@ class Detection:
     boxes: tuple[Box, ...]
 
 
-Answer = Classification | Detection
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensors:
+    """The answer of any other task: named arrays, whose meaning is the task's.
+
+    Attributes:
+        task: its registered name.
+        arrays: of numbers or booleans, without a batch axis.
+    """
+
+    task: str
+    arrays: Mapping[str, NDArray[Any]]
+
+    def __post_init__(self) -> None:
+        if not self.task or len(self.arrays) > MAX_TENSORS:
+            raise LimitError(f"an answer has a task's name and at most {MAX_TENSORS} tensors, got {len(self.arrays)}")
+        for name, array in self.arrays.items():
+            if array.dtype.name not in _DTYPES or array.ndim > _MAX_AXES or len(name) > _MAX_TENSOR_NAME_CHARS:
+                raise LimitError(f"the tensor {name[:100]!r} of an answer must hold numbers in at most {_MAX_AXES} axes")
+        if self.n_bytes > MAX_ANSWER_BYTES:
+            raise LimitError(f"an answer of {self.n_bytes} bytes is too large; {MAX_ANSWER_BYTES} are allowed")
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tensors):
+            return NotImplemented
+        same = self.task == other.task and list(self.arrays) == list(other.arrays)
+        pairs = zip(self.arrays.values(), other.arrays.values(), strict=False)
+        return same and all(a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in pairs)
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have none
+
+
+Answer = Classification | Detection | Tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +230,8 @@ class Result:
             message.classification.CopyFrom(pb.Classification(top=top))
         elif isinstance(self.answer, Detection):
             message.detection.CopyFrom(pb.Detection(boxes=[_box_to_proto(b) for b in self.answer.boxes]))
+        elif isinstance(self.answer, Tensors):
+            message.tensors.CopyFrom(_tensors_to_proto(self.answer))
         else:
             raise ProtocolError("a result needs an answer or an error")
         return message
@@ -197,7 +247,7 @@ class Result:
             _check_durations(t.decode_ns, t.queue_ns, t.tail_ns, t.total_ns)
             if message.layers_decoded > MAX_LAYERS or t.batch_size > MAX_BATCH:
                 raise ProtocolError(f"a result speaks of {message.layers_decoded} layers in a batch of {t.batch_size}")
-        except ProtocolError as failure:
+        except (ProtocolError, LimitError) as failure:
             return cls(frame_id=message.frame_id, error=failure)
         return cls(
             frame_id=message.frame_id, answer=answer, error=error, layers_decoded=message.layers_decoded,
@@ -226,7 +276,38 @@ def _outcome_from_proto(message: pb.Result) -> tuple[Answer | None, HeadtailErro
         boxes = message.detection.boxes
         _check_count(len(boxes), MAX_BOXES, "boxes")
         return Detection(boxes=tuple(_box_from_proto(b) for b in boxes)), None
+    if which == "tensors":
+        return _tensors_from_proto(message.tensors), None
     raise ProtocolError(f"result of frame {message.frame_id} holds neither an answer nor an error")
+
+
+def _tensors_to_proto(answer: Tensors) -> pb.Tensors:
+    little = {name: array.astype(array.dtype.newbyteorder("<"), copy=False) for name, array in answer.arrays.items()}
+    return pb.Tensors(
+        task=answer.task,
+        tensors=[pb.Tensor(name=n, dtype=a.dtype.name, shape=a.shape, data=a.tobytes()) for n, a in little.items()],
+    )
+
+
+def _tensors_from_proto(message: pb.Tensors) -> Tensors:
+    _check_count(len(message.tensors), MAX_TENSORS, "tensors")
+    arrays = {tensor.name: _array(tensor) for tensor in message.tensors}
+    if len(arrays) != len(message.tensors):
+        raise ProtocolError("an answer holds two tensors of one name")
+    return Tensors(task=message.task, arrays=arrays)
+
+
+def _array(tensor: pb.Tensor) -> NDArray[Any]:
+    if tensor.dtype not in _DTYPES or len(tensor.shape) > _MAX_AXES:
+        raise ProtocolError(f"an answer holds a tensor of {tensor.dtype[:30]!r} with {len(tensor.shape)} axes")
+    dtype = np.dtype(tensor.dtype).newbyteorder("<")
+    if len(tensor.data) > MAX_ANSWER_BYTES or prod(tensor.shape) * dtype.itemsize != len(tensor.data):
+        raise ProtocolError(f"an answer's tensor {tensor.name[:100]!r} has {len(tensor.data)} bytes, which its shape does not")
+    values = np.frombuffer(tensor.data, np.uint8) != 0 if dtype.kind == "b" else np.frombuffer(tensor.data, dtype)
+    try:
+        return values.reshape(tensor.shape)
+    except ValueError as error:  # no values, and sides whose product no machine can hold
+        raise ProtocolError(f"an answer's tensor {tensor.name[:100]!r} has an impossible shape") from error
 
 
 def _box_from_proto(box: pb.Box) -> Box:

@@ -1,4 +1,4 @@
-"""The ``splitters`` command: cut, profile, train, evaluate, calibrate, export, fetch, inspect."""
+"""The ``splitters`` command: cut, profile, train, evaluate, calibrate, adapt, export, fetch, inspect."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ VERBS = {
     "profile": "what every candidate cut of a model would cost",
     "cut": "divide a model and write a bundle",
     "train": "train a slimmable bottleneck for a cut",
-    "evaluate": "accuracy against real payload bytes, beside image codecs",
+    "evaluate": "accuracy against real payload bytes, beside image or video codecs",
     "calibrate": "fit a bundle's prefilter to the scene a fixed camera sees",
+    "adapt": "fit a bundle's codec to one site's camera, unlabelled",
     "export": "write a default bundle, or a trained run, to a directory",
     "fetch": "bring the weights of a published model to this machine",
     "inspect": "show what a bundle holds and verify it",

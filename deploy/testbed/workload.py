@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.testbed.clip import ClipSizes, measure_clip
-from edge_client.choices import DeviceTimes, believable, keep_times, known_times, measure, name_of
+from edge_client.choices import DeviceTimes, keep_times, known_times, measure, measured_points, name_of
 from edge_client.control import LocalOption, OffloadOption
 from edge_client.engine import Engine
 from protos.errors import ConfigError
@@ -132,7 +132,7 @@ def _of_bundle(path: Path) -> Workload:
 
 def workload_of(engine: Engine, times: DeviceTimes) -> Workload:
     """What an opened bundle offers, with a device's times; the server's are the default ones."""
-    bundle, points = engine.bundle, believable(engine.bundle.points, engine)
+    bundle, points = engine.bundle, measured_points(engine)
     spec = bundle.manifest.local
     local = None
     if spec is not None and times.local_ms is not None:

@@ -36,9 +36,8 @@ _NOTHING = Quantiles(p50=0.0, p95=0.0)
 class Controller:
     """The device's decisions for one session.
 
-    The caller reports to ``estimator`` what happens on the wire, to ``on_device`` how long the device took, and asks
-    ``decide`` once a frame, ``may_send`` once a layer, ``wants_fallback`` when a fallback is due. Nothing here reads a
-    clock or blocks.
+    It is a ``Policy``: told by ``on_...`` what happens on the wire and how long the device took, and asked ``decide`` once
+    a frame, ``may_send`` once a layer, ``wants_fallback`` when a fallback is due. Nothing here reads a clock or blocks.
     """
 
     def __init__(
@@ -94,6 +93,14 @@ class Controller:
 
     # ------------------------------------------------------------------ events
 
+    def on_connect(self, now_ns: int) -> None:
+        """A session with our bundle stands."""
+        self.estimator.on_connect(now_ns)
+
+    def on_disconnect(self, now_ns: int) -> None:
+        """The session is gone, or takes no more frames."""
+        self.estimator.on_disconnect(now_ns)
+
     def on_grant(
         self, now_ns: int, *, bitrate_bps: float = 0.0, max_in_flight: int = 0, queue_ns: int = 0, tail_ns: int = 0
     ) -> None:
@@ -109,6 +116,35 @@ class Controller:
     def on_ack(self, frame_id: int, now_ns: int, server_ns: int = 0) -> None:
         """A result arrived, late or not; see ``Estimator.on_ack``."""
         self.estimator.on_ack(frame_id, now_ns, server_ns)
+
+    def on_refused(self, frame_id: int, now_ns: int) -> None:
+        """The server was too busy for the frame; the way there and back is learnt from it all the same."""
+        self.estimator.on_refused(frame_id, now_ns)
+
+    def on_lost(self, frame_id: int, now_ns: int) -> None:
+        """No answer will come for the frame: it no longer fills the window."""
+        self.estimator.on_lost(frame_id, now_ns)
+
+    def on_pong(self, rtt_ns: int, now_ns: int) -> None:
+        """A ping came back."""
+        self.estimator.on_pong(rtt_ns, now_ns)
+
+    def ping_due(self, now_ns: int) -> bool:
+        """Whether the round trip should be measured now."""
+        return self.estimator.ping_due(now_ns)
+
+    def set_limit(self, max_in_flight: int) -> None:
+        """Frames that may be unanswered by the server's welcome; 0: no limit of its own."""
+        self.window.set_limit(max_in_flight)
+
+    def allows(self) -> bool:
+        """Whether a frame may enter the network now."""
+        return self.window.allows()
+
+    @property
+    def granted_in_flight(self) -> int:
+        """Frames that may be unanswered by the last grant; 0: no limit."""
+        return self.estimator.grant_max_in_flight
 
     def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None:
         """How long the device worked: decision to payload (split, offload) or to answer (local, fallback: pass ``Local()``)."""

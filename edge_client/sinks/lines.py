@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from edge_client.frames import NS_PER_MS, Age, FrameReport
-from protos.messages import Answer, Classification, Detection
+from protos.messages import Answer
+from splitters.tasks.base import task_of
 
 
 def to_line(report: FrameReport, labels: Mapping[int, str]) -> str:
@@ -40,18 +41,10 @@ def to_json(report: FrameReport, labels: Mapping[int, str]) -> dict[str, Any]:
 
 
 def _answer(answer: Answer | None, labels: Mapping[int, str], age: Age | None) -> dict[str, Any]:
-    if isinstance(answer, Classification):
-        rows = [{"class_id": s.class_id, "label": labels.get(s.class_id, ""), "score": round(s.score, 6)} for s in answer.top]
-        return {"predictions": rows}
-    if isinstance(answer, Detection):
-        return {
-            "detections": [
-                {
-                    "class_id": b.class_id, "label": labels.get(b.class_id, ""), "score": round(b.score, 6),
-                    "box_px": [round(v, 2) for v in b.box_px],
-                    **({"age_frames": age.frames, "age_ms": round(age.ms, 1)} if age is not None else {}),
-                }
-                for b in answer.boxes
-            ]
-        }  # fmt: skip
-    return {}
+    if answer is None:
+        return {}
+    fields = task_of(answer).to_json(answer, labels)
+    if age is not None:  # only boxes are tracked
+        for box in fields.get("detections", []):
+            box |= {"age_frames": age.frames, "age_ms": round(age.ms, 1)}
+    return fields

@@ -5,7 +5,7 @@ Shape legend: arrays are one frame's, without the batch axis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from protos.messages import Answer, PayloadKind
 from splitters.bundle import Bundle
+from splitters.registry import Registry
 
-__all__ = ["Backend", "Load", "TailAnswer", "TailWork"]
+__all__ = ["BACKENDS", "Backend", "Load", "Opener", "TailAnswer", "TailWork"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,3 +89,14 @@ class Backend(Protocol):
     async def close(self) -> None:
         """Ends; frames still waiting are refused."""
         ...
+
+
+Opener = Callable[..., Awaitable[Backend]]
+"""Called with the server's configuration and, by name, ``clock`` (monotonic ns) and ``on_death``, to be called with the error
+should the backend die; on the event loop, before any bundle is loaded. Gives a backend that is ready for `Backend.load`."""
+
+BACKENDS: Registry[Opener] = Registry(
+    "headtail.backends",
+    "backend",
+    {"embedded": "edge_server.backends.embedded:open_backend", "ray": "edge_server.backends.ray_serve:open_backend"},
+)

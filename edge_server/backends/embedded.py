@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_server.backends import Load, TailAnswer, TailWork
+from edge_server.backends.batcher import BatchQueue, Waiting
 from edge_server.backends.recent import Recent
-from edge_server.batcher import BatchQueue, Waiting
-from edge_server.config import BatchConfig, TailConfig
+from edge_server.config import BatchConfig, ServerConfig, TailConfig
 from edge_server.machine import check_cpus
 from protos.errors import DrainingError, HeadtailError, InternalError, ModelError, UnknownModelError
 from protos.messages import Answer, PayloadKind
@@ -269,3 +269,10 @@ def _resolve(outcomes: list[tuple[_Job, Outcome]]) -> None:
             job.future.set_exception(outcome)
         else:
             job.future.set_result(outcome)
+
+
+async def open_backend(
+    config: ServerConfig, *, clock: Callable[[], int], on_death: Callable[[BaseException], None]
+) -> EmbeddedBackend:
+    """See `edge_server.backends.Opener`."""
+    return EmbeddedBackend(config.batch, config.tail, clock, on_death=on_death)

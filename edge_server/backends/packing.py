@@ -10,13 +10,13 @@ from typing import Any
 
 from edge_server.backends import TailAnswer, TailWork
 from protos.errors import HeadtailError, from_code
-from protos.messages import Answer, Box, Classification, ClassScore, Detection, PayloadKind
+from protos.messages import Answer, Box, Classification, ClassScore, Detection, PayloadKind, Tensors
 
 # (error's (code, text, retryable) or None, the answer's kind, its rows, queue ns, tail ns, batch size)
 Reply = tuple[tuple[str, str, bool] | None, str, tuple[Any, ...], int, int, int]
 Call = tuple[str, str, int, tuple[Any, ...], tuple[int, int], int | None, str]
 
-_CLASSES, _BOXES = "classes", "boxes"
+_CLASSES, _BOXES, _TENSORS = "classes", "boxes", "tensors"
 
 
 def pack_call(work: TailWork, path: str, remaining_ns: int | None) -> Call:
@@ -68,6 +68,9 @@ def unpack_reply(reply: Reply) -> TailAnswer:
     answer: Answer
     if kind == _CLASSES:
         answer = Classification(top=tuple(ClassScore(class_id=c, score=s) for c, s in rows))
+    elif kind == _TENSORS:
+        task, *pairs = rows
+        answer = Tensors(task=task, arrays=dict(pairs))
     else:
         answer = Detection(boxes=tuple(Box(class_id=c, score=s, box_px=box) for c, s, box in rows))
     return TailAnswer(answer=answer, queue_ns=queue_ns, tail_ns=tail_ns, batch_size=batch_size)
@@ -76,4 +79,6 @@ def unpack_reply(reply: Reply) -> TailAnswer:
 def _rows(answer: Answer) -> tuple[str, tuple[Any, ...]]:
     if isinstance(answer, Classification):
         return _CLASSES, tuple((c.class_id, c.score) for c in answer.top)
+    if isinstance(answer, Tensors):
+        return _TENSORS, (answer.task, *answer.arrays.items())
     return _BOXES, tuple((b.class_id, b.score, b.box_px) for b in answer.boxes)

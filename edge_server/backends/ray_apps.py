@@ -14,13 +14,13 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from edge_server.assembly import Frame, read_frame
 from edge_server.backends import TailWork
 from edge_server.backends.packing import Reply, pack_call, unpack_reply
 from edge_server.backends.ray_import import serve
 from edge_server.backends.ray_replica import deployment
 from edge_server.config import BatchConfig, Limits, RayConfig, TailConfig
-from edge_server.decode import decode_frame
+from edge_server.frames.assembly import Frame, read_frame
+from edge_server.frames.decode import decode_frame
 from edge_server.models import locate, open_model
 from protos.errors import ConfigError, HeadtailError, OverloadedError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb

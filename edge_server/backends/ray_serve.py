@@ -24,7 +24,7 @@ from edge_server.backends.packing import Reply, pack_call, unpack_reply
 from edge_server.backends.ray_import import ray, serve
 from edge_server.backends.ray_replica import SHELF_APP, app_name, deployment, model_id, shelf, site_name
 from edge_server.backends.recent import Recent
-from edge_server.config import BatchConfig, RayConfig, TailConfig
+from edge_server.config import BatchConfig, RayConfig, ServerConfig, TailConfig
 from protos.errors import ConfigError, HeadtailError, ModelError, OverloadedError, UnknownModelError
 from splitters.bundle import Bundle
 
@@ -301,3 +301,11 @@ async def _called(route: _Route, work: TailWork, remaining_ns: int | None) -> Re
         log.exception("a replica failed")
         raise ModelError("the tail failed on this frame; the replica's log says why") from failure
     return reply
+
+
+async def open_backend(config: ServerConfig, *, clock: Callable[[], int], on_death: Callable[[BaseException], None]) -> RayBackend:
+    """See `edge_server.backends.Opener`; Ray restarts what dies by itself."""
+    del on_death
+    backend = RayBackend(config.batch, config.tail, config.ray, clock)
+    await backend.start()
+    return backend

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from splitters.tasks.postprocess import Floats
+from splitters.tasks.base import Floats
 
 log = logging.getLogger(__name__)
 

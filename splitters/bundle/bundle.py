@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -152,6 +152,23 @@ def _read(path: Path) -> bytes:
         raise BundleError(f"cannot read {path}: {error.strerror}") from error
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What was measured of a bundle.
+
+    Attributes:
+        points: its operating points.
+        local: accuracy and metric of its local model; None where it has none.
+    """
+
+    points: tuple[OperatingPoint, ...]
+    local: tuple[float, str] | None = None
+
+
+Measure = Callable[[Bundle], Measured]
+"""Measures a bundle that is written but not yet in its place."""
+
+
 def _may_be_replaced(out: Path) -> bool:
     """Whether nothing is lost with ``out``: it is absent, empty, or holds a bundle and nothing else.
 
@@ -197,13 +214,24 @@ class BundleWriter:
         """Adds a part."""
         self.file(path, side).write_bytes(data)
 
-    def finish(self, *, points: Iterable[OperatingPoint], offloads: Sequence[OffloadOption] = (), **fields: Any) -> Bundle:
+    def finish(
+        self,
+        *,
+        points: Iterable[OperatingPoint],
+        offloads: Sequence[OffloadOption] = (),
+        measure: Measure | None = None,
+        **fields: Any,
+    ) -> Bundle:
         """Writes ``operating_points.json`` and the manifest and moves the bundle into place.
 
         Args:
             points: the operating points.
             offloads: measured offload options, if any.
+            measure: measures the points, where they are not measured yet.
             **fields: the manifest's fields, without ``parts`` and ``format_version``.
+
+        Raises:
+            BundleError: the operating points are not measured.
         """
         self.add(POINTS, dump_points(points).encode(), "device")
         if offloads:
@@ -211,7 +239,12 @@ class BundleWriter:
         parts = tuple(_describe(self._dir, path, side) for path, side in sorted(self._sides.items()))
         manifest = Manifest(parts=parts, format_version=FORMAT_VERSION, **fields)
         (self._dir / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        open_bundle(self._dir)
+        bundle = open_bundle(self._dir)
+        if measure is not None:
+            found = measure(bundle)
+            bundle = rewrite_points(bundle, found.points, local=found.local)
+        if any(not p.measured for p in bundle.points):
+            raise BundleError(f"{self._out} is not written: its operating points were not measured, and a client chooses by them")
         self._draft.publish()
         return open_bundle(self._out)
 
@@ -225,6 +258,25 @@ class BundleWriter:
 def _describe(root: Path, path: str, side: Side) -> Part:
     file = root / path
     return Part(path=path, sha256=sha256_file(file), bytes=file.stat().st_size, side=side)
+
+
+def replace_parts(bundle: Bundle, parts: Mapping[str, bytes]) -> Bundle:
+    """Writes other bytes in the place of some of a bundle's parts; its hash changes with them.
+
+    Args:
+        bundle: as it is.
+        parts: path → content, of parts that the bundle has.
+
+    Raises:
+        BundleError: it has no such part.
+    """
+    fresh = {path: replace(bundle.manifest.part(path), sha256=sha256_hex(data), bytes=len(data)) for path, data in parts.items()}
+    manifest = replace(bundle.manifest, parts=tuple(fresh.get(p.path, p) for p in bundle.manifest.parts))
+    for name, data in (*parts.items(), (MANIFEST, manifest.to_json().encode())):
+        temporary = bundle.path / f"{name}.new"
+        temporary.write_bytes(data)
+        temporary.replace(bundle.path / name)
+    return open_bundle(bundle.path)
 
 
 def rewrite_points(
@@ -253,8 +305,7 @@ def rewrite_points(
     if local is not None and manifest.local is not None:
         manifest = replace(manifest, local=replace(manifest.local, accuracy=local[0], accuracy_metric=local[1]))
     if score_min is not None:
-        tail = {**manifest.tail, **({"score_min": score_min} if "score_min" in manifest.tail else {})}
-        manifest = replace(manifest, postprocess={**manifest.postprocess, "score_min": score_min}, tail=tail)
+        manifest = replace(manifest, score_min=round(score_min, 4))
     for name, data in (*texts.items(), (MANIFEST, manifest.to_json().encode())):
         temporary = bundle.path / f".{name}.new"
         temporary.write_bytes(data)

@@ -31,7 +31,6 @@ MANIFEST = "manifest.json"
 _MAX_MEAN = 1e4
 _PATH = re.compile(r"[A-Za-z0-9._+=/-]+")
 
-Task = Literal["classification", "detection"]
 Side = Literal["device", "server"]
 
 
@@ -175,13 +174,16 @@ class Manifest:
     """The whole manifest. ``tail``, ``postprocess`` and ``provenance`` are read by those who use them.
 
     Attributes:
+        task: what the outputs mean; see ``splitters.tasks``.
         labels: class id to name; COCO category ids for COCO detectors.
         latent_shape: of each latent tensor, without the batch axis.
+        score_min: of a detector, the score from which on boxes are shown and counted: that of the best F1, where it was measured.
+            The server reports weaker ones too, from the postprocess's own ``score_min`` on.
         tail: ``{"kind": "onnx", "path"}`` or ``{"kind": "torch", "factory", "weights", ...}``.
     """
 
     name: str
-    task: Task
+    task: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
     preprocess: Preprocess
     parts: tuple[Part, ...]
     labels: Mapping[int, str]
@@ -191,6 +193,7 @@ class Manifest:
     tail: Mapping[str, Any]
     local: LocalModel | None = None
     postprocess: Mapping[str, Any] = field(default_factory=dict)
+    score_min: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     licence: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION

@@ -31,6 +31,7 @@ class Quantiles:
 
 
 UNMEASURED = Quantiles(p50=0.0, p95=0.0)
+UNMEASURED_METRIC = "unmeasured"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +64,7 @@ class OperatingPoint:
     graphs: tuple[str, ...] = ()
     payload_bytes: Quantiles = field(default=UNMEASURED)
     accuracy: float = 0.0
-    accuracy_metric: Name = "unmeasured"
+    accuracy_metric: Name = UNMEASURED_METRIC
     head_ms: Quantiles = field(default=UNMEASURED)
     pareto: bool = True
 
@@ -76,6 +77,11 @@ class OperatingPoint:
             raise BundleError(f"operating point {self.id}: accuracy must be a fraction 0..1, got {self.accuracy}")
         if not self.codec_point:
             object.__setattr__(self, "codec_point", str(self.id))
+
+    @property
+    def measured(self) -> bool:
+        """Whether what it costs and gives was measured."""
+        return self.accuracy_metric != UNMEASURED_METRIC and self.payload_bytes.p50 > 0
 
     def to_json(self) -> dict[str, Any]:
         """The point as plain JSON types."""

@@ -8,14 +8,15 @@
     symbols = codec.decode(payloads[:n])             # exactly the same integers, of n layers
     latents = codec.dequantise(symbols)              # missing layers are zeros
 
-Video: the client codes against what the server has acknowledged, the server keeps what it decoded::
+Video: the client codes against what the server holds, the server keeps what it decoded::
 
-    reference, reference_frame = predictor.choose()                                # client
-    payloads = codec.encode(symbols, reference, reference_frame)
-    predictor.sent(frame_id, symbols, key=not is_predicted(payloads[0]))
-    symbols = codec.decode(payloads, store); store.add(frame_id, symbols)          # server
+    coded = codec.compress(latents, point_id, *predictor.choose())                 # client
+    predictor.sent(frame_id, coded.symbols, reference=coded.reference)
+    symbols = codec.decode(coded.payloads, store); store.add(frame_id, symbols)    # server
     predictor.acknowledged(frame_id, symbols.layers, symbols.crc32())              # client, from the server's result
-    predictor.reset()                                                              # client, on reconnect or error `payload`
+    predictor.refused(frame_id)                                                    # client, on error `payload`
+    predictor.lost(frame_id)                                                       # client, on any other error without layers
+    predictor.reset()                                                              # client, on reconnect
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from protos.errors import BundleError
-from splitters.codec.base import Latent, LatentCodec, References, Spec
+from splitters.codec.base import Coded, Latent, LatentCodec, References, Spec
 from splitters.codec.calibrate import calibrate_plain
 from splitters.codec.envelope import is_predicted
 from splitters.codec.learned import LearnedCodec, learned_spec
@@ -34,6 +35,7 @@ from splitters.codec.temporal import HISTORY_FRAMES, Predictor, ReferenceStore
 
 __all__ = [
     "HISTORY_FRAMES",
+    "Coded",
     "Latent",
     "LatentCodec",
     "LearnedCodec",

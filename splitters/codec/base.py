@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,26 @@ References = Mapping[int, Symbols]
 SPEC_VERSION = 1
 MAX_ELEMENTS = 2**24
 MAX_TENSORS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coded:
+    """A frame as it goes out.
+
+    Attributes:
+        symbols: what the receiver will have decoded, exactly.
+        payloads: one per layer, base first.
+        reference: id of the frame it was coded against; None for a key frame.
+    """
+
+    symbols: Symbols
+    payloads: tuple[bytes, ...]
+    reference: int | None = None
+
+    @property
+    def predicted(self) -> bool:
+        """Whether it was coded against a reference; else it is a key frame."""
+        return self.reference is not None
 
 
 class LatentCodec(ABC):
@@ -71,6 +92,21 @@ class LatentCodec(ABC):
             reference_frame: the frame id under which the server holds them.
         """
 
+    def compress(
+        self, latents: Sequence[Latent], point_id: str, reference: Symbols | None = None, reference_frame: int | None = None
+    ) -> Coded:
+        """Latents to payloads; with a reference, symbols are chosen so that they cost little against it.
+
+        Args:
+            latents: one frame's, float32, no batch axis.
+            point_id: the codec point.
+            reference: symbols the receiver holds by the time this frame arrives.
+            reference_frame: the frame id under which it holds them.
+        """
+        del reference, reference_frame
+        symbols = self.quantise(latents, point_id)
+        return Coded(symbols=symbols, payloads=tuple(self.encode(symbols)))
+
     @abstractmethod
     def decode(self, layers: Sequence[bytes], references: References | None = None, *, strict: bool = False) -> Symbols:
         """Returns exactly the symbols that were encoded, of the complete layers that arrived.
@@ -102,13 +138,17 @@ class LatentCodec(ABC):
             checked.append(array)
         return checked
 
+    def _point_of(self, kind: str, index: int) -> str:
+        """The id of the point that a header names."""
+        if kind != self.kind:
+            raise PayloadError(f"a {kind} payload came to a bundle whose codec is {self.kind}")
+        if index >= len(self.point_ids):
+            raise PayloadError(f"point {index} is none of the bundle's {len(self.point_ids)}")
+        return self.point_ids[index]
+
     def _check_header(self, header: Header) -> str:
         """Returns the point's id."""
-        if header.kind != self.kind:
-            raise PayloadError(f"a {header.kind} payload came to a bundle whose codec is {self.kind}")
-        if header.point_index >= len(self.point_ids):
-            raise PayloadError(f"point {header.point_index} is none of the bundle's {len(self.point_ids)}")
-        point_id = self.point_ids[header.point_index]
+        point_id = self._point_of(header.kind, header.point_index)
         if header.layer_count != self.layer_count(point_id):
             raise PayloadError(f"point {point_id} has {self.layer_count(point_id)} layers, the header says {header.layer_count}")
         return point_id

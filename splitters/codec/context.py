@@ -106,22 +106,20 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """One mode's weights at one tier, integers in 1/256, held as float64.
+    """One tier's weights, integers in 1/256, held as float64.
 
     Attributes:
-        mean_bias, mean_near, scale_bias, scale_near, scale_near_all, mean_own, scale_own: (PASSES, C).
+        mean_bias, mean_near, scale_bias, scale_near, scale_near_all: (PASSES, C).
         mean_earlier: (PASSES, C, C), of co-located symbols; only columns of earlier layers are used.
         scale_earlier: (PASSES, C, 2 L), of earlier layers' activity.
     """
 
     mean_bias: Exact
     mean_near: Exact
-    mean_own: Exact
     mean_earlier: Exact
     scale_bias: Exact
     scale_near: Exact
     scale_near_all: Exact
-    scale_own: Exact
     scale_earlier: Exact
 
 
@@ -149,24 +147,19 @@ class Stage:
 
 @dataclass(kw_only=True, slots=True)
 class State:
-    """What has been decoded so far, in one mode.
+    """What has been decoded so far.
 
     Attributes:
-        planes: (C, S) saturated symbols (of the difference to the reference, when predicted); zero where not decoded.
+        planes: (C, S) saturated symbols; zero where not decoded.
         activity: (2 L, S), rows of layers not decoded are unused.
-        own: (C, S) saturated reference symbols, or None.
     """
 
     planes: Exact
     activity: Exact
-    own: Exact | None = None
 
 
 def predict(geometry: Geometry, weights: Weights, state: State, stage: Stage) -> tuple[Exact, Exact]:
-    """Mean and scale of every symbol of a stage, in 1/256: two (G, P).
-
-    In the predicted mode the mean is that of the difference to the reference.
-    """
+    """Mean and scale of every symbol of a stage, in 1/256: two (G, P)."""
     k, rows = stage.number, slice(stage.start, stage.stop)
     where = geometry.passes[k]
     mean = np.repeat(weights.mean_bias[k, rows, None], len(where.cells), axis=1)
@@ -180,10 +173,6 @@ def predict(geometry: Geometry, weights: Weights, state: State, stage: Stage) ->
     if stage.layer:
         mean += weights.mean_earlier[k, rows, : stage.start] @ state.planes[: stage.start].take(where.cells, axis=1)
         scale += weights.scale_earlier[k, rows, : 2 * stage.layer] @ state.activity[: 2 * stage.layer].take(where.cells, axis=1)
-    if state.own is not None:
-        own = state.own[rows].take(where.cells, axis=1)
-        mean += weights.mean_own[k, rows, None] * own
-        scale += weights.scale_own[k, rows, None] * np.abs(own)
     return mean, scale
 
 

@@ -1,4 +1,7 @@
-"""The learned codec: gain tiers x channels kept, layers of channels, range coding with frozen integer tables.
+"""The learned codec: gain tiers x channels kept, range coding with frozen integer tables.
+
+A key frame travels in layers of channels, each of which decodes with those before it. A frame predicted from a reference is one
+layer: which cells change, how each is predicted, and the symbols of those.
 
 Shapes: one latent (C, H, W), float32, no batch axis. Symbols are round(latent * gain[tier, channel]); the latent comes
 back as symbols * ungain[tier, channel] (gain units: Cui et al. 2021, arXiv 2003.02012).
@@ -6,6 +9,7 @@ back as symbols * ungain[tier, channel] (gain units: Cui et al. 2021, arXiv 2003
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,13 +18,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import BundleError, ConfigError, ModelError, PayloadError
-from splitters.codec.base import MAX_ELEMENTS, SPEC_VERSION, Latent, LatentCodec, References, Spec, check_spec
+from splitters.codec.base import MAX_ELEMENTS, SPEC_VERSION, Coded, Latent, LatentCodec, References, Spec, check_spec
+from splitters.codec.change import DENSITIES, History, density, get_changes, next_history, put_changes, unknown_history
+from splitters.codec.choice import DEFAULT_PRICE, Choice, choose_symbols, match
 from splitters.codec.coder import CoderFactory
 from splitters.codec.context import Geometry
-from splitters.codec.envelope import MAX_LAYERS, MAX_POINTS, Header, Reference, open_layers, seal
-from splitters.codec.stages import MAX_SYMBOL, Plan, decode_layers, encode_layers
+from splitters.codec.envelope import (
+    MAX_LAYERS,
+    MAX_POINTS,
+    Header,
+    PredictedHeader,
+    belongs_to,
+    is_predicted,
+    open_layers,
+    open_predicted,
+    seal,
+    seal_predicted,
+)
+from splitters.codec.motion import neighbours, predicted
+from splitters.codec.renewal import Cells, get_cells, put_cells
+from splitters.codec.stages import MAX_SYMBOL, decode_layers, encode_layers
 from splitters.codec.symbols import SymbolArray, Symbols
-from splitters.codec.tables import read_tables
+from splitters.codec.tables import Predicted, finest_tier, read_tables
+
+_MAX_PRICE = 100.0
+_LEAST_PRICE = 1e-3
+_BUSY = 0.3  # a share of changed cells above which coding alone is tried
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +51,7 @@ class _Point:
     tier: int
     channels: int
     ends: tuple[int, ...]  # channel groups held by the first layer, the first two, ...
+    price: float
 
 
 def learned_spec(
@@ -38,6 +62,7 @@ def learned_spec(
     points: Mapping[str, tuple[int, int]],
     tables_path: str,
     single_layer: Collection[str] = (),
+    prices: Mapping[str, float] | None = None,
 ) -> Spec:
     """Builds the spec `codec_from_spec` reads.
 
@@ -49,6 +74,7 @@ def learned_spec(
         tables_path: the bundle part that holds the bytes from `fit_tables`.
         single_layer: points whose frames travel in one layer: at a few hundred bytes a further layer's 5 bytes of
             number and checksum, and its own ending of the range code, cost more than refinement is worth.
+        prices: what a bit of a predicted frame is worth to a point, in squared quantiser steps; `DEFAULT_PRICE` where not told.
     """
     return {
         "kind": "learned",
@@ -57,11 +83,34 @@ def learned_spec(
         "gains": [[float(np.float32(g)) for g in row] for row in gains],
         "ungains": [[float(np.float32(g)) for g in row] for row in ungains],
         "points": [
-            {"id": name, "tier": int(tier), "channels": int(kept), "single_layer": name in single_layer}
+            {
+                "id": name,
+                "tier": int(tier),
+                "channels": int(kept),
+                "single_layer": name in single_layer,
+                "price": float((prices or {}).get(name, DEFAULT_PRICE)),
+            }
             for name, (tier, kept) in points.items()
         ],
         "tables": tables_path,
     }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Base:
+    """What a frame is predicted from, in its point's units.
+
+    Attributes:
+        values: (C, H * W).
+        history: when and how its cells last changed.
+        crc32: of the reference as it is held.
+        frame: its id; None for the bundle's scene.
+    """
+
+    values: SymbolArray
+    history: History
+    crc32: int
+    frame: int | None
 
 
 class LearnedCodec(LatentCodec):
@@ -82,13 +131,20 @@ class LearnedCodec(LatentCodec):
         check_spec(spec, self.kind)
         self._coders = CoderFactory(coder)
         self._tables = read_tables(tables)
-        self.supports_reference = self._tables.inter is not None
+        self.supports_reference = self._tables.predicted is not None
         try:
             channels, height, width = (int(n) for n in spec["shape"])
             self._gains = np.asarray(spec["gains"], dtype=np.float32)
             self._ungains = np.asarray(spec["ungains"], dtype=np.float32)
             entries = [
-                (str(p["id"]), int(p["tier"]), int(p["channels"]), bool(p.get("single_layer", False))) for p in spec["points"]
+                (
+                    str(p["id"]),
+                    int(p["tier"]),
+                    int(p["channels"]),
+                    bool(p.get("single_layer", False)),
+                    float(p.get("price", DEFAULT_PRICE)),
+                )
+                for p in spec["points"]
             ]
         except (LookupError, TypeError, ValueError) as error:
             raise BundleError(f"codec.json does not hold a learned codec: {error!r}") from error
@@ -104,15 +160,21 @@ class LearnedCodec(LatentCodec):
         if len(self._tables.layers) > MAX_LAYERS:
             raise BundleError(f"a codec has at most {MAX_LAYERS} layers")
         self._points = {}
-        for name, tier, kept, single in entries:
+        for name, tier, kept, single, price in entries:
             if not (0 <= tier < self._tables.tiers and 1 <= kept <= channels):
                 raise BundleError(f"point {name} names tier {tier} and {kept} channels, which do not exist")
+            if not 0 <= price <= _MAX_PRICE:
+                raise BundleError(f"point {name}: a bit's price lies in 0..{_MAX_PRICE:g}, not {price:g}")
             groups = sum(start < kept for start in (0, *self._tables.layers[:-1]))
             ends = (groups,) if single else tuple(range(1, groups + 1))
-            self._points[name] = _Point(tier=tier, channels=kept, ends=ends)
+            self._points[name] = _Point(tier=tier, channels=kept, ends=ends, price=price)
         self.point_ids = tuple(self._points)
         self.shapes = ((channels, height, width),)
         self._geometry = Geometry(height, width)
+        self._near = neighbours(height, width)
+        predicts = self._tables.predicted
+        if predicts is not None and predicts.scene is not None and predicts.scene.shape != self.shapes[0]:
+            raise BundleError(f"the bundle's scene is of shape {predicts.scene.shape}, its latents are {self.shapes[0]}")
 
     def layer_count(self, point_id: str) -> int:
         """One, or as many as groups of channels that the point's channels kept reach into."""
@@ -135,13 +197,18 @@ class LearnedCodec(LatentCodec):
             ModelError: the latent holds NaN.
         """
         point = self._point(point_id)
+        values = np.zeros(self.shapes[0], dtype=np.int16)
+        values[: point.channels] = np.clip(np.rint(self._scaled(latents, point_id)), -MAX_SYMBOL, MAX_SYMBOL)
+        return Symbols(point_id=point_id, tensors=(values,), layers=len(point.ends), layer_count=len(point.ends))
+
+    def _scaled(self, latents: Sequence[Latent], point_id: str) -> Latent:
+        """Latent times gain, of the channels kept."""
+        point = self._point(point_id)
         (latent,) = self._check_latents(latents, point_id)
-        scaled = np.rint(latent[: point.channels] * self._gains[point.tier, : point.channels, None, None])
+        scaled: Latent = latent[: point.channels] * self._gains[point.tier, : point.channels, None, None]
         if np.isnan(scaled).any():
             raise ModelError("the head returned NaN in latent_0")
-        values = np.zeros(self.shapes[0], dtype=np.int16)
-        values[: point.channels] = np.clip(scaled, -MAX_SYMBOL, MAX_SYMBOL)
-        return Symbols(point_id=point_id, tensors=(values,), layers=len(point.ends), layer_count=len(point.ends))
+        return scaled
 
     def dequantise(self, symbols: Symbols) -> tuple[Latent, ...]:
         """See `LatentCodec.dequantise`."""
@@ -157,86 +224,152 @@ class LearnedCodec(LatentCodec):
         values[self._held(self._point(symbols.point_id), layers) :] = 0
         return Symbols(point_id=symbols.point_id, tensors=(values,), layers=layers, layer_count=symbols.layer_count)
 
+    def compress(
+        self, latents: Sequence[Latent], point_id: str, reference: Symbols | None = None, reference_frame: int | None = None
+    ) -> Coded:
+        """See `LatentCodec.compress`; a reference that would not help (a cut, a turned camera) is left out.
+
+        Raises:
+            ConfigError: an unknown point, or a latent of another shape than the bundle's.
+            ModelError: the latent holds NaN.
+        """
+        if self._tables.predicted is None:
+            return super().compress(latents, point_id)
+        point = self._point(point_id)
+        if reference is not None and reference_frame is not None:
+            base = self._base(reference, point, reference_frame)
+        elif self._tables.predicted.scene is not None:
+            base = self._scene(self._tables.predicted.scene, point)
+        else:
+            return super().compress(latents, point_id)
+        wanted = np.zeros((self._tables.channels, self._near.shape[1]), np.float32)
+        scaled = np.clip(self._scaled(latents, point_id), -MAX_SYMBOL, MAX_SYMBOL)
+        wanted[: point.channels] = scaled.reshape(point.channels, -1)
+        costs = self._tables.predicted.costs[point.tier]
+        choice = choose_symbols(wanted, base.values, self._near, costs, point.price, base.frame or 0, MAX_SYMBOL)
+        payload, symbols = self._predict(choice, base, point_id)
+        if choice.changed.mean() > _BUSY:
+            alone = super().compress(latents, point_id)
+            whole = alone.symbols.tensors[0].reshape(wanted.shape)
+            gain = np.square(wanted - choice.values).sum() - np.square(wanted - whole).sum()
+            if sum(map(len, alone.payloads)) - len(payload) < gain / max(point.price, _LEAST_PRICE) / 8:
+                return alone
+        return Coded(symbols=symbols, payloads=(payload,), reference=base.frame)
+
     def encode(self, symbols: Symbols, reference: Symbols | None = None, reference_frame: int | None = None) -> list[bytes]:
-        """See `LatentCodec.encode`; a reference that would not help (a cut, a turned camera) is left out."""
+        """See `LatentCodec.encode`: exactly these symbols, in one layer where they are predicted."""
         self._check_symbols(symbols)
         point = self._point(symbols.point_id)
         values = symbols.tensors[0]
-        if int(values.max()) > MAX_SYMBOL or int(values.min()) < -MAX_SYMBOL or values[self._held(point, symbols.layers) :].any():
+        held = self._held(point, symbols.layers) if symbols.layer_count == len(point.ends) else point.channels
+        if int(values.max()) > MAX_SYMBOL or int(values.min()) < -MAX_SYMBOL or values[held:].any():
             raise ConfigError(f"symbols of {symbols.point_id} lie in -{MAX_SYMBOL}..{MAX_SYMBOL}, those not held are zero")
-        ends = point.ends[: symbols.layers]
-        plan = Plan(tier=point.tier, channels=point.channels)
-        named = None
-        if reference is not None and reference_frame is not None and self._tables.inter is not None:
-            predicted = self._plan(point, reference)
-            if self._helps(values, plan, predicted, ends):
-                plan = predicted
-                named = Reference(frame_id=reference_frame, layers=reference.layers, crc32=reference.crc32())
-        bodies = self._bodies(values, plan, ends)
-        header = Header(
-            kind=self.kind,
-            point_index=self.point_ids.index(symbols.point_id),
-            layer_count=symbols.layer_count,
-            reference=named,
+        ends = point.ends[: symbols.layers] if symbols.layer_count == len(point.ends) else point.ends
+        bodies = encode_layers(values, ends, self._geometry, self._tables, point.tier, point.channels, self._coders)
+        index = self.point_ids.index(symbols.point_id)
+        alone = seal(Header(kind=self.kind, point_index=index, layer_count=len(point.ends)), bodies)
+        if reference is None or reference_frame is None or self._tables.predicted is None or not symbols.complete:
+            return alone
+        base = self._base(reference, point, reference_frame)
+        choice = match(values.reshape(base.values.shape), base.values, self._near)
+        payload, _ = self._predict(choice, base, symbols.point_id)
+        return [payload] if len(payload) < sum(map(len, alone)) else alone
+
+    def _base(self, reference: Symbols, point: _Point, frame: int) -> _Base:
+        self._check_symbols(reference)
+        history = reference.history if reference.history is not None else unknown_history(*self.shapes[0][1:])
+        values = self._in_units(reference.tensors[0], self._point(reference.point_id).tier, point)
+        return _Base(values=values, history=history, crc32=reference.crc32(), frame=frame)
+
+    def _scene(self, scene: SymbolArray, point: _Point) -> _Base:
+        crc = zlib.crc32(np.ascontiguousarray(scene, dtype="<i2").tobytes())
+        return _Base(
+            values=self._in_units(scene, finest_tier(self._gains), point),
+            history=unknown_history(*scene.shape[1:]),
+            crc32=crc,
+            frame=None,
         )
-        return seal(header, bodies)
 
-    def _bodies(self, values: SymbolArray, plan: Plan, ends: Sequence[int]) -> list[bytes]:
-        return encode_layers(values, ends, self._geometry, self._tables, plan, self._coders)
+    def _in_units(self, values: SymbolArray, tier: int, point: _Point) -> SymbolArray:
+        """Symbols (C, H * W) of a tier in a point's units; another tier's take one product and one rounding, exact."""
+        if tier != point.tier:
+            ratio = self._ungains[tier].astype(np.float64) * self._gains[point.tier]
+            values = np.clip(np.rint(values * ratio[:, None, None]), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
+        if values[point.channels :].any():
+            values = values.copy()
+            values[point.channels :] = 0
+        return values.reshape(len(values), -1)
 
-    def _helps(self, values: SymbolArray, alone: Plan, predicted: Plan, ends: Sequence[int]) -> bool:
-        """Whether prediction saves bytes: clear from the sums as a rule, else from coding the base layer both ways."""
-        held = min(predicted.reference_channels, self._tables.layers[ends[-1] - 1])
-        now = values[:held].astype(np.int32)
-        change = int(np.abs(now - cast("SymbolArray", predicted.reference)[:held]).sum())
-        whole = int(np.abs(now).sum())
-        if change >= whole or 3 * change < whole:
-            return change < whole
-        sizes = [len(self._bodies(values, plan, ends[:1])[0]) for plan in (alone, predicted)]
-        return sizes[1] < sizes[0]
+    def _predict(self, choice: Choice, base: _Base, point_id: str) -> tuple[bytes, Symbols]:
+        """A predicted frame's payload, and what the receiver will hold."""
+        point, tables = self._point(point_id), cast("Predicted", self._tables.predicted)
+        encoder = self._coders.encoder()
+        put_changes(encoder, tables.change, self._geometry, base.history, choice.changed, choice.modes)
+        cells = self._cells(base, choice.changed, choice.modes)
+        values = choice.values[:, choice.changed].astype(np.int64)
+        put_cells(encoder, tables.renewal[point.tier], tables.tables, self._tables.radius, cells, values, point.channels)
+        header = PredictedHeader(
+            kind=self.kind, point_index=self.point_ids.index(point_id), reference_byte=(base.frame or 0) & 0xFF,
+            density=density(choice.changed), scene=base.frame is None,
+        )  # fmt: skip
+        return seal_predicted(header, encoder.finish(), base.crc32), self._followed(point_id, choice, base)
+
+    def _cells(self, base: _Base, changed: NDArray[np.bool_], modes: NDArray[np.int64]) -> Cells:
+        return Cells.of(predicted(base.values, self._near, np.flatnonzero(changed), modes), modes)
+
+    def _followed(self, point_id: str, choice: Choice, base: _Base) -> Symbols:
+        """What a frame leaves at both sides."""
+        history = next_history(base.history, choice.changed, choice.modes)
+        values = choice.values.reshape(self.shapes[0])
+        return Symbols(point_id=point_id, tensors=(values,), layers=1, layer_count=1, history=history)
 
     def decode(self, layers: Sequence[bytes], references: References | None = None, *, strict: bool = False) -> Symbols:
         """See `LatentCodec.decode`."""
+        if layers and is_predicted(layers[0]):
+            return self._decode_predicted(layers, references or {})
         header, bodies = open_layers(layers, strict=strict)
         point_id = self._check_header(header)
         point = self._points[point_id]
-        plan = Plan(tier=point.tier, channels=point.channels)
-        if header.reference is not None:
-            plan = self._plan(point, self._find(header.reference, references))
-        values = decode_layers(bodies, point.ends, self._geometry, self._tables, plan, self._coders)
+        values = decode_layers(bodies, point.ends, self._geometry, self._tables, point.tier, point.channels, self._coders)
         return Symbols(point_id=point_id, tensors=(values,), layers=len(bodies), layer_count=len(point.ends))
 
-    def _find(self, wanted: Reference, references: References | None) -> Symbols:
-        """Returns exactly the symbols a frame was predicted from."""
-        if self._tables.inter is None:
-            raise PayloadError("the payload is predicted from a frame, but this bundle has no tables for that")
-        held = references.get(wanted.frame_id) if references is not None else None
-        if held is None:
-            raise PayloadError(f"the payload is predicted from frame {wanted.frame_id}, which is not held: send a key frame")
-        if not 1 <= wanted.layers <= held.layers:
-            raise PayloadError(
-                f"the payload is predicted from {wanted.layers} layers of frame {wanted.frame_id},"
-                f" of which {held.layers} are held: send a key frame"
-            )
-        self._check_symbols(held)
-        exact = self.prefix(held, wanted.layers)
-        if exact.crc32() != wanted.crc32:
-            raise PayloadError(
-                f"frame {wanted.frame_id} is held with other symbols than the payload is predicted from: send a key frame"
-            )
-        return exact
+    def _decode_predicted(self, layers: Sequence[bytes], references: References) -> Symbols:
+        payload = bytes(layers[0])
+        header, body = open_predicted(payload)
+        point_id = self._point_of(header.kind, header.point_index)
+        if len(layers) > 1:
+            raise PayloadError(f"a predicted frame is one layer, {len(layers)} arrived")
+        if self._tables.predicted is None:
+            raise PayloadError("the payload is predicted from a frame, but this bundle has no tables for that: send a key frame")
+        point, tables = self._points[point_id], self._tables.predicted
+        base = self._reference(payload, header, references, point)
+        if header.density >= DENSITIES:
+            raise PayloadError(f"density class {header.density} is unknown to this release")
+        decoder = self._coders.decoder(body)
+        changed, modes = get_changes(decoder, tables.change, self._geometry, base.history, header.density)
+        cells = self._cells(base, changed, modes)
+        found = get_cells(decoder, tables.renewal[point.tier], tables.tables, self._tables.radius, cells, point.channels)
+        if found.size and np.abs(found).max() > MAX_SYMBOL:
+            raise PayloadError(f"a symbol exceeds {MAX_SYMBOL}: the payload is not of this bundle")
+        values = base.values.copy()
+        values[:, changed] = found
+        return self._followed(point_id, Choice(values=values, changed=changed, modes=modes), base)
 
-    def _plan(self, point: _Point, reference: Symbols) -> Plan:
-        """A predicted frame's plan; a reference of another tier is rescaled (one product and one rounding, exact)."""
-        self._check_symbols(reference)
-        other = self._point(reference.point_id)
-        values = reference.tensors[0]
-        if other.tier != point.tier:
-            ratio = self._ungains[other.tier].astype(np.float64) * self._gains[point.tier]
-            values = np.clip(np.rint(values * ratio[:, None, None]), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
-        return Plan(
-            tier=point.tier,
-            channels=point.channels,
-            reference=values,
-            reference_channels=self._held(other, reference.layers),
-        )
+    def _reference(self, payload: bytes, header: PredictedHeader, references: References, point: _Point) -> _Base:
+        """Exactly what a frame was predicted from: the scene, or the newest frame held whose id ends so."""
+        if header.scene:
+            scene = cast("Predicted", self._tables.predicted).scene
+            if scene is None:
+                raise PayloadError("the payload is predicted from a site's scene, but this bundle holds none: send a key frame")
+            base = self._scene(scene, point)
+            if not belongs_to(payload, base.crc32):
+                raise PayloadError("the payload is damaged, or predicted from another scene: send a key frame")
+            return base
+        frame = max((f for f in references if f & 0xFF == header.reference_byte), default=None)
+        if frame is None:
+            low = header.reference_byte
+            raise PayloadError(f"the payload is predicted from a frame ...{low}, which is not held: send a key frame")
+        base = self._base(references[frame], point, frame)
+        if not belongs_to(payload, base.crc32):
+            raise PayloadError(f"the payload is damaged, or frame {frame} is held with other symbols: send a key frame")
+        return base

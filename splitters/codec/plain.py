@@ -27,7 +27,7 @@ from splitters.codec.base import (
     References,
     check_spec,
 )
-from splitters.codec.envelope import MAX_POINTS, Header, open_layers, seal
+from splitters.codec.envelope import MAX_POINTS, Header, is_predicted, open_layers, seal
 from splitters.codec.symbols import SymbolArray, Symbols
 
 MAX_BITS = 12
@@ -155,10 +155,10 @@ class PlainCodec(LatentCodec):
     def decode(self, layers: Sequence[bytes], references: References | None = None, *, strict: bool = False) -> Symbols:
         """See `LatentCodec.decode`."""
         del references
+        if layers and is_predicted(layers[0]):
+            raise PayloadError("a plain payload has no reference frame")
         header, bodies = open_layers(layers, strict=strict)
         point_id = self._check_header(header)
-        if header.reference is not None:
-            raise PayloadError("a plain payload has no reference frame")
         levels = self._points[point_id].levels
         count = sum(self._sizes)
         raw = _decompress(bodies[0], count if levels <= 0xFF else 2 * count)

@@ -22,13 +22,15 @@ class Symbols:
         point_id: the codec point whose scales turn these integers back into a latent.
         tensors: one int16 array per latent tensor; cells of layers that are missing are zero.
         layers: how many complete layers are held, base first.
-        layer_count: how many layers the point has.
+        layer_count: how many layers the frame has.
+        history: when and how every cell last changed, (H, W) bytes as `splitters.codec.change` reads them; None for a key frame.
     """
 
     point_id: str
     tensors: tuple[SymbolArray, ...]
     layers: int
     layer_count: int
+    history: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.layers <= self.layer_count:
@@ -42,11 +44,11 @@ class Symbols:
         return self.layers == self.layer_count
 
     def crc32(self) -> int:
-        """CRC-32 over point, number of layers and every integer; the same on every processor."""
+        """CRC-32 over point, number of layers, history and every integer; the same on every processor."""
         crc = zlib.crc32(f"{self.point_id}\0{self.layers}".encode())
         for tensor in self.tensors:
             crc = zlib.crc32(np.ascontiguousarray(tensor, dtype="<i2").tobytes(), crc)
-        return crc
+        return crc if self.history is None else zlib.crc32(self.history.tobytes(), crc)
 
     def equals(self, other: Symbols) -> bool:
         """Whether both hold the same layers of the same point with the same integers."""

@@ -1,7 +1,8 @@
 """The learned codec's frozen integers as one binary part of the bundle.
 
 File: a zstandard frame of ``HTCT``, u32 length of a JSON index, the index, then little-endian arrays back to back.
-The index is {version, channels, layers, tiers, radius, arrays: [{name, dtype, shape}]}; nothing in it can run code.
+The index is {version, channels, layers, tiers, radius, arrays: [{name, dtype, shape}]}; nothing in it can run code. Version 1
+predicted frames in another form: its tables of symbols on their own are read, those of predicted ones are not.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from numpy.typing import NDArray
 
 from protos.errors import BundleError
 from protos.schema import read_json
+from splitters.codec.change import MAP_ROWS, MODE_ROWS, MODES, ChangeTables
+from splitters.codec.choice import Costs
 from splitters.codec.coder import TableSet
 from splitters.codec.context import TABLES, WEIGHT_NAMES, Weights, weight_shapes
+from splitters.codec.renewal import RENEWAL_NAMES, Renewal, renewal_shapes
 
-TABLES_VERSION = 1
-MODES = ("intra", "inter")
+TABLES_VERSION = 2
+_READABLE = (1, 2)
 MAX_CHANNELS = 512
 MAX_TIERS = 64
 _MAGIC = b"HTCT"
@@ -44,6 +48,30 @@ class Mode:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """What predicted frames are coded with.
+
+    Attributes:
+        change: flags and modes of cells.
+        renewal: weights of every tier.
+        tables: `TABLES` rows of 2 * radius + 1 frequencies for the symbols of changed cells.
+        costs: of every tier, for the encoder's choice alone.
+        scene: (C, H, W) symbols in the finest tier's units of what a site's camera sees when nothing happens; both sides hold it
+            from the start. None: the bundle belongs to no site.
+    """
+
+    change: ChangeTables
+    renewal: tuple[Renewal, ...]
+    tables: TableSet
+    costs: tuple[Costs, ...]
+    scene: NDArray[np.int16] | None = None
+
+
+COST_UNIT = 64  # of `Costs`, in the file
+_CHANGE = ("flags", "modes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tables:
     """All frozen integers of one bundle.
 
@@ -52,14 +80,14 @@ class Tables:
         layers: where each layer ends, rising, the last is C.
         radius: residuals below it have a symbol of their own, others are escapes.
         intra: for symbols on their own.
-        inter: for differences to a reference frame; None where no pairs were there to fit it.
+        predicted: for frames predicted from a reference; None where no clips were there to fit it.
     """
 
     channels: int
     layers: tuple[int, ...]
     radius: int
     intra: Mode
-    inter: Mode | None
+    predicted: Predicted | None
 
     @property
     def tiers(self) -> int:
@@ -87,7 +115,9 @@ class _Array:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Index:
+class Index:
+    """What the file says of itself."""
+
     version: int
     channels: int
     layers: tuple[int, ...]
@@ -96,7 +126,8 @@ class _Index:
     arrays: tuple[_Array, ...]
 
 
-def _unpack(data: bytes) -> tuple[_Index, dict[str, NDArray[np.integer[Any]]]]:
+def unpack_tables(data: bytes) -> tuple[Index, dict[str, NDArray[np.integer[Any]]]]:
+    """The file's index and its arrays by name, unchecked."""
     try:
         with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(data) as reader:
             raw = reader.read(_MAX_BYTES + 1)
@@ -105,7 +136,7 @@ def _unpack(data: bytes) -> tuple[_Index, dict[str, NDArray[np.integer[Any]]]]:
     if raw[:4] != _MAGIC or len(raw) > _MAX_BYTES or len(raw) < 8:
         raise BundleError("the codec's tables are not of this format")
     (size,) = struct.unpack_from("<I", raw, 4)
-    index = read_json(raw[8 : 8 + size], _Index, what="the index of the codec's tables")
+    index = read_json(raw[8 : 8 + size], Index, what="the index of the codec's tables")
     at = 8 + size
     arrays: dict[str, NDArray[np.integer[Any]]] = {}
     for entry in index.arrays:
@@ -126,18 +157,25 @@ def read_tables(data: bytes) -> Tables:
         BundleError: another format or version, or arrays that do not hold together.
     """
     try:
-        index, arrays = _unpack(data)
-        if index.version != TABLES_VERSION:
-            raise BundleError(f"the codec's tables have version {index.version}, this release reads {TABLES_VERSION}")
+        index, arrays = unpack_tables(data)
+        if index.version not in _READABLE:
+            raise BundleError(f"the codec's tables have version {index.version}, this release reads 1 and {TABLES_VERSION}")
         channels, tiers, radius, layers = index.channels, index.tiers, index.radius, index.layers
         if not (1 <= channels <= MAX_CHANNELS and 1 <= tiers <= MAX_TIERS and 1 <= radius <= 256):
             raise BundleError("the codec's tables name impossible sizes")
         if not layers or layers[-1] != channels or any(b <= a for a, b in zip((0, *layers), layers, strict=False)):
             raise BundleError("the codec's layers must rise and end at the last channel")
-        modes = [_read_mode(arrays, name, channels, layers, tiers, radius) for name in MODES if f"{name}/tables" in arrays]
-        return Tables(channels=channels, layers=layers, radius=radius, intra=modes[0], inter=modes[1] if len(modes) > 1 else None)
+        intra = _read_mode(arrays, "intra", channels, layers, tiers, radius)
+        known = index.version == TABLES_VERSION and "predicted/tables" in arrays
+        predicted = _read_predicted(arrays, channels, tiers, radius) if known else None
+        return Tables(channels=channels, layers=layers, radius=radius, intra=intra, predicted=predicted)
     except (LookupError, TypeError, ValueError, struct.error) as error:
         raise BundleError(f"the codec's tables do not hold together: {error!r}") from error
+
+
+def finest_tier(gains: NDArray[np.floating[Any]]) -> int:
+    """The tier of the largest gains (tiers, C): a scene's."""
+    return int(gains.sum(axis=1).argmax())
 
 
 def _read_mode(
@@ -154,3 +192,24 @@ def _read_mode(
         Weights(**{name: arrays[f"{mode}/{name}"][tier].astype(np.float64) for name in WEIGHT_NAMES}) for tier in range(tiers)
     )
     return Mode(weights=weights, tables=TableSet(frequencies))
+
+
+def _read_predicted(arrays: Mapping[str, NDArray[np.integer[Any]]], channels: int, tiers: int, radius: int) -> Predicted:
+    shapes = {f"predicted/{name}": (tiers, *shape) for name, shape in renewal_shapes(channels).items()}
+    shapes |= {"predicted/tables": (TABLES, 2 * radius + 1), "predicted/costs": (tiers, 2, channels, 1)}
+    shapes |= {"predicted/flags": (MAP_ROWS, 2), "predicted/modes": (MODE_ROWS, MODES)}
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"{name} has shape {arrays[name].shape}")
+    costs = arrays["predicted/costs"].astype(np.float32) / COST_UNIT
+    if costs.min() < 0:
+        raise ValueError("a symbol costs less than nothing")
+    flags, modes = (TableSet(arrays[f"predicted/{name}"]) for name in _CHANGE)
+    return Predicted(
+        change=ChangeTables(flags=flags, modes=modes),
+        renewal=tuple(
+            Renewal(**{n: arrays[f"predicted/{n}"][tier].astype(np.float64) for n in RENEWAL_NAMES}) for tier in range(tiers)
+        ),
+        tables=TableSet(arrays["predicted/tables"]), costs=tuple(Costs(same=c[0], other=c[1]) for c in costs),
+        scene=arrays["predicted/scene"].astype(np.int16) if "predicted/scene" in arrays else None,
+    )  # fmt: skip

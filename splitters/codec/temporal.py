@@ -1,15 +1,17 @@
 """Temporal prediction's bookkeeping: what the server holds, and what the client may refer to.
 
-The rule that keeps both sides exact: a frame may refer only to layers that the server has acknowledged with the right
-checksum, of a frame among the last `HISTORY_FRAMES` the server decoded. Symbols are decoded exactly, so nothing can
-drift; whatever is missing shows as a PayloadError, and the client answers with a key frame (`Predictor.reset`).
-Both classes are pure state: no clock, no I/O, one session each.
+On a reliable stream a frame refers to the newest one sent: the stream delivers it before, or ends. Over anything else it refers
+to the newest that the server has acknowledged, which is several frames older. Either way the payload's checksum starts from the
+reference's symbols, so a frame whose reference the server does not hold exactly is refused (`PayloadError`) and never drifts;
+the client then lets go of that reference and of all that was predicted from it, and goes on from what is left, or with a key
+frame. Both classes are pure state: no clock, no I/O, one session each.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from splitters.codec.base import LatentCodec
 from splitters.codec.symbols import Symbols
@@ -63,39 +65,68 @@ class ReferenceStore(Mapping[int, Symbols]):
         return len(self._frames)
 
 
+@dataclass(slots=True)
+class _Sent:
+    symbols: Symbols
+    reference: int | None
+    delivered: bool
+
+
 class Predictor:
-    """The client's choice of reference: the newest frame that the server has acknowledged, or none.
+    """The client's choice of reference.
 
     Args:
         codec: the bundle's.
         max_frames: how many frames the server remembers; a reference that has so many successors is not used.
         key_interval_frames: a key frame at least so often, 0: only when needed.
+        reliable: whether what is sent arrives, in order, or the session ends; else only acknowledged frames are referred to.
     """
 
-    def __init__(self, codec: LatentCodec, *, max_frames: int = HISTORY_FRAMES, key_interval_frames: int = 0) -> None:
+    def __init__(
+        self, codec: LatentCodec, *, max_frames: int = HISTORY_FRAMES, key_interval_frames: int = 0, reliable: bool = False
+    ) -> None:
         if max_frames < 1 or key_interval_frames < 0:
             raise ValueError("max_frames is at least 1, key_interval_frames at least 0")
         self._codec = codec
-        self._max_frames, self._key_interval_frames = max_frames, key_interval_frames
-        self._sent: OrderedDict[int, Symbols] = OrderedDict()
+        self._max_frames, self._key_interval_frames, self._reliable = max_frames, key_interval_frames, reliable
+        self._sent: OrderedDict[int, _Sent] = OrderedDict()
         self._best: tuple[int, Symbols] | None = None
         self._since_best = 0
         self._since_key = 0
 
     def choose(self) -> tuple[Symbols | None, int | None]:
-        """Returns the arguments ``reference`` and ``reference_frame`` for `LatentCodec.encode`."""
+        """Returns the arguments ``reference`` and ``reference_frame`` for `LatentCodec.compress`."""
         due = 0 < self._key_interval_frames <= self._since_key
-        if self._best is None or due or not self._codec.supports_reference or self._since_best >= self._max_frames:
+        if due or not self._codec.supports_reference:
+            return None, None
+        if self._reliable:
+            newest = next((f for f in reversed(self._sent) if self._sent[f].delivered), None)
+            if newest is not None and (self._best is None or newest > self._best[0]):
+                return self._sent[newest].symbols, newest
+        if self._best is None or self._since_best >= self._max_frames:
             return None, None
         return self._best[1], self._best[0]
 
-    def sent(self, frame_id: int, symbols: Symbols, *, key: bool) -> None:
-        """Notes a frame that goes out with these symbols; `key` when it was coded without a reference."""
-        self._since_key = 1 if key else self._since_key + 1
+    def sent(self, frame_id: int, symbols: Symbols, *, reference: int | None) -> None:
+        """Notes a frame that goes out with these symbols.
+
+        Args:
+            frame_id: under which the server will hold them.
+            symbols: all of them.
+            reference: the frame it was coded against; None for a key frame.
+        """
+        self._since_key = 1 if reference is None else self._since_key + 1
         self._since_best += 1
-        self._sent[frame_id] = symbols
+        # A frame of one layer is there or not; of several, the later ones may be held back.
+        self._sent[frame_id] = _Sent(symbols, reference, delivered=symbols.layer_count == 1)
         while len(self._sent) > self._max_frames:
             self._sent.popitem(last=False)
+
+    def delivered(self, frame_id: int, layer: int) -> None:
+        """Notes that a layer was handed to the transport; with its last the frame may be referred to on a reliable stream."""
+        frame = self._sent.get(frame_id)
+        if frame is not None and layer == frame.symbols.layer_count - 1:
+            frame.delivered = True
 
     def acknowledged(self, frame_id: int, layers: int, symbols_crc32: int) -> bool:
         """Takes the server's word for what it decoded.
@@ -103,22 +134,56 @@ class Predictor:
         Returns:
             False when the checksum is not that of what was sent; such a frame is never referred to.
         """
-        symbols = self._sent.get(frame_id)
-        if symbols is None or not 1 <= layers <= symbols.layers:
-            return symbols is None  # long forgotten is no fault; impossible layers are one
-        exact = self._codec.prefix(symbols, layers)
+        frame = self._sent.get(frame_id)
+        if frame is None or not 1 <= layers <= frame.symbols.layers:
+            return frame is None  # long forgotten is no fault; impossible layers are one
+        exact = self._codec.prefix(frame.symbols, layers)
         if exact.crc32() != symbols_crc32:
+            self.lost(frame_id)
             return False
+        if layers < frame.symbols.layers:
+            self._drop_children(frame_id)  # what referred to all of it was told of too much
+            frame.delivered = False
         if self._best is None or frame_id > self._best[0] or (frame_id == self._best[0] and layers > self._best[1].layers):
             self._best = (frame_id, exact)
             self._since_best = sum(other > frame_id for other in self._sent)
         return True
 
+    def lost(self, frame_id: int) -> None:
+        """The server does not hold this frame: it was not sent after all, or not decoded. Nor can it decode what refers to it."""
+        if self._best is not None and self._best[0] == frame_id:
+            self._best = None
+        self._sent.pop(frame_id, None)
+        self._drop_children(frame_id)
+
+    def refused(self, frame_id: int) -> None:
+        """The server could not decode this frame: it does not hold the reference.
+
+        Where it had acknowledged that, its memory is gone, and all the rest with it. Else the newest acknowledged frame is the
+        one that can be relied on.
+        """
+        frame = self._sent.get(frame_id)
+        if frame is not None and frame.reference is not None:
+            if self._best is not None and self._best[0] == frame.reference:
+                self.reset()
+                return
+            for other, older in self._sent.items():
+                older.delivered &= other > frame.reference
+            self.lost(frame.reference)
+        self.lost(frame_id)
+
     def reset(self) -> None:
-        """Forgets everything: after a reconnect, another bundle, or a server that lacks the reference."""
+        """Forgets everything: after a reconnect, or with another bundle."""
         self._sent.clear()
         self._best = None
         self._since_best = self._since_key = 0
+
+    def _drop_children(self, frame_id: int) -> None:
+        gone = {frame_id}
+        for other, frame in list(self._sent.items()):  # in the order of sending, so that children come after
+            if frame.reference in gone:
+                gone.add(other)
+                del self._sent[other]
 
 
 def _size(symbols: Symbols) -> int:

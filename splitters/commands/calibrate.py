@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from splitters.commands.progress import Progress
+
 if TYPE_CHECKING:
     from splitters.bundle import Bundle
-    from splitters.evaluation.scene import Look
+    from splitters.evaluation.scene import Fit, Look
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Watches, fits, writes, tests."""
     from protos.errors import ConfigError
     from splitters.bundle import open_bundle
+    from splitters.bundle.draft import Draft
     from splitters.evaluation.scene import columns_named, examine, fit, promise_part, read_video, store, watch
     from splitters.zoo.defaults import ensure_exported
 
@@ -52,38 +55,43 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--until must lie in (0, 1] and --sure between 0 and 1")
     path = Path(args.bundle)
     bundle = open_bundle(path if path.is_dir() else ensure_exported(args.bundle))
-    if args.out is not None:
-        if args.out.exists():
-            raise ConfigError(f"{args.out} exists; choose another --out")
-        shutil.copytree(bundle.path, args.out)
-        bundle = open_bundle(args.out)
-    frames, fps = read_video(args.video)
-    scene = watch(bundle, frames, fps, _teacher(args.teacher, bundle), sure=args.sure)
-    known = json.loads(bundle.read_part(promise_part(bundle)))
+    if args.out is not None and args.out.exists():
+        raise ConfigError(f"{args.out} exists; choose another --out")
+    known = json.loads(bundle.read_part(promise_part(bundle))) if bundle.manifest.head.prefilter else {"interest": []}
     interest = [n.strip() for n in args.interest.split(",")] if args.interest else [str(n) for n in known["interest"]]
+    with Progress(f"watching {args.video.name}") as show:
+        frames, fps, count = read_video(args.video)
+        scene = watch(bundle, frames, fps, _teacher(args.teacher, bundle), sure=args.sure, show=show, count=count)
     columns = columns_named(bundle, interest, scene.category_ids)
     fitted = fit(scene, columns, args.recall, sure=args.sure, until=max(1, round(len(scene) * args.until)))
     told = (
         f"{args.video.name}, first {fitted.frames} of {len(scene)} frames, {fitted.asked.units} passages; "
         f"teacher {args.teacher if args.teacher == 'own' else Path(args.teacher).name} at {args.sure:g}"
     )
-    bundle = store(bundle, interest, fitted, told)
-    c = fitted.asked
-    print(f"{', '.join(interest)}: {told}")
-    print(f"threshold {c.threshold:.3f}; recall {c.recall_asked:g} asked, {c.recall_promised:.3f} promised at 95 % confidence")
-    if not c.kept:
-        print(f"{c.units} passages cannot promise more: some 150 would be needed for .98")
-    report: dict[str, object] = {
-        "threshold": c.threshold,
-        "sure": fitted.sure,
-        "calibration": {**c.to_json(), "frames": fitted.frames},
-    }
+    if args.out is None:
+        bundle = store(bundle, interest, fitted, told)
+    else:
+        with Draft(args.out) as draft:
+            shutil.copytree(bundle.path, draft.path, dirs_exist_ok=True)
+            store(open_bundle(draft.path), interest, fitted, told)
+            draft.publish()
+        bundle = open_bundle(args.out)
+    report = _told(interest, fitted, told)
     if fitted.frames < len(scene):
         report["test"] = test = examine(scene, columns, fitted, sure=args.sure)
         print("the rest tests: " + ", ".join(f"{k} {v}" for k, v in test.items()))
     if args.json:
         print(json.dumps({"bundle": str(bundle.path), "sha256": bundle.sha256, "interest": interest, **report}))
     return 0
+
+
+def _told(interest: list[str], fitted: Fit, told: str) -> dict[str, object]:
+    c = fitted.asked
+    print(f"{', '.join(interest)}: {told}")
+    print(f"threshold {c.threshold:.3f}; recall {c.recall_asked:g} asked, {c.recall_promised:.3f} promised at 95 % confidence")
+    if not c.kept:
+        print(f"{c.units} passages cannot promise more: some 150 would be needed for .98")
+    return {"threshold": c.threshold, "sure": fitted.sure, "calibration": {**c.to_json(), "frames": fitted.frames}}
 
 
 def _teacher(name: str, bundle: Bundle) -> Look:

@@ -6,12 +6,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError, SourceError
-from splitters.commands.model_arguments import add_model_arguments, load_model, model_size, read_picture
+from splitters.commands.model_arguments import add_model_arguments, load_model, model_size
+from splitters.commands.progress import Progress
 from splitters.commands.serving_arguments import UNKNOWN_LICENCE, add_serving_arguments, described
+from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below, readable
 from splitters.tasks.preprocess import Frame
 
 if TYPE_CHECKING:
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
     from splitters.cutting.sources import Source
 
 BITS = (8, 6, 4, 3, 2)
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -58,18 +60,20 @@ def run(args: argparse.Namespace) -> int:
     if not args.at:
         raise ConfigError("--at says where to cut; `splitters profile MODEL` lists the places")
     source = load_model(args)
-    detector = _detector(source, args, photos)
-    if detector is not None:
-        written = detector
-    else:
-        import torch
+    with Progress("cut", every_s=0.5) as show:
+        detector = _detector(source, args, photos, show)
+        if detector is not None:
+            written = detector
+        else:
+            import torch
 
-        from splitters.cutting.split import Cutter
-        from splitters.tasks.preprocess import preprocess
+            from splitters.cutting.split import Cutter
+            from splitters.tasks.preprocess import preprocess
 
-        serving = _serving(source, args)
-        image = torch.from_numpy(preprocess(photos[0], serving.preprocess))
-        written = write_bundle(Cutter(source.model, image), args.at, photos, serving, args.out)
+            serving = _serving(source, args, photos)
+            image = torch.from_numpy(preprocess(photos[0], serving.preprocess))
+            show(0, len(photos), "tracing the model")
+            written = write_bundle(Cutter(source.model, image), args.at, photos, serving, args.out, on_step=show)
     bundle, proof = written.bundle, written.verification
     print(f"{bundle.manifest.name} cut at {args.at}: {bundle.path} (sha256 {bundle.sha256[:16]}…)")
     print(f"  latents {list(bundle.manifest.latent_shape)}; head and tail are the model: relative difference "
@@ -77,9 +81,11 @@ def run(args: argparse.Namespace) -> int:
           f"replacing a latent moves the output by {min(proof.sensitivity):.1e} or more")  # fmt: skip
     for warning in proof.warnings:
         print(f"splitters cut: warning: {warning}", file=sys.stderr)
-    print(f"  point bits  payload p50     p95   head ms (scales and bytes from {written.photos} photographs)")
+    metric = bundle.points[0].accuracy_metric
+    print(f"  point bits  payload p50     p95   head ms  {metric} (scales and bytes from {written.photos} photographs)")
     for p in bundle.points:
-        print(f"  {p.id:5} {p.bits:4.0f} {p.payload_bytes.p50:10.0f} B {p.payload_bytes.p95:7.0f} {p.head_ms.p50:8.2f}")
+        size = p.payload_bytes
+        print(f"  {p.id:5} {p.bits:4.0f} {size.p50:10.0f} B {size.p95:7.0f} {p.head_ms.p50:8.2f}  {p.accuracy:.4f}")
     if args.json:
         print(json.dumps({
             "path": str(bundle.path), "sha256": bundle.sha256, "at": args.at, "relative_difference": proof.relative_difference,
@@ -89,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _detector(source: Source, args: argparse.Namespace, photos: list[Frame]) -> Any:
+def _detector(source: Source, args: argparse.Namespace, photos: list[Frame], show: Progress) -> Any:
     """The bundle of one of torchvision's detectors, which bring their own resize and postprocess; None for other models."""
     if not str(args.model).startswith("torchvision:"):
         return None
@@ -107,13 +113,14 @@ def _detector(source: Source, args: argparse.Namespace, photos: list[Frame]) -> 
         name=args.name or source.name,
         bits=args.bits or BITS,
         licence=args.licence or UNKNOWN_LICENCE,
+        on_step=show,
     )
 
 
-def _serving(source: Source, args: argparse.Namespace) -> Serving:
+def _serving(source: Source, args: argparse.Namespace, photos: list[Frame]) -> Serving:
     from splitters.cutting.bundle import Serving
 
-    told = described(source, args)
+    told = described(source, args, photos)
     return Serving(
         name=args.name or source.name, task=told.task, preprocess=told.preprocess, postprocess=told.postprocess, labels=told.labels,
         licence=args.licence or UNKNOWN_LICENCE, bits=tuple(args.bits or BITS), local=args.local,
@@ -122,7 +129,7 @@ def _serving(source: Source, args: argparse.Namespace) -> Serving:
 
 
 def read_photos(folder: Path | None, at_most: int) -> list[Frame]:
-    """Photographs of a directory (evenly drawn), or those that scikit-image ships.
+    """Photographs of a directory (evenly drawn), or those that scikit-image ships. What cannot be read is left out and named.
 
     Raises:
         SourceError: none is found.
@@ -134,8 +141,25 @@ def read_photos(folder: Path | None, at_most: int) -> list[Frame]:
             raise SourceError("photographs are needed to choose the codec's scales: give --photos DIR") from error
         shipped: tuple[Callable[[], Frame], ...] = (data.astronaut, data.chelsea, data.coffee, data.rocket)
         return [picture()[..., ::-1].copy() for picture in shipped]
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
-    if not files:
-        raise SourceError(f"{folder} holds no photographs ({', '.join(PHOTO_SUFFIXES)})")
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is no directory of photographs")
+    files = [f for f in files_below(folder) if f.suffix.lower() in PICTURE_SUFFIXES or _looks_like_a_picture(f)]
     step = max(1, len(files) // at_most)
-    return [read_picture(f) for f in files[::step][:at_most]]
+    # Evenly drawn, and then the others in turn, where one of those cannot be read.
+    drawn = files[::step]
+    taken = set(drawn)
+    spare = [f for f in files if f not in taken]
+    unreadable: list[Path] = []
+    found = [picture for _, picture in islice(readable([*drawn, *spare], unreadable=unreadable), at_most)]
+    if unreadable:
+        print(f"{len(unreadable)} of {len(files)} photographs could not be read and were left out", file=sys.stderr)
+    if not found:
+        raise SourceError(f"{folder} holds no photographs that can be read")
+    return found
+
+
+def _looks_like_a_picture(file: Path) -> bool:
+    try:
+        return content_of(file) == "picture"
+    except SourceError:
+        return False

@@ -1,4 +1,4 @@
-"""``splitters evaluate BUNDLE``: accuracy against real payload bytes, beside image codecs."""
+"""``splitters evaluate BUNDLE``: accuracy against real payload bytes, beside image codecs or, on clips, video codecs."""
 
 from __future__ import annotations
 
@@ -7,24 +7,33 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from protos.errors import ConfigError
 from splitters.bundle import cache_dir
 from splitters.commands.progress import Progress
 
 if TYPE_CHECKING:
+    from splitters.bundle import Bundle
+    from splitters.evaluation.bdrate import BdRate
+    from splitters.evaluation.clips import Part
     from splitters.evaluation.report import Report
+    from splitters.evaluation.video_report import VideoReport
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declares the verb."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="accuracy against real payload bytes, beside image codecs",
+        help="accuracy against real payload bytes, beside image or video codecs",
         description="Measures every operating point of a bundle on a folder of photos, through real payloads, beside the same "
         "model fed with compressed images at every quality and size, and rewrites the bundle's operating-point table with "
-        "its Pareto frontier, its offload options and its local model's accuracy.",
+        "its Pareto frontier, its offload options and its local model's accuracy. With --video the same on a camera's clips: "
+        "every frame predicted from one before it, beside H.264 and others at every quality and three sizes, judged by the "
+        "uncut model's own answers; the bundle stays as it is.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or a default model's name")
-    parser.add_argument("--images", type=Path, required=True, help="folder of photos")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--images", type=Path, help="folder of photos")
+    what.add_argument("--video", type=Path, nargs="+", metavar="CLIP", help="video files, best of a camera that stands still")
     parser.add_argument(
         "--labels",
         type=Path,
@@ -32,16 +41,27 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "absent: agreement with the whole model (the same class; F1 of the boxes)",
     )
     parser.add_argument(
-        "--against", default="jpeg,webp,avif", help="image codecs to compare with, comma-separated, or none (default: %(default)s)"
+        "--against",
+        help="codecs to compare with, comma-separated, or none (default: jpeg,webp,avif; for video h264,h265; also av1)",
     )
-    parser.add_argument("--limit", type=int, help="at most so many photos, evenly spread")
-    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws over photos (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="at most so many photos, evenly spread, or the first frames of every clip")
+    parser.add_argument("--draws", type=int, help="bootstrap draws (default: 1000 over photos, 200 over a clip's segments)")
+    parser.add_argument("--fps", type=float, default=10.0, help="video: frames a second (default: %(default)s)")
+    parser.add_argument(
+        "--part", default="0:1", metavar="FROM:TO", help="video: share of every clip, by its length (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--references",
+        default="1,2,3",
+        help="video: how many frames back the reference lies (default: %(default)s; the first is the headline)",
+    )
+    parser.add_argument("--points", help="video: ids of operating points (default: all of the dearest encoder)")
     parser.add_argument(
         "--score-min",
         type=float,
         default=0.01,
         help="detectors: AP counts boxes from this score on (default: %(default)s). Which boxes a viewer is shown is the "
-        "bundle's own score_min: with --labels it becomes the score of the best F1",
+        "manifest's score_min: with --labels it becomes the score of the best F1",
     )
     parser.add_argument("--plot", type=Path, help="write the picture to this PNG")
     parser.add_argument("--report", type=Path, help="write everything measured to this JSON file")
@@ -58,10 +78,12 @@ def run(args: argparse.Namespace) -> int:
 
     path = Path(args.bundle)
     bundle = open_bundle(path if path.is_dir() else ensure_exported(args.bundle))
-    against = () if args.against == "none" else tuple(args.against.split(","))
+    if args.video:
+        return _video(bundle, args)
+    against = _names(args.against, "jpeg,webp,avif")
     config = EvaluateConfig(
         images=args.images, labels=args.labels, against=against, limit=args.limit, cache=cache_dir() / "evaluations",
-        draws=args.draws, score_min=args.score_min,
+        draws=args.draws or 1000, score_min=args.score_min,
     )  # fmt: skip
     with Progress(f"evaluating {bundle.manifest.name}") as show:
         report = evaluate(bundle, config, show=show)
@@ -79,6 +101,79 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.to_json()))
     return 0
+
+
+def _names(text: str | None, default: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple((text or default).split(","))
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(n) for n in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} takes whole numbers, comma-separated, not {text!r}") from None
+
+
+def _part(text: str) -> Part:
+    from splitters.evaluation.clips import Part
+
+    try:
+        start, stop = (float(n) for n in text.split(":"))
+    except ValueError:
+        raise ConfigError(f"--part takes FROM:TO, shares of a clip such as .5:1, not {text!r}") from None
+    return Part(start=start, stop=stop)
+
+
+def _video(bundle: Bundle, args: argparse.Namespace) -> int:
+    """Measures on clips and tells; the bundle stays as it is."""
+    from splitters.evaluation.video import VideoConfig, evaluate_video
+    from splitters.evaluation.video_report import plot_video
+
+    config = VideoConfig(
+        clips=tuple(args.video), against=_names(args.against, "h264,h265"), fps=args.fps, part=_part(args.part), limit=args.limit,
+        ages=_numbers(args.references, "--references"), points=_numbers(args.points, "--points") if args.points else None,
+        draws=args.draws or 200, score_min=args.score_min,
+    )  # fmt: skip
+    report = evaluate_video(bundle, config, tick=lambda what: print(f"  {what}", flush=True))
+    _tell_video(report)
+    if args.plot is not None:
+        plot_video(report, args.plot)
+    told = json.dumps(report.to_json())
+    if args.report is not None:
+        args.report.write_text(told + "\n", encoding="utf-8")
+    if args.json:
+        print(told)
+    return 0
+
+
+def _tell_video(report: VideoReport) -> None:
+    """The tables for people."""
+    for clip in report.clips:
+        print(f"{clip.name}: {clip.frames} frames at {clip.fps:g} a second, {clip.metric} against the uncut model's own answers")
+        print("  back  point  bytes a frame (key, predicted)  accuracy  encode ms  decode ms  head ms")
+        for p in clip.ours:
+            sizes = f"{p.bytes_mean:7.0f} ({p.key_bytes:6.0f}, {p.predicted_bytes:6.0f})"
+            times = f"{p.encode_ms:9.2f}  {p.decode_ms:9.2f}  {p.head_ms:7.2f}"
+            print(f"  {p.reference_age:4d}  {p.id:5d}  {sizes:30s}  {p.accuracy:.3f}  {times}")
+        for t in clip.theirs:
+            print(
+                f"  {t.codec} crf {t.crf} at {t.share:.0%}: {t.bytes_mean:.0f} bytes (key {t.key_bytes:.0f}), {t.accuracy:.3f}, "
+                f"encode {t.encode_ms:.2f} ms"
+            )
+        for age in report.overall:
+            for codec in clip.codecs:
+                _tell_rate(f"  reference {age} back, against {codec}", clip.bd_rate(codec, age))
+    for age, rates in report.overall.items():
+        for codec, rate in rates.items():
+            _tell_rate(f"mean over {len(report.clips)} clips, reference {age} back, against {codec}", rate)
+
+
+def _tell_rate(what: str, rate: BdRate | str) -> None:
+    if isinstance(rate, str):
+        print(f"{what}: not comparable ({rate})")
+    else:
+        span = f"over {rate.accuracy_from:.3f} … {rate.accuracy_to:.3f}"
+        print(f"{what}: bytes at equal accuracy {rate.percent:+.1f} % [{rate.low:+.1f}, {rate.high:+.1f}] {span}")
 
 
 def _tell(report: Report) -> None:

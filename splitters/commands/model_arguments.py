@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import numpy as np
 
 from protos.errors import ConfigError, SourceError
 from splitters.bundle.manifest import Preprocess
+from splitters.runtime.pictures import read_picture
 from splitters.tasks.preprocess import Frame, input_image
 
 if TYPE_CHECKING:
@@ -66,16 +68,15 @@ def default_preprocess(source: Source) -> Preprocess:
     )  # fmt: skip
 
 
-def read_picture(path: Path) -> Frame:
-    """A picture file as (H, W, 3) BGR.
-
-    Raises:
-        SourceError: OpenCV cannot read it.
-    """
-    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if picture is None:
-        raise SourceError(f"{path} is no picture that can be read")
-    return picture.astype(np.uint8, copy=False)
+def assume(source: Source, spec: Preprocess) -> None:
+    """Tells how pictures are prepared where the source does not say it."""
+    scaled = {"letterbox": "fitted into", "shortest": f"scaled to a short side of {spec.resize_px} px and cropped to"}
+    told = f"{scaled.get(spec.resize, 'scaled to')} {spec.size_px[0]}x{spec.size_px[1]} px"
+    print(
+        f"note: nothing says how {source.name} wants its pictures: they are {told}, with ImageNet's mean {spec.mean} and deviation "
+        f"{spec.std}. If it was trained otherwise its answers will be wrong: give --preprocess FILE.json",
+        file=sys.stderr,
+    )
 
 
 def sample_picture(path: Path | None, source: Source) -> tuple[Frame, Preprocess, str, int]:
@@ -85,6 +86,14 @@ def sample_picture(path: Path | None, source: Source) -> tuple[Frame, Preprocess
         SourceError: the file is no picture, or there is none and scikit-image, which ships one, is absent.
     """
     spec = default_preprocess(source)
+    if source.preprocess is None:
+        assume(source, spec)
+    picture, where, jpeg_bytes = sample_of(path, spec)
+    return picture, spec, where, jpeg_bytes
+
+
+def sample_of(path: Path | None, spec: Preprocess) -> tuple[Frame, str, int]:
+    """A photograph, where it is from, and its bytes as a JPEG once it is the model's input; see `sample_picture`."""
     if path is not None:
         picture, where = read_picture(path), str(path)
     else:
@@ -95,4 +104,4 @@ def sample_picture(path: Path | None, source: Source) -> tuple[Frame, Preprocess
         astronaut: Callable[[], Frame] = data.astronaut
         picture, where = np.ascontiguousarray(astronaut()[..., ::-1]), "scikit-image's astronaut (NASA, public domain)"
     _, jpeg = cv2.imencode(".jpg", input_image(picture, spec), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    return picture, spec, where, int(jpeg.size)
+    return picture, where, int(jpeg.size)

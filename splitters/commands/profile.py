@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from splitters.commands.model_arguments import add_model_arguments, load_model, sample_picture
+from splitters.commands.model_arguments import add_model_arguments, load_model, model_size, sample_of, sample_picture
+from splitters.commands.progress import Progress
+
+if TYPE_CHECKING:
+    from splitters.profiling.table import Profile
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,6 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--image", type=Path, help="a photograph to measure compressed bytes on (default: scikit-image's astronaut)"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw bytes and cumulative MACs along the network")
+    parser.add_argument("--all", action="store_true", help="list every cut, not the good ones alone")
     parser.add_argument("--budget-s", type=float, default=20.0, help="time for latency measurements (default: %(default)s)")
     network = parser.add_argument_group("where to run it, given a network")
     network.add_argument("--bitrate-bps", type=float, help="uplink; prints the fastest places to run, local and server included")
@@ -36,24 +42,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, draws."""
-    import torch
-
-    from splitters.cutting.rcnn import is_detector
-    from splitters.cutting.rcnn_bundle import backbone_source
-    from splitters.cutting.trace import flat_inputs
-    from splitters.profiling.measure import profile
-    from splitters.tasks.preprocess import preprocess
-
-    source = load_model(args)
-    if is_detector(source.model):
-        source = backbone_source(source)
-    picture, spec, where, jpeg_bytes = sample_picture(args.image, source)
-    image = flat_inputs(torch.from_numpy(preprocess(picture, spec)))
-    table = profile(source.model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s)
-    print(table)
-    print(f" picture: {where}; weights: {source.weights}" + ("" if source.weights != "random" else
+    table, weights, where = _measured(args)
+    print(table.text(every=args.all))
+    print(f" picture: {where}; weights: {weights}" + ("" if weights != "random" else
           " (compressed sizes are those of an untrained network; trained ones are usually smaller after activations)"))  # fmt: skip
-    result = {"weights": source.weights, **table.to_json()}
+    result = {"weights": weights, **table.to_json()}
     if args.bitrate_bps is not None:
         best = table.choices(
             bitrate_bps=args.bitrate_bps, rtt_ms=args.rtt_ms, device_slowdown=args.device_slowdown, deadline_ms=args.deadline_ms
@@ -73,3 +66,43 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
     return 0
+
+
+def _measured(args: argparse.Namespace) -> tuple[Profile, str, str]:
+    """The table, what the weights are, and where the picture is from."""
+    if str(args.model).startswith("onnx:"):
+        return _of_onnx(args)
+    import torch
+
+    from splitters.cutting.rcnn import is_detector
+    from splitters.cutting.rcnn_bundle import backbone_source
+    from splitters.cutting.trace import flat_inputs
+    from splitters.profiling.measure import profile
+    from splitters.tasks.preprocess import preprocess
+
+    source = load_model(args)
+    if is_detector(source.model):
+        source = backbone_source(source)
+    source.check_takes_pictures()
+    picture, spec, where, jpeg_bytes = sample_picture(args.image, source)
+    image = flat_inputs(torch.from_numpy(preprocess(picture, spec)))
+    with Progress("profile", every_s=2) as show:
+        table = profile(source.model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s, on_step=show)
+    return table, source.weights, where
+
+
+def _of_onnx(args: argparse.Namespace) -> tuple[Profile, str, str]:
+    """The table of the user's own graph, in ONNX Runtime alone."""
+    from splitters.commands.cut_onnx import preprocess_for
+    from splitters.cutting.onnx.model import load_onnx_model
+    from splitters.profiling.onnx_model import profile_onnx
+    from splitters.tasks.preprocess import preprocess
+
+    path = Path(str(args.model).removeprefix("onnx:"))
+    model = load_onnx_model(path, size_px=model_size(args))
+    spec = preprocess_for(model, {"resize": "letterbox", "anchor": "centre"})
+    picture, where, jpeg_bytes = sample_of(args.image, spec)
+    image = preprocess(picture, spec)
+    with Progress("profile", every_s=2) as show:
+        table = profile_onnx(model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s, on_step=show)
+    return table, path.name, where

@@ -7,15 +7,20 @@ import json
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError
+from splitters.commands.cut import read_photos
 from splitters.commands.progress import Progress
 from splitters.commands.serving_arguments import AUTO, UNKNOWN_LICENCE, add_serving_arguments, described
 
 if TYPE_CHECKING:
+    from splitters.bundle import Bundle
     from splitters.training.config import TrainConfig
+    from splitters.training.loop import StepReport
+    from splitters.training.run import Trained
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,8 +29,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "train",
         help="train a slimmable bottleneck for a cut",
         description="Distils an encoder, a decoder and frozen probability tables for a model's cut from a folder of photographs; "
-        "no labels needed. "
-        "Ctrl-C saves and stops; the same command goes on from there. `splitters export OUT` turns the run into a bundle.",
+        "no labels needed. Ctrl-C saves and stops; the same command goes on from there. With --bundle the finished run becomes a "
+        "bundle, its operating points measured on the photos held out; `splitters export OUT` does that later.",
     )
     parser.add_argument(
         "recipe",
@@ -34,6 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of photographs, searched recursively")
     parser.add_argument("--out", type=Path, required=True, help="run directory: checkpoints, then weights and tables")
+    parser.add_argument(
+        "--bundle", type=Path, metavar="DIR", help="write the measured bundle there after the last step: servers and clients run it"
+    )
     parser.add_argument("--data-parts", nargs="+", default=[], metavar="DIR", help="recipe any: only these folders of --data")
     parser.add_argument("--steps", type=int, help="scale the recipe's stages to so many steps in total")
     parser.add_argument("--start", type=Path, metavar="DIR", help="efficientnet-lite0: go on from this run's or folder's weights")
@@ -83,6 +91,7 @@ def _any(args: argparse.Namespace) -> TrainConfig:
     from torch import nn
 
     from splitters.bottleneck.learned_any import AnyCutConfig, fused_channels
+    from splitters.cutting.answers import PHOTOS
     from splitters.cutting.sources import load_source
     from splitters.training.recipes import any_cut
 
@@ -107,9 +116,10 @@ def _any(args: argparse.Namespace) -> TrainConfig:
     if isinstance(source.model, nn.Module) and (most := fused_channels(source.model, source.example, cut)) < cut.channels:
         print(f"{most} channels cross at {args.at}: the latent has {most}, not {cut.channels}", file=sys.stderr)
         cut = replace(cut, channels=most)
+    serving = described(source, args, read_photos(args.data, PHOTOS))
     config = any_cut(
         args.model, cut, weights=args.weights, size_px=height, steps=args.steps or 3000, batch=32,
-        target_bytes=tuple(args.bytes), serving={**described(source, args).to_json(), "licence": args.licence or UNKNOWN_LICENCE},
+        target_bytes=tuple(args.bytes), serving={**serving.to_json(), "licence": args.licence or UNKNOWN_LICENCE},
     )  # fmt: skip
     return replace(config, amp=args.amp, data=tuple(args.data_parts))
 
@@ -147,10 +157,11 @@ def run(args: argparse.Namespace) -> int:
     """Trains, with a progress bar; a signal saves and stops."""
     import torch
 
-    from splitters.training.loop import StepReport
     from splitters.training.run import run_training
 
     config = _config(args)
+    if args.bundle is not None and config.hold_out < 1:
+        raise ConfigError("--bundle measures on the photos held out of the training: give --hold-out at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
     stopped: list[int] = []
@@ -184,18 +195,36 @@ def run(args: argparse.Namespace) -> int:
     finally:
         for number, handler in zip(signals, previous, strict=True):
             signal.signal(number, handler)
+    bundle = _bundle(args) if trained.complete and args.bundle is not None else None
+    _tell(args, trained, bundle, last[0] if last else None)
+    return 0 if trained.complete else 128 + stopped[0]
+
+
+def _tell(args: argparse.Namespace, trained: Trained, bundle: Bundle | None, last: StepReport | None) -> None:
     if trained.unreadable:
         print(f"{len(trained.unreadable)} photos could not be read and were left out; the first is {trained.unreadable[0]}")
     if trained.complete:
-        print(f"{args.out}: {trained.step} of {trained.steps} steps; `splitters export {args.out} --out BUNDLE` makes it a bundle")
+        then = f"the bundle is {args.bundle}" if bundle else f"`splitters export {args.out} --out BUNDLE` makes it a bundle"
+        print(f"{args.out}: {trained.step} of {trained.steps} steps; {then}")
     else:
         print(f"{args.out}: stopped after {trained.step} of {trained.steps} steps; the same command goes on from there")
     if args.json:
-        told = {
+        told: dict[str, Any] = {
             "out": str(args.out), "steps": trained.step, "of": trained.steps, "complete": trained.complete,
             "unreadable": len(trained.unreadable),
         }  # fmt: skip
-        if last:
-            told |= {"loss": last[0].loss, "distortion": last[0].distortion, "tier_bytes": list(last[0].tier_bytes)}
+        if last is not None:
+            told |= {"loss": last.loss, "distortion": last.distortion, "tier_bytes": list(last.tier_bytes)}
+        if bundle is not None:
+            told |= {"bundle": str(bundle.path), "sha256": bundle.sha256, "points": [p.to_json() for p in bundle.points]}
         print(json.dumps(told))
-    return 0 if trained.complete else 128 + stopped[0]
+
+
+def _bundle(args: argparse.Namespace) -> Bundle:
+    """The finished run as a measured bundle."""
+    from splitters.commands.export import measured, tell_points
+    from splitters.zoo.defaults import export
+
+    bundle = export(str(args.out), args.bundle, partial(measured, run=args.out))
+    tell_points(bundle)
+    return bundle

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from torch import Tensor, fx, nn
 
 from protos.errors import CutError, SourceError
 from splitters.bundle import Bundle, BundleWriter
-from splitters.bundle.manifest import Head, LocalModel, Preprocess, Task
+from splitters.bundle.manifest import Head, LocalModel, Preprocess
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import calibrate_plain, codec_from_spec
-from splitters.cutting.checks import inference
+from splitters.cutting.answers import check_answers
+from splitters.cutting.checks import OnStep, inference, silent
 from splitters.cutting.onnx_export import export_onnx
 from splitters.cutting.split import Cutter, Split
 from splitters.cutting.verify import PICTURES, Verification
+from splitters.runtime.table import few, measure_table
 from splitters.tasks.preprocess import Frame, preprocess
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 BITS = (8, 6, 4, 3, 2)
 ONNX_TOLERANCE = 1e-3
 _TIMED_RUNS = 20
+_STEPS = 6
 
 Floats = NDArray[np.float32]
 
@@ -58,7 +61,7 @@ class Serving:
     """
 
     name: str
-    task: Task
+    task: str
     preprocess: Preprocess
     postprocess: Mapping[str, Any]
     labels: Mapping[int, str]
@@ -93,7 +96,9 @@ def channel_axis(shape: Sequence[int]) -> int:
     return 0
 
 
-def write_bundle(cutter: Cutter, at: str, photos: Sequence[Frame], serving: Serving, out: Path) -> Written:
+def write_bundle(
+    cutter: Cutter, at: str, photos: Sequence[Frame], serving: Serving, out: Path, *, on_step: OnStep = silent
+) -> Written:
     """Cuts, verifies, calibrates, exports and writes.
 
     Args:
@@ -102,14 +107,26 @@ def write_bundle(cutter: Cutter, at: str, photos: Sequence[Frame], serving: Serv
         photos: frames as OpenCV reads them; some 50 typical ones, for the codec's scales.
         serving: the rest of the manifest.
         out: the bundle's directory.
+        on_step: told how many of how many steps are done, and what is done next.
 
     Raises:
-        CutError: no such cut, it does not verify, its batch is fixed, or the ONNX halves differ from the model.
+        CutError: no such cut, it does not verify, its batch is fixed, its outputs are not what the postprocess reads, or the
+            ONNX halves differ from the model.
         ModelError: a half cannot be exported.
         SourceError: no photos.
     """
     if not photos:
         raise SourceError("photographs are needed to choose the codec's scales: give --photos DIR")
+    total = _STEPS + serving.local + len(photos)
+    on_step(0, total, "trying the answers on photographs")
+    check_answers(
+        cutter.model,
+        photos,
+        preprocess=serving.preprocess,
+        postprocess=serving.postprocess,
+        labels=serving.labels,
+        task=serving.task,
+    )
     split = cutter.split(at)
     cutter.partitioner.check_payload(at)
     if not split.dynamic_batch:
@@ -120,27 +137,37 @@ def write_bundle(cutter: Cutter, at: str, photos: Sequence[Frame], serving: Serv
     images = [preprocess(photo, serving.preprocess) for photo in photos]
     several = torch.from_numpy(np.concatenate(images[:PICTURES]))
     first = several[:1]
+    on_step(1, total, "proving that head and tail are the model")
     verification = split.verify(several)
     names = [f"latent_{i}" for i in range(len(split.latent_names))]
     with BundleWriter(out) as writer, inference(cutter.model):
         latents = split.head(first.clone())
         head_path, tail_path = writer.file("device/stem.onnx", "device"), writer.file("server/tail.onnx", "server")
+        on_step(2, total, "writing the head")
         export_onnx(Contiguous(split.head), [first], head_path, inputs=["image"], outputs=names)
         outputs = [f"out_{i}" for i in range(_count(split.tail(*latents)))]
+        on_step(3, total, "writing the tail")
         export_onnx(flat_tail(split.tail), list(latents), tail_path, inputs=names, outputs=outputs)
+        on_step(4, total, "writing the whole model, for offloaded pictures")
         whole = nn.Sequential(Unpacked(split.head, split.tail))
         export_onnx(whole, [first], writer.file("server/whole.onnx", "server"), inputs=["image"], outputs=outputs)
         local = None
         if serving.local:
             answers = ["logits"] if serving.task == "classification" else outputs
+            on_step(5, total, "writing the device's whole model")
             export_onnx(whole, [first], writer.file("device/local.onnx", "device"), inputs=["image"], outputs=answers)
             local = LocalModel(path="device/local.onnx", preprocess=serving.preprocess)
         head = open_session(head_path)
+        on_step(5 + serving.local, total, "comparing the written halves with the model")
         difference = _onnx_difference(split, head, open_session(tail_path), several)
-        spec, points = calibrate(head, images, split, serving.bits)
+        spec, points = calibrate(
+            head, images, split, serving.bits,
+            on_photo=lambda done: on_step(_STEPS + serving.local + done, total, f"measuring payloads of {len(photos)} photographs"),
+        )  # fmt: skip
         writer.add("device/codec.json", json.dumps(spec).encode(), "device")
         bundle = writer.finish(
-            points=points, name=serving.name, task=serving.task, preprocess=serving.preprocess, labels=dict(serving.labels),
+            points=points, measure=lambda b: measure_table(b, few(photos), on_step),
+            name=serving.name, task=serving.task, preprocess=serving.preprocess, labels=dict(serving.labels),
             latent_shape=split.latent_shapes, head=Head(stem="device/stem.onnx"), codec="device/codec.json", local=local,
             tail={"kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx"},
             postprocess=dict(serving.postprocess), licence=serving.licence,
@@ -225,10 +252,18 @@ def _tuple(found: Any) -> tuple[Tensor, ...]:
 
 
 def calibrate(
-    head: ort.InferenceSession, images: Sequence[Floats], split: Split, bits: Sequence[int]
+    head: ort.InferenceSession,
+    images: Sequence[Floats],
+    split: Split,
+    bits: Sequence[int],
+    *,
+    on_photo: Callable[[int], None] = lambda _done: None,
 ) -> tuple[dict[str, Any], list[OperatingPoint]]:
     """The codec's spec, and operating points with payload bytes and head times measured on the photographs."""
-    runs = [head.run(None, {"image": image}) for image in images]
+    runs = []
+    for number, image in enumerate(images, start=1):
+        runs.append(head.run(None, {"image": image}))
+        on_photo(number)
     samples = [np.concatenate([run[i] for run in runs]) for i in range(len(split.latent_shapes))]
     spec = calibrate_plain(
         samples, bits, channel_axes=[channel_axis(s) for s in split.latent_shapes], point_ids=[str(i) for i in range(len(bits))]

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from protos.errors import CutError, HeadtailError
+
+OnStep = Callable[[int, int, str], None]
+"""Told how many of how many steps are done, and what is done next."""
+
+
+def silent(done: int, total: int, told: str) -> None:
+    """Nobody wants to know."""
 
 
 @contextlib.contextmanager

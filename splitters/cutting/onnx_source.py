@@ -6,8 +6,10 @@ constants of the file, as they nearly always are, the modules are replaced by on
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from torch import Tensor, fx, nn
 
 from protos.errors import ConfigError, MissingDependencyError, ModelError
 from splitters.cutting.checks import first_line
+from splitters.cutting.onnx_check import check_conversion, probes
+
+log = logging.getLogger(__name__)
 
 OPSET = 16  # the newest of which onnx2torch knows most operators; later files are converted down
 
@@ -63,13 +68,29 @@ class Slice(nn.Module):
         return x
 
 
-def load_onnx(path: Path) -> tuple[nn.Module, Tensor]:
-    """The model of an ONNX file, and an example input (zeros; unknown sides are 224).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Converted:
+    """An ONNX file in torch's form.
+
+    Attributes:
+        module: what the file was converted to, compared with it on made-up inputs.
+        example: an input (zeros; unknown sides are 224).
+        said: the converter's warnings.
+    """
+
+    module: nn.Module
+    example: Tensor
+    said: tuple[str, ...]
+
+
+def load_onnx(path: Path) -> Converted:
+    """The model of an ONNX file.
 
     Raises:
         ConfigError: no such file, or several inputs.
         MissingDependencyError: onnx2torch is not installed.
-        ModelError: no readable ONNX, or an operator onnx2torch does not know.
+        ModelError: no readable ONNX, an operator onnx2torch does not know, an input that is no float32 picture, or the
+            conversion computes something else than ONNX Runtime does.
     """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist")
@@ -78,8 +99,7 @@ def load_onnx(path: Path) -> tuple[nn.Module, Tensor]:
 
         torchvision_compat.activate()  # onnx2torch imports torchvision
         import onnx
-        import onnx.version_converter
-        import onnx2torch
+        import onnx2torch  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"{error.name} is not installed; install the extra: pip install 'headtail[zoo]'") from error
     try:
@@ -95,19 +115,39 @@ def load_onnx(path: Path) -> tuple[nn.Module, Tensor]:
         )
     sides = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim]
     shape = [1, *(side or (3 if axis == 1 else 224) for axis, side in enumerate(sides) if axis > 0)]
+    kind = inputs[0].type.tensor_type.elem_type
+    if kind != onnx.TensorProto.FLOAT:
+        raise ModelError(
+            f"{path} takes {onnx.TensorProto.DataType.Name(kind).lower()} as {inputs[0].name!r}; only float32 pictures "
+            "(N, 3, height, width) are served: export the model without its conversion from other types"
+        )
+    module, example = _converted(path, model), torch.zeros(shape)
+    check_conversion(path, module[0], probes(example), said=module[1])
+    return Converted(module=module[0], example=example, said=module[1])
+
+
+def _converted(path: Path, model: Any) -> tuple[nn.Module, tuple[str, ...]]:
+    """The torch form, and the converter's warnings, which are logged too: they are the user's to see."""
+    import onnx.version_converter
+    import onnx2torch
+
     try:
         if max(o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}) > OPSET:
             model = onnx.version_converter.convert_version(model, OPSET)
         free_batch(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             module = onnx2torch.convert(model).eval()
             make_constant(module)
-            return module, torch.zeros(shape)
     except NotImplementedError as error:
         raise ModelError(f"{path} uses an operator that onnx2torch does not know: {first_line(error)}") from error
     except Exception as error:
         raise ModelError(f"onnx2torch cannot convert {path}: {type(error).__name__}: {first_line(error)}") from error
+    told = (w for w in caught if not issubclass(w.category, DeprecationWarning | FutureWarning))
+    said = tuple(dict.fromkeys(" ".join(str(w.message).split()) for w in told))
+    for text in said:
+        log.warning("%s: the converter warns: %s", path, text)
+    return module, said
 
 
 def free_batch(model: Any) -> None:

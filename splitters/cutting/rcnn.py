@@ -26,7 +26,7 @@ from splitters.bundle.manifest import Preprocess
 from splitters.cutting import torchvision_compat
 from splitters.cutting.checks import inference
 from splitters.cutting.split import Cutter, Split
-from splitters.tasks.postprocess import detection
+from splitters.tasks.detection import detection
 from splitters.tasks.preprocess import geometry
 
 Size = tuple[int, int]
@@ -194,7 +194,7 @@ class DetectorSplit:
         self.input_size: Size = tuple(images.tensors.shape[-2:])
         self.cutter = Cutter(detector.backbone, images.tensors)
         self.backbone: Split = self.cutter.split(at.removeprefix(PREFIX))
-        self.tail = DetectorTail(_shell(detector), self.backbone.tail, self.input_size).eval()
+        self.tail = DetectorTail(shell(detector), self.backbone.tail, self.input_size).eval()
 
     def head(self, photos: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Size]]:
         """The device's side in torch: latents, and the sizes that travel with them."""
@@ -257,7 +257,7 @@ def match(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> tuple[floa
     return worst_iou, worst_score
 
 
-def _shell(detector: nn.Module) -> nn.Module:
+def shell(detector: nn.Module) -> nn.Module:
     """A copy of the detector that shares its modules, so that replacing two of them leaves the original whole."""
     import copy
 

@@ -17,12 +17,13 @@ from protos.errors import CutError, SourceError
 from splitters.bundle import BundleWriter
 from splitters.bundle.manifest import Head, Preprocess
 from splitters.cutting.bundle import Contiguous, Written, calibrate, open_session
-from splitters.cutting.checks import inference
+from splitters.cutting.checks import OnStep, inference, silent
 from splitters.cutting.onnx_export import export_onnx
-from splitters.cutting.rcnn import PREFIX
+from splitters.cutting.rcnn import PREFIX, DetectorTail, ServedTail, shell
 from splitters.cutting.sources import Source
 from splitters.cutting.split import Cutter
 from splitters.cutting.verify import PICTURES
+from splitters.runtime.table import few, measure_table
 from splitters.tasks.preprocess import Frame, preprocess
 
 
@@ -70,6 +71,7 @@ def write_detector_bundle(
     licence: str,
     size_px: tuple[int, int] | None = None,
     score_min: float = 0.05,
+    on_step: OnStep = silent,
 ) -> Written:
     """Cuts, verifies on the first photograph, calibrates and writes.
 
@@ -83,6 +85,7 @@ def write_detector_bundle(
         licence: of the weights.
         size_px: (height, width) of the input, where the detector leaves it open.
         score_min: objects below are not reported.
+        on_step: told how many of how many steps are done, and what is done next.
 
     Raises:
         CutError: no such cut, or it does not verify.
@@ -99,9 +102,17 @@ def write_detector_bundle(
     cutter.partitioner.check_payload(split.at)
     if not split.dynamic_batch:
         raise CutError(f"{name}: {' '.join(split.notes)}")
+    total = 3 + len(photos)
+    on_step(0, total, "proving that head and tail are the backbone")
     verification = split.verify(torch.from_numpy(np.concatenate(images[:PICTURES])))
     names = [f"latent_{i}" for i in range(len(split.latent_names))]
+    on_step(1, total, "detecting on a photograph")
+    with inference(detector):  # what the server will run, on a photograph, before anything is written
+        latents = [t.numpy() for t in split.head(first)]
+        served = ServedTail(DetectorTail(shell(detector), split.tail, spec.size_px).eval(), spec)
+        served.answers(latents, [(photos[0].shape[1], photos[0].shape[0])])
     with BundleWriter(out) as writer, inference(detector):
+        on_step(2, total, "writing the head")
         path = writer.file("device/stem.onnx", "device")
         export_onnx(Contiguous(split.head), [first], path, inputs=["image"], outputs=names)
         head = open_session(path)
@@ -109,12 +120,16 @@ def write_detector_bundle(
             float((torch.from_numpy(got) - wanted).abs().max() / (wanted.std() or 1.0))
             for wanted, got in zip(split.head(first), head.run(None, {"image": images[0]}), strict=True)
         )
-        codec, points = calibrate(head, images, split, bits)
+        codec, points = calibrate(
+            head, images, split, bits,
+            on_photo=lambda done: on_step(3 + done, total, f"measuring payloads of {len(photos)} photographs"),
+        )  # fmt: skip
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         state = {k: v.contiguous() for k, v in detector.state_dict().items()}
         save_file(state, writer.file("server/detector.safetensors", "server"))
         bundle = writer.finish(
-            points=points, name=name, task="detection", preprocess=spec, labels=dict(source.labels),
+            points=points, measure=lambda b: measure_table(b, few(photos), on_step),
+            name=name, task="detection", preprocess=spec, labels=dict(source.labels),
             latent_shape=split.latent_shapes, head=Head(stem="device/stem.onnx"), codec="device/codec.json",
             tail={
                 "kind": "torch", "factory": f"torchvision:{source.name}", "weights": ["server/detector.safetensors"], "at": at,

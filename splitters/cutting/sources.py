@@ -10,12 +10,14 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from protos.errors import ConfigError, MissingDependencyError, ModelError
@@ -38,6 +40,8 @@ class Source:
         preprocess: how a picture becomes that input; None where the source does not say.
         labels: class id → name; empty where unknown.
         weights: what its weights are, in words.
+        check: compares the model with what it was converted from, on inputs with a batch of one, and raises ModelError where
+            they differ; None where nothing was converted.
     """
 
     name: str
@@ -46,6 +50,24 @@ class Source:
     preprocess: Preprocess | None
     labels: Mapping[int, str] = field(default_factory=dict)
     weights: str
+    check: Callable[[Sequence[NDArray[np.float32]]], float] | None = None
+
+    def module(self) -> nn.Module:
+        """The model as a module that runs."""
+        return self.model.module() if isinstance(self.model, torch.export.ExportedProgram) else self.model
+
+    def check_takes_pictures(self) -> None:
+        """Refuses a model whose input is not what headtail feeds it.
+
+        Raises:
+            ModelError: the example is no (N, 3, height, width) of float32.
+        """
+        shape, kind = tuple(self.example.shape), str(self.example.dtype).removeprefix("torch.")
+        if len(shape) != 4 or shape[1] != 3 or self.example.dtype != torch.float32:
+            raise ModelError(
+                f"{self.name} takes {kind} of shape {shape}; headtail feeds a model colour pictures as float32 (N, 3, height, "
+                "width): wrap it in a module that takes those and makes of them what it needs"
+            )
 
 
 def load_source(text: str, *, weights: str = "random", size_px: tuple[int, int] | None = None) -> Source:
@@ -176,10 +198,17 @@ def _fetch(create: Callable[[], nn.Module], name: str, weights: str) -> nn.Modul
 
 def _onnx(path: str, weights: str, size_px: tuple[int, int] | None) -> Source:
     del weights, size_px  # an ONNX file brings its own
+    from splitters.cutting.onnx_check import check_conversion
     from splitters.cutting.onnx_source import load_onnx
 
-    model, example = load_onnx(Path(path))
-    return Source(name=Path(path).stem, model=model, example=example, preprocess=None, weights=Path(path).name)
+    found = load_onnx(Path(path))
+
+    def check(pictures: Sequence[NDArray[np.float32]]) -> float:
+        return check_conversion(Path(path), found.module, pictures, said=found.said)
+
+    return Source(
+        name=Path(path).stem, model=found.module, example=found.example, preprocess=None, weights=Path(path).name, check=check
+    )
 
 
 def _python(text: str, weights: str, size_px: tuple[int, int] | None) -> Source:
@@ -204,8 +233,10 @@ def _python(text: str, weights: str, size_px: tuple[int, int] | None) -> Source:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{factory_name}() must return an nn.Module, or one with an example input; got {type(model).__name__}")
     what = _fill(model, weights) if weights not in {"random", "hub"} else "the factory's"
-    if size_px is not None or not isinstance(example, Tensor):
+    if not isinstance(example, Tensor):
         example = _example(size_px or (224, 224))
+    elif size_px is not None and example.ndim == 4:
+        example = example.new_zeros((*example.shape[:2], *size_px))
     return Source(name=factory_name, model=model.eval(), example=example, preprocess=None, weights=what)
 
 

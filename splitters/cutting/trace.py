@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import logging
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,8 +101,7 @@ def trace(model: nn.Module, example_inputs: Any, *, method: Method | None = None
         if method is not None and kind != method:
             continue
         batches = (2, _CHECK_BATCH) if dynamic else (given[0].shape[0],)
-        with ModuleTracker(model) as tracker, inference(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with ModuleTracker(model) as tracker, inference(model), _quiet():
             try:
                 build = _by_export if kind == "export" else _by_fx
                 module, out_spec = build(model, rebatch(given, batches[0]), dynamic)
@@ -111,6 +113,20 @@ def trace(model: nn.Module, example_inputs: Any, *, method: Method | None = None
         "the model cannot be traced to a graph. " + ". ".join(notes) + ". Control flow that depends on tensor values "
         "must become torch.where or torch.cond, or stay outside: cut the submodule that has none (split(model.backbone, ...))"
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the tracers print of their own: pages of graphs, which the one sentence of a note stands for."""
+    talker = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = talker.level
+    talker.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        talker.setLevel(level)
 
 
 def _by_export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool) -> tuple[fx.GraphModule, pytree.TreeSpec]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import __version__ as pillow
 
-from protos.messages import Answer, Box, Classification, ClassScore, Detection
+from protos.messages import Answer, Box, Classification, ClassScore, Detection, Tensors
 from splitters.bundle import Bundle
 from splitters.evaluation.image_codecs import OPTIONS, Setting
 from splitters.evaluation.measure import Measured, Photos
@@ -38,7 +40,7 @@ def photos_key(bundle: Bundle, photos: Photos, what: Mapping[str, object]) -> st
 def store(folder: Path, key: str, measured: Measured) -> None:
     """Writes one result."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = {"sizes": measured.sizes.tolist(), "answers": [asdict(a) for a in measured.answers]}
+    data = {"sizes": measured.sizes.tolist(), "answers": [_plain(a) for a in measured.answers]}
     (folder / f"{key}.json").write_text(json.dumps(data), encoding="utf-8")
 
 
@@ -51,7 +53,17 @@ def load(folder: Path, key: str) -> Measured | None:
     return Measured(sizes=np.array(data["sizes"]), answers=[_answer(a) for a in data["answers"]])
 
 
-def _answer(data: dict[str, list[dict[str, object]]]) -> Answer:
+def _plain(answer: Answer) -> dict[str, object]:
+    if not isinstance(answer, Tensors):
+        return asdict(answer)
+    arrays = {n: [a.dtype.name, a.shape, b64encode(a.tobytes()).decode()] for n, a in answer.arrays.items()}
+    return {"task": answer.task, "arrays": arrays}
+
+
+def _answer(data: dict[str, Any]) -> Answer:
     if "top" in data:
-        return Classification(top=tuple(ClassScore(**c) for c in data["top"]))  # type: ignore[arg-type]
-    return Detection(boxes=tuple(Box(**{**b, "box_px": tuple(b["box_px"])}) for b in data["boxes"]))  # type: ignore[arg-type]
+        return Classification(top=tuple(ClassScore(**c) for c in data["top"]))
+    if "boxes" in data:
+        return Detection(boxes=tuple(Box(**{**b, "box_px": tuple(b["box_px"])}) for b in data["boxes"]))
+    arrays = {n: np.frombuffer(b64decode(text), dtype).reshape(shape) for n, (dtype, shape, text) in data["arrays"].items()}
+    return Tensors(task=data["task"], arrays=arrays)

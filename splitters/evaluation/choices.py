@@ -14,11 +14,9 @@ from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.bundle.offload import OffloadOption, compress, ladder, pareto_offloads, restore
 from splitters.evaluation.measure import Each, Measured, Photos, nothing, quantiles, run_whole
+from splitters.runtime.local import open_local
 from splitters.runtime.pictures import read_picture
-from splitters.runtime.sessions import open_graph
 from splitters.runtime.tail import Tail
-from splitters.tasks.postprocess import build_postprocess
-from splitters.tasks.preprocess import preprocess
 
 Value = Callable[[Sequence[Answer]], float]
 Remember = Callable[[Mapping[str, object], Callable[[], Measured]], Measured]
@@ -88,18 +86,11 @@ def measure_local(bundle: Bundle, files: Sequence[Path], value: Value, *, each: 
     Raises:
         SourceError: a photo cannot be read.
     """
-    model = bundle.manifest.local
-    if model is None:
+    local = open_local(bundle)
+    if local is None:
         return None
-    run = open_graph(bundle.part_path(model.path))
-    post = dict(bundle.manifest.postprocess)
-    if post.get("kind") == "yolox":
-        post["kind"] = "dense_boxes"  # a local model's boxes are decoded already
-    answer = build_postprocess(post, model.preprocess)
     answers: list[Answer] = []
     for file in files:
-        frame = read_picture(file)
-        outputs = run([preprocess(frame, model.preprocess)])
-        answers += answer(outputs, [(frame.shape[1], frame.shape[0])])
+        answers.append(local(read_picture(file)))
         each()
     return value(answers)

@@ -25,7 +25,7 @@ from splitters.evaluation.image_codecs import Picture, Setting, decode, encode
 from splitters.runtime.pictures import readable
 from splitters.runtime.sessions import open_session
 from splitters.runtime.tail import Tail
-from splitters.tasks.postprocess import SizePx
+from splitters.tasks.base import SizePx
 from splitters.tasks.preprocess import geometry, input_image, normalise
 
 log = logging.getLogger(__name__)
@@ -79,12 +79,13 @@ def load_photos(files: Sequence[Path], bundle: Bundle) -> Photos:
     if not read:
         raise SourceError(f"not one of {len(files)} photos can be read")
     return Photos(
-        pictures=np.stack(pictures), sizes_px=tuple(sizes), content=tuple(_content(spec, *size) for size in sizes),
+        pictures=np.stack(pictures), sizes_px=tuple(sizes), content=tuple(content_area(spec, *size) for size in sizes),
         files=tuple(read), unreadable=tuple(unreadable),
     )  # fmt: skip
 
 
-def _content(spec: Preprocess, width_px: int, height_px: int) -> tuple[slice, slice]:
+def content_area(spec: Preprocess, width_px: int, height_px: int) -> tuple[slice, slice]:
+    """What of the model's input is the source's picture and not a letterbox's border, as (rows, columns)."""
     if spec.resize != "letterbox":
         return slice(0, spec.size_px[0]), slice(0, spec.size_px[1])
     g = geometry(spec, width_px, height_px)

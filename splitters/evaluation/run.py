@@ -22,7 +22,7 @@ from splitters.bundle import Bundle
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint, best_point, mark_pareto
 from splitters.codec import LatentCodec, codec_from_spec
-from splitters.evaluation.agreement import agreement_with
+from splitters.evaluation.agreement import Agreement
 from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
 from splitters.evaluation.cache import describe, load, photos_key, store
 from splitters.evaluation.choices import measure_local, measure_offloads, offload_ladder
@@ -148,7 +148,7 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info, s
 def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick, show: Told | None) -> _Bench:
     detector = bundle.manifest.task == "detection"
     if config.labels is not None:
-        bundle = _loose(bundle, config.score_min)  # against the whole model's boxes its own threshold is the right one
+        bundle = loose(bundle, config.score_min)  # against the whole model's boxes its own threshold is the right one
     tail = load_tail(bundle)
     if not tail.takes_images and (config.against or config.labels is None):
         raise ConfigError("this bundle holds no whole model: give --labels and --against none")
@@ -168,7 +168,7 @@ def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick, show: Told | None)
     each = Steps(_runs(tail, photos, config) * len(photos), show)
     whole = run_whole(tail, photos, each=each) if tail.takes_images else None
     if judge is None:
-        judge = agreement_with(whole or [], photos.files)
+        judge = Agreement(files=photos.files, wanted=tuple(whole or ()))
     counts = resample(len(photos), config.draws)
     return _Bench(
         bundle=bundle, tail=tail, photos=photos, judge=judge, counts=counts, config=config, tick=tick, each=each, whole=whole
@@ -193,7 +193,7 @@ def _judge(config: EvaluateConfig, bundle: Bundle) -> Judge | None:
     return read_labels(config.labels, files, config.images, bundle.manifest.labels)
 
 
-def _loose(bundle: Bundle, score_min: float) -> Bundle:
+def loose(bundle: Bundle, score_min: float) -> Bundle:
     """The bundle with another score threshold; its files stay as they are."""
     manifest = bundle.manifest
     if manifest.task != "detection":

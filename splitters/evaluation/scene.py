@@ -6,8 +6,9 @@ Shape legend: F frames, K classes the prefilter knows, B boxes.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from numpy.typing import NDArray
 from protos.errors import ConfigError, SourceError
 from protos.messages import Detection
 from splitters.bottleneck.narrow import narrow
-from splitters.bundle import MANIFEST, Bundle, open_bundle, sha256_hex
+from splitters.bundle import Bundle, replace_parts
 from splitters.evaluation.measure import Device
 from splitters.evaluation.prefilter import Array, passage_scores, passages, present, roc_auc
+from splitters.evaluation.steps import Told
 from splitters.runtime.sessions import open_graph
 from splitters.runtime.tail import load_tail
+from splitters.runtime.video import VideoReader
 from splitters.tasks.boxes import Detections, empty_detections, iou_matrix
 from splitters.tasks.preprocess import Frame, input_image
 from splitters.zoo.prefilter.promise import RECALLS, Calibration, calibrate, score_at_precision
 
+log = logging.getLogger(__name__)
 UNSURE = 0.1  # a passage lasts while the teacher sees this much
 _RIGHT_IOU = 0.5
 
@@ -58,21 +62,29 @@ class Scene:
         return len(self.scores)
 
 
-def read_video(path: Path) -> tuple[Iterator[Frame], float]:
-    """The frames of a video, BGR, and its frames a second.
+def read_video(path: Path) -> tuple[Iterator[Frame], float, int]:
+    """The frames of a video, BGR, its frames a second, and how many its container promises (0: it does not say).
+
+    What is missing or damaged is said in a warning at the end.
 
     Raises:
         SourceError: it cannot be opened.
     """
-    video = cv2.VideoCapture(str(path))
-    if not video.isOpened():
-        raise SourceError(f"{path} is no readable video")
+    video = VideoReader(path, shown=str(path))
+    counter = cv2.VideoCapture(str(path))
+    count = max(0, int(counter.get(cv2.CAP_PROP_FRAME_COUNT)))
+    counter.release()
 
     def frames() -> Iterator[Frame]:
-        while (read := video.read())[0]:
-            yield read[1].astype(np.uint8, copy=False)
+        try:
+            while (read := video.read()) is not None:
+                yield read[0]
+            if video.faults:
+                log.warning("%s: %s", path, video.faults)
+        finally:
+            video.close()
 
-    return frames(), video.get(cv2.CAP_PROP_FPS) or 25.0
+    return frames(), video.fps or 25.0, count
 
 
 def own_detector(bundle: Bundle) -> Look | None:
@@ -91,7 +103,9 @@ def own_detector(bundle: Bundle) -> Look | None:
     return look
 
 
-def watch(bundle: Bundle, frames: Iterable[Frame], fps: float, teacher: Look, *, sure: float) -> Scene:
+def watch(
+    bundle: Bundle, frames: Iterable[Frame], fps: float, teacher: Look, *, sure: float, show: Told | None = None, count: int = 0
+) -> Scene:
     """Runs prefilter, teacher and the bundle's own detector over a video.
 
     Args:
@@ -100,6 +114,8 @@ def watch(bundle: Bundle, frames: Iterable[Frame], fps: float, teacher: Look, *,
         fps: of the video.
         teacher: says what is there.
         sure: from this score on the teacher's boxes confirm the detector's.
+        show: told how many frames are watched, of how many.
+        count: how many frames there should be; 0: not known.
 
     Raises:
         ConfigError: the bundle has no prefilter.
@@ -123,6 +139,8 @@ def watch(bundle: Bundle, frames: Iterable[Frame], fps: float, teacher: Look, *,
             boxes.append(score)
             right.append(confirmed)
             at.append(index)
+        if show is not None:
+            show(index + 1, max(count, index + 1), "frames")
     if not scores:
         raise SourceError("the video holds no frame")
     return Scene(
@@ -255,13 +273,8 @@ def store(bundle: Bundle, interest: Sequence[str], fitted: Fit, told: str) -> Bu
     new = {
         "category_ids": old["category_ids"], "interest": list(interest), **fitted.asked.to_json(), "unit": "passage",
         "calibrated_on": told, "recalls": [c.to_json() for c in fitted.others],
+        # What photos said of these classes is void on this scene; of other classes it is all there is.
+        "calibrated": [g for g in old.get("calibrated", ()) if set(g["interest"]) != set(interest)],
         **({"sure": max(least, known)} if known is not None else {}),
     }  # fmt: skip
-    data = json.dumps(new, indent=1).encode()
-    part = replace(bundle.manifest.part(path), sha256=sha256_hex(data), bytes=len(data))
-    manifest = replace(bundle.manifest, parts=tuple(part if p.path == path else p for p in bundle.manifest.parts))
-    for name, content in ((path, data), (MANIFEST, manifest.to_json().encode())):
-        temporary = bundle.path / f"{name}.new"
-        temporary.write_bytes(content)
-        temporary.replace(bundle.path / name)
-    return open_bundle(bundle.path)
+    return replace_parts(bundle, {path: json.dumps(new, indent=1).encode()})

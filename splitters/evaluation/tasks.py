@@ -72,7 +72,7 @@ class TopOne:
     """Share of photos whose first class is the wanted one.
 
     Attributes:
-        metric: ``top1`` against labels, ``agreement`` with the whole model.
+        metric: ``top1``.
         files: the photos.
         wanted: class index of each.
     """
@@ -89,11 +89,6 @@ class TopOne:
         """See ``Judge``."""
         right = np.array([_top1(a) == w for a, w in zip(answers, self.wanted, strict=True)], np.float64)
         return Score(value=float(right.mean()), drawn=counts @ right / counts.sum(axis=1))
-
-    @staticmethod
-    def agreeing_with(whole: Sequence[Answer], files: Sequence[Path]) -> TopOne:
-        """Judges by the whole model's own first class, where there are no labels."""
-        return TopOne(metric="agreement", files=tuple(files), wanted=tuple(_top1(a) for a in whole))
 
 
 class AveragePrecision:

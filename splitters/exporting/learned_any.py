@@ -18,7 +18,7 @@ from splitters.bottleneck.crossing import Gather
 from splitters.bottleneck.learned import LearnedSplit
 from splitters.bottleneck.learned_any import AnyCutConfig, FusedEncoder, TappedTail, build_any
 from splitters.bottleneck.narrow import narrow
-from splitters.bundle import Bundle, BundleWriter
+from splitters.bundle import Bundle, BundleWriter, Measure
 from splitters.bundle.manifest import Head, parse_preprocess
 from splitters.codec import learned_spec
 from splitters.cutting.onnx_export import export_onnx
@@ -123,12 +123,13 @@ class _FusedStem(nn.Module):
         return fused
 
 
-def export_run(run: Path, out: Path, *, model: str = "", name: str = "") -> Bundle:
+def export_run(run: Path, out: Path, *, measure: Measure, model: str = "", name: str = "") -> Bundle:
     """Writes the bundle of a finished run.
 
     Args:
         run: what `splitters train any` wrote.
         out: the bundle's directory.
+        measure: measures the operating points.
         model: where the source model lies now; empty: where the recipe says.
         name: the bundle's; empty: the source model's.
     """
@@ -163,7 +164,7 @@ def export_run(run: Path, out: Path, *, model: str = "", name: str = "") -> Bund
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         writer.add(TABLES_PART, (run / TABLES_FILE).read_bytes(), "device")
         return writer.finish(
-            points=operating_points(student.ensemble, rungs), latent_shape=(shape,), codec="device/codec.json",
+            points=operating_points(student.ensemble, rungs), measure=measure, latent_shape=(shape,), codec="device/codec.json",
             head=Head(stem="device/stem.onnx", graphs=graphs), **_ends(name or source.name, recipe),
             tail={"kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx", "base_weights": ["server/whole.onnx"]},
         )  # fmt: skip

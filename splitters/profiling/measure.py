@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils.flop_counter import FlopCounterMode
 
 from protos.errors import CutError
-from splitters.cutting.checks import inference
+from splitters.cutting.checks import OnStep, inference, silent
 from splitters.cutting.split import Cutter
 from splitters.cutting.trace import rebatch
 from splitters.profiling.table import CutCost, Profile, mark_good
@@ -67,6 +67,7 @@ def profile(
     name: str = "",
     picture_bytes: int | None = None,
     budget_s: float = 30.0,
+    on_step: OnStep = silent,
 ) -> Profile:
     """Measures every candidate cut of ``model`` on this machine, one thread.
 
@@ -76,15 +77,18 @@ def profile(
         name: how the table calls the model.
         picture_bytes: what sending the picture would cost; by default the input's own bytes, 8 bits, compressed.
         budget_s: time for the latency measurements; rows that do not fit are interpolated and say so.
+        on_step: told how many of how many cuts are timed, and what is done next.
 
     Raises:
         CutError: the model cannot be traced or has no cut.
     """
-    return _measure(Cutter(model, example_inputs), name or type(model).__name__, picture_bytes, budget_s)
+    on_step(0, 1, "tracing the model")
+    return _measure(Cutter(model, example_inputs), name or type(model).__name__, picture_bytes, budget_s, on_step)
 
 
-def _measure(cutter: Cutter, name: str, picture_bytes: int | None, budget_s: float) -> Profile:
+def _measure(cutter: Cutter, name: str, picture_bytes: int | None, budget_s: float, on_step: OnStep) -> Profile:
     cuts = cutter.candidates()
+    on_step(0, len(cuts), f"measuring what crosses at {len(cuts)} places")
     if not cuts:
         raise CutError(f"{name} has no place where only whole, batch-first tensors cross")
     batch = 1 if cutter.trace.dynamic_batch else cutter.trace.batches[0]
@@ -108,7 +112,7 @@ def _measure(cutter: Cutter, name: str, picture_bytes: int | None, budget_s: flo
     work = [int(heads[c.position - 1]) for c in cuts]
     good = mark_good([c.name for c in cuts], work, [sum(sent[n][2] for n in c.crossing) for c in cuts], picture_bytes)
     first = [c for c, is_good in zip(cuts, good, strict=True) if is_good]
-    times, whole = cut_times(cutter, cuts, inputs, first=first, budget_s=budget_s, notes=notes)
+    times, whole = cut_times(cutter, cuts, inputs, first=first, budget_s=budget_s, notes=notes, on_step=on_step)
     for cut, macs, is_good in zip(cuts, work, good, strict=True):
         timing = times[cut.position]
         before, after = params(cut.position)

@@ -144,15 +144,23 @@ class Profile:
         return asdict(self)
 
     def __str__(self) -> str:
-        """A table for people: all cuts in the network's order, the good ones marked."""
-        width = max([4, *(len(r.name) for r in self.rows)])
+        """A table for people: the good cuts first, then all others in the network's order."""
+        return self.text()
+
+    def text(self, *, every: bool = True) -> str:
+        """A table for people: the good cuts, and with ``every`` the others after them."""
+        good = [r for r in self.rows if r.good]
+        others = [r for r in self.rows if not r.good]
+        shown = [*good, *others] if every or not good else good
+        width = max([4, *(len(r.name) for r in shown)])
+        other = f" or {self.local_torch_ms:.1f} ms (torch)" if self.local_torch_ms != self.local_ms else ""
         title = (
             f"{self.model}: {len(self.rows)} cuts, {self.total_macs / 1e6:,.0f} M MACs, whole model {self.local_ms:.1f} ms "
-            f"(ONNX Runtime) or {self.local_torch_ms:.1f} ms (torch), picture {self.picture_bytes / 1e3:.1f} kB"
+            f"(ONNX Runtime){other}, picture {self.picture_bytes / 1e3:.1f} kB"
         )
         columns = "tensors  float kB  8 bit kB   zstd kB  head MACs  head params  head ms (torch)    tail ms (torch)"
         lines = [title, f"   {'cut':{width}} {columns}"]
-        for r in self.rows:
+        for r in shown:
             near = "" if r.timed else "~"
             sizes = "".join(f"{b / 1e3:10.1f}" for b in (r.float_bytes, r.int8_bytes, r.zstd_bytes))
             work = f"{100 * r.head_macs / max(1, self.total_macs):9.1f}% {r.head_params:12,}"
@@ -162,6 +170,8 @@ class Profile:
             )
             lines.append(f" {'*' if r.good else ' '} {r.name:{width}} {len(r.shapes):7}{sizes} {work} {head}  {tail}")
         lines.append(" * good: no other cut sends fewer bytes for less work on the device")
+        if len(shown) < len(self.rows):
+            lines.append(f"   {len(self.rows) - len(shown)} others send more for as much work; --all lists them")
         lines += [f" note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from protos.errors import ModelError
-from splitters.cutting.checks import first_line, inference
+from splitters.cutting.checks import OnStep, first_line, inference, silent
 from splitters.cutting.partition import Cut
 from splitters.cutting.split import Cutter
 from splitters.runtime.sessions import open_session
@@ -33,9 +33,10 @@ _RUNS = (3, 15)  # of each timing: at least, at most
 _RUN_BUDGET_S = 0.1
 
 Floats = NDArray[np.float32]
+T = TypeVar("T")
 
 
-def _clock(run: Callable[[], Any]) -> float:
+def clock_ms(run: Callable[[], Any]) -> float:
     """Milliseconds of the fastest of a few runs, after one to warm up: what else the machine does only ever adds."""
     run()
     spent: list[float] = []
@@ -47,25 +48,41 @@ def _clock(run: Callable[[], Any]) -> float:
 
 
 def cut_times(
-    cutter: Cutter, cuts: Sequence[Cut], inputs: Sequence[Tensor], *, first: Sequence[Cut], budget_s: float, notes: list[str]
+    cutter: Cutter,
+    cuts: Sequence[Cut],
+    inputs: Sequence[Tensor],
+    *,
+    first: Sequence[Cut],
+    budget_s: float,
+    notes: list[str],
+    on_step: OnStep = silent,
 ) -> tuple[Mapping[int, Mapping[str, Any]], tuple[float, float]]:
     """Times by position, and those of the whole model (ONNX Runtime, torch); cuts in ``first`` are measured first."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     measured: dict[int, tuple[float, ...]] = {}
+    failed: list[str] = []
     start = time.monotonic()
     try:
         with inference(cutter.model):
+            on_step(0, len(cuts), "exporting the whole model")
             timer = _Timer(cutter, cuts, inputs, notes)
             whole = timer.whole()
             start, export_s = time.monotonic(), time.monotonic() - start
             log.info("exported and timed the whole model in %.1f s", export_s)
-            for cut in dict.fromkeys((*first, *_coarse_to_fine(cuts)), None):
-                if time.monotonic() - start > budget_s and len(measured) >= 2:
+            for cut in dict.fromkeys((*first, *coarse_to_fine(cuts)), None):
+                if time.monotonic() - start > budget_s and len(measured) + len(failed) >= 2:
                     break
-                measured[cut.position] = timer.halves(cut)
+                on_step(len(measured), len(cuts), f"timing {cut.name} (for {budget_s:g} s at most)")
+                try:
+                    measured[cut.position] = timer.halves(cut)
+                except Exception as error:  # noqa: BLE001  (torch and ONNX Runtime raise many kinds; the rest is worth having)
+                    failed.append(f"{cut.name}: {first_line(error)}")
+            on_step(len(cuts), len(cuts), f"{len(measured)} cuts timed, the others interpolated")
     finally:
         torch.set_num_threads(threads)
+    if failed:
+        notes.append(f"{len(failed)} cuts could not be timed, the first {failed[0]}")
     at = sorted(measured)
     names = ("head_ms", "tail_ms", "head_torch_ms", "tail_torch_ms")
     # Before the first and after the last measured cut, the line runs to the whole model's times.
@@ -80,9 +97,9 @@ def cut_times(
     return table, whole
 
 
-def _coarse_to_fine(cuts: Sequence[Cut]) -> list[Cut]:
+def coarse_to_fine(cuts: Sequence[T]) -> list[T]:
     """Ends first, then halves, quarters…: whenever time runs out, what is measured is spread evenly."""
-    order: list[Cut] = []
+    order: list[T] = []
     seen: set[int] = set()
     step = len(cuts)
     while step >= 1 and len(order) < len(cuts):
@@ -135,17 +152,17 @@ class _Timer:
         part = self._extractor.extract_model(list(inputs), list(outputs))
         session = open_session(part.SerializeToString())
         feeds = {i.name: self._arrays[i.name] for i in session.get_inputs()}
-        return _clock(lambda: session.run(None, feeds))
+        return clock_ms(lambda: session.run(None, feeds))
 
     def whole(self) -> tuple[float, float]:
-        torch_ms = _clock(lambda: self._cutter.model(*self._inputs))
+        torch_ms = clock_ms(lambda: self._cutter.model(*self._inputs))
         return (self._ort_ms(self._in, self._out) if self._extractor else torch_ms), torch_ms
 
     def halves(self, cut: Cut) -> tuple[float, float, float, float]:
         """Milliseconds: head and tail in ONNX Runtime, head and tail in torch."""
         split = self._cutter.split(cut)
         latents = split.head(*self._inputs)
-        head, tail = _clock(lambda: split.head(*self._inputs)), _clock(lambda: split.tail(*latents))
+        head, tail = clock_ms(lambda: split.head(*self._inputs)), clock_ms(lambda: split.tail(*latents))
         if self._extractor is None:
             return head, tail, head, tail
         crossing = [self._names[n] for n in cut.crossing]

@@ -22,7 +22,9 @@ Graph = Callable[[Sequence[Floats]], list[Floats]]
 _WEIGHTS_ELSEWHERE = re.compile(rb"\x0a(\x08|\x88\x80*\x00)location\x12")
 
 
-def open_session(model: Path | bytes, *, threads: int = 1, spinning: bool = False) -> ort.InferenceSession:
+def open_session(
+    model: Path | bytes, *, threads: int = 1, spinning: bool = False, optimised: bool = True, of_user: bool = False
+) -> ort.InferenceSession:
     """Opens a model on the processor.
 
     Args:
@@ -30,13 +32,15 @@ def open_session(model: Path | bytes, *, threads: int = 1, spinning: bool = Fals
         threads: of ONNX Runtime; 0: as many as there are cores.
         spinning: whether threads without work keep their core. That is quicker on a server; on a small device it would take
             the core from the capture thread.
+        optimised: whether operators are joined; without, two graphs of the same operators agree to the last bit.
+        of_user: a file of the person at this machine, whose weights may lie in another one.
 
     Raises:
         BundleError: it is no model that ONNX Runtime can run.
     """
     import onnxruntime as ort
 
-    if isinstance(model, Path):
+    if isinstance(model, Path) and not of_user:
         try:
             elsewhere = _WEIGHTS_ELSEWHERE.search(model.read_bytes())
         except OSError as error:
@@ -46,6 +50,8 @@ def open_session(model: Path | bytes, *, threads: int = 1, spinning: bool = Fals
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4
+    if not optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     try:

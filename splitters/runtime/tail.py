@@ -20,7 +20,7 @@ from protos.errors import BundleError, ConfigError
 from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.runtime.sessions import open_graph
-from splitters.tasks.postprocess import Floats, Postprocess, SizePx, build_postprocess
+from splitters.tasks.base import Floats, SizePx, Task, open_task
 from splitters.tasks.preprocess import normalise
 
 log = logging.getLogger(__name__)
@@ -68,20 +68,20 @@ class Later:
 
 
 class Tail:
-    """A loaded tail with its postprocess.
+    """A loaded tail with its task.
 
     Args:
         bundle: whose tail it is.
         tail: latents to raw outputs.
         whole: normalised input to raw outputs, for offloaded images; None where the bundle has no whole model.
-        postprocess: raw outputs to answers in source-frame pixels.
+        task: decodes the raw outputs.
     """
 
-    def __init__(self, bundle: Bundle, tail: Runner, whole: Runner | None, postprocess: Postprocess) -> None:
+    def __init__(self, bundle: Bundle, tail: Runner, whole: Runner | None, task: Task) -> None:
         self.bundle = bundle
         self._tail = tail
         self._whole = whole
-        self._postprocess = postprocess
+        self._task = task
 
     def run(self, latents: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
         """Answers a batch of latents.
@@ -90,7 +90,7 @@ class Tail:
             latents: one (N, ...) array per latent tensor.
             sizes_px: (width, height) of each source frame.
         """
-        return self._postprocess(self._tail(latents), sizes_px)
+        return self._task.decode(self._tail(latents), sizes_px)
 
     @property
     def takes_images(self) -> bool:
@@ -120,7 +120,7 @@ class Tail:
             if image.shape != (*spec.size_px, 3):
                 raise ConfigError(f"an offloaded image must be {spec.size_px} px (height, width), got {image.shape[:2]}")
         batch = np.concatenate([normalise(image, spec) for image in images])
-        return self._postprocess(self._whole([batch]), sizes_px)
+        return self._task.decode(self._whole([batch]), sizes_px)
 
 
 def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_soon: bool = False) -> Tail:
@@ -138,16 +138,16 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
     """
     spec = bundle.manifest.tail
     kind = spec.get("kind")
-    post = build_postprocess(bundle.manifest.postprocess, bundle.manifest.preprocess)
+    task = open_task(bundle.manifest)
     if kind == "onnx":
         if device != "cpu":
             log.warning("%s: its tail is ONNX and runs on the processor, not on %s", bundle.manifest.name, device)
         whole = spec.get("whole")
         batch = int(spec.get("batch", 0))
         later = Later(lambda: batched(_onnx(bundle, str(whole), threads), batch)) if whole else None
-        return Tail(bundle, batched(_onnx(bundle, spec["path"], threads), batch), later, post)
+        return Tail(bundle, batched(_onnx(bundle, spec["path"], threads), batch), later, task)
     if kind == "torch":
-        return _torch_tail(bundle, spec, post, device, ready_soon)
+        return _torch_tail(bundle, spec, task, device, ready_soon)
     raise BundleError(f"tail kind {kind!r} is unknown; this headtail knows onnx and torch")
 
 
@@ -189,7 +189,7 @@ def _threads() -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, device: str, ready_soon: bool) -> Tail:
+def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], task: Task, device: str, ready_soon: bool) -> Tail:
     import torch
     from safetensors.torch import load_file
 
@@ -225,7 +225,7 @@ def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], post: Postprocess, devi
 
     manifest = bundle.manifest
     whole = fast("whole", [(3, *manifest.preprocess.size_px)]) if hasattr(module, "whole") else None
-    return Tail(bundle, fast("forward", manifest.latent_shape), whole, post)
+    return Tail(bundle, fast("forward", manifest.latent_shape), whole, task)
 
 
 class _OwnAnswers(Tail):

@@ -5,6 +5,7 @@ Shape legend: K boxes; a box is (x1, y1, x2, y2) in pixels; images are (H, W, 3)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,16 +51,34 @@ def iou_matrix(a: Floats, b: Floats) -> Floats:
 
 def nms(boxes_px: Floats, scores: Floats, class_ids: Ints, *, iou: float = 0.6, keep: int = 100) -> Ints:
     """Indices that survive greedy suppression within each class, best score first, at most ``keep``."""
-    order = np.argsort(-scores, kind="stable")
-    kept: list[int] = []
-    # Boxes of different classes are moved apart, so that one pass serves all classes.
-    span = float(boxes_px.max(initial=0.0)) - float(boxes_px.min(initial=0.0)) + 1.0
-    moved = boxes_px + (class_ids[:, None] * span).astype(np.float32)
-    while order.size and len(kept) < keep:
-        best = order[0]
-        kept.append(int(best))
-        order = order[1:][iou_matrix(moved[best : best + 1], moved[order[1:]])[0] <= iou]
-    return np.asarray(kept, np.int64)
+    if not scores.size:
+        return np.zeros(0, np.int64)
+    xywh = np.concatenate([boxes_px[:, :2], boxes_px[:, 2:] - boxes_px[:, :2]], axis=1).astype(np.float64)
+    kept = cv2.dnn.NMSBoxesBatched(xywh.tolist(), scores.astype(float).tolist(), class_ids.tolist(), 0.0, iou)
+    order = np.asarray(kept, np.int64).ravel()
+    return order[np.argsort(-scores[order], kind="stable")][:keep]
+
+
+def yolox_boxes(raw: Floats, size_px: tuple[int, int], strides: Sequence[int] = (8, 16, 32)) -> tuple[Floats, Floats]:
+    """YOLOX's raw output, sigmoids applied, grids not (Ge et al. 2021, arXiv 2107.08430), as corner boxes and class scores.
+
+    Args:
+        raw: (..., P, 5 + classes).
+        size_px: (height, width) of the input.
+        strides: of the grids, in the order of the positions.
+
+    Returns:
+        Boxes (..., P, 4) in input pixels and scores (..., P, classes): objectness times class.
+    """
+    cells, scale = [], []
+    for stride in strides:
+        y, x = np.mgrid[: size_px[0] // stride, : size_px[1] // stride]
+        cells.append(np.stack([x.ravel(), y.ravel()], axis=1))
+        scale.append(np.full((x.size, 1), stride))
+    grid, stride_of = np.concatenate(cells).astype(np.float32), np.concatenate(scale).astype(np.float32)
+    centre = (raw[..., :2] + grid) * stride_of
+    half = np.exp(raw[..., 2:4]) * stride_of / 2
+    return np.concatenate([centre - half, centre + half], axis=-1).astype(np.float32), raw[..., 4:5] * raw[..., 5:]
 
 
 def select(

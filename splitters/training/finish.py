@@ -25,6 +25,8 @@ from splitters.training.photos import Crops, PhotoCache
 
 log = logging.getLogger(__name__)
 Symbols = NDArray[np.int16]
+CLIP_FRAMES = 5
+_CLIP_SHARE = 4  # one batch in so many becomes clips
 
 
 @torch.no_grad()
@@ -34,26 +36,45 @@ def sample_latents(student: LearnedSplit, images: Sequence[Tensor]) -> Tensor:
     return torch.cat([student.latent(batch, i % tiers) for i, batch in enumerate(images)])
 
 
+@torch.no_grad()
+def clip_latents(student: LearnedSplit, clips: Tensor) -> list[NDArray[np.float32]]:
+    """The dearest encoder's latents of clips (N, T, 3, H, W), as N arrays (T, C, h, w)."""
+    dearest = len(student.ensemble.tiers) - 1
+    return [student.latent(clip, dearest).numpy() for clip in clips]
+
+
 def symbols_at(latents: Tensor, gains: Tensor) -> list[Symbols]:
     """Rounded symbols of every row of gains (R, C)."""
     return [(latents * row[:, None, None]).round().clamp(-2000, 2000).to(torch.int16).numpy() for row in gains]
 
 
-def jittered(batch: Tensor, rng: np.random.Generator) -> Tensor:
-    """The same scenes a moment later, as a fixed camera sees them: sensor noise, a little light, something that moved.
+def moving(batch: Tensor, rng: np.random.Generator, frames: int = CLIP_FRAMES) -> Tensor:
+    """Short clips of the same scenes as a fixed camera sees them: sensor noise, a little light, something that moves through.
 
-    Stands in for video, of which the training photos hold none. Args: normalised images (N, 3, H, W).
+    Stands in for video, of which the training photos hold none.
+
+    Args:
+        batch: normalised images (N, 3, H, W).
+        rng: source of all randomness.
+        frames: T.
+
+    Returns:
+        (N, T, 3, H, W).
     """
-    later = batch * float(rng.uniform(0.97, 1.03)) + torch.from_numpy(rng.normal(0, 0.02, batch.shape).astype(np.float32))
-    n, _, h, w = batch.shape
-    for i in range(n):
-        if rng.random() < 0.6:
-            bh, bw = int(h * rng.uniform(0.1, 0.35)), int(w * rng.uniform(0.1, 0.35))
+    h, w = batch.shape[2:]
+    clips = batch[:, None].repeat(1, frames, 1, 1, 1)
+    for clip, other in zip(clips, batch.roll(1, 0), strict=True):
+        for _ in range(int(rng.integers(0, 4))):
+            bh, bw = int(h * rng.uniform(0.05, 0.3)), int(w * rng.uniform(0.05, 0.3))
             top, left = int(rng.integers(0, h - bh)), int(rng.integers(0, w - bw))
-            shift = int(rng.integers(-8, 9))
-            patch = torch.roll(batch[i, :, top : top + bh, left : left + bw], shift, dims=2)
-            later[i, :, top : top + bh, left : left + bw] = patch
-    return later
+            piece, speed = other[:, top : top + bh, left : left + bw], rng.normal(0, 6, size=2)
+            for t in range(frames):
+                y, x = (int(np.clip(at + t * v, 0, room)) for at, v, room in zip((top, left), speed, (h - bh, w - bw), strict=True))
+                clip[t, :, y : y + bh, x : x + bw] = piece
+        noise = torch.from_numpy(rng.normal(0, 10 ** rng.uniform(-2.3, -1.5), clip.shape).astype(np.float32))
+        light = torch.from_numpy(1 + rng.normal(0, 0.004, (frames, 1, 1, 1)).astype(np.float32))
+        clip.mul_(light).add_(noise)
+    return clips
 
 
 def finish(
@@ -84,10 +105,9 @@ def finish(
     chosen = rng.choice(len(photos), min(count, len(photos)), replace=False)
     batches = [photos.batch(chosen[i : i + 12], crops, rng) for i in range(0, len(chosen), 12)]
     latents = sample_latents(student, batches)
-    later = sample_latents(student, [jittered(b, rng) for b in batches])
     gains = gains_at(student, list(dict.fromkeys(r.gain for r in rungs)))[0]
-    now, before = symbols_at(later, gains), symbols_at(latents, gains)
-    tables = fit_tables(before, layers, pairs_by_tier=list(zip(now, before, strict=True)), progress=progress)
+    clips = [c for batch in batches[::_CLIP_SHARE] for c in clip_latents(student, moving(batch, rng))]
+    tables = fit_tables(symbols_at(latents, gains), layers, clips=clips, gains=gains.numpy(), progress=progress)
     save_file(state, out / WEIGHTS_FILE)
     (out / TABLES_FILE).write_bytes(tables)
     about = {

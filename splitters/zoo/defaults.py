@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from protos.errors import BundleError, ConfigError, SourceError, UnknownModelError
-from splitters.bundle import Bundle, exported_path, open_bundle, sha256_file
+from splitters.bundle import Bundle, Measure, exported_path, open_bundle, sha256_file
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
 
 log = logging.getLogger(__name__)
@@ -50,20 +50,20 @@ def _efficientnet_lite0(out: Path) -> Bundle:
     return export_learned(out, WEIGHTS) if (WEIGHTS / WEIGHTS_FILE).is_file() else _efficientnet_lite0_plain(out)
 
 
-def _run(run: Path, out: Path) -> Bundle:
+def _run(run: Path, out: Path, measure: Measure) -> Bundle:
     """The bundle of a directory that `splitters train` wrote."""
     recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
     if recipe["config"]["model"] == "detector":
         from splitters.zoo.detector.export import export_learned as export_detector
 
-        return export_detector(out, run, Path(recipe["plan"]["detector"]))
+        return export_detector(out, run, Path(recipe["plan"]["detector"]), measure)
     if recipe["config"]["cut"] is None:
         from splitters.zoo.efficientnet_lite0.export import export_learned
 
-        return export_learned(out, run)
+        return export_learned(out, run, measure)
     from splitters.exporting.learned_any import export_run
 
-    return export_run(run, out)
+    return export_run(run, out, measure=measure)
 
 
 EXPORTERS: Mapping[str, Callable[[Path], Bundle]] = {
@@ -104,8 +104,13 @@ def recalibrate(what: str, photos: Path, *, count: int = 200, seed: int = 0) -> 
     path.write_text(json.dumps(calibrate(iter(inputs))), encoding="utf-8")
 
 
-def export(what: str, out: Path) -> Bundle:
+def export(what: str, out: Path, measure: Measure | None = None) -> Bundle:
     """Writes the bundle ``what`` to ``out``; a default's, where ``--model NAME`` looks, as `ensure_exported` would.
+
+    Args:
+        what: a default's name, or the directory of a finished training.
+        out: the bundle's directory.
+        measure: measures the operating points of a training's bundle; a default's were measured when it was made.
 
     Raises:
         UnknownModelError: no default has that name.
@@ -113,7 +118,9 @@ def export(what: str, out: Path) -> Bundle:
         StorageError: ``out`` cannot be written.
     """
     if (Path(what) / "recipe.json").is_file():
-        return _run(Path(what), out)
+        if measure is None:
+            raise ConfigError(f"{what} is a training: its bundle's operating points have to be measured (`splitters export` does)")
+        return _run(Path(what), out, measure)
     if what not in EXPORTERS and Path(what).is_dir():
         raise BundleError(f"{what} holds no finished training: `splitters train` with the same settings goes on to its last step")
     if what not in EXPORTERS:

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from splitters.runtime.sessions import open_session
-from splitters.tasks.boxes import Detections, Floats, Pixels, letterbox, select, to_source
+from splitters.tasks.boxes import Detections, Pixels, letterbox, select, to_source, yolox_boxes
 from splitters.tasks.coco_classes import CATEGORY_IDS
 
 IMAGENET_MEAN = np.asarray([0.485, 0.456, 0.406], np.float32)
@@ -21,20 +21,6 @@ class Detector(Protocol):
     def __call__(self, image: Pixels) -> Detections:
         """Detections of one (H, W, 3) uint8 RGB image, boxes in its own pixels."""
         ...
-
-
-def yolox_boxes(output: Floats, size_px: int) -> tuple[Floats, Floats]:
-    """YOLOX's raw (P, 85) output as corner boxes (P, 4) in input pixels and scores (P, 80)."""
-    grids, strides = [], []
-    for stride in (8, 16, 32):
-        side = size_px // stride
-        y, x = np.mgrid[:side, :side]
-        grids.append(np.stack([x.ravel(), y.ravel()], axis=1))
-        strides.append(np.full((side * side, 1), stride))
-    grid, stride_of = np.concatenate(grids), np.concatenate(strides)
-    centre = (output[:, :2] + grid) * stride_of
-    half = np.exp(output[:, 2:4]) * stride_of / 2
-    return np.concatenate([centre - half, centre + half], axis=1).astype(np.float32), output[:, 4:5] * output[:, 5:]
 
 
 class YoloxNano:
@@ -57,6 +43,6 @@ class YoloxNano:
         square, scale = letterbox(image, self.size_px)
         x = ((square.astype(np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD).transpose(2, 0, 1)[None]
         raw = np.asarray(self._session.run(None, {"images": np.ascontiguousarray(x)})[0][0], np.float32)
-        boxes, scores = yolox_boxes(raw, self.size_px)
+        boxes, scores = yolox_boxes(raw, (self.size_px, self.size_px))
         found = select(boxes, scores, CATEGORY_IDS, score_min=self._score_min, iou=0.65)
         return to_source(found, scale, *image.shape[:2])

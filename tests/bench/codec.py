@@ -81,11 +81,11 @@ def made_up(count: int) -> dict[str, Any]:
             codec = LearnedCodec(spec, part, coder=coder)
             for point in codec.point_ids:
                 frames = [codec.quantise([latent], point) for latent in test]
-                row = time_coder(codec, frames, count if coder == "constriction" else count // 5)
+                row = time_coder(codec, frames, count if coder == "constriction" else max(1, count // 5))
                 report[f"{channels} channels, {point}, {coder}"] = row
                 if coder == "constriction":
                     raw = [symbols.tensors[0].astype(np.int8).tobytes() for symbols in frames]
-                    report[f"{channels} channels, {point}, zstandard 19"] = time_zstandard(raw, count // 5)
+                    report[f"{channels} channels, {point}, zstandard 19"] = time_zstandard(raw, max(1, count // 5))
     train = smooth(rng, 100, 80)
     plain = PlainCodec(calibrate_plain([train], bits=(8, 4)))
     for point in plain.point_ids:
@@ -199,6 +199,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=90, help="frames of each video")
     parser.add_argument("--repeat", type=int, default=100, help="timed calls of each coder")
     args = parser.parse_args()
+    if args.repeat < 1 or args.frames <= max(LAGS):
+        parser.error(f"--repeat must be at least 1 and --frames at least {max(LAGS) + 1}")
     report: dict[str, Any] = {"timing": made_up(args.repeat)}
     print("milliseconds are [wall, processor]")
     for name, row in report["timing"].items():

@@ -23,9 +23,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from edge_client.choices import believable
+from edge_client.choices import measured_points
 from edge_client.engine import Engine
-from edge_server.decode import decode_image
+from edge_server.frames.decode import decode_image
 from protos.errors import ConfigError
 from splitters.bundle import Bundle, open_bundle
 from splitters.bundle.operating_point import OperatingPoint
@@ -146,7 +146,7 @@ def main() -> None:
             "frames": len(frames),
             "device_factor": round(factor, 3),
         },
-        "points": [_point(p, times) for p in believable(bundle.points, engine)],
+        "points": [_point(p, times) for p in measured_points(engine)],
         "offloads": [{**asdict(o), "encode_ms": times[f"{o.format} {o.quality} {o.size_px}"]} for o in bundle.offloads],
         "local": {"accuracy": local.accuracy, "ms": times["local"]} if local is not None and local.accuracy > 0 else None,
         "server": server_times(bundle, engine, frames),

@@ -15,12 +15,15 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from protos.errors import ConfigError, HeadtailError
 from splitters.bundle import Bundle, open_bundle
+from splitters.commands.export import measured
 from splitters.evaluation.bdrate import Curve, front, interval
 from splitters.evaluation.run import EvaluateConfig, evaluate
 from splitters.exporting.learned import RECIPE_FILE, tier_graphs
@@ -43,14 +46,17 @@ def dev_curve(bundle: Bundle, arm: Path, index: Path, tier: int) -> Curve:
     """One encoder tier's measured points on the photos that training held out."""
     classes: dict[str, int] = json.loads(index.read_text(encoding="utf-8"))
     photos = [Path(p) for p in json.loads((arm / "dev.json").read_text(encoding="utf-8"))]
-    labels = {p.name: classes[p.parent.name] for p in photos if p.parent.name in classes}
+    names = {p: f"{p.parent.name}__{p.name}" for p in photos}
+    labels = {names[p]: classes[p.parent.name] for p in photos if p.parent.name in classes}
+    if len(labels) < 2:
+        raise ConfigError(f"{len(labels)} of the photos held out in {arm} have a class in {index}: give --hold-out, or more photos")
     graphs = tier_graphs(TIERS[tier])
     few = replace(bundle, points=tuple(p for p in bundle.points if p.graphs == graphs))
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"
         images.mkdir()
         for photo in photos:
-            (images / photo.name).symlink_to(photo.resolve())
+            (images / names[photo]).symlink_to(photo.resolve())
         (Path(folder) / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
         report = evaluate(few, EvaluateConfig(images=images, labels=Path(folder) / "labels.json", against=()), tick=lambda _: None)
     return report.curves[0]
@@ -74,7 +80,7 @@ def penalty(slim: Curve, single: Curve) -> dict[str, float | list[float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains what is missing, measures, prints one JSON line."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--start", type=Path, required=True, help="folder with trained weights")
@@ -82,12 +88,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--points", nargs="+", default=["own:3", "s:3"], metavar="TIER:GAIN")
     parser.add_argument("--recipe", default="efficientnet-lite0-joint")
+    parser.add_argument("--batch", type=int, help="photos a step (default: the recipe's)")
+    parser.add_argument("--hold-out", type=int, help="photos kept for judging (default: the recipe's)")
     parser.add_argument("--cache", type=Path, help="decoded photos (default: in OUT)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
+    try:
+        measure_penalty(args)
+    except HeadtailError as error:
+        parser.exit(error.exit_code, f"{error.message}\n")
+
+
+def measure_penalty(args: argparse.Namespace) -> None:
+    """Trains what is missing, measures, prints one JSON line."""
     torch.set_num_threads(args.threads)
     config = recipe(args.recipe)
     config = replace(config, start=str(args.start), stages=(replace(config.stages[-1], steps=args.steps),))
+    if args.batch:
+        config = replace(config, batch=args.batch)
+    if args.hold_out is not None:
+        config = replace(config, hold_out=args.hold_out)
     arms = {"slimmable": config} | {point: replace(config, single=point) for point in args.points}
     told: dict[str, object] = {"steps": args.steps, "recipe": args.recipe}
     bundles = {}
@@ -95,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out = args.out / name.replace(":", "-")
         train(arm, args.data, out, args.cache or args.out / "photos")
         if not (out / "bundle").exists():
-            export_learned(out / "bundle", out)
+            export_learned(out / "bundle", out, partial(measured, run=out))
         bundles[name] = open_bundle(out / "bundle")
         print(f"  {name} is trained", flush=True)
     index = args.data / "imagenette160" / "imagenet_class_index.json"

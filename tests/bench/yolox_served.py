@@ -35,7 +35,7 @@ from pycocotools.cocoeval import COCOeval
 from protos.messages import Detection
 from splitters.bundle import Bundle, open_bundle
 from splitters.runtime.tail import load_tail
-from splitters.tasks.postprocess import build_postprocess
+from splitters.tasks.base import open_task
 from splitters.tasks.preprocess import preprocess
 from tests.fakes.server_running import child
 
@@ -116,12 +116,13 @@ def main() -> int:
         if args.bundle is None:
             subprocess.run(
                 [sys.executable, "-m", "splitters.cli", "cut", f"onnx:{model}", "--at", args.at, "--out", str(path), "--output",
-                 "yolox", "--photos", str(data / "coco/train/images"), "--score-min", "0.01", "--name", "yolox-nano",
+                 "yolox", "--labels", "coco", "--photos", str(data / "coco/train/images"), "--score-min", "0.01",
+                 "--name", "yolox-nano",
                  "--licence", "Apache-2.0"],
                 check=True,
             )  # fmt: skip
         bundle = open_bundle(path)
-        post = build_postprocess(bundle.manifest.postprocess, bundle.manifest.preprocess)
+        post = open_task(bundle.manifest).decode
         uncut, head, tail = (
             ort.InferenceSession(str(model)),
             ort.InferenceSession(str(bundle.part_path("device/stem.onnx"))),

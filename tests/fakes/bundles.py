@@ -9,8 +9,9 @@ Shape legend: images (N, 3, S, S), the latent (N, 4, S/4, S/4), logits (N, class
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -86,6 +87,8 @@ def write_tiny_bundle(
     classes: int = 10,
     bits: Sequence[int] = (8, 4),
     local: bool = True,
+    task: str = "classification",
+    postprocess: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Writes and opens the bundle.
 
@@ -97,6 +100,8 @@ def write_tiny_bundle(
         classes: how many.
         bits: one operating point each, ids 0, 1, ...
         local: whether it carries the local model.
+        task: what its ten outputs mean.
+        postprocess: the manifest's; None: softmax.
     """
     import onnxruntime as ort
 
@@ -120,10 +125,11 @@ def write_tiny_bundle(
         if local:
             writer.add("device/local.onnx", models["whole"], "device")
         return writer.finish(
-            points=points, name=name, task="classification", preprocess=tiny_preprocess(size_px),
+            points=points, name=name, task=task, preprocess=tiny_preprocess(size_px),
             labels={i: f"class {i}" for i in range(classes)}, latent_shape=((CHANNELS, size_px // 4, size_px // 4),),
             head=Head(stem="device/stem.onnx"), codec="device/codec.json",
             local=LocalModel(path="device/local.onnx", preprocess=tiny_preprocess(size_px)) if local else None,
             tail={"kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx"},
-            postprocess={"kind": "softmax"}, licence="Apache-2.0", provenance={"base": "random weights, for tests"},
+            postprocess={"kind": "softmax"} if postprocess is None else postprocess,
+            licence="Apache-2.0", provenance={"base": "random weights, for tests"},
         )  # fmt: skip

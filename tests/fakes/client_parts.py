@@ -19,7 +19,9 @@ from edge_client.frames import CapturedFrame
 from edge_client.session import Gate, Welcome
 from protos.errors import HeadtailError, OverloadedError, UnreachableError
 from protos.messages import Classification, ClassScore, Detection, FrameLayer, Result, ServerTimings
+from splitters.bundle.manifest import Preprocess
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
+from splitters.tasks.classification import ClassificationTask
 from tests.fakes.client_loop import VirtualLoop
 
 ANSWER = Classification(top=(ClassScore(class_id=1, score=0.9),))
@@ -112,12 +114,10 @@ class FakeEngine:
         self, device: FakeDevice, sha256: str = "a" * 64, *, head_ms: float = 5, local_ms: float = 20, local: bool = True
     ) -> None:
         self.sha256, self.model, self.labels = sha256, "fake", {1: "one", 2: "two"}
+        self.task = ClassificationTask({}, Preprocess(resize="stretch", size_px=(8, 8)))
         self.bundle = SimpleNamespace(points=POINTS, point=lambda i: {p.id: p for p in POINTS}[i])
         self._device, self._head_ms, self.local_ms = device, head_ms, local_ms
         self.local: Any = self if local else None
-
-    def expects(self, answer: Any) -> bool:
-        return isinstance(answer, Classification)
 
     def abandon(self) -> None:
         raise AssertionError("no job here takes so long")

@@ -18,8 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, Preprocess
-from splitters.bundle.operating_point import OperatingPoint
-from splitters.codec import calibrate_plain
+from splitters.bundle.operating_point import OperatingPoint, Quantiles
+from splitters.codec import calibrate_plain, learned_spec
+from splitters.codec.fit import fit_tables
 
 SIDE_PX, CELL_PX, CATEGORY = 64, 8, 1
 SPEC = Preprocess(resize="letterbox", size_px=(SIDE_PX, SIDE_PX), pad=0)
@@ -52,13 +53,16 @@ def _model(
     return bytes(model.SerializeToString())
 
 
-def write_cell_detector(out: Path, *, bits: Sequence[int] = (8, 1), whole: bool = True, prefilter: bool = False) -> Bundle:
+def write_cell_detector(
+    out: Path, *, bits: Sequence[int] = (8, 1), whole: bool = True, prefilter: bool = False, learned: bool = False
+) -> Bundle:
     """Writes and opens the bundle.
 
     Args:
         out: its directory.
         bits: an operating point each.
         whole: with the whole model.
+        learned: with a learned codec, that predicts nothing yet.
         prefilter: with a filter whose score is the brightest cell's, and a promise (threshold .5) that nothing was calibrated for.
     """
     y, x = np.mgrid[0:SIDE_PX:CELL_PX, 0:SIDE_PX:CELL_PX].astype(np.float32)
@@ -75,7 +79,24 @@ def write_cell_detector(out: Path, *, bits: Sequence[int] = (8, 1), whole: bool 
     ]
     samples = np.random.default_rng(0).uniform(0, 1, (8, 1, SIDE_PX // CELL_PX, SIDE_PX // CELL_PX)).astype(np.float32)
     codec = calibrate_plain([samples], bits, point_ids=[str(i) for i in range(len(bits))])
+    points = [
+        OperatingPoint(
+            id=i, channels=1, bits=b, payload_bytes=Quantiles(p50=20.0 * b, p95=25.0 * b), accuracy=min(1.0, 0.5 + 0.05 * b),
+            accuracy_metric="ap",
+        )
+        for i, b in enumerate(bits)
+    ]  # fmt: skip
+    tables = b""
+    if learned:
+        gains = np.array([[2.0**b] for b in bits])
+        tables = fit_tables([np.rint(samples * g[:, None, None]).astype(np.int32) for g in gains], (1,))
+        codec = learned_spec(
+            shape=samples.shape[1:], gains=gains, ungains=1 / gains, points={str(i): (i, 1) for i in range(len(bits))},
+            tables_path="device/tables.bin",
+        )  # fmt: skip
     with BundleWriter(out) as writer:
+        if learned:
+            writer.add("device/tables.bin", tables, "device")
         writer.add("device/stem.onnx", _model(stem, constants, "image", ["latent_0"]), "device")
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         writer.add("server/tail.onnx", _model(tail, constants, "latent_0", ["boxes", "scores"]), "server")
@@ -100,7 +121,7 @@ def write_cell_detector(out: Path, *, bits: Sequence[int] = (8, 1), whole: bool 
             }
             writer.add("device/prefilter.json", json.dumps(promise).encode(), "device")
         return writer.finish(
-            points=[OperatingPoint(id=i, channels=1, bits=b) for i, b in enumerate(bits)], name="cells", task="detection",
+            points=points, name="cells", task="detection",
             preprocess=SPEC, labels={CATEGORY: "person"}, latent_shape=((1, SIDE_PX // CELL_PX, SIDE_PX // CELL_PX),),
             head=Head(stem="device/stem.onnx", prefilter="device/prefilter.onnx" if prefilter else None), codec="device/codec.json",
             tail=spec, licence="Apache-2.0",

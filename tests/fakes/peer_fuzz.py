@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +35,7 @@ from splitters.bundle.offload import load_offloads
 from splitters.bundle.operating_point import load_points
 from splitters.codec import codec_from_spec
 from splitters.codec.tables import pack_tables, read_tables
-from splitters.tasks.postprocess import build_postprocess
+from splitters.tasks.base import TASKS, open_task
 from tests.fakes.hostile_values import NAMES, NUMBERS, as_json, as_toml, hostile, value
 from tests.fakes.server_fuzz import SLOW_S, Tally, mutate
 
@@ -134,7 +134,7 @@ def _codec(rng: random.Random, spec: Any) -> object:
 
 def _postprocess(rng: random.Random, bundle: Bundle) -> object:
     spec = read_json(as_json(rng, hostile(rng, BOXES)), dict[str, Any], what="postprocess")
-    return build_postprocess(spec, bundle.manifest.preprocess)
+    return open_task(replace(bundle.manifest, task=rng.choice(TASKS.names()), postprocess=spec))
 
 
 def _number(rng: random.Random) -> float:

@@ -20,7 +20,7 @@ import grpc.aio
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from edge_server.decode import decode_image
+from edge_server.frames.decode import decode_image
 from protos.errors import HeadtailError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import FrameLayer

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_server.fair import FairPool
+from edge_server.access.fair import FairPool
 from splitters.bundle import Bundle
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, picture, session

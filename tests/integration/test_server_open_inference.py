@@ -129,7 +129,7 @@ async def test_outputs_that_do_not_exist_are_refused_before_anything_runs(
 ) -> None:
     asked = request(image=pixels(bundle, 0))
     asked.outputs.add(name="logits")
-    monkeypatch.setattr("edge_server.open_inference.read_values", lambda *_: pytest.fail("its values were looked at"))
+    monkeypatch.setattr("edge_server.doors.open_inference.read_values", lambda *_: pytest.fail("its values were looked at"))
     with pytest.raises(grpc.aio.AioRpcError, match="no output 'logits'; it has class_ids, scores"):
         await stub.ModelInfer(asked)
 

@@ -19,7 +19,7 @@ import pytest
 
 from edge_client.frames import CapturedFrame, FrameReport, Outcome
 from edge_client.tracing import Traces as ClientTraces
-from edge_server.tracing import Traces as ServerTraces
+from edge_server.observe.tracing import Traces as ServerTraces
 from protos.errors import ConfigError, OverloadedError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc

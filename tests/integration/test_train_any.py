@@ -15,7 +15,7 @@ from protos.messages import Classification, Detection
 from splitters.bundle import Bundle, open_bundle
 from splitters.cli import main
 from splitters.codec import codec_from_spec
-from splitters.exporting.learned_any import export_run, load_run
+from splitters.exporting.learned_any import load_run
 from splitters.runtime.tail import load_tail
 from splitters.tasks.preprocess import preprocess
 
@@ -45,10 +45,13 @@ def test_a_trained_bottleneck_is_what_its_bundle_runs(name: str, arguments: list
     run, out = tmp_path / "run", tmp_path / "bundle"
     options = ["--model", f"py:tests.fakes.any_models:{name}", "--weights", "random", *arguments, "--channels", "8"]
     options += ["--data", str(photos), "--out", str(run), "--steps", "3", "--batch", "4", "--hold-out", "2", "--fit", "4"]
-    assert main(["train", "any", *options, "--labels", str(labels)]) == 0
-    export_run(run, out)
+    if name == "detector":
+        options += ["--labels", str(labels)]
+    assert main(["train", "any", *options, "--bundle", str(out)]) == 0
     bundle = open_bundle(out)
     _, student, recipe = load_run(run)
+    assert all(p.measured and p.accuracy_metric == "agreement" and p.head_ms.p50 > 0 for p in bundle.points)
+    assert any(p.pareto for p in bundle.points)
     frame = np.asarray(Image.open(photos / "0.png"))[..., ::-1].copy()
     image = preprocess(frame, bundle.manifest.preprocess)
     tiers = len(student.ensemble.tiers)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_server.bandwidth import BandwidthManager
-from edge_server.bottlenecks import BottleneckConfig, Bottlenecks
+from edge_server.bandwidth.bottlenecks import BottleneckConfig, Bottlenecks
+from edge_server.bandwidth.grants import BandwidthManager
 
 MS, S = 1_000_000, 1_000_000_000
 

@@ -29,12 +29,15 @@ FIELDS: dict[str, Any] = {
 }
 
 
+MEASURED = OperatingPoint(id=3, channels=4, bits=8, accuracy=0.5, accuracy_metric="top1", payload_bytes=Quantiles(p50=9, p95=10))
+
+
 def write(out: Path, **changes: Any) -> Bundle:
     with BundleWriter(out) as writer:
         writer.add("device/stem.onnx", b"stem", "device")
         writer.add("device/codec.json", b"{}", "device")
         writer.add("server/tail.onnx", b"tail", "server")
-        return writer.finish(points=[OperatingPoint(id=3, channels=4, bits=8)], **(FIELDS | changes))
+        return writer.finish(points=[MEASURED], **(FIELDS | changes))
 
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def _edited(tmp_path: Path, **changes: Any) -> str:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format_version": 2}, {"task": "poetry"}, {"surprise": 1}, {"parts": []}, {"parts": "x"}, {"head": {}},
+        {"format_version": 2}, {"task": ""}, {"surprise": 1}, {"parts": []}, {"parts": "x"}, {"head": {}},
         {"labels": {"x": "y"}}, {"preprocess": {"resize": "stretch", "size_px": [1, 2]}},
         {"preprocess": {"resize": "melt", "size_px": [32, 32]}}, {"codec": "server/tail.onnx"},
     ],
@@ -144,7 +147,7 @@ def test_text_that_is_no_manifest(text: str) -> None:
 def test_new_measurements_change_the_hash(tmp_path: Path) -> None:
     bundle = write(tmp_path / "b")
     measured = OperatingPoint(
-        id=3, channels=4, bits=8, accuracy=0.5, accuracy_metric="top1", payload_bytes=Quantiles(p50=9, p95=10)
+        id=3, channels=4, bits=8, accuracy=0.75, accuracy_metric="top1", payload_bytes=Quantiles(p50=9, p95=10)
     )
     after = rewrite_points(bundle, [measured])
     assert after.points == (measured,)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edge_client.bundles import _offsets, _Receiver, choose_model
-from edge_client.choices import believable, keep_times, known_times, make_controller, measure
+from edge_client.choices import keep_times, known_times, make_controller, measure
 from edge_client.engine import Engine
 from edge_client.store import BundleStore
 from protos.errors import BundleError, HeadtailError, ProtocolError, StorageError, UnknownModelError
@@ -295,18 +295,3 @@ def test_device_times_are_measured_once_and_kept(tmp_path: Path, bundle: Bundle)
         assert known_times(bundle, threads=1, cache=tmp_path) is None
     controller = make_controller(engine, times, fps=30)
     assert controller.config.fps == 30
-
-
-def test_unmeasured_points_get_believable_stand_ins(bundle: Bundle) -> None:
-    import dataclasses
-
-    from splitters.bundle.operating_point import UNMEASURED
-
-    engine = Engine(bundle, clock=lambda: 0)
-    bare = tuple(dataclasses.replace(p, accuracy=0.0, payload_bytes=UNMEASURED) for p in bundle.points)
-    table = believable(bare, engine)
-    by_bits = sorted(table, key=lambda p: p.bits)
-    assert [p.accuracy for p in by_bits] == sorted(p.accuracy for p in table)
-    assert [p.payload_bytes.p50 for p in by_bits] == sorted(p.payload_bytes.p50 for p in table)
-    assert all(p.accuracy > 0 and p.payload_bytes.p50 > 0 for p in table)
-    assert believable(bundle.points, engine) == list(bundle.points)

@@ -137,6 +137,13 @@ SPEC = {
         {"recall_asked": 0.9, "recall_promised": 0.9, "threshold": 0.4},
         {"recall_asked": 0.95, "recall_promised": 0.95, "threshold": 0.3},
     ],
+    "calibrated": [
+        {
+            "name": "human", "interest": ["person"], "threshold": 0.25, "recall_asked": 0.98, "recall_promised": 0.97,
+            "recalls": [{"recall_asked": 0.9, "recall_promised": 0.9, "threshold": 0.5}],
+        },
+        {"name": "", "interest": ["car"], "threshold": 0.1, "recall_asked": 0.98, "recall_promised": 0.6},
+    ],
 }  # fmt: skip
 
 
@@ -147,11 +154,29 @@ def test_the_promise_is_read_for_classes_and_recall() -> None:
     looser = read_promise(bundle(SPEC), recall=0.93)
     assert looser is not None
     assert looser.threshold == 0.3
-    other = read_promise(bundle(SPEC), interest=["dog"])
-    assert other is not None
-    assert other.recall == 0
-    assert InterestGate(other).score([0.9, 0.8, 0.1]) == 0.1
     assert read_promise(bundle(SPEC, prefilter=None)) is None
+
+
+@pytest.mark.parametrize("interest", [["person"], ["human"], ["human", "person"]])
+def test_every_calibrated_set_of_classes_has_its_own_promise(interest: list[str]) -> None:
+    promise = read_promise(bundle(SPEC), interest=interest)
+    assert promise is not None
+    assert (promise.interest, promise.threshold, promise.recall, promise.columns) == (("person",), 0.25, 0.97, (0,))
+    looser = read_promise(bundle(SPEC), interest=interest, recall=0.85)
+    assert looser is not None
+    assert (looser.threshold, looser.recall) == (0.5, 0.9)
+    both = read_promise(bundle(SPEC), interest=["car", "human"])
+    assert both is not None
+    assert (both.threshold, both.recall) == (0.2, 0.981), "together they are what the bundle was exported for"
+
+
+def test_without_a_promise_nothing_is_filtered_unless_asked(caplog: pytest.LogCaptureFixture) -> None:
+    assert read_promise(bundle(SPEC), interest=["dog"]) is None
+    assert "no frame is filtered" in caplog.text
+    asked = read_promise(bundle(SPEC), interest=["dog"], insist=True)
+    assert asked is not None
+    assert asked.recall == 0
+    assert InterestGate(asked).score([0.9, 0.8, 0.1]) == 0.1
 
 
 def test_what_the_prefilter_cannot_do_is_said() -> None:
@@ -161,3 +186,6 @@ def test_what_the_prefilter_cannot_do_is_said() -> None:
         read_promise(bundle(SPEC), recall=0.999)
     with pytest.raises(BundleError):
         read_promise(bundle({"nothing": 1}))
+    for broken in (3, [3], [{"name": "x"}], [{"interest": ["dog"]}], {"a": 1}):
+        with pytest.raises(BundleError):
+            read_promise(bundle({**SPEC, "calibrated": broken}), interest=["dog"], insist=True)

@@ -55,7 +55,7 @@ def test_a_line_of_results_is_as_documented() -> None:
     assert line["detections"] == [{"class_id": 1, "label": "person", "score": 0.5, "box_px": [10.12, 20, 30, 40]}]
     assert line["latency_ms"] == {"head": 2.0, "total": 23.0}
     line = to_json(report(0, answer=CLASSES), LABELS)
-    assert line["predictions"] == [{"class_id": 7, "label": "train", "score": 0.75}, {"class_id": 99, "label": "", "score": 0.1}]
+    assert line["predictions"] == [{"class_id": 7, "label": "train", "score": 0.75}, {"class_id": 99, "label": "99", "score": 0.1}]
     dropped = to_json(report(0, Outcome.DROPPED, reason="superseded"), LABELS)
     assert (dropped["outcome"], dropped["reason"]) == ("dropped", "superseded")
     assert "predictions" not in dropped

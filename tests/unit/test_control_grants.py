@@ -8,10 +8,10 @@ from math import isfinite
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_server.admission import Work, shed
-from edge_server.allocation import concave_hull, share
-from edge_server.arrivals import Arrivals
-from edge_server.bandwidth import BandwidthManager
+from edge_server.backends.admission import Work, shed
+from edge_server.bandwidth.allocation import concave_hull, share
+from edge_server.bandwidth.arrivals import Arrivals
+from edge_server.bandwidth.grants import BandwidthManager
 
 MS = 1_000_000
 POINTS = [(1000.0, 0.5), (2000.0, 0.6), (4000.0, 0.66), (8000.0, 0.7)]

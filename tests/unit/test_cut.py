@@ -329,11 +329,12 @@ def test_a_tensor_matters_of_which_the_output_sees_only_the_mean() -> None:
     assert min(split(Mean(), "a", IMAGE).verify(IMAGE).sensitivity) > 1e-3
 
 
-def test_control_flow_on_values_names_the_module_and_the_way_out() -> None:
+def test_control_flow_on_values_names_the_module_and_the_way_out(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CutError, match=r"module 'gate' \(Gate.*torch.where or torch.cond") as error:
         split(Branching(), "stem", IMAGE)
     assert "torch.export failed" in error.value.message
     assert "torch.fx failed" in error.value.message
+    assert capfd.readouterr() == ("", ""), "one sentence stands for the pages that tracers print"
 
 
 def test_an_unknown_name_suggests_those_nearby() -> None:

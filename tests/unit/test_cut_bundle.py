@@ -72,7 +72,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def serving() -> Serving:
     return Serving(
-        name="small", task="classification", postprocess={"kind": "softmax"}, labels={0: "zero"}, licence="none", provenance={},
+        name="small", task="classification", postprocess={"kind": "softmax"}, labels={}, licence="none", provenance={},
         preprocess=Preprocess(resize="shortest", size_px=(SIDE, SIDE), resize_px=SIDE, mean=(0.5,) * 3, std=(0.25,) * 3),
         bits=(8, 2),
     )  # fmt: skip
@@ -85,7 +85,11 @@ def test_the_command_writes_a_bundle_that_answers_like_the_model(
     arguments = ["cut", "py:tests.unit.test_cut_bundle:build", "--size", f"{SIDE}x{SIDE}", "--at", "branch", "--out", str(out),
                  "--photos", str(photos), "--bits", "8", "4", "--name", "small", "--local", "--json"]  # fmt: skip
     assert main(arguments) == 0
-    said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    printed = capsys.readouterr()
+    steps = [line for line in printed.err.splitlines() if line.startswith("cut: ")]
+    assert steps[0].startswith("cut: 0 of 6  tracing the model")
+    assert "cut: 13 of 13" in steps[-1]  # seven steps and six photographs
+    said = json.loads(printed.out.strip().splitlines()[-1])
     assert said["relative_difference"] <= 1e-4
     assert said["onnx_difference"] <= 1e-3
     from splitters.bundle import open_bundle

@@ -263,3 +263,20 @@ def test_weights_that_lie_elsewhere_are_missed_by_name(tmp_path: Path, photos: P
     (tmp_path / "model.onnx.data").unlink()
     assert cut(path, tmp_path / "bundle", photos) == 11
     assert "file of their own" in capsys.readouterr().err
+
+
+def test_profile_lists_the_good_cuts_of_the_users_own_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = detector(tmp_path / "model.onnx", done="nms")  # rows of its output differ from picture to picture
+    assert main(["profile", f"onnx:{path}", "--budget-s", "0.5", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = json.loads(lines[-1])
+    good = [r["name"] for r in table["rows"] if r["good"]]
+    assert good
+    assert len(good) < len(table["rows"])
+    shown = [line.split()[1] for line in lines if line.startswith(" * ") and not line.startswith(" * good")]
+    assert shown == good
+    assert any("--all" in line for line in lines)
+    assert main(["profile", f"onnx:{path}", "--budget-s", "0.1", "--all"]) == 0
+    every = capsys.readouterr().out.splitlines()
+    assert sum(r["name"] in " ".join(every) for r in table["rows"]) == len(table["rows"])
+    assert all(r["head_ms"] > 0 and r["head_macs"] + r["tail_macs"] == table["total_macs"] for r in table["rows"])

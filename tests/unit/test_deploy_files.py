@@ -22,7 +22,7 @@ import edge_server.cli
 from edge_client.frames import CapturedFrame, FrameReport, Outcome
 from edge_client.summary import STAGES
 from edge_server.config import ServerConfig, is_loopback, split_address
-from edge_server.metrics import PrometheusMetrics
+from edge_server.observe.metrics import PrometheusMetrics
 from protos.errors import BY_CODE, LimitError
 from protos.messages import Answer, Classification, ClassScore, Result, ServerTimings
 from splitters.zoo.defaults import EXPORTERS

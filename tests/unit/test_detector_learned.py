@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edge_client.engine import Engine
-from edge_server.decode import decode_image
+from edge_server.frames.decode import decode_image
 from protos.errors import BundleError
 from protos.messages import Detection
 from splitters.bottleneck.learned import LearnedSplit, StagedModel, run_stages

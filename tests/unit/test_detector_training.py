@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from splitters.tasks.boxes import Detections
+from splitters.tasks.boxes import Detections, yolox_boxes
 from splitters.training.detector.augment import Sampler, mosaic, paste, single
 from splitters.training.detector.data import Example, held_out, teach
 from splitters.training.detector.fast import speed_up
@@ -21,7 +21,7 @@ from splitters.training.detector.teacher import Dense, DenseTeacher
 from splitters.zoo.detector.network import STRIDES, Detector, centres
 from splitters.zoo.efficientnet_lite0.network import SamePadConv
 from splitters.zoo.layers import conv_unit, separable_unit
-from splitters.zoo.onnx_detectors import IMAGENET_MEAN, IMAGENET_STD, yolox_boxes
+from splitters.zoo.onnx_detectors import IMAGENET_MEAN, IMAGENET_STD
 
 
 def example(colour: int = 200, boxes: list[list[float]] | None = None, source: str = "a") -> Example:
@@ -186,7 +186,7 @@ def test_dense_teacher_is_the_published_network() -> None:
     said = DenseTeacher(path)(picture)
     x = ((picture.astype(np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD).transpose(0, 3, 1, 2)
     raw = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"images": np.ascontiguousarray(x)})[0][0]
-    boxes, scores = yolox_boxes(raw, 416)
+    boxes, scores = yolox_boxes(raw, (416, 416))
     assert np.abs(said.scores[0].numpy() - scores).max() < 1e-4
     assert np.abs(said.boxes[0].numpy() - boxes).max() < 0.5
     assert DenseTeacher(path)(picture[:, :256, :256]).boxes.shape == (1, 1344, 4)

@@ -112,8 +112,6 @@ def test_top_one_counts_the_first_class_over_drawn_photos() -> None:
     assert score.value == pytest.approx(2 / 3)
     assert score.drawn.tolist() == [0.0, 1.0]
     assert judge.only([2]).wanted == (3,)
-    agreeing = TopOne.agreeing_with([answer(4), answer(5)], [Path("a"), Path("b")])
-    assert agreeing.wanted == (4, 5)
 
 
 def test_labels_are_found_by_name_or_relative_path(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from edge_client.rpc import Endpoint
 from edge_client.session import Session, _Outgoing
-from edge_server.assembly import Assembler, Frame
+from edge_server.frames.assembly import Assembler, Frame
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import FrameLayer, PayloadKind
 

@@ -31,7 +31,7 @@ def restored() -> Iterator[None]:
 def test_json_lines_hold_what_was_said() -> None:
     stream = io.StringIO()
     set_up("info", "json", stream)
-    log = logging.getLogger("edge_server.session")
+    log = logging.getLogger("edge_server.doors.session")
     log.info("session %s: %s", "a1", 'a "quoted" line\nand another', extra={"session": "a1", "odd": object})
     log.debug("not shown")
     try:
@@ -40,7 +40,7 @@ def test_json_lines_hold_what_was_said() -> None:
         log.exception("it failed")
     first, second = (json.loads(line) for line in stream.getvalue().splitlines())
     assert list(first)[:4] == ["time", "level", "logger", "message"]
-    assert (first["level"], first["logger"], first["session"]) == ("INFO", "edge_server.session", "a1")
+    assert (first["level"], first["logger"], first["session"]) == ("INFO", "edge_server.doors.session", "a1")
     assert first["message"] == 'session a1: a "quoted" line\nand another'
     assert datetime.fromisoformat(first["time"]).utcoffset() is not None
     assert "ValueError: why" in second["exception"]

@@ -1,6 +1,7 @@
 import contextlib
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from protos.messages import (
     PayloadKind,
     Result,
     ServerTimings,
+    Tensors,
 )
 
 U64 = st.integers(0, 2**64 - 1)
@@ -157,3 +159,49 @@ def test_any_bytes_are_a_message_or_a_mapped_error(data: bytes) -> None:
 def test_grants_survive_the_wire() -> None:
     grant = Grant(bitrate_bps=5, max_in_flight=2, queue_ns=3, tail_ns=4, delivery_bps=1.5, delay_trend=-0.5)
     assert Grant.from_proto(grant.to_proto()) == grant
+
+
+TENSORS = Tensors(
+    task="depth",
+    arrays={
+        "map": np.arange(6, dtype=np.float32).reshape(2, 3), "mask": np.array([[True], [False]]),
+        "none": np.zeros((0, 4), np.int64),
+        "scalar": np.array(2.5, np.float16), "big_endian": np.array([1, 2], ">u2"),
+    },
+)  # fmt: skip
+
+
+def test_tensors_survive_the_wire() -> None:
+    back = Result.from_proto(pb.Result.FromString(Result(frame_id=3, answer=TENSORS).to_proto().SerializeToString()))
+    assert back.error is None
+    assert isinstance(back.answer, Tensors)
+    assert back.answer.task == "depth"
+    for name, array in TENSORS.arrays.items():
+        got = back.answer.arrays[name]
+        assert (got.shape, got.dtype.name) == (array.shape, array.dtype.name)
+        assert np.array_equal(got, array)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        [pb.Tensor(name="a", dtype="float32", shape=[2], data=b"1234")],
+        [pb.Tensor(name="a", dtype="object", shape=[1], data=b"12345678")],
+        [pb.Tensor(name="a", dtype="float32", shape=[0, 2**31, 2**31, 2**31], data=b"")],
+        [pb.Tensor(name="a", dtype="uint8", shape=[1] * 9, data=b"1")],
+        [pb.Tensor(name="a", dtype="uint8", shape=[1], data=b"1")] * 2,
+        [pb.Tensor(name=str(i), dtype="uint8", shape=[1], data=b"1") for i in range(65)],
+        [pb.Tensor(name="a", dtype="uint8", shape=[7 << 20], data=bytes(7 << 20))],
+    ],
+    ids=["shape", "dtype", "impossible", "axes", "names", "many", "large"],
+)
+def test_tensors_that_cannot_be_are_their_frames_error(tensors: list[pb.Tensor]) -> None:
+    back = Result.from_proto(pb.Result(frame_id=3, tensors=pb.Tensors(task="depth", tensors=tensors)))
+    assert isinstance(back.error, ProtocolError)
+
+
+def test_an_answer_too_large_to_send_is_refused_where_it_is_made() -> None:
+    with pytest.raises(LimitError, match="too large"):
+        Tensors(task="depth", arrays={"a": np.zeros(7 << 20, np.uint8)})
+    with pytest.raises(LimitError, match="numbers"):
+        Tensors(task="depth", arrays={"a": np.array(["text"])})

@@ -13,7 +13,7 @@ from protos.errors import ConfigError, ModelError
 from splitters.evaluation.prefilter import draw_curves, passage_scores, passages, roc, roc_auc
 from splitters.training.prefilter.loop import heat_targets, held_out, prefilter_loss
 from splitters.zoo.prefilter.network import CATEGORY_IDS, WEIGHTS, InterestScore, Prefilter, columns_of, load_prefilter
-from splitters.zoo.prefilter.promise import calibrate, clopper_pearson_lower, promises
+from splitters.zoo.prefilter.promise import RECALLS, calibrate, clopper_pearson_lower, promises
 
 
 def test_shapes_and_the_interest_column() -> None:
@@ -209,3 +209,24 @@ def test_a_detectors_boxes_are_right_where_an_object_of_their_class_lies() -> No
     example = Example(image=np.zeros((200, 200, 3), np.uint8), boxes=truth, source="coco/train")
     rows = judged(lambda _image: found, example)
     assert rows == [(pytest.approx(0.9), True), (pytest.approx(0.8), False), (pytest.approx(0.7), False)]
+
+
+def test_every_class_and_group_has_a_promise_of_its_own() -> None:
+    from splitters.zoo.prefilter.export import GROUPS, HELD_OUT, INTEREST, prefilter_promise
+    from splitters.zoo.prefilter.network import CATEGORY_IDS
+
+    if not HELD_OUT.is_file():
+        pytest.skip("the prefilter is not trained")
+    told = prefilter_promise(INTEREST, CATEGORY_IDS, 0.98)
+    sets = {frozenset(g["interest"]): g for g in told["calibrated"]}
+    assert len(sets) == len(told["calibrated"])
+    assert {g["name"]: tuple(g["interest"]) for g in told["calibrated"] if g["name"]} == GROUPS
+    for names in [*GROUPS.values(), ("car",), ("dog",), (*GROUPS["person"], *GROUPS["vehicle"])]:
+        found = sets[frozenset(names)]
+        assert 0 < found["recall_promised"] <= 1
+        assert 0 < found["threshold"] < 1
+        assert found["units"] > 0
+        assert [r["recall_asked"] for r in found["recalls"]] == list(RECALLS)
+        thresholds = [r["threshold"] for r in found["recalls"]]
+        assert thresholds == sorted(thresholds, reverse=True)
+    assert sets[frozenset(GROUPS["person"])]["kept"], "people are in enough of the photos for .98"

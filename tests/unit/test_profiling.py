@@ -16,7 +16,7 @@ from splitters.cli import main
 from splitters.cutting.sources import load_source
 from splitters.profiling.measure import zstd_8bit_bytes
 from splitters.profiling.table import CutCost, Profile, mark_good
-from splitters.profiling.times import _coarse_to_fine
+from splitters.profiling.times import coarse_to_fine
 
 
 class Funnel(nn.Module):
@@ -118,8 +118,8 @@ def test_good_cuts_are_a_frontier_with_steps_that_matter() -> None:
     assert good == [False, False, True, False, True]  # a: more than the picture; b for b.conv; c saves 1 %
 
 
-def test_measuring_order_is_coarse_to_fine() -> None:
-    order = _coarse_to_fine(list(range(9)))  # type: ignore[arg-type]
+def test_measuring_order_iscoarse_to_fine() -> None:
+    order = coarse_to_fine(list(range(9)))  # type: ignore[arg-type]
     assert sorted(order) == list(range(9))
     assert order[:3] == [0, 4, 8]
 
@@ -174,10 +174,13 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_the_verb_prints_a_table_draws_a_picture_and_ends_with_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("skimage")
     picture = tmp_path / "deep" / "profile.png"
-    code = main(["profile", "py:tests.unit.test_profiling:build", "--size", "32x32", "--budget-s", "1", "--plot", str(picture),
-                 "--bitrate-bps", "1e6", "--json"])  # fmt: skip
-    lines = capsys.readouterr().out.strip().splitlines()
+    code = main(["profile", "py:tests.unit.test_profiling:build", "--size", "32x32", "--budget-s", "1", "--all",
+                 "--plot", str(picture), "--bitrate-bps", "1e6", "--json"])  # fmt: skip
+    printed = capsys.readouterr()
+    lines = printed.out.strip().splitlines()
     assert code == 0
+    assert "profile: 0 of 1  tracing the model" in printed.err
+    assert "profile: 2 of 2  2 cuts timed" in printed.err
     assert any(line.split()[:1] == ["a"] or line.split()[:2] == ["*", "a"] for line in lines)
     assert [r["name"] for r in json.loads(lines[-1])["rows"]] == ["a", "b"]
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -1,6 +1,6 @@
 import pytest
 
-from edge_server.assembly import Assembler
+from edge_server.frames.assembly import Assembler
 from protos.errors import LimitError, PayloadError, ProtocolError
 from protos.messages import FrameLayer
 

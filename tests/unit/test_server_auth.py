@@ -4,9 +4,9 @@ import hmac
 
 import pytest
 
-from edge_server.auth import Tokens, parse_tokens
+from edge_server.access.auth import Tokens, parse_tokens
+from edge_server.access.quota import Client
 from edge_server.config import SecurityConfig
-from edge_server.quota import Client
 from protos.errors import AuthError, ConfigError, HeadtailError, LimitError
 
 S = 1_000_000_000
@@ -171,7 +171,7 @@ def test_comparisons_take_constant_time(monkeypatch: pytest.MonkeyPatch, tmp_pat
         seen.append((len(a), len(b)))
         return real(a, b)
 
-    monkeypatch.setattr("edge_server.auth.hmac.compare_digest", spy)
+    monkeypatch.setattr("edge_server.access.auth.hmac.compare_digest", spy)
     for token in (ALICE, BOB, "x", "y" * 5000):
         held(tokens, token)
     assert seen == [(32, 32)] * 8

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_server.batcher import BatchQueue, TailTimes
+from edge_server.backends.batcher import BatchQueue, TailTimes
 from edge_server.config import BatchConfig
 from protos.errors import OverloadedError
 

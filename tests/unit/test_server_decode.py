@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_server.assembly import Frame
-from edge_server.decode import decode_frame, decode_image, image_size
+from edge_server.frames.assembly import Frame
+from edge_server.frames.decode import decode_frame, decode_image, image_size
 from edge_server.models import open_model
 from protos.errors import HeadtailError, LimitError, PayloadError
 from splitters.bundle.offload import compress

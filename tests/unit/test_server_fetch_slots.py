@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from edge_server.config import Limits
-from edge_server.fetch import FetchSlots
+from edge_server.doors.fetch import FetchSlots
 from protos.errors import LimitError
 
 

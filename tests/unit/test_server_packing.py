@@ -8,7 +8,7 @@ import pytest
 from edge_server.backends import TailAnswer, TailWork
 from edge_server.backends.packing import pack_answer, pack_call, pack_error, unpack_call, unpack_reply
 from protos.errors import OverloadedError, UnknownModelError
-from protos.messages import Answer, Box, Classification, ClassScore, Detection, PayloadKind
+from protos.messages import Answer, Box, Classification, ClassScore, Detection, PayloadKind, Tensors
 
 
 @pytest.mark.parametrize("kind", list(PayloadKind))
@@ -30,6 +30,7 @@ def test_a_call_carries_the_time_left_not_the_deadline(kind: PayloadKind) -> Non
         Classification(top=()),
         Detection(boxes=(Box(class_id=7, score=0.9, box_px=(1.0, 2.0, 3.5, 4.5)),)),
         Detection(boxes=()),
+        Tensors(task="depth", arrays={"a": np.zeros((2, 3), np.float32), "b": np.array([True])}),
     ],
 )
 def test_answers_come_back_equal(answer: Answer) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from edge_server import preflight
-from edge_server.auth import Tokens, parse_tokens
+from edge_server.access.auth import Tokens, parse_tokens
 from edge_server.config import SecurityConfig, ServerConfig
 from edge_server.files import read_small
 from edge_server.machine import check_cpus, check_device, check_threads

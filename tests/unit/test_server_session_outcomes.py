@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from edge_server import session as module
-from edge_server.assembly import Frame
 from edge_server.backends import Load
-from edge_server.bandwidth import BandwidthManager
+from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import Limits
-from edge_server.metrics import NoMetrics
-from edge_server.session import Services, Session
+from edge_server.doors import session as module
+from edge_server.doors.session import Services, Session
+from edge_server.frames.assembly import Frame
+from edge_server.observe.metrics import NoMetrics
 from protos.errors import OverloadedError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, Classification, FrameLayer, Result

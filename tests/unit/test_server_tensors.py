@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_server.tensors import read_request, read_values
-from edge_server.wire import tagged
+from edge_server.doors.tensors import read_request, read_values
+from edge_server.doors.wire import tagged
 from protos.errors import HeadtailError, LimitError, ProtocolError
 from protos.headtail.v1 import open_inference_pb2 as oip
 

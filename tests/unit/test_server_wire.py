@@ -7,8 +7,8 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_server import wire
-from edge_server.wire import CROWDED, MALFORMED, Malformed, checked
+from edge_server.doors import wire
+from edge_server.doors.wire import CROWDED, MALFORMED, Malformed, checked
 from protos.errors import LimitError, ProtocolError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.headtail.v1 import open_inference_pb2 as oip

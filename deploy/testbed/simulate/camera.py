@@ -12,10 +12,9 @@ from deploy.testbed.link.layering import Layer, Layers, split_bytes
 from deploy.testbed.link.loop import Loop
 from deploy.testbed.link.path import Pipe
 from deploy.testbed.simulate.frame import Frame
-from deploy.testbed.simulate.policies import Policy
 from deploy.testbed.simulate.server import Server
 from deploy.testbed.workload import Workload
-from edge_client.control import Decision, Explanation, Local, Offload, Skip, Split
+from edge_client.control import Decision, Explanation, Local, Offload, Policy, Skip, Split
 from protos.messages import Grant
 from splitters.bundle.operating_point import Quantiles
 
@@ -72,7 +71,7 @@ class Camera:
             self._costs[name] = (o.encode_ms, o.accuracy, o.payload_bytes)
         if workload.local:
             self._costs["local"] = (workload.local.ms, workload.local.accuracy, Quantiles(p50=0, p95=0))
-        policy.estimator.on_connect(0)
+        policy.on_connect(0)
         loop.at(config.start_ns, self._capture)
 
     # ------------------------------------------------------------------ frames in
@@ -84,7 +83,7 @@ class Camera:
         later = c.start_ns + int(len(self.frames) * 1e9 / c.fps)
         if later < c.stop_ns:
             self.loop.at(later, self._capture)
-        if self.policy.estimator.ping_due(now):
+        if self.policy.ping_due(now):
             self.up.send(PING_BYTES, self._ping_arrived, now)
         if self.busy:
             if self._waiting is not None:
@@ -183,7 +182,7 @@ class Camera:
         """The server's answer to a frame arrived."""
         now = self.loop.now_ns
         if frame.refused:
-            self.policy.estimator.on_refused(frame.frame_id, now)
+            self.policy.on_refused(frame.frame_id, now)
             return
         self.policy.on_ack(frame.frame_id, now, frame.read_ns)
         self._answer(frame, "result", frame.value)
@@ -210,7 +209,7 @@ class Camera:
         self.down.send(PING_BYTES, self._pong, sent_ns)
 
     def _pong(self, sent_ns: int) -> None:
-        self.policy.estimator.on_pong(self.loop.now_ns - sent_ns, self.loop.now_ns)
+        self.policy.on_pong(self.loop.now_ns - sent_ns, self.loop.now_ns)
 
     def finish(self) -> None:
         """Every frame without an answer in time is expired."""

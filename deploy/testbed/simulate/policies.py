@@ -5,32 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Protocol
 
 from deploy.testbed.workload import Workload
-from edge_client.control import ControlConfig, Controller, Decision, Local, Offload, Skip, Split
-from edge_client.control.estimator import Estimator
+from edge_client.control import ControlConfig, Controller, Decision, Local, Offload, Policy, Skip, Split
 from protos.errors import ConfigError
 from splitters.bundle.offload import pareto_offloads
-
-
-class Policy(Protocol):
-    """What the simulated device asks and tells."""
-
-    estimator: Estimator
-
-    def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision: ...  # noqa: D102
-    def may_send(self, frame_id: int, n_bytes: int, now_ns: int, deadline_ns: int, *, layer: int = 0) -> bool: ...  # noqa: D102
-    def wants_fallback(self, frame_id: int, now_ns: int, deadline_ns: int) -> bool: ...  # noqa: D102
-    def on_sent(self, frame_id: int, n_bytes: int, now_ns: int) -> None: ...  # noqa: D102
-    def on_ack(self, frame_id: int, now_ns: int, server_ns: int = 0) -> None: ...  # noqa: D102
-    def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None: ...  # noqa: D102
-    def on_reference(self, age: int) -> None: ...  # noqa: D102
-    def on_payload(self, decision: Decision, n_bytes: int, now_ns: int) -> None: ...  # noqa: D102
-    def on_grant(  # noqa: D102
-        self, now_ns: int, *, bitrate_bps: float = 0.0, max_in_flight: int = 0, queue_ns: int = 0, tail_ns: int = 0
-    ) -> None: ...
-
 
 _worth_offering = lru_cache(maxsize=8)(pareto_offloads)  # a thousand cameras have one workload
 
@@ -64,7 +43,7 @@ class Baseline(Controller):
         """The choice, or a skip where the window is closed."""
         if not self.estimator.connected:
             return Skip(reason="offline")
-        return self.choose(now_ns, deadline_ns) if self.window.allows() else Skip(reason="window")
+        return self.choose(now_ns, deadline_ns) if self.allows() else Skip(reason="window")
 
     def wants_fallback(self, frame_id: int, now_ns: int, deadline_ns: int) -> bool:  # noqa: ARG002
         """Never: what was sent is waited for."""

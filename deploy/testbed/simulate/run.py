@@ -19,7 +19,7 @@ from deploy.testbed.simulate.report import Summary, summarise
 from deploy.testbed.simulate.server import Server
 from deploy.testbed.workload import Workload
 from edge_client.control import ControlConfig
-from edge_server.bandwidth import BandwidthManager
+from edge_server.bandwidth.grants import BandwidthManager
 
 _DRAIN_NS = 3_000_000_000
 

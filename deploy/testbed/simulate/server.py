@@ -8,9 +8,9 @@ from math import exp, log
 from deploy.testbed.link.loop import Loop
 from deploy.testbed.simulate.frame import Device, Frame
 from deploy.testbed.workload import ServerTimes
-from edge_server.admission import Work, shed
-from edge_server.arrivals import Arrivals
-from edge_server.bandwidth import BandwidthManager
+from edge_server.backends.admission import Work, shed
+from edge_server.bandwidth.arrivals import Arrivals
+from edge_server.bandwidth.grants import BandwidthManager
 from splitters.bundle.operating_point import Quantiles
 
 _GRANT_BYTES = 60

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/headtail/v1/headtail.proto\x12\x0bheadtail.v1\"\x13\n\x11ListModelsRequest\"n\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.headtail.v1.ModelInfo\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\"T\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x15\n\rbundle_sha256\x18\x03 \x01(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\"a\n\x12\x46\x65tchBundleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rbundle_sha256\x18\x02 \x01(\t\x12%\n\x04have\x18\x03 \x03(\x0b\x32\x17.headtail.v1.PartOffset\"*\n\nPartOffset\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"Y\n\x0b\x42undleChunk\x12\x17\n\rmanifest_json\x18\x01 \x01(\x0cH\x00\x12&\n\x04part\x18\x02 \x01(\x0b\x32\x16.headtail.v1.PartChunkH\x00\x42\t\n\x07\x63ontent\"7\n\tPartChunk\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xbd\x02\n\nFrameLayer\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0blayer_count\x18\x03 \x01(\r\x12&\n\x04kind\x18\x04 \x01(\x0e\x32\x18.headtail.v1.PayloadKind\x12\x17\n\x0foperating_point\x18\x05 \x01(\r\x12\x1d\n\x15\x64\x65\x61\x64line_remaining_ns\x18\x06 \x01(\x04\x12\x18\n\x10\x63\x61ptured_unix_ns\x18\x07 \x01(\x04\x12\x17\n\x0fsource_width_px\x18\x08 \x01(\r\x12\x18\n\x10source_height_px\x18\t \x01(\r\x12\x15\n\rpayload_crc32\x18\n \x01(\x07\x12\x0f\n\x07payload\x18\x0b \x01(\x0c\x12\x0f\n\x07sent_ns\x18\x0c \x01(\x04\x12\x13\n\x0btraceparent\x18\r \x01(\t\"\xa5\x02\n\x06Result\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x35\n\x0e\x63lassification\x18\x02 \x01(\x0b\x32\x1b.headtail.v1.ClassificationH\x00\x12+\n\tdetection\x18\x03 \x01(\x0b\x32\x16.headtail.v1.DetectionH\x00\x12(\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x17.headtail.v1.FrameErrorH\x00\x12+\n\x07timings\x18\x05 \x01(\x0b\x32\x1a.headtail.v1.ServerTimings\x12\x16\n\x0elayers_decoded\x18\x06 \x01(\r\x12\x15\n\rsymbols_crc32\x18\x07 \x01(\x07\x12\x14\n\x0c\x65\x63ho_sent_ns\x18\x08 \x01(\x04\x42\t\n\x07outcome\"6\n\x0e\x43lassification\x12$\n\x03top\x18\x01 \x03(\x0b\x32\x17.headtail.v1.ClassScore\"-\n\nClassScore\x12\x10\n\x08\x63lass_id\x18\x01 \x01(\r\x12\r\n\x05score\x18\x02 \x01(\x02\",\n\tDetection\x12\x1f\n\x05\x62oxes\x18\x01 \x03(\x0b\x32\x10.headtail.v1.Box\"b\n\x03\x42ox\x12\x10\n\x08\x63lass_id\x18\x01 \x01(\r\x12\r\n\x05score\x18\x02 \x01(\x02\x12\r\n\x05x1_px\x18\x03 \x01(\x02\x12\r\n\x05y1_px\x18\x04 \x01(\x02\x12\r\n\x05x2_px\x18\x05 \x01(\x02\x12\r\n\x05y2_px\x18\x06 \x01(\x02\"k\n\rServerTimings\x12\x11\n\tdecode_ns\x18\x01 \x01(\x04\x12\x10\n\x08queue_ns\x18\x02 \x01(\x04\x12\x0f\n\x07tail_ns\x18\x03 \x01(\x04\x12\x10\n\x08total_ns\x18\x04 \x01(\x04\x12\x12\n\nbatch_size\x18\x05 \x01(\r\">\n\nFrameError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"w\n\x0cInferRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rbundle_sha256\x18\x03 \x01(\t\x12\'\n\x06layers\x18\x04 \x03(\x0b\x32\x17.headtail.v1.FrameLayer\"4\n\rInferResponse\x12#\n\x06result\x18\x01 \x01(\x0b\x32\x13.headtail.v1.Result\"\xb5\x01\n\rClientMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.headtail.v1.HelloH\x00\x12(\n\x05layer\x18\x02 \x01(\x0b\x32\x17.headtail.v1.FrameLayerH\x00\x12\'\n\x07goodbye\x18\x03 \x01(\x0b\x32\x14.headtail.v1.GoodbyeH\x00\x12!\n\x04ping\x18\x04 \x01(\x0b\x32\x11.headtail.v1.PingH\x00\x42\t\n\x07\x63ontent\"\x92\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rbundle_sha256\x18\x03 \x01(\t\x12\x16\n\x0e\x63lient_version\x18\x04 \x01(\t\x12\x15\n\rmax_in_flight\x18\x05 \x01(\r\x12\x0b\n\x03\x66ps\x18\x06 \x01(\x02\x12\r\n\x05group\x18\x07 \x01(\t\"\t\n\x07Goodbye\"\x17\n\x04Ping\x12\x0f\n\x07sent_ns\x18\x01 \x01(\x04\"\x93\x02\n\rServerMessage\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.headtail.v1.WelcomeH\x00\x12%\n\x06result\x18\x02 \x01(\x0b\x32\x13.headtail.v1.ResultH\x00\x12#\n\x05grant\x18\x03 \x01(\x0b\x32\x12.headtail.v1.GrantH\x00\x12\x34\n\x0e\x62undle_changed\x18\x04 \x01(\x0b\x32\x1a.headtail.v1.BundleChangedH\x00\x12)\n\x08\x64raining\x18\x05 \x01(\x0b\x32\x15.headtail.v1.DrainingH\x00\x12!\n\x04pong\x18\x06 \x01(\x0b\x32\x11.headtail.v1.PongH\x00\x42\t\n\x07\x63ontent\"\xa7\x01\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rbundle_sha256\x18\x04 \x01(\t\x12\x15\n\rmax_in_flight\x18\x05 \x01(\r\x12\x19\n\x11max_payload_bytes\x18\x06 \x01(\x04\x12\x16\n\x0eserver_version\x18\x07 \x01(\t\"\x81\x01\n\x05Grant\x12\x13\n\x0b\x62itrate_bps\x18\x01 \x01(\x04\x12\x15\n\rmax_in_flight\x18\x02 \x01(\r\x12\x10\n\x08queue_ns\x18\x03 \x01(\x04\x12\x0f\n\x07tail_ns\x18\x04 \x01(\x04\x12\x14\n\x0c\x64\x65livery_bps\x18\x05 \x01(\x02\x12\x13\n\x0b\x64\x65lay_trend\x18\x06 \x01(\x02\"&\n\rBundleChanged\x12\x15\n\rbundle_sha256\x18\x01 \x01(\t\"\x1c\n\x08\x44raining\x12\x10\n\x08grace_ns\x18\x01 \x01(\x04\"\x1c\n\x04Pong\x12\x14\n\x0c\x65\x63ho_sent_ns\x18\x01 \x01(\x04*\\\n\x0bPayloadKind\x12\x1c\n\x18PAYLOAD_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13PAYLOAD_KIND_LATENT\x10\x01\x12\x16\n\x12PAYLOAD_KIND_IMAGE\x10\x02\x32\xac\x02\n\x08Headtail\x12M\n\nListModels\x12\x1e.headtail.v1.ListModelsRequest\x1a\x1f.headtail.v1.ListModelsResponse\x12J\n\x0b\x46\x65tchBundle\x12\x1f.headtail.v1.FetchBundleRequest\x1a\x18.headtail.v1.BundleChunk0\x01\x12>\n\x05Infer\x12\x19.headtail.v1.InferRequest\x1a\x1a.headtail.v1.InferResponse\x12\x45\n\x07Session\x12\x1a.headtail.v1.ClientMessage\x1a\x1a.headtail.v1.ServerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/headtail/v1/headtail.proto\x12\x0bheadtail.v1\"\x13\n\x11ListModelsRequest\"n\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.headtail.v1.ModelInfo\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\"T\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x15\n\rbundle_sha256\x18\x03 \x01(\t\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\"a\n\x12\x46\x65tchBundleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rbundle_sha256\x18\x02 \x01(\t\x12%\n\x04have\x18\x03 \x03(\x0b\x32\x17.headtail.v1.PartOffset\"*\n\nPartOffset\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"Y\n\x0b\x42undleChunk\x12\x17\n\rmanifest_json\x18\x01 \x01(\x0cH\x00\x12&\n\x04part\x18\x02 \x01(\x0b\x32\x16.headtail.v1.PartChunkH\x00\x42\t\n\x07\x63ontent\"7\n\tPartChunk\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xbd\x02\n\nFrameLayer\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0blayer_count\x18\x03 \x01(\r\x12&\n\x04kind\x18\x04 \x01(\x0e\x32\x18.headtail.v1.PayloadKind\x12\x17\n\x0foperating_point\x18\x05 \x01(\r\x12\x1d\n\x15\x64\x65\x61\x64line_remaining_ns\x18\x06 \x01(\x04\x12\x18\n\x10\x63\x61ptured_unix_ns\x18\x07 \x01(\x04\x12\x17\n\x0fsource_width_px\x18\x08 \x01(\r\x12\x18\n\x10source_height_px\x18\t \x01(\r\x12\x15\n\rpayload_crc32\x18\n \x01(\x07\x12\x0f\n\x07payload\x18\x0b \x01(\x0c\x12\x0f\n\x07sent_ns\x18\x0c \x01(\x04\x12\x13\n\x0btraceparent\x18\r \x01(\t\"\xce\x02\n\x06Result\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x35\n\x0e\x63lassification\x18\x02 \x01(\x0b\x32\x1b.headtail.v1.ClassificationH\x00\x12+\n\tdetection\x18\x03 \x01(\x0b\x32\x16.headtail.v1.DetectionH\x00\x12(\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x17.headtail.v1.FrameErrorH\x00\x12\'\n\x07tensors\x18\t \x01(\x0b\x32\x14.headtail.v1.TensorsH\x00\x12+\n\x07timings\x18\x05 \x01(\x0b\x32\x1a.headtail.v1.ServerTimings\x12\x16\n\x0elayers_decoded\x18\x06 \x01(\r\x12\x15\n\rsymbols_crc32\x18\x07 \x01(\x07\x12\x14\n\x0c\x65\x63ho_sent_ns\x18\x08 \x01(\x04\x42\t\n\x07outcome\"6\n\x0e\x43lassification\x12$\n\x03top\x18\x01 \x03(\x0b\x32\x17.headtail.v1.ClassScore\"-\n\nClassScore\x12\x10\n\x08\x63lass_id\x18\x01 \x01(\r\x12\r\n\x05score\x18\x02 \x01(\x02\",\n\tDetection\x12\x1f\n\x05\x62oxes\x18\x01 \x03(\x0b\x32\x10.headtail.v1.Box\"b\n\x03\x42ox\x12\x10\n\x08\x63lass_id\x18\x01 \x01(\r\x12\r\n\x05score\x18\x02 \x01(\x02\x12\r\n\x05x1_px\x18\x03 \x01(\x02\x12\r\n\x05y1_px\x18\x04 \x01(\x02\x12\r\n\x05x2_px\x18\x05 \x01(\x02\x12\r\n\x05y2_px\x18\x06 \x01(\x02\"=\n\x07Tensors\x12\x0c\n\x04task\x18\x01 \x01(\t\x12$\n\x07tensors\x18\x02 \x03(\x0b\x32\x13.headtail.v1.Tensor\"B\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"k\n\rServerTimings\x12\x11\n\tdecode_ns\x18\x01 \x01(\x04\x12\x10\n\x08queue_ns\x18\x02 \x01(\x04\x12\x0f\n\x07tail_ns\x18\x03 \x01(\x04\x12\x10\n\x08total_ns\x18\x04 \x01(\x04\x12\x12\n\nbatch_size\x18\x05 \x01(\r\">\n\nFrameError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"w\n\x0cInferRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rbundle_sha256\x18\x03 \x01(\t\x12\'\n\x06layers\x18\x04 \x03(\x0b\x32\x17.headtail.v1.FrameLayer\"4\n\rInferResponse\x12#\n\x06result\x18\x01 \x01(\x0b\x32\x13.headtail.v1.Result\"\xb5\x01\n\rClientMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.headtail.v1.HelloH\x00\x12(\n\x05layer\x18\x02 \x01(\x0b\x32\x17.headtail.v1.FrameLayerH\x00\x12\'\n\x07goodbye\x18\x03 \x01(\x0b\x32\x14.headtail.v1.GoodbyeH\x00\x12!\n\x04ping\x18\x04 \x01(\x0b\x32\x11.headtail.v1.PingH\x00\x42\t\n\x07\x63ontent\"\x92\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rbundle_sha256\x18\x03 \x01(\t\x12\x16\n\x0e\x63lient_version\x18\x04 \x01(\t\x12\x15\n\rmax_in_flight\x18\x05 \x01(\r\x12\x0b\n\x03\x66ps\x18\x06 \x01(\x02\x12\r\n\x05group\x18\x07 \x01(\t\"\t\n\x07Goodbye\"\x17\n\x04Ping\x12\x0f\n\x07sent_ns\x18\x01 \x01(\x04\"\x93\x02\n\rServerMessage\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.headtail.v1.WelcomeH\x00\x12%\n\x06result\x18\x02 \x01(\x0b\x32\x13.headtail.v1.ResultH\x00\x12#\n\x05grant\x18\x03 \x01(\x0b\x32\x12.headtail.v1.GrantH\x00\x12\x34\n\x0e\x62undle_changed\x18\x04 \x01(\x0b\x32\x1a.headtail.v1.BundleChangedH\x00\x12)\n\x08\x64raining\x18\x05 \x01(\x0b\x32\x15.headtail.v1.DrainingH\x00\x12!\n\x04pong\x18\x06 \x01(\x0b\x32\x11.headtail.v1.PongH\x00\x42\t\n\x07\x63ontent\"\xa7\x01\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rbundle_sha256\x18\x04 \x01(\t\x12\x15\n\rmax_in_flight\x18\x05 \x01(\r\x12\x19\n\x11max_payload_bytes\x18\x06 \x01(\x04\x12\x16\n\x0eserver_version\x18\x07 \x01(\t\"\x81\x01\n\x05Grant\x12\x13\n\x0b\x62itrate_bps\x18\x01 \x01(\x04\x12\x15\n\rmax_in_flight\x18\x02 \x01(\r\x12\x10\n\x08queue_ns\x18\x03 \x01(\x04\x12\x0f\n\x07tail_ns\x18\x04 \x01(\x04\x12\x14\n\x0c\x64\x65livery_bps\x18\x05 \x01(\x02\x12\x13\n\x0b\x64\x65lay_trend\x18\x06 \x01(\x02\"&\n\rBundleChanged\x12\x15\n\rbundle_sha256\x18\x01 \x01(\t\"\x1c\n\x08\x44raining\x12\x10\n\x08grace_ns\x18\x01 \x01(\x04\"\x1c\n\x04Pong\x12\x14\n\x0c\x65\x63ho_sent_ns\x18\x01 \x01(\x04*\\\n\x0bPayloadKind\x12\x1c\n\x18PAYLOAD_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13PAYLOAD_KIND_LATENT\x10\x01\x12\x16\n\x12PAYLOAD_KIND_IMAGE\x10\x02\x32\xac\x02\n\x08Headtail\x12M\n\nListModels\x12\x1e.headtail.v1.ListModelsRequest\x1a\x1f.headtail.v1.ListModelsResponse\x12J\n\x0b\x46\x65tchBundle\x12\x1f.headtail.v1.FetchBundleRequest\x1a\x18.headtail.v1.BundleChunk0\x01\x12>\n\x05Infer\x12\x19.headtail.v1.InferRequest\x1a\x1a.headtail.v1.InferResponse\x12\x45\n\x07Session\x12\x1a.headtail.v1.ClientMessage\x1a\x1a.headtail.v1.ServerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.headtail.v1.headtail_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PAYLOADKIND']._serialized_start=2822
-  _globals['_PAYLOADKIND']._serialized_end=2914
+  _globals['_PAYLOADKIND']._serialized_start=2994
+  _globals['_PAYLOADKIND']._serialized_end=3086
   _globals['_LISTMODELSREQUEST']._serialized_start=50
   _globals['_LISTMODELSREQUEST']._serialized_end=69
   _globals['_LISTMODELSRESPONSE']._serialized_start=71
@@ -50,43 +50,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FRAMELAYER']._serialized_start=561
   _globals['_FRAMELAYER']._serialized_end=878
   _globals['_RESULT']._serialized_start=881
-  _globals['_RESULT']._serialized_end=1174
-  _globals['_CLASSIFICATION']._serialized_start=1176
-  _globals['_CLASSIFICATION']._serialized_end=1230
-  _globals['_CLASSSCORE']._serialized_start=1232
-  _globals['_CLASSSCORE']._serialized_end=1277
-  _globals['_DETECTION']._serialized_start=1279
-  _globals['_DETECTION']._serialized_end=1323
-  _globals['_BOX']._serialized_start=1325
-  _globals['_BOX']._serialized_end=1423
-  _globals['_SERVERTIMINGS']._serialized_start=1425
-  _globals['_SERVERTIMINGS']._serialized_end=1532
-  _globals['_FRAMEERROR']._serialized_start=1534
-  _globals['_FRAMEERROR']._serialized_end=1596
-  _globals['_INFERREQUEST']._serialized_start=1598
-  _globals['_INFERREQUEST']._serialized_end=1717
-  _globals['_INFERRESPONSE']._serialized_start=1719
-  _globals['_INFERRESPONSE']._serialized_end=1771
-  _globals['_CLIENTMESSAGE']._serialized_start=1774
-  _globals['_CLIENTMESSAGE']._serialized_end=1955
-  _globals['_HELLO']._serialized_start=1958
-  _globals['_HELLO']._serialized_end=2104
-  _globals['_GOODBYE']._serialized_start=2106
-  _globals['_GOODBYE']._serialized_end=2115
-  _globals['_PING']._serialized_start=2117
-  _globals['_PING']._serialized_end=2140
-  _globals['_SERVERMESSAGE']._serialized_start=2143
-  _globals['_SERVERMESSAGE']._serialized_end=2418
-  _globals['_WELCOME']._serialized_start=2421
-  _globals['_WELCOME']._serialized_end=2588
-  _globals['_GRANT']._serialized_start=2591
-  _globals['_GRANT']._serialized_end=2720
-  _globals['_BUNDLECHANGED']._serialized_start=2722
-  _globals['_BUNDLECHANGED']._serialized_end=2760
-  _globals['_DRAINING']._serialized_start=2762
-  _globals['_DRAINING']._serialized_end=2790
-  _globals['_PONG']._serialized_start=2792
-  _globals['_PONG']._serialized_end=2820
-  _globals['_HEADTAIL']._serialized_start=2917
-  _globals['_HEADTAIL']._serialized_end=3217
+  _globals['_RESULT']._serialized_end=1215
+  _globals['_CLASSIFICATION']._serialized_start=1217
+  _globals['_CLASSIFICATION']._serialized_end=1271
+  _globals['_CLASSSCORE']._serialized_start=1273
+  _globals['_CLASSSCORE']._serialized_end=1318
+  _globals['_DETECTION']._serialized_start=1320
+  _globals['_DETECTION']._serialized_end=1364
+  _globals['_BOX']._serialized_start=1366
+  _globals['_BOX']._serialized_end=1464
+  _globals['_TENSORS']._serialized_start=1466
+  _globals['_TENSORS']._serialized_end=1527
+  _globals['_TENSOR']._serialized_start=1529
+  _globals['_TENSOR']._serialized_end=1595
+  _globals['_SERVERTIMINGS']._serialized_start=1597
+  _globals['_SERVERTIMINGS']._serialized_end=1704
+  _globals['_FRAMEERROR']._serialized_start=1706
+  _globals['_FRAMEERROR']._serialized_end=1768
+  _globals['_INFERREQUEST']._serialized_start=1770
+  _globals['_INFERREQUEST']._serialized_end=1889
+  _globals['_INFERRESPONSE']._serialized_start=1891
+  _globals['_INFERRESPONSE']._serialized_end=1943
+  _globals['_CLIENTMESSAGE']._serialized_start=1946
+  _globals['_CLIENTMESSAGE']._serialized_end=2127
+  _globals['_HELLO']._serialized_start=2130
+  _globals['_HELLO']._serialized_end=2276
+  _globals['_GOODBYE']._serialized_start=2278
+  _globals['_GOODBYE']._serialized_end=2287
+  _globals['_PING']._serialized_start=2289
+  _globals['_PING']._serialized_end=2312
+  _globals['_SERVERMESSAGE']._serialized_start=2315
+  _globals['_SERVERMESSAGE']._serialized_end=2590
+  _globals['_WELCOME']._serialized_start=2593
+  _globals['_WELCOME']._serialized_end=2760
+  _globals['_GRANT']._serialized_start=2763
+  _globals['_GRANT']._serialized_end=2892
+  _globals['_BUNDLECHANGED']._serialized_start=2894
+  _globals['_BUNDLECHANGED']._serialized_end=2932
+  _globals['_DRAINING']._serialized_start=2934
+  _globals['_DRAINING']._serialized_end=2962
+  _globals['_PONG']._serialized_start=2964
+  _globals['_PONG']._serialized_end=2992
+  _globals['_HEADTAIL']._serialized_start=3089
+  _globals['_HEADTAIL']._serialized_end=3389
 # @@protoc_insertion_point(module_scope)

@@ -109,11 +109,12 @@ class FrameLayer(_message.Message):
     def __init__(self, frame_id: _Optional[int] = ..., layer: _Optional[int] = ..., layer_count: _Optional[int] = ..., kind: _Optional[_Union[PayloadKind, str]] = ..., operating_point: _Optional[int] = ..., deadline_remaining_ns: _Optional[int] = ..., captured_unix_ns: _Optional[int] = ..., source_width_px: _Optional[int] = ..., source_height_px: _Optional[int] = ..., payload_crc32: _Optional[int] = ..., payload: _Optional[bytes] = ..., sent_ns: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("frame_id", "classification", "detection", "error", "timings", "layers_decoded", "symbols_crc32", "echo_sent_ns")
+    __slots__ = ("frame_id", "classification", "detection", "error", "tensors", "timings", "layers_decoded", "symbols_crc32", "echo_sent_ns")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     CLASSIFICATION_FIELD_NUMBER: _ClassVar[int]
     DETECTION_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_DECODED_FIELD_NUMBER: _ClassVar[int]
     SYMBOLS_CRC32_FIELD_NUMBER: _ClassVar[int]
@@ -122,11 +123,12 @@ class Result(_message.Message):
     classification: Classification
     detection: Detection
     error: FrameError
+    tensors: Tensors
     timings: ServerTimings
     layers_decoded: int
     symbols_crc32: int
     echo_sent_ns: int
-    def __init__(self, frame_id: _Optional[int] = ..., classification: _Optional[_Union[Classification, _Mapping]] = ..., detection: _Optional[_Union[Detection, _Mapping]] = ..., error: _Optional[_Union[FrameError, _Mapping]] = ..., timings: _Optional[_Union[ServerTimings, _Mapping]] = ..., layers_decoded: _Optional[int] = ..., symbols_crc32: _Optional[int] = ..., echo_sent_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, frame_id: _Optional[int] = ..., classification: _Optional[_Union[Classification, _Mapping]] = ..., detection: _Optional[_Union[Detection, _Mapping]] = ..., error: _Optional[_Union[FrameError, _Mapping]] = ..., tensors: _Optional[_Union[Tensors, _Mapping]] = ..., timings: _Optional[_Union[ServerTimings, _Mapping]] = ..., layers_decoded: _Optional[int] = ..., symbols_crc32: _Optional[int] = ..., echo_sent_ns: _Optional[int] = ...) -> None: ...
 
 class Classification(_message.Message):
     __slots__ = ("top",)
@@ -163,6 +165,26 @@ class Box(_message.Message):
     x2_px: float
     y2_px: float
     def __init__(self, class_id: _Optional[int] = ..., score: _Optional[float] = ..., x1_px: _Optional[float] = ..., y1_px: _Optional[float] = ..., x2_px: _Optional[float] = ..., y2_px: _Optional[float] = ...) -> None: ...
+
+class Tensors(_message.Message):
+    __slots__ = ("task", "tensors")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    def __init__(self, task: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+
+class Tensor(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ServerTimings(_message.Message):
     __slots__ = ("decode_ns", "queue_ns", "tail_ns", "total_ns", "batch_size")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from protos.errors import ModelError
+from protos.errors import BundleError, ModelError
+from splitters.runtime.sessions import open_session
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -33,17 +34,11 @@ class Session:
     """
 
     def __init__(self, model: Path | bytes, *, optimised: bool, what: str) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        level = ort.GraphOptimizationLevel
-        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
         self._what = what
-        source = model if isinstance(model, bytes) else str(model)
         try:
-            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise ModelError(f"ONNX Runtime {ort.__version__} cannot run {what}: {_reason(error)}") from error
+            self._session = open_session(model, optimised=optimised, of_user=True)
+        except BundleError as error:
+            raise ModelError(f"ONNX Runtime {ort.__version__} cannot run {what}: {_reason(error.__cause__ or error)}") from error
         self.inputs = tuple(i.name for i in self._session.get_inputs())
         self.outputs = tuple(o.name for o in self._session.get_outputs())
 
@@ -60,7 +55,7 @@ class Session:
         return found
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Without ONNX Runtime's own prefix and source lines."""
     text = first_line(error, 600)
     for mark in (" : FAIL : ", " : INVALID_GRAPH : ", " : RUNTIME_EXCEPTION : ", " : NOT_IMPLEMENTED : ", " : INVALID_ARGUMENT : "):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from splitters.bottleneck.learned import LearnedSplit
-from splitters.bundle import Bundle, BundleWriter
+from splitters.bundle import Bundle, BundleWriter, Measure
 from splitters.bundle.manifest import Head
 from splitters.bundle.operating_point import load_points
 from splitters.codec import learned_spec
@@ -107,13 +107,14 @@ def write_heads(writer: BundleWriter, student: LearnedSplit) -> Head:
     )
 
 
-def export_learned(out: Path, folder: Path = FOLDER, detector: Path = WEIGHTS) -> Bundle:
+def export_learned(out: Path, folder: Path = FOLDER, detector: Path = WEIGHTS, measure: Measure | None = None) -> Bundle:
     """Writes the bundle.
 
     Args:
         out: its directory.
         folder: with the bottleneck's weights, tables, recipe and, where there are any, measured operating points.
         detector: the weights it was trained around.
+        measure: measures the operating points where the folder holds none.
     """
     network = load_detector(detector)
     _, student = load_learned_detector(folder / WEIGHTS_FILE, INPUT_SIZE_PX, network)
@@ -139,7 +140,7 @@ def export_learned(out: Path, folder: Path = FOLDER, detector: Path = WEIGHTS) -
         whole = {f"network.model.{k}": v.contiguous().clone() for k, v in network.state_dict().items()}
         save_file(whole, writer.file("server/network.safetensors", "server"))
         return writer.finish(
-            points=points, name="detector", head=head, latent_shape=(LATENT_SHAPE,),
+            points=points, measure=None if measured.exists() else measure, name="detector", head=head, latent_shape=(LATENT_SHAPE,),
             tail={
                 "kind": "torch", "factory": "headtail:detector-learned", "tiers": len(student.quantiser.log_gain),
                 "weights": ["server/learned.safetensors", "server/network.safetensors"],

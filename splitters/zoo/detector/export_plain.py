@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, LocalModel, Preprocess
-from splitters.bundle.operating_point import OperatingPoint
+from splitters.bundle.operating_point import OperatingPoint, load_points
 from splitters.codec import calibrate_plain
 from splitters.cutting.onnx_export import export_onnx
 from splitters.tasks.coco_classes import CATEGORY_IDS, NAME_OF
@@ -33,6 +33,7 @@ BITS = (8, 6, 4, 3, 2)
 LOCAL_SIZE_PX = 160
 SCORE_MIN = 0.25
 PLAIN_CODEC = WEIGHTS.parent / "plain.json"
+PLAIN_POINTS = WEIGHTS.parent / "plain_points.json"
 LICENCE = (
     "Apache-2.0 (code); weights trained from EfficientNet-Lite0 (Apache-2.0) and YOLOX-nano's boxes (Apache-2.0) on photographs "
     "of COCO, ImageNet and others, which are for research, non-commercial use"
@@ -145,12 +146,12 @@ def export_plain(out: Path, codec: Mapping[str, Any] | None = None, points: Sequ
     Args:
         out: its directory.
         codec: the plain codec's spec, from ``calibrate``; the committed one when None.
-        points: measured operating points; without them the table holds ids and bits only.
+        points: measured operating points; those measured for the committed codec when None.
     """
     codec = codec or json.loads(PLAIN_CODEC.read_text(encoding="utf-8"))
     model = load_detector()
     shape = tuple(codec["tensors"][0]["shape"])
-    table = points or [OperatingPoint(id=i, channels=shape[0], bits=bits, graphs=("blocks",)) for i, bits in enumerate(BITS)]
+    table = points or load_points(PLAIN_POINTS.read_text(encoding="utf-8"))
     with BundleWriter(out) as writer:
         image = torch.zeros(1, 3, INPUT_SIZE_PX, INPUT_SIZE_PX)
         stem = model.backbone.stem

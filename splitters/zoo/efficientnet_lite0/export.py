@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from protos.errors import BundleError
 from splitters.bottleneck.learned import LearnedSplit
 from splitters.bottleneck.narrow import narrow
-from splitters.bundle import Bundle, BundleWriter
+from splitters.bundle import Bundle, BundleWriter, Measure
 from splitters.bundle.manifest import LocalModel
 from splitters.bundle.offload import offload_from_json
 from splitters.bundle.operating_point import load_points
@@ -150,12 +150,13 @@ def read_choices(path: Path, local: LocalModel) -> dict[str, Any]:
     return {"offloads": tuple(offload_from_json(o) for o in data["offloads"]), "local": replace(local, **data["local"])}
 
 
-def export_learned(out: Path, weights: Path) -> Bundle:
+def export_learned(out: Path, weights: Path, measure: Measure | None = None) -> Bundle:
     """Writes the learned bundle.
 
     Args:
         out: its directory.
-        weights: folder with the shipped weights, tables, measured operating points and recipe.
+        weights: folder with the shipped weights, tables, recipe and, where there are any, measured operating points.
+        measure: measures the operating points where the folder holds none.
     """
     student = load_student(weights)
     network = load_efficientnet_lite0()
@@ -185,7 +186,7 @@ def export_learned(out: Path, weights: Path) -> Bundle:
             writer.file("server/network.safetensors", "server"),
         )
         return writer.finish(
-            points=points, name="efficientnet-lite0", head=head,
+            points=points, measure=None if measured.exists() else measure, name="efficientnet-lite0", head=head,
             latent_shape=((C_LATENT, DEFAULT_SIZE_PX // 16, DEFAULT_SIZE_PX // 16),),
             tail={
                 "kind": "torch", "factory": "headtail:efficientnet-lite0-learned", "tiers": len(student.quantiser.log_gain),

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, LocalModel, Preprocess
-from splitters.bundle.operating_point import OperatingPoint
+from splitters.bundle.operating_point import OperatingPoint, load_points
 from splitters.codec import calibrate_plain
 from splitters.cutting.onnx_export import export_onnx
 from splitters.tasks.imagenet import imagenet_labels
+from splitters.zoo.efficientnet_lite0 import WEIGHTS
 from splitters.zoo.efficientnet_lite0.network import (
     DEFAULT_SIZE_PX,
     INPUT_MEAN,
@@ -32,6 +33,7 @@ from splitters.zoo.efficientnet_lite0.network import (
 
 CUT_BLOCK = 5
 BITS = (8, 6, 4, 3, 2)
+PLAIN_POINTS = WEIGHTS / "plain_points.json"
 LOCAL_SIZE_PX = 160
 LICENCE = "Apache-2.0 (weights and code); trained on ImageNet-1k, whose photographs are for non-commercial research"
 
@@ -72,12 +74,12 @@ def export_plain(out: Path, codec: Mapping[str, Any], points: Sequence[Operating
     Args:
         out: its directory.
         codec: the plain codec's spec, from ``calibrate``.
-        points: measured operating points; without them the table holds ids and bits only.
+        points: measured operating points; those measured for the committed codec when None.
     """
     network = load_efficientnet_lite0()
     head = PlainHead(network, CUT_BLOCK).eval()
     shape = tuple(codec["tensors"][0]["shape"])
-    table = points or [OperatingPoint(id=i, channels=shape[0], bits=bits) for i, bits in enumerate(BITS)]
+    table = points or load_points(PLAIN_POINTS.read_text(encoding="utf-8"))
     with BundleWriter(out) as writer:
         image = torch.zeros(1, 3, DEFAULT_SIZE_PX, DEFAULT_SIZE_PX)
         export_onnx(head, [image], writer.file("device/stem.onnx", "device"), inputs=["image"], outputs=["latent_0"])

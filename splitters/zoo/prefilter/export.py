@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from protos.errors import ConfigError
 from splitters.bundle import BundleWriter, sha256_file
 from splitters.cutting.onnx_export import export_onnx
+from splitters.tasks.coco_classes import NAME_OF
 from splitters.zoo.prefilter.network import STEM_CHANNELS, WEIGHTS, InterestScore, columns_of, load_prefilter
 from splitters.zoo.prefilter.promise import RECALLS, SURE, promises
 
@@ -21,6 +24,8 @@ PREFILTER_PART = "device/prefilter.onnx"
 PROMISE_PART = "device/prefilter.json"
 INTEREST = ("person", "bicycle", "car")
 RECALL = 0.98
+# What people look for: each has a promise of its own, and so has each class, and each two groups together.
+GROUPS = {"person": ("person",), "vehicle": ("bicycle", "car", "motorcycle", "bus", "truck"), "animal": ("cat", "dog")}
 
 
 def write_prefilter(
@@ -64,18 +69,41 @@ def prefilter_promise(interest: Sequence[str], category_ids: Sequence[int], reca
         ConfigError: no held-out photo holds anything of interest.
     """
     held_out = load_file(HELD_OUT)
-    columns = columns_of(interest, category_ids)
     scores, confidence = (held_out[k].double().numpy() for k in ("scores", "confidence"))
-    found = promises(scores, confidence, columns, (*RECALLS, recall))
-    positive = confidence[:, columns].max(axis=1) >= SURE
-    best = scores[:, columns].max(axis=1)
+
+    def calibrated(names: Sequence[str]) -> dict[str, Any] | None:
+        columns = columns_of(names, category_ids)
+        positive = confidence[:, columns].max(axis=1) >= SURE
+        if not positive.any():
+            return None
+        found = promises(scores, confidence, columns, (*RECALLS, recall))
+        stopped = scores[:, columns].max(axis=1)[~positive] < found[-1].threshold
+        return {
+            "interest": list(names), **found[-1].to_json(), "negatives_stopped": float(stopped.mean()) if stopped.size else 0.0,
+            "recalls": [c.to_json() for c in found[:-1]],
+        }  # fmt: skip
+
+    own = calibrated(interest)
+    if own is None:
+        raise ConfigError(f"no photo kept out of the prefilter's training holds {', '.join(interest)}")
+    others = [{"name": name, **found} for name, names in _sets(category_ids) if (found := calibrated(names)) is not None]
     return {
-        "category_ids": list(category_ids), "interest": list(interest), **found[-1].to_json(), "unit": "photo",
-        "calibrated_on": f"{len(scores)} photos kept out of its training, {int(positive.sum())} with something of interest: "
+        "category_ids": list(category_ids), **own, "unit": "photo",
+        "calibrated_on": f"{len(scores)} photos kept out of its training, {own['units']} with something of interest: "
         "ground truth, or YOLOX-nano at 0.5 and more where a class is not labelled; longer side of a box at least 16 of 320 px",
-        "negatives_stopped": float((best[~positive] < found[-1].threshold).mean()) if (~positive).any() else 0.0,
-        "recalls": [c.to_json() for c in found[:-1]],
+        "calibrated": others,
     }  # fmt: skip
+
+
+def _sets(category_ids: Sequence[int]) -> list[tuple[str, tuple[str, ...]]]:
+    """Groups (with a name), classes, and two groups at a time, each set of classes once."""
+    classes = [NAME_OF[i] for i in category_ids]
+    groups = {name: kept for name, members in GROUPS.items() if (kept := tuple(n for n in members if n in classes))}
+    sets = {frozenset(members): (name, members) for name, members in groups.items()}
+    pairs = [(*groups[a], *groups[b]) for a, b in combinations(groups, 2)]
+    for members in [*((n,) for n in classes), *pairs, tuple(classes)]:
+        sets.setdefault(frozenset(members), ("", members))
+    return list(sets.values())
 
 
 def sure_score(detector: Path) -> float:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-from edge_server.assembly import Frame
+from edge_server.access.fair import FairPool
 from edge_server.backends import Backend, TailWork
 from edge_server.config import Limits
-from edge_server.decode import Decoded, decode_frame
-from edge_server.fair import FairPool
-from edge_server.metrics import Metrics
+from edge_server.frames.assembly import Frame
+from edge_server.frames.decode import Decoded, decode_frame
 from edge_server.models import Model
-from edge_server.tracing import NoTracing, Tracing
+from edge_server.observe.metrics import Metrics
+from edge_server.observe.tracing import NoTracing, Tracing
 from protos.errors import HeadtailError, InternalError, OverloadedError
-from protos.messages import Result, ServerTimings
+from protos.messages import PayloadKind, Result, ServerTimings
 from splitters.codec import ReferenceStore
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class History:
+    """A session's decoded symbols, and whose turn it is to decode: a frame may refer to the one just before it."""
+
+    references: ReferenceStore = field(default_factory=ReferenceStore)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Answerer:
@@ -79,38 +89,53 @@ class Answerer:
             self._pending[client] -= size
             self._pending += Counter()  # clients without any are forgotten
 
-    async def answer(self, model: Model, frame: Frame, references: ReferenceStore, client: str = "") -> Result:
+    async def answer(self, model: Model, frame: Frame, history: History, client: str = "") -> Result:
         """The frame's result, an error included.
+
+        A frame that comes too late, or that the tail refuses, is decoded all the same: the next one refers to it.
 
         Args:
             model: the session's.
             frame: as it arrived.
-            references: the session's history; the decoded symbols are added.
+            history: the session's; the decoded symbols are added.
             client: whose frame it is.
         """
         size = frame.payload_bytes
+        decoded = Decoded(arrays=())
         try:
             with self.pending(client, size):
-                result = await self._answer(model, frame, references, client)
+                start_ns = self._clock()
+                decoded = await self._decode_in_turn(model, frame, history, client)
+                result = await self._answer(model, frame, decoded, start_ns, client)
         except HeadtailError as error:
-            result = failed(frame, error, self._clock())
+            result = failed(frame, error, self._clock(), decoded)
         except Exception:
             log.exception("frame %d failed", frame.frame_id)
-            result = failed(frame, InternalError("the server failed on this frame; its log says why"), self._clock())
+            ours = InternalError("the server failed on this frame; its log says why")
+            result = failed(frame, ours, self._clock(), decoded)
         self._metrics.on_result(model.name, result, size)
         self._tracing.on_result(model.name, frame.traceparent, result)
         return result
 
-    async def _answer(self, model: Model, frame: Frame, references: ReferenceStore, client: str) -> Result:
+    async def _decode_in_turn(self, model: Model, frame: Frame, history: History, client: str) -> Decoded:
         if frame.error is not None:
             raise frame.error
-        start_ns = self._clock()
-        if frame.deadline_ns is not None and start_ns >= frame.deadline_ns:
+        refers = frame.kind is PayloadKind.LATENT and model.codec.supports_reference
+        if not refers and frame.deadline_ns is not None and self._clock() >= frame.deadline_ns:
             raise OverloadedError("the frame's deadline had passed before it was decoded")
-        decoded = await self.pool.run(client, functools.partial(self._decode, model, frame, references))
-        if decoded.symbols is not None and model.codec.supports_reference:
-            references.add(frame.frame_id, decoded.symbols)
+        decode = functools.partial(self._decode, model, frame, history.references, late_too=refers)
+        if not refers:
+            return await self.pool.run(client, decode)
+        async with history.turn:
+            decoded = await self.pool.run(client, decode)
+            if decoded.symbols is not None:
+                history.references.add(frame.frame_id, decoded.symbols)
+        return decoded
+
+    async def _answer(self, model: Model, frame: Frame, decoded: Decoded, start_ns: int, client: str) -> Result:
         decode_ns = self._clock() - start_ns
+        if frame.deadline_ns is not None and self._clock() >= frame.deadline_ns:
+            raise OverloadedError("the frame's deadline had passed before its tail could run")
         done = await self._backend.run(
             TailWork(
                 bundle_sha256=model.sha256, kind=frame.kind, arrays=decoded.arrays, size_px=frame.size_px,
@@ -126,8 +151,8 @@ class Answerer:
             ),
         )  # fmt: skip
 
-    def _decode(self, model: Model, frame: Frame, references: ReferenceStore) -> Decoded:
-        if frame.deadline_ns is not None and self._clock() >= frame.deadline_ns:
+    def _decode(self, model: Model, frame: Frame, references: ReferenceStore, *, late_too: bool) -> Decoded:
+        if not late_too and frame.deadline_ns is not None and self._clock() >= frame.deadline_ns:
             raise OverloadedError("the frame's deadline had passed before it was its turn to be decoded")
         return decode_frame(model, frame, references, max_pixels=self._limits.max_pixels)
 
@@ -136,9 +161,10 @@ class Answerer:
         self.pool.close()
 
 
-def failed(frame: Frame, error: HeadtailError, now_ns: int) -> Result:
-    """An error as the frame's result."""
+def failed(frame: Frame, error: HeadtailError, now_ns: int, decoded: Decoded | None = None) -> Result:
+    """An error as the frame's result; what was decoded of it all the same may be referred to."""
     return Result(
         frame_id=frame.frame_id, error=error, echo_sent_ns=frame.echo_sent_ns,
+        layers_decoded=decoded.layers if decoded else 0, symbols_crc32=decoded.symbols_crc32 if decoded else 0,
         timings=ServerTimings(total_ns=max(0, now_ns - frame.arrived_ns) if frame.arrived_ns else 0),
     )  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from edge_server import wire
+from edge_server.doors import wire
 from protos.errors import LimitError, ProtocolError
 from protos.headtail.v1 import open_inference_pb2 as oip
 

@@ -11,19 +11,19 @@ from typing import Any
 
 import grpc.aio
 
-from edge_server.assembly import read_frame
-from edge_server.auth import caller
-from edge_server.fetch import FetchSlots, chunks
+from edge_server.access.auth import caller
+from edge_server.access.quota import Client
+from edge_server.doors.answering import History
+from edge_server.doors.fetch import FetchSlots, chunks
+from edge_server.doors.session import Services, Session, host_of
+from edge_server.doors.wire import checked
+from edge_server.frames.assembly import read_frame
 from edge_server.loading import bring_up_to_date
 from edge_server.models import Model
-from edge_server.quota import Client
-from edge_server.session import Services, Session, host_of
 from edge_server.status import translated
-from edge_server.wire import checked
 from protos.errors import DrainingError, HeadtailError, LimitError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import MAX_TRACEPARENT_CHARS, PROTOCOL_VERSION
-from splitters.codec import ReferenceStore
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class Ingress:
         frame = read_frame(request, self.services.limits, now_ns)
         if traceparent and not frame.traceparent:
             frame = replace(frame, traceparent=traceparent)
-        result = await self.services.answerer.answer(model, frame, ReferenceStore(), who)
+        result = await self.services.answerer.answer(model, frame, History(), who)
         return pb.InferResponse(result=result.to_proto())
 
     async def reload(self) -> None:

@@ -10,28 +10,33 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc.aio
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_server.access.quota import Client
 from edge_server.backends import TailWork
-from edge_server.ingress import Ingress, trace_of
+from edge_server.doors.grpc import Ingress, trace_of
+from edge_server.doors.session import host_of
+from edge_server.doors.tensors import Request, read_request, read_values
+from edge_server.doors.wire import checked
 from edge_server.models import Model
-from edge_server.quota import Client
-from edge_server.session import host_of
 from edge_server.status import translated
-from edge_server.tensors import Request, read_request, read_values
-from edge_server.wire import checked
 from protos.errors import HeadtailError, LimitError, ProtocolError, UnknownModelError, VersionMismatchError
 from protos.headtail.v1 import open_inference_pb2 as oip
-from protos.messages import MAX_SIDE_PX, Answer, Classification, PayloadKind, Result, ServerTimings
+from protos.messages import MAX_SIDE_PX, PayloadKind, Result, ServerTimings
+from splitters.tasks.base import open_task
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _MAX_BATCH = 256
+_DATATYPES: Mapping[str, str] = {
+    "bool": "BOOL",
+    **{f"{kind}{n}": f"{name}{n}" for kind, name in (("int", "INT"), ("uint", "UINT"), ("float", "FP")) for n in (8, 16, 32, 64)},
+}
 
 
 class OpenInference:
@@ -89,11 +94,8 @@ class OpenInference:
             manifest = model.bundle.manifest
             tensor = oip.ModelMetadataResponse.TensorMetadata
             inputs = [tensor(name=n, datatype=t, shape=[-1, *s]) for n, (t, s) in _inputs(model).items()]
-            outputs = [
-                tensor(name="class_ids", datatype="INT64", shape=[-1, -1]), tensor(name="scores", datatype="FP32", shape=[-1, -1])
-            ]  # fmt: skip
-            if manifest.task == "detection":
-                outputs.append(tensor(name="boxes", datatype="FP32", shape=[-1, -1, 4]))
+            signature = open_task(manifest).signature()
+            outputs = [tensor(name=n, datatype=_DATATYPES[t], shape=[-1, *s[1:]]) for n, (t, s) in signature.items()]
             return oip.ModelMetadataResponse(
                 name=model.name, versions=[_version(model)], platform="headtail", inputs=inputs, outputs=outputs
             )
@@ -141,7 +143,7 @@ class OpenInference:
             result = Result(frame_id=row, answer=each.answer, timings=timings)
             self._s.metrics.on_result(model.name, result, sum(a.nbytes for a in works[row].arrays))
             self._s.tracing.on_result(model.name, trace, result)
-        return _respond(said, model, _outputs([each.answer for each in answers]), wanted)
+        return _respond(said, model, open_task(model.bundle.manifest).arrays([each.answer for each in answers]), wanted)
 
 
 def _version(model: Model) -> str:
@@ -206,32 +208,16 @@ def _source_size(request: oip.ModelInferRequest, model: Model) -> tuple[int, int
     return size
 
 
-def _outputs(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
-    """Answers as padded arrays."""
-    rows = [a.top if isinstance(a, Classification) else a.boxes for a in answers]
-    most = max(len(row) for row in rows)
-    ids = np.full((len(rows), most), -1, np.int64)
-    scores = np.zeros((len(rows), most), np.float32)
-    boxes = np.zeros((len(rows), most, 4), np.float32)
-    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        ids[i, : len(row)] = [each.class_id for each in row]
-        scores[i, : len(row)] = [each.score for each in row]
-        if not isinstance(answer, Classification) and answer.boxes:
-            boxes[i, : len(row)] = [box.box_px for box in answer.boxes]
-    found: dict[str, NDArray[Any]] = {"class_ids": ids, "scores": scores}
-    return found if isinstance(answers[0], Classification) else {**found, "boxes": boxes}
-
-
 def _wanted(request: oip.ModelInferRequest, model: Model) -> list[str]:
     """The outputs asked for; empty: all.
 
     Raises:
         ProtocolError: the model has no such output.
     """
-    known = ["class_ids", "scores", "boxes"] if model.bundle.manifest.task == "detection" else ["class_ids", "scores"]
+    known = open_task(model.bundle.manifest).signature()
     wanted = [output.name for output in request.outputs]
     for name in wanted:
-        if name not in known:
+        if known and name not in known:
             raise ProtocolError(f"{model.name!r} has no output {name[:64]!r}; it has {', '.join(known)}")
     return wanted
 
@@ -240,9 +226,11 @@ def _respond(
     request: oip.ModelInferRequest, model: Model, outputs: dict[str, NDArray[Any]], wanted: Sequence[str]
 ) -> oip.ModelInferResponse:
     names = wanted or list(outputs)
+    if missing := [name for name in names if name not in outputs]:
+        raise ProtocolError(f"{model.name!r} has no output {missing[0][:64]!r}; it has {', '.join(outputs)}")
     tensor = oip.ModelInferResponse.InferOutputTensor
     return oip.ModelInferResponse(
         model_name=model.name, model_version=_version(model), id=request.id,
-        outputs=[tensor(name=n, datatype="INT64" if n == "class_ids" else "FP32", shape=outputs[n].shape) for n in names],
+        outputs=[tensor(name=n, datatype=_DATATYPES[outputs[n].dtype.name], shape=outputs[n].shape) for n in names],
         raw_output_contents=[outputs[n].tobytes() for n in names],
     )  # fmt: skip

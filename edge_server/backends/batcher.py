@@ -15,7 +15,7 @@ from itertools import count
 from math import inf
 from typing import Generic, TypeVar
 
-from edge_server.admission import Work, shed
+from edge_server.backends.admission import Work, shed
 from edge_server.config import BatchConfig
 from protos.errors import OverloadedError
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from edge_server.allocation import Segment, concave_hull, share
-from edge_server.arrivals import Arrivals, LinkRate
-from edge_server.bottlenecks import BottleneckConfig, Bottlenecks
+from edge_server.bandwidth.allocation import Segment, concave_hull, share
+from edge_server.bandwidth.arrivals import Arrivals, LinkRate
+from edge_server.bandwidth.bottlenecks import BottleneckConfig, Bottlenecks
 from protos.errors import ConfigError
 from protos.messages import Grant
 

@@ -19,10 +19,10 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs lack it
 
-from edge_server import wire
-from edge_server.auth import HEALTH, Continuation, caller, refusing
+from edge_server.access.auth import HEALTH, Continuation, caller, refusing
+from edge_server.access.quota import Client
 from edge_server.config import Limits
-from edge_server.quota import Client
+from edge_server.doors import wire
 from edge_server.status import abort
 from protos.errors import HeadtailError, LimitError, ProtocolError
 

@@ -19,16 +19,16 @@ from typing import Any, Protocol
 import grpc.aio
 from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs lack it
 
-from edge_server.answering import Answerer, failed
-from edge_server.assembly import Assembler, Frame
+from edge_server.access.fair import Pace
 from edge_server.backends import Backend
-from edge_server.bandwidth import BandwidthManager
+from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import Limits
-from edge_server.fair import Pace
-from edge_server.metrics import Metrics
+from edge_server.doors.answering import Answerer, History, failed
+from edge_server.doors.wire import checked
+from edge_server.frames.assembly import Assembler, Frame
 from edge_server.models import Model, ModelStore
-from edge_server.tracing import NoTracing, Tracing
-from edge_server.wire import checked
+from edge_server.observe.metrics import Metrics
+from edge_server.observe.tracing import NoTracing, Tracing
 from protos.errors import (
     DrainingError,
     HeadtailError,
@@ -40,7 +40,6 @@ from protos.errors import (
 )
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, FrameLayer, Result
-from splitters.codec import ReferenceStore
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +102,7 @@ class Session:
         self._client_sha256 = ""
         self._max_in_flight = _DEFAULT_IN_FLIGHT
         self._assembler = self._new_assembler()
-        self._references = ReferenceStore()
+        self._history = History()
         self._tasks: set[asyncio.Task[None]] = set()
         self._owed: set[int] = set()  # ids of frames taken and not answered
         self._out: deque[pb.ServerMessage] = deque()
@@ -191,7 +190,7 @@ class Session:
         self.model = model
         self._client_sha256 = hello.bundle_sha256
         self._max_in_flight = min(hello.max_in_flight or _DEFAULT_IN_FLIGHT, self._s.limits.max_in_flight)
-        self._references = ReferenceStore()
+        self._history = History()
         points = [(p.payload_bytes.p50, p.accuracy) for p in model.bundle.points if p.payload_bytes.p50 > 0 and p.accuracy > 0]
         fps = hello.fps if 0 < hello.fps < 10_000 else 0.0
         owner = self._quota.name if self._quota is not None else ""
@@ -266,7 +265,7 @@ class Session:
             self._s.metrics.on_result(self._greeted().name, result, frame.payload_bytes)
             self._send_result(result)
             return
-        task = asyncio.create_task(self._answer(self._greeted(), frame, self._references))
+        task = asyncio.create_task(self._answer(self._greeted(), frame, self._history))
         self._tasks.add(task)
         self._owed.add(frame.frame_id)
         # A frame that was late when it came is refused by the answerer, in plain words: that takes a turn of the loop.
@@ -291,8 +290,8 @@ class Session:
             return self._quota.admit_frame(frame.payload_bytes, now_ns)
         return None
 
-    async def _answer(self, model: Model, frame: Frame, references: ReferenceStore) -> None:
-        self._settle(frame, await self._s.answerer.answer(model, frame, references, self._who))
+    async def _answer(self, model: Model, frame: Frame, history: History) -> None:
+        self._settle(frame, await self._s.answerer.answer(model, frame, history, self._who))
 
     def _greeted(self) -> Model:
         if self.model is None:

@@ -18,9 +18,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from edge_server.access.quota import Client
 from edge_server.config import SecurityConfig
 from edge_server.files import read_small
-from edge_server.quota import Client
 from edge_server.status import CODE_METADATA
 from protos.errors import AuthError, ConfigError, HeadtailError
 

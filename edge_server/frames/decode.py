@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_server.assembly import Frame
+from edge_server.frames.assembly import Frame
 from edge_server.models import Model
 from protos.errors import LimitError, PayloadError
 from protos.messages import PayloadKind

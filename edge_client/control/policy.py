@@ -1,0 +1,90 @@
+"""What the client asks and tells whoever decides, frame by frame, what is said to the server.
+
+``Controller`` is ours. Another one needs these methods and nothing else; all times are nanoseconds of the client's monotonic
+clock, and no method may block or read a clock itself.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from edge_client.control.decision import Decision
+from splitters.bundle.operating_point import Quantiles
+
+
+class Policy(Protocol):
+    """Decides for one bundle; a new bundle gets a new one."""
+
+    @property
+    def granted_in_flight(self) -> int:
+        """Frames that may be unanswered by the server's last grant; 0: no limit."""
+        ...
+
+    # ------------------------------------------------------------------ asked
+
+    def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision:
+        """What to do with this frame; ``now_ns`` is when the device is free to begin."""
+        ...
+
+    def may_send(self, frame_id: int, n_bytes: int, now_ns: int, deadline_ns: int, *, layer: int = 0) -> bool:
+        """Whether this layer may enter the network now; of a frame whose base (layer 0) may not, nothing is sent."""
+        ...
+
+    def allows(self) -> bool:
+        """Whether any frame may enter the network now; asked where the operating point was set by hand."""
+        ...
+
+    def wants_fallback(self, frame_id: int, now_ns: int, deadline_ns: int) -> bool:
+        """Whether the local model should answer this frame now: its ``fallback_ns`` has come, and no answer."""
+        ...
+
+    def ping_due(self, now_ns: int) -> bool:
+        """Whether the round trip should be measured now."""
+        ...
+
+    # ------------------------------------------------------------------ told
+
+    def on_connect(self, now_ns: int) -> None:
+        """A session with this bundle stands."""
+
+    def on_disconnect(self, now_ns: int) -> None:
+        """The session is gone, or takes no more frames."""
+
+    def set_limit(self, max_in_flight: int) -> None:
+        """Frames that may be unanswered by the server's welcome; 0: no limit of its own."""
+
+    def on_grant(
+        self, now_ns: int, *, bitrate_bps: float = 0.0, max_in_flight: int = 0, queue_ns: int = 0, tail_ns: int = 0
+    ) -> None:
+        """A grant from the server; 0 means no limit, or not known."""
+
+    def on_sent(self, frame_id: int, n_bytes: int, now_ns: int) -> None:
+        """Bytes of a layer were handed to the transport."""
+
+    def on_ack(self, frame_id: int, now_ns: int, server_ns: int = 0) -> None:
+        """A result arrived, late or not; the server had the frame for ``server_ns``."""
+
+    def on_refused(self, frame_id: int, now_ns: int) -> None:
+        """The server was too busy for the frame."""
+
+    def on_lost(self, frame_id: int, now_ns: int) -> None:
+        """No answer will come for the frame."""
+
+    def on_pong(self, rtt_ns: int, now_ns: int) -> None:
+        """A ping came back."""
+
+    def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None:
+        """How long the device worked: decision to payload (split, offload), or to answer (``Local()``, fallbacks too)."""
+
+    def on_reference(self, age: int) -> None:
+        """How many frame intervals old the reference is that the next frame could be predicted from; 0: there is none."""
+
+    def on_payload(self, decision: Decision, n_bytes: int, now_ns: int) -> None:
+        """What a frame's payload is, all its layers together, sent or not; its reference was as old as told last."""
+
+    def set_device_ms(self, decision: Decision, ms: Quantiles) -> None:
+        """What is now believed of a choice's time on the device."""
+
+    def withdraw_offloads(self) -> bool:
+        """The server runs no whole model: pictures are no choice any more. Whether they were one."""
+        ...

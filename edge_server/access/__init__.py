@@ -1,0 +1,1 @@
+"""Access: who calls, and how much each caller may use."""

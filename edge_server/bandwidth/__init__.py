@@ -1,0 +1,1 @@
+"""Bandwidth: the bitrate each session is granted, from what its arrivals tell about the link."""

@@ -1,0 +1,1 @@
+"""Frames: from the layers of a payload to what a tail takes."""

@@ -1,0 +1,1 @@
+"""Observation: the server's metrics and traces."""

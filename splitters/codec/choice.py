@@ -1,0 +1,128 @@
+"""What a camera's frame should say: symbols chosen against the reference, bytes weighed against the error they leave.
+
+Every cell either keeps the reference's symbols, at next to no cost, or is coded from the best of its modes; in a coded cell
+every symbol either stays as predicted or moves, whichever costs less of error + price * bits (rate-distortion optimised
+quantisation, Sullivan & Wiegand 1998). The error is counted in squared quantiser steps: a bottleneck's channels are scaled so
+that a step of each costs the model's outputs the same (`splitters.models.sensitivity`), and the gains of a tier keep that.
+
+What a decision leaves out is bounded: a cell is skipped only where its error is below what coding it would cost, and in turn
+(one in `TURNS` cells a frame) cells are held to half of that, so that a still scene settles on its finest form.
+
+Shape legend: C channels, H x W cells, K cells that are looked at, M modes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitters.codec.motion import FRESH, MODES, STILL, candidates, predicted
+
+Floats = NDArray[np.float32]
+
+DEFAULT_PRICE = 0.2
+TURNS = 64
+_SKIP_BITS = 0.15
+_CELL_BITS = 5.0
+_MODE_BITS = np.full((MODES, 1), 4.0, np.float32)
+_MODE_BITS[STILL] = 1.0
+_MORE_BITS = 1.5  # for every doubling of a difference
+_WORTH_BITS = 6.0  # a cell that could save less than the price of these is not looked at
+_LEADING = 3  # modes are compared on the leading one in so many of the channels, which hold most of what changes
+_TURN_SHARE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """Rough bits of a symbol that stays as predicted, and of one that does not, by channel: (C, 1)."""
+
+    same: Floats
+    other: Floats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """One frame's decisions.
+
+    Attributes:
+        values: (C, H * W) symbols.
+        changed: (H * W,) cells that do not keep the reference's symbols.
+        modes: (K,) of the changed cells, in raster order.
+    """
+
+    values: NDArray[np.int16]
+    changed: NDArray[np.bool_]
+    modes: NDArray[np.int64]
+
+
+def choose_symbols(
+    wanted: Floats, reference: NDArray[np.int16], near: NDArray[np.intp], costs: Costs, price: float, turn: int, limit: int
+) -> Choice:
+    """Decides one frame.
+
+    Args:
+        wanted: (C, H * W), latent times gain.
+        reference: (C, H * W) symbols in the same tier's units.
+        near: from `motion.neighbours`.
+        costs: rough bits.
+        price: squared steps that a bit is worth; 0: symbols are rounded, whatever they cost.
+        turn: which cells are held to less this time.
+        limit: largest size of a symbol.
+    """
+    off = wanted - reference
+    steps = np.rint(off)
+    # What moving every symbol to its nearest would save; where that is little, nothing else can save much either.
+    saved = (steps * (2 * off - steps)).sum(axis=0)
+    prices = np.full(saved.shape, price, np.float32)
+    prices[turn % TURNS :: TURNS] *= _TURN_SHARE
+    looked = np.flatnonzero(saved > _WORTH_BITS * prices)
+    values = reference.copy()
+    changed = np.zeros(saved.shape, bool)
+    if not len(looked):
+        return Choice(values=values, changed=changed, modes=np.zeros(0, np.int64))
+    target, lam = wanted[:, looked], prices[looked]
+    lead = max(1, len(wanted) // _LEADING)
+    around = np.square(target[:lead] - candidates(reference[:lead], near, looked)).sum(axis=1)
+    best = (around + lam * _MODE_BITS).argmin(axis=0)
+    base: Floats = predicted(reference, near, looked, best).astype(np.float32) * np.float32(0.25)
+    coded, spent = _coded(target, base, costs, lam)
+    spent += lam * (_CELL_BITS + _MODE_BITS[best, 0])
+    symbols = np.clip(coded, -limit, limit).astype(np.int16)
+    differs = (symbols != reference[:, looked]).any(axis=0)
+    take = (spent < np.square(off[:, looked]).sum(axis=0) + lam * _SKIP_BITS) & differs
+    cells = looked[take]
+    changed[cells] = True
+    values[:, cells] = symbols[:, take]
+    return Choice(values=values, changed=changed, modes=best[take].astype(np.int64))
+
+
+def _coded(target: Floats, base: Floats, costs: Costs, lam: Floats) -> tuple[Floats, Floats]:
+    """The symbols (C, K) of cells if they are coded, and error + price * bits of each cell (K,)."""
+    same = np.rint(base)
+    off = target - same
+    size = np.abs(off)
+    low = np.floor(size)
+    stay = np.square(off) + lam * costs.same
+    best, chosen = stay, np.zeros_like(low)
+    for step in (low, low + 1):
+        bits = costs.other + _MORE_BITS * np.log2(np.maximum(step, 1))
+        move = np.square(size - step) + lam * bits
+        better = (move < best) & (step > 0)
+        best, chosen = np.where(better, move, best), np.where(better, step, chosen)
+    return same + np.sign(off) * chosen, best.sum(axis=0)
+
+
+def match(values: NDArray[np.int16], reference: NDArray[np.int16], near: NDArray[np.intp]) -> Choice:
+    """The cheapest description of symbols (C, H * W) that are given: what changed, and each cell's nearest mode."""
+    changed = (values != reference).any(axis=0)
+    cells = np.flatnonzero(changed)
+    if not len(cells):
+        return Choice(values=values, changed=changed, modes=np.zeros(0, np.int64))
+    offered = candidates(reference, near, cells)
+    modes = np.abs(values[:, cells] - offered).sum(axis=1).argmin(axis=0)
+    return Choice(values=values, changed=changed, modes=modes.astype(np.int64))
+
+
+__all__ = ["DEFAULT_PRICE", "FRESH", "Choice", "Costs", "choose_symbols", "match"]

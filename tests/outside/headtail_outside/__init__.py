@@ -1,0 +1,1 @@
+"""What a package outside of headtail adds to it."""
