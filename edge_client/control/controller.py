@@ -29,7 +29,7 @@ _WORTHLESS = 0.02
 # What has less hope than this of an answer in time is sent once in a while only, to learn whether that is still so.
 _HOPELESS, _HOPE_INTERVAL_NS = 0.05, 1_000_000_000
 # A size that is learnt to differ by less than this share leaves the choices as they are.
-_SAME_SIZE = 0.05
+_SAME_SIZE = 0.08
 _NOTHING = Quantiles(p50=0.0, p95=0.0)
 
 
