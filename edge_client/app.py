@@ -23,15 +23,15 @@ from edge_client.device import DeviceWorker, ThreadExecutor
 from edge_client.embedded import EmbeddedServer
 from edge_client.engine import Engine
 from edge_client.extensions import SINKS, TRANSPORTS, make
-from edge_client.files import FilePipeline
+from edge_client.files import FileStrategy
 from edge_client.frames import Ledger
 from edge_client.interest import InterestGate, read_promise
-from edge_client.live import LivePipeline
+from edge_client.live import LiveStrategy
 from edge_client.metrics import Metrics
 from edge_client.parts import Link, Parts, PipelineConfig
-from edge_client.pipeline import Pipeline
 from edge_client.proof import prove
 from edge_client.rpc import Endpoint
+from edge_client.runner import Runner
 from edge_client.sinks import InOrder, JsonLines, PictureLines, Sink, Window, open_json_file, open_video
 from edge_client.sinks.jsonl import is_pipe, open_pipe
 from edge_client.sinks.output_file import refuse_overwriting
@@ -87,7 +87,7 @@ class Client:
         self._console = console
         self._clock = time.monotonic_ns
         self._store = BundleStore()
-        self._pipeline: Pipeline | None = None
+        self._runner: Runner | None = None
         self._session: Link | None = None
         self._capture: Capture | None = None
         self._engine: Engine | None = None
@@ -101,7 +101,7 @@ class Client:
         """Runs to the end, whatever ends it, and says how it was."""
         loop = asyncio.get_running_loop()
         sampler = JpegSampler(clock=self._clock, every_s=0.0)
-        summary = Summary(lambda: self._pipeline.ledger if self._pipeline else Ledger(), sampler, self._labels)
+        summary = Summary(lambda: self._runner.pipeline.ledger if self._runner else Ledger(), sampler, self._labels)
         server: EmbeddedServer | None = None
         try:
             source = parse_source(self._config.camera)
@@ -129,8 +129,8 @@ class Client:
         """Ends the run in order: no more frames, what is in flight is settled, every output is whole."""
         self._ending.interrupted = True
         asyncio.get_running_loop().call_later(_TELL_S, self._console.status, "ending; another interrupt ends it at once\n")
-        if self._pipeline is not None:
-            self._pipeline.stop()
+        if self._runner is not None:
+            self._runner.stop()
         elif self._task is not None:
             self._task.cancel()
 
@@ -176,7 +176,7 @@ class Client:
         asked = bool(config.interest) or config.recall is not None
         parts = Parts(
             frames=capture, worker=DeviceWorker(executor), clock=self._clock, emit=sinks.take, sample=sampler.offer,
-            fetch=functools.partial(self._fetch, endpoint, model), controller=self._controller, times=lambda: self._times,
+            fetch=functools.partial(self._fetch, endpoint, model), controller=self._controller, times=lambda _engine: self._times,
             traceparent=traces.sent if traces is not None else untraced,
             interest=functools.partial(self._interest, wanted=_wanted(config.prefilter, source, asked=asked)),
         )  # fmt: skip
@@ -186,8 +186,8 @@ class Client:
             change_gate=_wanted(config.change_gate, source), floor=config.floor(), temporal=not source.pictures,
             keep_images=config.display or config.track or config.save_video is not None, client_version=package_version(),
         )  # fmt: skip
-        pipeline = self._pipeline = (LivePipeline if live else FilePipeline)(settings, parts, engine)
-        self._session = make(TRANSPORTS, config.transport, endpoint, pipeline, clock=self._clock)
+        runner = self._runner = Runner(settings, parts, engine, LiveStrategy if live else FileStrategy)
+        self._session = make(TRANSPORTS, config.transport, endpoint, runner.exchange, clock=self._clock)
         if config.metrics_listen is not None:
             metrics = Metrics(self._session)
             log.info("metrics on port %d", metrics.serve(*config.metrics_address()))
@@ -195,7 +195,7 @@ class Client:
         status = self._status(summary_sink=sinks)
         shower = asyncio.create_task(self._show(status))
         try:
-            await pipeline.run(self._session)
+            await runner.run(self._session)
         finally:
             shower.cancel()
             sinks.close()
@@ -204,15 +204,15 @@ class Client:
             raise sinks.failure
         if capture.broken is not None:
             raise capture.broken
-        if isinstance(pipeline, FilePipeline) and pipeline.refused is not None:
-            raise pipeline.refused
+        if runner.strategy.failure is not None:
+            raise runner.strategy.failure
         if config.strict and str(capture.faults):
             raise SourceError(f"--strict: {capture.faults}")
 
     def _end_run(self) -> None:
         """A sink takes no more: the source ends, and what is in flight still gets its outcome."""
-        if self._pipeline is not None:
-            asyncio.get_running_loop().call_soon(self._pipeline.stop)
+        if self._runner is not None:
+            asyncio.get_running_loop().call_soon(self._runner.stop)
 
     def _checked_point(self, engine: Engine) -> int | None:
         if self._config.operating_point is not None:
@@ -327,7 +327,7 @@ class Client:
         return status
 
     def _note(self) -> str:
-        notes = [self._capture.note if self._capture else "", self._pipeline.note if self._pipeline else ""]
+        notes = [self._capture.note if self._capture else "", self._runner.note if self._runner else ""]
         if self._session is not None and not self._session.up:
             notes.append("no server" + (f": {self._session.error.message}" if self._session.error else ""))
         return "; ".join(n for n in notes if n)
@@ -338,14 +338,14 @@ class Client:
             status.show()
 
     def _facts(self) -> dict[str, Any]:
-        pipeline, engine = self._pipeline, self._engine
+        runner, engine = self._runner, self._engine
         return {
             "model": engine.model if engine else None,
             "bundle_sha256": engine.sha256 if engine else None,
-            "late_results": pipeline.late_results if pipeline else 0,
+            "late_results": runner.exchange.late_results if runner else 0,
             "reconnects": self._session.reconnects if self._session else 0,
             "server_error": self._server_error(),
-            "bundle_switches": pipeline.bundle_switches if pipeline else 0,
+            "bundle_switches": runner.pipeline.bundle_switches if runner else 0,
             "prefilter": self._prefilter_facts(),
             "tracking_ms_p50": self._follower.ms_p50 if self._follower else None,
             **self._source_facts(),
@@ -367,7 +367,7 @@ class Client:
         return error.message if error is not None else None
 
     def _prefilter_facts(self) -> dict[str, Any] | None:
-        gate = self._pipeline.interest if self._pipeline else None
+        gate = self._runner.pipeline.model.interest if self._runner else None
         if gate is None:
             return None
         return {

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from edge_client.engine import Engine
+from edge_client.exchange import Exchange
 from edge_client.flights import Flight
 from edge_client.frames import NS_PER_S, Outcome
-from edge_client.gates import GatedPipeline
-from edge_client.parts import Parts, PipelineConfig
+from edge_client.head_runner import HeadRunner
+from edge_client.pipeline import Pipeline
+from edge_client.rescue import Rescue
 from protos.errors import DrainingError, HeadtailError, OverloadedError, UnreachableError, VersionMismatchError, from_code
-from protos.messages import Result
 from splitters.bundle.operating_point import OperatingPoint, best_point
 
 _WINDOW = 8
@@ -23,12 +23,16 @@ _MAX_TRIES = 6
 _MAX_LOSSES = 6
 
 
-class FilePipeline(GatedPipeline):
-    """The pipeline of pictures, directories and videos without ``--realtime``."""
+class FileStrategy:
+    """That of pictures, directories and videos without ``--realtime``; see ``Strategy``."""
 
-    def __init__(self, config: PipelineConfig, parts: Parts, engine: Engine) -> None:
-        super().__init__(config, parts, engine)
-        self.refused: HeadtailError | None = None
+    local_rescue = False
+
+    def __init__(self, pipeline: Pipeline, exchange: Exchange, rescue: Rescue) -> None:
+        self.failure: HeadtailError | None = None
+        self._pipeline, self._exchange, self._rescue = pipeline, exchange, rescue
+        self._config, self._clock = pipeline.config, pipeline.clock
+        self._head = HeadRunner(pipeline, keep_local=False)
         self._again: deque[Flight] = deque()
         self._paused: set[Flight] = set()
         self._current: Flight | None = None
@@ -36,122 +40,128 @@ class FilePipeline(GatedPipeline):
         self._vain = 0  # streams lost with frames in flight, since the last answer
         self._offline = False
 
-    @property
-    def _local_allowed(self) -> bool:
-        return False
-
-    def _waiting(self) -> list[Flight]:
+    def waiting(self) -> list[Flight]:
+        """See ``Strategy``."""
         return [*self._again, *self._paused, *([self._current] if self._current is not None else [])]
 
-    def _in_flight(self) -> list[Flight]:
-        return [*super()._in_flight(), *self._waiting()]  # a deadline holds while a frame waits for a server, too
+    def watched(self) -> list[Flight]:
+        """See ``Strategy``; a deadline holds while a frame waits for a server, too."""
+        return self.waiting()
 
-    async def _main(self) -> None:
+    async def main(self) -> None:
+        """See ``Strategy``."""
+        pipeline = self._pipeline
         self._down_ns = self._clock()
-        await self._frames.start()
+        await pipeline.frames.start()
         ended = False
         while True:
             self._current = self._again.popleft() if self._again else None
             if self._current is None and not ended:
-                delivery = await self._frames.next()
+                delivery = await pipeline.frames.next()
                 ended = delivery is None
-                self._current = self._take(delivery) if delivery is not None else None
+                self._current = pipeline.take(delivery) if delivery is not None else None
                 if self._current is not None and await self._needs_no_answer(self._current):
                     self._current = None
                     continue
             if self._current is not None:
                 await self._frame(self._current)
                 self._current = None
-            elif ended and not self._flights and not self._again and not self.ledger.open_count:
+            elif ended and not self._exchange.flights and not self._again and not pipeline.ledger.open_count:
                 return
             elif ended:
-                await self._wait_changed(0.5)
-                if self._stopping:
+                await pipeline.wait_changed(0.5)
+                if pipeline.stopping:
                     return
 
     async def _needs_no_answer(self, flight: Flight) -> bool:
         """Whether a gate settles the frame. What equals a frame in flight waits for that one's answer: there is time."""
-        if self._looks_unchanged(flight):
-            while self.ledger.is_open(self._passed_index) and not self._stopping:
-                await self._wait_changed(0.25)
-            if self._reuse(flight):
+        pipeline, gates = self._pipeline, self._pipeline.gates
+        if gates.looks_unchanged(flight.frame):
+            while pipeline.ledger.is_open(gates.passed_index) and not pipeline.stopping:
+                await pipeline.wait_changed(0.25)
+            if pipeline.settle_as(flight, gates.reuse()):
                 return True
-        return await self._is_filtered(flight)
+        return pipeline.settle_as(flight, await gates.filter(flight, pipeline.model.interest))
 
     async def _frame(self, flight: Flight) -> None:
+        pipeline = self._pipeline
         if not await self._ready():
-            if self._stopping:
-                self._settle(flight, Outcome.DROPPED, "stopped")
+            if pipeline.stopping:
+                pipeline.settle(flight, Outcome.DROPPED, "stopped")
                 return
             if flight.engine.local is None:
-                raise self.link.error or UnreachableError("no server answered")
-            await self._answer_locally(flight)
+                raise self._exchange.link.error or UnreachableError("no server answered")
+            await self._rescue.answer(flight)
             return
-        if not self.ledger.is_open(flight.frame.index):  # its deadline passed while it waited
+        if not pipeline.is_open(flight):  # its deadline passed while it waited
             return
         if flight.deadline_ns is not None and self._clock() >= flight.deadline_ns:
-            self._settle(flight, Outcome.EXPIRED)
+            pipeline.settle(flight, Outcome.EXPIRED)
             return
-        if flight.engine is not self.engine:
-            flight.engine, flight.features = self.engine, None
-        shot = await self._encode(flight, self._point(), keep_local=False)
-        if self.connected and flight.engine is self.engine:
-            self._send(flight, shot.encoded, shot.encoded.payloads)
+        if flight.engine is not pipeline.model.engine:
+            flight.engine, flight.features = pipeline.model.engine, None
+        shot = await self._head.encode(flight, self._point())
+        if self._exchange.connected and flight.engine is pipeline.model.engine:
+            self._exchange.send(flight, shot.encoded, shot.encoded.payloads)
         else:
             self._again.appendleft(flight)
 
     def _point(self) -> OperatingPoint:
-        if self.config.point_id is not None:
-            return self.engine.bundle.point(self.config.point_id)
-        return best_point(self.engine.bundle.points)
+        bundle = self._pipeline.model.engine.bundle
+        return bundle.point(self._config.point_id) if self._config.point_id is not None else best_point(bundle.points)
 
     async def _ready(self) -> bool:
         """Waits for the server and a place in the window; False when there has been no server for too long."""
-        patience_ns = self.config.wait_for_server_s * NS_PER_S
-        while not self._stopping:
-            self._swap_engine()
+        exchange, patience_ns = self._exchange, self._config.wait_for_server_s * NS_PER_S
+        while not self._pipeline.stopping:
+            exchange.take_new_bundle()
             now_ns = self._clock()
-            if self.connected:
+            if exchange.connected:
                 self._offline = False
-                if len(self._flights) < self._window:
+                if self._has_room():
                     return True
-            elif self.link.up and self._update.running:
+            elif exchange.link.up and exchange.fetching:
                 self._down_ns = now_ns  # it is there, and its bundle is on the way
-            elif self._offline or (now_ns - self._down_ns >= patience_ns and self.link.failed.is_set()):
+            elif self._offline or (now_ns - self._down_ns >= patience_ns and exchange.link.failed.is_set()):
                 self._offline = True
                 return False
-            await self._wait_changed(0.25)
-        return self.connected and len(self._flights) < self._window
+            await self._pipeline.wait_changed(0.25)
+        return exchange.connected and self._has_room()
 
-    @property
-    def _window(self) -> int:
-        limits = [n for n in (self._welcome_limit, self.controller.granted_in_flight) if n > 0]
-        return min([self.config.max_in_flight or _WINDOW, *limits])
+    def _has_room(self) -> bool:
+        """Whether another frame may be unanswered."""
+        limits = [n for n in (self._exchange.limit, self._pipeline.model.controller.granted_in_flight) if n > 0]
+        return len(self._exchange.flights) < min([self._config.max_in_flight or _WINDOW, *limits])
 
-    def on_down(self, error: HeadtailError) -> None:
-        """See ``SessionEvents``."""
+    # ------------------------------------------------------------------ what happens to frames in flight
+
+    def wants_fallback(self, flight: Flight, now_ns: int) -> bool:  # noqa: ARG002
+        """See ``Strategy``; never asked, since no frame in flight is answered locally."""
+        return False
+
+    def on_down(self) -> None:
+        """See ``Strategy``."""
         self._down_ns = self._clock()
-        super().on_down(error)
 
-    def on_result(self, result: Result, now_ns: int) -> None:
-        """See ``SessionEvents``."""
+    def on_result(self) -> None:
+        """See ``Strategy``."""
         self._vain = 0
-        super().on_result(result, now_ns)
 
-    def _on_lost(self, flights: list[Flight]) -> None:
+    def on_lost(self, flights: list[Flight]) -> None:
+        """See ``Strategy``; they are sent again, as long as that makes sense."""
         self._vain += any(not flight.refusal for flight in flights)
         if self._vain >= _MAX_LOSSES:
-            self.refused = self.refused or UnreachableError(f"the server took frames {self._vain} times and answered none of them")
-            self.stop()
+            self._fail(UnreachableError(f"the server took frames {self._vain} times and answered none of them"))
+            self._pipeline.stop()
         for flight in sorted(flights, key=lambda f: f.frame.index):
             if flight.refusal:
                 self._refused_again(flight)
             elif flight.tries >= _MAX_LOSSES:  # every time it is sent, the stream ends
-                self.refused = self.refused or UnreachableError(f"frame {flight.frame.index} was sent {flight.tries} times in vain")
-                self._settle(flight, Outcome.DROPPED, "unanswered")
+                self._fail(UnreachableError(f"frame {flight.frame.index} was sent {flight.tries} times in vain"))
+                self._pipeline.settle(flight, Outcome.DROPPED, "unanswered")
             else:
                 self._again.append(flight)
-        self._notify()
+        self._pipeline.notify()
 
     def _refused_again(self, flight: Flight) -> None:
         error, flight.refusal = flight.refusal, ""
@@ -160,11 +170,14 @@ class FilePipeline(GatedPipeline):
             self._paused.add(flight)
             asyncio.get_running_loop().call_later(0.1 * 2**flight.tries, self._retry, flight)
             return
-        self.refused = self.refused or from_code(error, f"frame {flight.frame.index} was refused: {flight.refusal_text}")
-        self._settle(flight, Outcome.DROPPED, error)
+        self._fail(from_code(error, f"frame {flight.frame.index} was refused: {flight.refusal_text}"))
+        self._pipeline.settle(flight, Outcome.DROPPED, error)
 
     def _retry(self, flight: Flight) -> None:
         self._paused.discard(flight)
-        if self.ledger.is_open(flight.frame.index):
+        if self._pipeline.is_open(flight):
             self._again.append(flight)
-            self._notify()
+            self._pipeline.notify()
+
+    def _fail(self, error: HeadtailError) -> None:
+        self.failure = self.failure or error

@@ -6,58 +6,58 @@ where they are asked for.
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
 
 from edge_client.change import ChangeGate
-from edge_client.engine import Engine, Features
+from edge_client.engine import Features
 from edge_client.flights import Flight
-from edge_client.frames import NS_PER_MS, NS_PER_S, Outcome
-from edge_client.parts import Parts, PipelineConfig
-from edge_client.pipeline import Pipeline
-from protos.messages import Answer, Result
-
-log = logging.getLogger(__name__)
+from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Outcome
+from edge_client.interest import InterestGate
+from edge_client.parts import Parts
+from protos.messages import Answer
 
 _FAR_NS = 10 * NS_PER_S
 
 
-class GatedPipeline(Pipeline):
-    """A pipeline with both gates before its head."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """A gate's: the frame ends here, and how."""
 
-    def __init__(self, config: PipelineConfig, parts: Parts, engine: Engine) -> None:
-        super().__init__(config, parts, engine)
-        self._gate = ChangeGate() if config.change_gate else None
-        self._passed_index = 0
+    outcome: Outcome
+    answer: Answer | None = None
+    detail: str = ""
+
+
+class Gates:
+    """Both gates, and the last answer, which unchanged frames are given."""
+
+    def __init__(self, parts: Parts, *, change: bool) -> None:
+        self.passed_index = 0
+        self._change = ChangeGate() if change else None
+        self._clock, self._frames, self._worker = parts.clock, parts.frames, parts.worker
         self._last: tuple[int, Answer] | None = None
 
-    def _is_unchanged(self, flight: Flight) -> bool:
-        """Whether the frame equals the last one that passed, whose answer it is given; never before that answer is here."""
-        if not self._looks_unchanged(flight):
-            return False
-        return self._reuse(flight)
-
-    def _looks_unchanged(self, flight: Flight) -> bool:
-        frame = flight.frame
-        if self._gate is None or frame.image is None:
+    def looks_unchanged(self, frame: CapturedFrame) -> bool:
+        """Whether the frame equals the last one that passed, ``passed_index``; else it is that one from here on."""
+        if self._change is None or frame.image is None:
             return False
         # A file is as fast as we are; how long ago something was seen, only its own stamps say.
         now_ns = self._clock() if self._frames.live or frame.position_ns is None else frame.position_ns
-        if not self._gate.changed(frame.image, now_ns):
+        if not self._change.changed(frame.image, now_ns):
             return True
-        self._passed_index = frame.index
+        self.passed_index = frame.index
         return False
 
-    def _reuse(self, flight: Flight) -> bool:
-        if self._last is None or self._last[0] < self._passed_index:
-            return False  # the frame it equals has no answer yet
-        self._settle(flight, Outcome.UNCHANGED, answer=self._last[1], detail=f"as frame {self._last[0]}")
-        return True
+    def reuse(self) -> Verdict | None:
+        """The answer to the last frame that passed; None while there is none."""
+        if self._last is None or self._last[0] < self.passed_index:
+            return None
+        return Verdict(outcome=Outcome.UNCHANGED, answer=self._last[1], detail=f"as frame {self._last[0]}")
 
-    async def _is_filtered(self, flight: Flight) -> bool:
-        """Whether the prefilter stops the frame; the head goes on with the features it was shown."""
-        gate = self.interest
+    async def filter(self, flight: Flight, gate: InterestGate | None) -> Verdict | None:
+        """Whether the prefilter stops the frame; the head goes on with the features that the prefilter was shown."""
         if gate is None:
-            return False
+            return None
         engine, image = flight.engine, flight.frame.image
         assert image is not None  # noqa: S101 - just captured
 
@@ -74,20 +74,11 @@ class GatedPipeline(Pipeline):
             "prefilter": elapsed_ns / NS_PER_MS,
         }
         score = gate.score(scores)
-        if gate.stops(flight.frame.index, score):
-            self._settle(flight, Outcome.FILTERED, detail=f"interest {score:.2f}")
-            return True
-        return False
+        stopped = gate.stops(flight.frame.index, score)
+        return Verdict(outcome=Outcome.FILTERED, detail=f"interest {score:.2f}") if stopped else None
 
-    def _on_answer(self, flight: Flight, result: Result) -> None:
-        if self.interest is not None and self.interest.learn(flight.frame.index, result.answer):
-            log.warning(
-                "the prefilter misses more than it promised here: its threshold is now %.3f (promised at %.3f)",
-                self.interest.threshold,
-                self.interest.promise.threshold,
-            )
-
-    def _on_settled(self, flight: Flight, outcome: Outcome, answer: Answer | None) -> None:
+    def on_settled(self, flight: Flight, outcome: Outcome, answer: Answer | None) -> None:
+        """A frame was given its outcome; what is known of the newest one is what unchanged frames are given."""
         if outcome is Outcome.FILTERED:
             answer = flight.engine.task.empty()
         if answer is not None and outcome is not Outcome.UNCHANGED and (self._last is None or flight.frame.index > self._last[0]):

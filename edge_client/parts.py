@@ -106,7 +106,7 @@ class Parts:
         traceparent: what travels with a frame for its trace; called when it is sent.
         sample: is shown some frames beside the model's input, for the comparison with JPEG.
         controller: makes the controller of an engine, its link unknown as yet.
-        times: of the device, as measured for the engine loaded last.
+        times: of the device, as measured for an engine.
         interest: makes the prefilter's gate of an engine; None: every frame goes on.
     """
 
@@ -116,7 +116,7 @@ class Parts:
     emit: Callable[[FrameReport], None]
     fetch: Callable[[str], Awaitable[Engine]]
     controller: Callable[[Engine, float], Policy]
-    times: Callable[[], DeviceTimes] = DeviceTimes
+    times: Callable[[Engine], DeviceTimes] = lambda _engine: DeviceTimes()
     interest: Callable[[Engine], InterestGate | None] = lambda _engine: None
     traceparent: Traceparent = untraced
     sample: Callable[[Frame, Frame], None] = lambda _frame, _image: None

@@ -14,8 +14,9 @@ from math import inf
 
 from edge_client.control.budget import GrantBudget
 from edge_client.control.config import ControlConfig
-from edge_client.control.decision import Candidate, Decision, Explanation, Local, LocalOption, Offload, Skip, Split
+from edge_client.control.decision import Decision, Local, LocalOption, Offload, Skip, Split
 from edge_client.control.estimator import Estimator
+from edge_client.control.explain import explanation
 from edge_client.control.options import DEVICE_NOISE, Option, useful
 from edge_client.control.scoring import Moment, Score, device_price
 from edge_client.control.sizes import PayloadSizes
@@ -201,7 +202,10 @@ class Controller:
         best = self._choose(scores, now_ns) or self._probe(scores)
         explain = None
         if self.config.explain:
-            explain = self._explain(frame_id, now_ns, deadline_ns, tokens, scores, best.option.name if best else f"skip {reason}")
+            explain = explanation(
+                self.estimator, scores, frame_id=frame_id, now_ns=now_ns, deadline_ns=deadline_ns, window_frames=self.window.frames,
+                grant_bps=self.budget.bitrate_bps, tokens=tokens, choice=best.option.name if best else f"skip {reason}",
+            )  # fmt: skip
         if best is None:
             return Skip(reason=reason, explain=explain)
         self._last = best.option
@@ -380,35 +384,3 @@ class Controller:
             return None
         open_ = [s for s in scores if not s.refused and s.option.n_bytes]
         return min(open_, key=lambda s: s.expected_ns, default=None)
-
-    def _explain(
-        self, frame_id: int, now_ns: int, deadline_ns: int, tokens: float, scores: list[Score], choice: str
-    ) -> Explanation:
-        e = self.estimator
-        return Explanation(
-            frame_id=frame_id,
-            now_ns=now_ns,
-            deadline_ns=deadline_ns,
-            connected=e.connected,
-            delivery_bps=e.delivery_bps,
-            base_rtt_ms=e.base_rtt_ns / 1e6,
-            server_ms=e.server_ns / 1e6,
-            backlog_bytes=e.backlog_bytes,
-            overdue_ms=e.overdue_ns(now_ns) / 1e6,
-            in_flight=e.in_flight,
-            window_frames=self.window.frames,
-            grant_bps=self.budget.bitrate_bps,
-            grant_tokens_bytes=tokens,
-            candidates=tuple(
-                Candidate(
-                    name=s.option.name,
-                    payload_bytes=int(s.option.n_bytes),
-                    expected_ms=s.expected_ns / 1e6,
-                    p_on_time=s.p,
-                    value=s.net,
-                    refused=s.refused,
-                )
-                for s in scores
-            ),
-            choice=choice,
-        )

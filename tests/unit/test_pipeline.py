@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from edge_client.control import ControlConfig, Controller, LocalOption, OffloadOption, Split
 from edge_client.device import DeviceWorker
-from edge_client.files import FilePipeline
+from edge_client.files import FileStrategy
 from edge_client.frames import FrameReport, Ledger, Outcome
-from edge_client.live import LivePipeline
+from edge_client.live import LiveStrategy
 from edge_client.parts import Parts, PipelineConfig
-from edge_client.pipeline import LATE_GRACE_NS, Pipeline
+from edge_client.pipeline import LATE_GRACE_NS
+from edge_client.runner import Runner
 from protos.errors import InternalError, StorageError, UnknownModelError, UnreachableError
 from splitters.bundle.operating_point import Quantiles
 from tests.fakes.client_loop import VirtualLoop, run_virtual
@@ -28,7 +29,7 @@ from tests.fakes.client_parts import FakeDevice, FakeEngine, FakeFrames, FakeLin
 
 @dataclass
 class Run:
-    pipeline: Pipeline
+    runner: Runner
     link: FakeLink
     reports: list[FrameReport]
 
@@ -75,18 +76,18 @@ def run(
             emit=reports.append, fetch=fetch, controller=controller,
         )  # fmt: skip
         config = PipelineConfig(deadline_ms=deadline_ms, wait_for_server_s=wait_s, point_id=point_id, temporal=temporal)
-        pipeline: Pipeline = (LivePipeline if live else FilePipeline)(config, parts, engine)
-        link = FakeLink(loop, pipeline, faults=faults, rtt_s=rtt_s, fatal=fatal)
+        runner = Runner(config, parts, engine, LiveStrategy if live else FileStrategy)
+        link = FakeLink(loop, runner.exchange, faults=faults, rtt_s=rtt_s, fatal=fatal)
         if stop_at_s is not None:
-            loop.call_later(stop_at_s, pipeline.stop)
-        await pipeline.run(link)
-        return Run(pipeline, link, reports)
+            loop.call_later(stop_at_s, runner.stop)
+        await runner.run(link)
+        return Run(runner, link, reports)
 
     return run_virtual(main, limit_s=limit_s)
 
 
 def check(r: Run, *, deadline_ms: float = 500.0, frames: int | None = 300) -> None:
-    ledger = r.pipeline.ledger
+    ledger = r.runner.pipeline.ledger
     assert ledger.balanced
     assert ledger.open_count == 0
     assert sorted(report.frame.index for report in r.reports) == list(range(ledger.captured))
@@ -122,7 +123,7 @@ def test_a_server_that_hangs_is_answered_for_just_in_time() -> None:
     waited = [report for report in local if report.payload_bytes]
     assert waited
     assert all(300 < report.stages_ms["total"] <= 505 for report in waited)
-    assert r.pipeline.late_results >= len(waited)
+    assert r.runner.exchange.late_results >= len(waited)
 
 
 def test_a_fallback_that_would_displace_better_frames_is_not_begun() -> None:
@@ -199,7 +200,7 @@ def test_without_a_local_model_frames_in_flight_expire_and_others_are_dropped() 
     assert hang.count(Outcome.EXPIRED) >= 1
     down = run(faults=[Fault(at_s=2.0, for_s=3.0, kind="down")], local=False)
     check(down)
-    assert down.pipeline.ledger.dropped["offline"] > 50
+    assert down.runner.pipeline.ledger.dropped["offline"] > 50
 
 
 def with_images(engine: Any, fps: float) -> Controller:
@@ -225,7 +226,7 @@ def test_a_server_that_takes_no_images_is_sent_none_after_the_first() -> None:
 def test_a_slow_device_supersedes_frames_and_counts_them() -> None:
     r = run(head_ms=80, local=False)
     check(r)
-    assert r.pipeline.ledger.dropped["superseded"] > 100
+    assert r.runner.pipeline.ledger.dropped["superseded"] > 100
     assert r.count(Outcome.RESULT) > 80
 
 
@@ -246,7 +247,7 @@ def test_an_overloaded_server_is_answered_for_locally() -> None:
 def test_a_new_bundle_is_fetched_and_taken_between_two_frames() -> None:
     r = run(faults=[Fault(at_s=3.0, for_s=1e9, kind="bundle")])
     check(r)
-    assert r.pipeline.bundle_switches == 1
+    assert r.runner.pipeline.bundle_switches == 1
     hashes = [report.bundle_sha256[0] for report in r.reports]
     assert hashes == sorted(hashes)
     assert r.count(Outcome.RESULT, first=130) > 100
@@ -257,8 +258,8 @@ def test_a_bundle_that_cannot_be_stored_is_tried_ever_more_seldom_and_taken_when
     r = run(frames=1200, faults=[Fault(at_s=1.0, for_s=1, kind="bundle")], fetches=fetches, refuse_fetches=3)
     check(r, frames=1200)
     assert [round(b - a) for a, b in itertools.pairwise(fetches)] == [2, 4, 8]
-    assert r.pipeline.bundle_switches == 1
-    assert r.pipeline.note == ""
+    assert r.runner.pipeline.bundle_switches == 1
+    assert r.runner.note == ""
     assert r.count(Outcome.RESULT, first=600) >= 500
 
 
@@ -266,7 +267,7 @@ def test_a_server_that_returns_with_another_bundle() -> None:
     faults = [Fault(at_s=2.0, for_s=1.0, kind="down"), Fault(at_s=2.5, for_s=1e9, kind="bundle")]
     r = run(faults=faults)
     check(r)
-    assert r.pipeline.bundle_switches == 1
+    assert r.runner.pipeline.bundle_switches == 1
     assert r.count(Outcome.RESULT, first=120) > 120
 
 
@@ -279,8 +280,8 @@ def test_draining_is_no_catastrophe() -> None:
 def test_stopping_answers_what_is_in_flight() -> None:
     r = run(stop_at_s=4.0)
     check(r, frames=None)
-    assert 100 < r.pipeline.ledger.captured < 130
-    assert r.pipeline.ledger.dropped["stopped"] <= 2
+    assert 100 < r.runner.pipeline.ledger.captured < 130
+    assert r.runner.pipeline.ledger.dropped["stopped"] <= 2
 
 
 def test_stopping_while_the_server_hangs_takes_no_longer_than_an_answer() -> None:
@@ -340,31 +341,31 @@ def test_files_overload_is_retried_and_a_frame_that_fails_is_named() -> None:
     assert r.count(Outcome.RESULT) == 300
     r = run(live=False, deadline_ms=0, faults=[Fault(at_s=0.5, for_s=0.1, kind="error")])
     check(r, deadline_ms=0)
-    assert isinstance(r.pipeline, FilePipeline)
-    assert r.pipeline.refused is not None
-    assert r.pipeline.ledger.dropped["headtail"] > 0
+    assert isinstance(r.runner.strategy, FileStrategy)
+    assert r.runner.strategy.failure is not None
+    assert r.runner.pipeline.ledger.dropped["headtail"] > 0
 
 
 def test_files_give_up_on_a_server_that_takes_frames_and_never_answers() -> None:
     r = run(live=False, deadline_ms=0, wait_s=30, frames=100, faults=[Fault(at_s=0.0, for_s=1e9, kind="lose")], limit_s=400)
-    assert isinstance(r.pipeline, FilePipeline)
-    assert isinstance(r.pipeline.refused, UnreachableError)
+    assert isinstance(r.runner.strategy, FileStrategy)
+    assert isinstance(r.runner.strategy.failure, UnreachableError)
     assert r.count(Outcome.RESULT) == 0
-    assert r.pipeline.ledger.balanced
+    assert r.runner.pipeline.ledger.balanced
 
 
 def test_files_do_not_wait_for_a_bundle_that_cannot_be_had() -> None:
     changed = [Fault(at_s=0.2, for_s=1.0, kind="down"), Fault(at_s=0.5, for_s=1e9, kind="bundle")]
     r = run(live=False, deadline_ms=0, wait_s=30, frames=600, faults=changed, fetches=[], refuse_fetches=10**9, limit_s=300)
     assert r.count(Outcome.LOCAL) > 300
-    assert r.pipeline.ledger.balanced
+    assert r.runner.pipeline.ledger.balanced
 
 
 def test_files_take_a_new_bundle() -> None:
     r = run(live=False, deadline_ms=0, wait_s=30, frames=600, faults=[Fault(at_s=1.0, for_s=1e9, kind="bundle")])
     check(r, deadline_ms=0, frames=600)
     assert r.count(Outcome.RESULT) == 600
-    assert r.pipeline.bundle_switches == 1
+    assert r.runner.pipeline.bundle_switches == 1
 
 
 def test_files_with_a_deadline_expire() -> None:
@@ -446,7 +447,7 @@ def test_the_controller_is_told_what_payloads_cost_and_how_old_their_reference_w
         return Told(ControlConfig(fps=fps or 30.0, initial_bps=20e6), engine.bundle.points)
 
     encode = FakeEngine.encode
-    monkeypatch.setattr("edge_client.pipeline.Predictor", Newest)
+    monkeypatch.setattr("edge_client.active_model.Predictor", Newest)
     monkeypatch.setattr(FakeEngine, "codec", SimpleNamespace(supports_reference=True))
     monkeypatch.setattr(FakeEngine, "encode", lambda *args: replace(encode(*args), symbols=object()))
     # The head takes one and a half intervals, so some frames are superseded and some references two frames old.
