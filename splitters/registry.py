@@ -13,7 +13,7 @@ CompressAI's and timm's registries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar, cast
@@ -83,6 +83,12 @@ class Registry(Generic[T]):
         """All names, ours first."""
         others = {e.name for e in entry_points(group=self.group)} | self._made.keys()
         return [*self._ours, *sorted(others - self._ours.keys())]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
 
     def _of_a_package(self, name: str) -> T:
         found = list(dict.fromkeys(entry_points(group=self.group, name=name)))

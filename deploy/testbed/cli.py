@@ -20,6 +20,7 @@ from deploy.testbed.simulate.report import Summary, jain, summarise
 from deploy.testbed.simulate.run import Run, simulate
 from deploy.testbed.study import ALL_POLICIES, Condition, Job, pool_rows, run_jobs, sample_traces
 from deploy.testbed.workload import Workload, find_workload, with_clip
+from edge_client import extensions
 from protos.errors import ConfigError, HeadtailError, SourceError, StorageError
 from protos.version import package_version
 
@@ -104,7 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = verbs.add_parser("run", help="run a scenario")
     run.add_argument("scenario", help="a TOML file, or the name of a scenario that comes with headtail (edge-testbed list)")
-    run.add_argument("--policy", default="ours", choices=ALL_POLICIES, help="who decides (default %(default)s)")
+    run.add_argument(
+        "--policy", default="ours",
+        help=f"who decides: {', '.join(ALL_POLICIES)}, a registered policy, or module:Class (default %(default)s)",
+    )  # fmt: skip
     run.add_argument("--mode", default="simulate", choices=("simulate", "shape", "relay"), help="default %(default)s")
     run.add_argument("--frames", metavar="SOURCE", help="shape and relay: the video, picture or folder the camera shows")
     run.add_argument("--duration-s", type=_number, help="instead of the scenario's")
@@ -260,7 +264,7 @@ def _show(args: argparse.Namespace, name: str, workload: Workload, policy: str, 
 def _compare(args: argparse.Namespace) -> int:
     workload = _workload(args, args.fps)
     policies = args.policies.split(",")
-    unknown = sorted(set(policies) - set(ALL_POLICIES))
+    unknown = sorted(p for p in set(policies) - set(ALL_POLICIES) if ":" not in p and p not in extensions.POLICIES)
     if unknown:
         raise ConfigError(f"no policy {', '.join(unknown)}; there are {', '.join(ALL_POLICIES)}")
     lacking = {"local"} if workload.local is None else set()

@@ -32,8 +32,10 @@ from splitters.codec.learned import LearnedCodec, learned_spec
 from splitters.codec.plain import PlainCodec
 from splitters.codec.symbols import SymbolArray, Symbols
 from splitters.codec.temporal import HISTORY_FRAMES, Predictor, ReferenceStore
+from splitters.registry import Registry
 
 __all__ = [
+    "CODECS",
     "HISTORY_FRAMES",
     "Coded",
     "Latent",
@@ -53,7 +55,11 @@ __all__ = [
 ]
 
 
-def codec_from_spec(spec: Mapping[str, Any], read_part: Callable[[str], bytes]) -> LatentCodec:
+ReadPart = Callable[[str], bytes]
+"""From a part's path to its bytes."""
+
+
+def codec_from_spec(spec: Mapping[str, Any], read_part: ReadPart) -> LatentCodec:
     """Builds the codec a bundle's ``device/codec.json`` describes.
 
     Args:
@@ -64,11 +70,22 @@ def codec_from_spec(spec: Mapping[str, Any], read_part: Callable[[str], bytes]) 
         BundleError: an unknown kind, another version, or tables that do not hold together.
     """
     kind = spec.get("kind") if isinstance(spec, Mapping) else None
-    if kind == "plain":
-        return PlainCodec(spec)
-    if kind == "learned":
-        path = spec.get("tables")
-        if not isinstance(path, str):
-            raise BundleError("codec.json names no part that holds its tables")
-        return LearnedCodec(spec, read_part(path))
-    raise BundleError(f"codec.json names the kind {kind!r}; this release reads 'plain' and 'learned'")
+    return CODECS.get(str(kind))(dict(spec), read_part)
+
+
+def _plain(spec: Spec, read_part: ReadPart) -> LatentCodec:
+    del read_part
+    return PlainCodec(spec)
+
+
+def _learned(spec: Spec, read_part: ReadPart) -> LatentCodec:
+    path = spec.get("tables")
+    if not isinstance(path, str):
+        raise BundleError("codec.json names no part that holds its tables")
+    return LearnedCodec(spec, read_part(path))
+
+
+CODECS: Registry[Callable[[Spec, ReadPart], LatentCodec]] = Registry(
+    "headtail.codecs", "codec", {"plain": "splitters.codec:_plain", "learned": "splitters.codec:_learned"}, error=BundleError
+)
+"""By ``kind`` in ``device/codec.json``."""

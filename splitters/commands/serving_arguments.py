@@ -20,7 +20,7 @@ from splitters.tasks.preprocess import Frame, preprocess
 if TYPE_CHECKING:
     from splitters.cutting.sources import Source
 
-AUTO = "auto"
+AUTO, TENSORS = "auto", "tensors"
 UNKNOWN_LICENCE = "unknown: ask whoever gave you the weights"
 LETTERBOX: dict[str, Any] = {"resize": "letterbox", "anchor": "top_left", "pad": 114, "interpolation": "bilinear"}
 YOLOX_PREPROCESS: dict[str, Any] = LETTERBOX | {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -53,9 +53,9 @@ class Described:
 def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
     """--output, --score-min, --iou, --preprocess, --labels and --licence."""
     parser.add_argument(
-        "--output", default=AUTO, metavar="PRESET|FILE.json|auto",
-        help=f"what the model returns: {', '.join(preset_names())}; or a declaration of your own. auto guesses it of an ONNX file "
-        "and says so; other models are taken for classifiers (default: %(default)s)",
+        "--output", default=AUTO, metavar="PRESET|FILE.json|auto|tensors",
+        help=f"what the model returns: {', '.join(preset_names())}; a declaration of your own; or tensors, the outputs as "
+        "they are. auto guesses it of an ONNX file and says so; other models are taken for classifiers (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--score-min", type=float, help="detectors: lowest score reported (default: the preset's)")
     parser.add_argument("--iou", type=float, help="detectors: overlap above which the lesser box goes (default: the preset's)")

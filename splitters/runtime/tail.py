@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -19,17 +18,21 @@ from numpy.typing import NDArray
 from protos.errors import BundleError, ConfigError
 from protos.messages import Answer
 from splitters.bundle import Bundle
+from splitters.registry import Registry
 from splitters.runtime.sessions import open_graph
 from splitters.tasks.base import Floats, SizePx, Task, open_task
 from splitters.tasks.preprocess import normalise
 
 log = logging.getLogger(__name__)
 
-# Who builds the torch module of a tail; the bundle names the factory, never code.
-FACTORIES: Mapping[str, str] = {
-    "headtail": "splitters.zoo.tails",
-    "torchvision": "splitters.cutting.rcnn",
-}
+TAILS: Registry[Callable[[str, Mapping[str, Any], Mapping[str, Any]], Any]] = Registry(
+    "headtail.tails",
+    "tail factory",
+    {"headtail": "splitters.zoo.tails:build_tail", "torchvision": "splitters.cutting.rcnn:build_tail"},
+    error=BundleError,
+)
+"""Who builds the torch module of a tail: called with the name behind the colon, the manifest's ``tail`` and all tensors of its
+weights. The bundle names the factory, never code."""
 
 
 class Runner(Protocol):
@@ -196,10 +199,9 @@ def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], task: Task, device: str
     from splitters.accelerate.cpu import accelerate
 
     family, _, name = str(spec.get("factory", "")).partition(":")
-    if family not in FACTORIES or not name:
-        raise BundleError(f"tail factory {spec.get('factory')!r} is unknown; known families: {', '.join(sorted(FACTORIES))}")
+    build = TAILS.get(family)
     state = {key: value for path in spec["weights"] for key, value in load_file(bundle.part_path(path)).items()}
-    module = import_module(FACTORIES[family]).build_tail(name, spec, state).eval().to(device)
+    module = build(name, spec, state).eval().to(device)
 
     def runner(function: Any) -> Runner:
         def run(arrays: Sequence[Floats]) -> list[Floats]:

@@ -124,6 +124,11 @@ TASKS: Registry[type[Task]] = Registry(
     {
         "classification": "splitters.tasks.classification:ClassificationTask",
         "detection": "splitters.tasks.detection:DetectionTask",
+        "keypoints": "splitters.tasks.objects:KeypointsTask",
+        "oriented": "splitters.tasks.objects:OrientedTask",
+        "instances": "splitters.tasks.objects:InstancesTask",
+        "segmentation": "splitters.tasks.dense:SegmentationTask",
+        "embedding": "splitters.tasks.dense:EmbeddingTask",
         "tensors": "splitters.tasks.tensors:TensorsTask",
     },
     error=BundleError,

@@ -81,6 +81,22 @@ def yolox_boxes(raw: Floats, size_px: tuple[int, int], strides: Sequence[int] = 
     return np.concatenate([centre - half, centre + half], axis=-1).astype(np.float32), raw[..., 4:5] * raw[..., 5:]
 
 
+def rotated_nms(boxes_px: Floats, angles: Floats, scores: Floats, class_ids: Ints, *, iou: float, keep: int) -> Ints:
+    """As `nms`, of boxes turned about their centres by ``angles`` (K,) in radians."""
+    kept: list[int] = []
+    for kind in np.unique(class_ids):
+        rows = np.flatnonzero(class_ids == kind)
+        low, high = boxes_px[rows, :2], boxes_px[rows, 2:]
+        turned = [
+            (tuple(c), tuple(s), float(a))
+            for c, s, a in zip(((low + high) / 2).tolist(), (high - low).tolist(), np.degrees(angles[rows]).tolist(), strict=True)
+        ]
+        found = cv2.dnn.NMSBoxesRotated(turned, scores[rows].astype(float).tolist(), 0.0, iou) if turned else []
+        kept += [int(rows[i]) for i in np.asarray(found, np.int64).ravel()]
+    order = np.asarray(kept, np.int64)
+    return order[np.argsort(-scores[order], kind="stable")][:keep]
+
+
 def select(
     boxes_px: Floats, scores: Floats, category_ids: Ints, *, score_min: float, iou: float, keep: int = 100, candidates: int = 1000
 ) -> Detections:

@@ -21,7 +21,7 @@ from protos.errors import BundleError, ConfigError, HeadtailError
 from protos.messages import Answer, Box, Classification, ClassScore, Detection
 from protos.schema import checked, read_json
 from splitters.bundle.manifest import Preprocess
-from splitters.tasks.boxes import nms
+from splitters.tasks.boxes import nms, rotated_nms
 from splitters.tasks.preprocess import geometry
 
 Floats = NDArray[np.float32]
@@ -199,9 +199,12 @@ class Decoding:
         suppression: ``class``, ``agnostic`` or ``none`` (non-maximum suppression).
         score_min, iou, keep: lowest score reported, overlap at which the lesser box goes, and detections at most.
         class_ids: the id of each class column; empty: 0, 1, 2…
+        extras: what else each row carries: key points, a box's angle in radians, or the coefficients of its mask.
+        point_values: numbers of a key point: 2, or 3 with how sure it is.
+        prototypes: the output (N, coefficients, h, w) whose weighted sums are masks.
     """
 
-    task: Literal["classification", "detection"]
+    task: Literal["classification", "detection", "keypoints", "oriented", "instances", "segmentation", "embedding"]
     scores: Columns = field(default_factory=Columns)
     boxes: Columns | None = None
     box: BoxForm = field(default_factory=BoxForm)
@@ -215,10 +218,18 @@ class Decoding:
     iou: float = 0.65
     keep: int = 100
     class_ids: tuple[int, ...] = ()
+    extras: Columns | None = None
+    point_values: Literal[2, 3] = 3
+    prototypes: int | str | None = None
 
     def __post_init__(self) -> None:
-        if self.task == "detection" and self.boxes is None:
-            raise ConfigError("a detection's decoding must say where its boxes are")
+        objects = self.task in ("detection", "keypoints", "oriented", "instances")
+        if objects and self.boxes is None:
+            raise ConfigError(f"the decoding of {self.task} must say where its boxes are")
+        if objects and self.task != "detection" and self.extras is None:
+            raise ConfigError(f"the decoding of {self.task} must say where its extras are")
+        if self.task == "instances" and self.prototypes is None:
+            raise ConfigError("the decoding of instances must say which output holds their prototypes")
         if not (0 <= self.score_min <= 1 and 0 < self.iou <= 1 and 1 <= self.keep <= 5000):
             raise ConfigError("score_min lies in 0..1, iou in 0..1 and keep in 1..5000")
 
@@ -228,7 +239,7 @@ class Decoding:
 
     def columns(self) -> list[Columns]:
         """Every field that reads an output."""
-        return [c for c in (self.scores, self.boxes, self.objectness, self.class_id) if c is not None]
+        return [c for c in (self.scores, self.boxes, self.objectness, self.class_id, self.extras) if c is not None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,6 +333,17 @@ class Declared:
         return answers
 
     def _detections(self, outputs: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
+        return [
+            _detection(geometry(self._preprocess, *size).to_source(k.boxes_px, *size), k.scores, k.class_ids)
+            for k, size in zip(self.kept(outputs), sizes_px, strict=False)
+        ]
+
+    def kept(self, outputs: Sequence[Floats]) -> list[Kept]:
+        """Of every frame the rows that are reported, in pixels of the model's input.
+
+        Raises:
+            BundleError: the outputs do not have the form declared.
+        """
         how = self._how
         if how.boxes is None:  # checked when it was made
             raise BundleError("the decoding says of no output that it holds boxes")
@@ -334,18 +356,19 @@ class Declared:
             else:
                 scores = (objectness**how.objectness_power * scores ** (1 - how.objectness_power)).astype(np.float32)
         named = how.class_id.read(outputs) if how.class_id is not None else None
-        for each in (scores, named):
+        extras = how.extras.read(outputs) if how.extras is not None else None
+        for each in (scores, named, extras):
             if each is not None and each.shape[1] != boxes.shape[1]:
-                raise BundleError(f"{boxes.shape[1]} boxes come with {each.shape[1]} rows of scores or classes")
+                raise BundleError(f"{boxes.shape[1]} boxes come with {each.shape[1]} rows of scores, classes or extras")
         ids = self._ids(scores.shape[2]) if named is None else None
         return [
-            self._frame(boxes[n], scores[n], None if named is None else named[n, :, 0], ids, size)
-            for n, size in enumerate(sizes_px[: len(boxes)])
+            self._frame(b, s, None if named is None else named[n, :, 0], ids, None if extras is None else extras[n])
+            for n, (b, s) in enumerate(zip(boxes, scores, strict=True))
         ]
 
     def _frame(
-        self, boxes: Floats, scores: Floats, named: Floats | None, ids: NDArray[np.int64] | None, size_px: SizePx
-    ) -> Detection:
+        self, boxes: Floats, scores: Floats, named: Floats | None, ids: NDArray[np.int64] | None, extras: Floats | None
+    ) -> Kept:
         how = self._how
         if how.label == "best" or named is not None:
             columns = scores.argmax(axis=1)
@@ -358,17 +381,36 @@ class Declared:
         if values.size > MAX_CANDIDATES:
             best = np.argpartition(-values, MAX_CANDIDATES)[:MAX_CANDIDATES]
             rows, columns, values = rows[best], columns[best], values[best]
-        if not values.size:
-            return Detection(boxes=())
         kinds = np.rint(named[rows]).astype(np.int64) if named is not None else columns if ids is None else ids[columns]
-        found = boxes[rows].astype(np.float32)
+        found, values = boxes[rows].astype(np.float32), values.astype(np.float32)
+        groups = kinds if how.suppression == "class" else np.zeros_like(kinds)
         if how.suppression == "none":
             order = np.argsort(-values, kind="stable")[: how.keep]
+        elif how.task == "oriented" and extras is not None:
+            order = rotated_nms(found, extras[rows, 0], values, groups, iou=how.iou, keep=how.keep)
         else:
-            groups = kinds if how.suppression == "class" else np.zeros_like(kinds)
-            order = nms(found, values.astype(np.float32), groups, iou=how.iou, keep=how.keep)
-        corners = geometry(self._preprocess, *size_px).to_source(found[order], *size_px)
-        return _detection(corners, values[order], kinds[order])
+            order = nms(found, values, groups, iou=how.iou, keep=how.keep)
+        return Kept(
+            boxes_px=found[order], scores=values[order], class_ids=kinds[order].astype(np.int64),
+            extras=extras[rows[order]] if extras is not None else np.zeros((len(order), 0), np.float32),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """The rows of one frame that are reported, the surest first.
+
+    Attributes:
+        boxes_px: (K, 4) xyxy in pixels of the model's input.
+        scores: (K,).
+        class_ids: (K,).
+        extras: (K, E) what else each row carries.
+    """
+
+    boxes_px: Floats
+    scores: Floats
+    class_ids: NDArray[np.int64]
+    extras: Floats
 
 
 def _detection(corners: Floats, scores: Floats, kinds: NDArray[np.int64]) -> Detection:
@@ -385,9 +427,17 @@ def declared(spec: Mapping[str, Any], preprocess: Preprocess) -> Declared:
     Raises:
         BundleError: it is no declaration.
     """
+    return Declared(declared_decoding(spec), preprocess)
+
+
+def declared_decoding(spec: Mapping[str, Any]) -> Decoding:
+    """The declaration in a manifest's ``postprocess``.
+
+    Raises:
+        BundleError: it is none.
+    """
     fields = {k: v for k, v in spec.items() if k != "kind"}
     try:
-        decoding = checked(json.loads(json.dumps(fields)), Decoding, what="the manifest's decoding")
+        return checked(json.loads(json.dumps(fields)), Decoding, what="the manifest's decoding")
     except HeadtailError as error:
         raise BundleError(error.message) from error
-    return Declared(decoding, preprocess)

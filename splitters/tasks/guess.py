@@ -21,6 +21,7 @@ from splitters.tasks.decoding import Columns, Decoding, Preset, grid, read_prese
 Array = NDArray[Any]
 
 _STRIDES = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32))
+_EXTRAS = {"pose": "yolo-pose", "obb": "yolo-obb", "segment": "yolo-segment"}
 _ULTRALYTICS = {"detect", "segment", "pose", "obb", "classify"}
 
 
@@ -106,6 +107,8 @@ def _ultralytics(outputs: Outputs, task: str) -> Guess:
             return Guess(preset="rtdetr-ultralytics", why=shape)
         if first.ndim == 3 and classes and first.shape[2] == 5 + classes:
             return Guess(preset="yolov5", why=shape)
+    if task in _EXTRAS and first.ndim == 3:
+        return Guess(preset=_EXTRAS[task], why=f"{said}; output {tuple(first.shape)}")
     raise ConfigError(
         f"{said}, and outputs {outputs.shapes()} of {classes or 'unknown'} classes have no preset; use --output FILE.json"
     )
@@ -126,6 +129,11 @@ def _classifier(outputs: Outputs) -> list[Guess]:
     values = outputs.values[0]
     if len(outputs.values) != 1 or values.ndim != 2 or values.shape[0] != 1 or values.shape[1] < 2 or values.dtype.kind != "f":
         return []
+    length = float(np.linalg.norm(values.astype(np.float64)))
+    if any(word in outputs.names[0].lower() for word in ("embed", "feature")) or (abs(length - 1) < 1e-3 and values.min() < -1e-3):
+        return [
+            Guess(preset="embedding", why=f"one output {tuple(values.shape)}, by its name or its length of {length:.3g} a vector")
+        ]
     if _is_shares(values):
         return [Guess(preset="probabilities", why=f"one output {tuple(values.shape)} whose row sums to 1")]
     return [Guess(preset="softmax", why=f"one output {tuple(values.shape)} of class logits")]
@@ -144,6 +152,13 @@ def _named(outputs: Outputs) -> list[Guess]:
 def _map(outputs: Outputs) -> list[Guess]:
     values = outputs.values[0]
     height, width = outputs.size_px
+    if len(outputs.values) != 1 or values.ndim not in (3, 4) or values.shape[0] != 1:
+        return []
+    over = values.shape[-2] * width == values.shape[-1] * height and 8 * values.shape[-2] >= height
+    if over and values.ndim == 3 and values.dtype.kind in "iu":
+        return [Guess(preset="segmentation", why=f"one map of class numbers {tuple(values.shape)}")]
+    if over and values.ndim == 4 and values.shape[1] >= 2 and not (values.shape[1] == 3 and values.shape[2] >= height):
+        return [Guess(preset="segmentation", why=f"one map {tuple(values.shape)} of {values.shape[1]} classes over the picture")]
     if len(outputs.values) == 1 and values.ndim == 4 and values.shape[1] > 5 and values.shape[2:] == (height // 16, width // 16):
         return [Guess(preset="fastestdet", why=f"one map {tuple(values.shape)} of stride 16")]
     return []
@@ -229,6 +244,8 @@ def fitted(name: str, outputs: Outputs) -> Preset:
         how = _paired(how, outputs)
     elif name == "rtdetr" or name == "detr":
         how = _by_columns(how, outputs)
+    elif name in _EXTRAS.values():
+        how = _with_extras(how, outputs)
     elif name == "labels-boxes-scores":
         how = _renamed(how, outputs)
     return replace(preset, decoding=_resolved(how, outputs))
@@ -243,6 +260,40 @@ def _paired(how: Decoding, outputs: Outputs) -> Decoding:
     if how.boxes is None or len(boxes) != len(scores):
         raise ConfigError(f"the outputs {outputs.shapes()} are no pairs of class scores and {wide} distances")
     return replace(how, boxes=replace(how.boxes, outputs=boxes), scores=replace(how.scores, outputs=scores))
+
+
+def _with_extras(how: Decoding, outputs: Outputs) -> Decoding:
+    """Columns of a model with extras: the classes are what box and extras leave; fewer rows than columns: picked in the graph."""
+    first = outputs.values[0]
+    if how.task == "instances":
+        if len(outputs.values) < 2 or outputs.values[1].ndim != 4:
+            raise ConfigError(
+                f"instances need an output of prototypes (N, C, h, w) beside the first, the model has {outputs.shapes()}"
+            )
+        count = outputs.values[1].shape[1]
+    elif how.task == "oriented":
+        count = 1
+    else:
+        points = [int(t) for t in outputs.metadata.get("kpt_shape", "").strip("[]() ").replace(",", " ").split() if t.isdecimal()]
+        count = points[0] * points[1] if len(points) == 2 else (min(first.shape[1:]) - 5)
+        if len(points) == 2:
+            how = replace(how, point_values=2 if points[1] == 2 else 3)
+    if how.boxes is None or first.ndim != 3:
+        raise ConfigError(f"the outputs {outputs.shapes()} are not what this preset reads")
+    if first.shape[2] == 6 + count:
+        box = how.box if how.task == "oriented" else replace(how.box, form="xyxy")
+        return replace(
+            how, boxes=Columns(stop=4), box=box, scores=Columns(start=4, stop=5), class_id=Columns(start=5, stop=6),
+            extras=Columns(start=6), suppression="none",
+        )  # fmt: skip
+    classes = first.shape[1] - 4 - count
+    if classes < 1:
+        raise ConfigError(f"the outputs {outputs.shapes()} leave no class column beside a box and {count} more")
+    return replace(
+        how,
+        scores=Columns(axes="cp", start=4, stop=4 + classes),
+        extras=Columns(axes="cp", start=4 + classes, stop=4 + classes + count),
+    )
 
 
 def _by_columns(how: Decoding, outputs: Outputs) -> Decoding:
@@ -283,9 +334,7 @@ def _resolved(how: Decoding, outputs: Outputs) -> Decoding:
 
     scores = resolve(how.scores)
     return replace(
-        how,
-        scores=scores or how.scores,
-        boxes=resolve(how.boxes),
-        objectness=resolve(how.objectness),
-        class_id=resolve(how.class_id),
-    )
+        how, scores=scores or how.scores, boxes=resolve(how.boxes), objectness=resolve(how.objectness),
+        class_id=resolve(how.class_id), extras=resolve(how.extras),
+        prototypes=None if how.prototypes is None else index(how.prototypes),
+    )  # fmt: skip

@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from protos.errors import ConfigError
 from splitters.bottleneck.learned_any import AnyCutConfig
+from splitters.registry import Registry
 from splitters.training.config import LossWeights, Stage, TrainConfig, share_out
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
 
@@ -101,11 +101,15 @@ def _steps(tiers: int) -> tuple[float, ...]:
     return tuple(0.4 * 1.7**i for i in range(tiers))
 
 
-RECIPES: Mapping[str, Callable[[], TrainConfig]] = {
-    "efficientnet-lite0": efficientnet_lite0,
-    "efficientnet-lite0-cheap": efficientnet_lite0_cheap,
-    "efficientnet-lite0-joint": efficientnet_lite0_joint,
-}
+RECIPES: Registry[Callable[[], TrainConfig]] = Registry(
+    "headtail.recipes",
+    "recipe",
+    {
+        "efficientnet-lite0": "splitters.training.recipes:efficientnet_lite0",
+        "efficientnet-lite0-cheap": "splitters.training.recipes:efficientnet_lite0_cheap",
+        "efficientnet-lite0-joint": "splitters.training.recipes:efficientnet_lite0_joint",
+    },
+)
 
 
 def recipe(name: str) -> TrainConfig:
@@ -114,6 +118,4 @@ def recipe(name: str) -> TrainConfig:
     Raises:
         ConfigError: there is none of that name.
     """
-    if name not in RECIPES:
-        raise ConfigError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}, or any (with --model and --at)")
-    return RECIPES[name]()
+    return RECIPES.get(name)()

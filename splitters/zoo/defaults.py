@@ -7,13 +7,14 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from protos.errors import BundleError, ConfigError, SourceError, UnknownModelError
 from splitters.bundle import Bundle, Measure, exported_path, open_bundle, sha256_file
+from splitters.registry import Registry
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
 
 log = logging.getLogger(__name__)
@@ -66,12 +67,18 @@ def _run(run: Path, out: Path, measure: Measure) -> Bundle:
     return export_run(run, out, measure=measure)
 
 
-EXPORTERS: Mapping[str, Callable[[Path], Bundle]] = {
-    "efficientnet-lite0": _efficientnet_lite0,
-    PLAIN: _efficientnet_lite0_plain,
-    "detector": _detector,
-    DETECTOR_PLAIN: _detector_plain,
-}
+EXPORTERS: Registry[Callable[[Path], Bundle]] = Registry(
+    "headtail.backbones",
+    "default model",
+    {
+        "efficientnet-lite0": "splitters.zoo.defaults:_efficientnet_lite0",
+        PLAIN: "splitters.zoo.defaults:_efficientnet_lite0_plain",
+        "detector": "splitters.zoo.defaults:_detector",
+        DETECTOR_PLAIN: "splitters.zoo.defaults:_detector_plain",
+    },
+    error=UnknownModelError,
+)
+"""By the name that ``--model`` takes: writes the model's bundle to a directory that does not exist yet."""
 
 
 def recalibrate(what: str, photos: Path, *, count: int = 200, seed: int = 0) -> None:
@@ -126,7 +133,7 @@ def export(what: str, out: Path, measure: Measure | None = None) -> Bundle:
     if what not in EXPORTERS:
         raise UnknownModelError(f"{what!r} is no default model; there are {', '.join(EXPORTERS)}, or give a bundle's directory")
     log.info("exporting %s to %s", what, out)
-    bundle = EXPORTERS[what](out)
+    bundle = EXPORTERS.get(what)(out)
     if out == exported_path(what):
         # Without it the next `--model NAME` would take the bundle for an old one; a server's image is built so, and read-only.
         _stamp(out).write_text(_source_sha256(), encoding="utf-8")

@@ -67,6 +67,7 @@ class Graph:
 def detector(
     path: Path, *, opset: int = 17, half: bool = False, quantised: bool = False, batch: int | str = 1, size: int = 64,
     constants: bool = False, bytes_last: bool = False, done: str = "", external: bool = False, metadata: bool = True,
+    task: str = "detect",
 ) -> Path:  # fmt: skip
     """A detector in the form of a default export of Ultralytics: (N, 4 + 3, positions), boxes in pixels.
 
@@ -82,7 +83,9 @@ def detector(
         done: ``topk``: the graph picks 20 rows (N, 20, 6) itself; ``nms``: it suppresses, and returns as many rows as it finds.
         external: weights in a file of their own.
         metadata: what Ultralytics writes beside the graph.
+        task: ``pose`` adds two key points, ``obb`` an angle, ``segment`` four coefficients and a second output of prototypes.
     """
+    extras = {"detect": 0, "pose": 6, "obb": 1, "segment": 4}[task]
     kind = np.float16 if half else np.float32
     g = Graph(kind=kind, opset=opset, constants=constants)
     x = "images"
@@ -93,7 +96,7 @@ def detector(
     x = g.add("Mul", [x, g.add("Sigmoid", [x], "/model.0/act/Sigmoid")], "/model.0/act/Mul")
     if quantised:
         x = g.quantised(x, 0.03, 20)
-    levels, side = [], size
+    levels, side, finest = [], size, ""
     channels = 8
     for index, stride in enumerate(STRIDES):
         x = g.conv(x, channels, 16, 3, 2, f"/model.{index + 1}/conv/Conv", gain=3)
@@ -101,38 +104,40 @@ def detector(
         if quantised:
             x = g.quantised(x, 0.05, 0)
         channels, side = 16, size // stride
-        y = g.conv(x, 16, 7, 1, 1, f"/model.9/cv{index}/Conv", gain=1.2, bias=-0.5)
+        finest = finest or x
+        y = g.conv(x, 16, 7 + extras, 1, 1, f"/model.9/cv{index}/Conv", gain=1.2, bias=-0.5)
         if isinstance(batch, str):
             shape = g.add("Shape", [y])
             first = g.add("Gather", [shape, g.weight(np.asarray(0, np.int64))], axis=0)
             first = g.add("Unsqueeze", [first, g.ints(0)]) if opset >= 13 else g.add("Unsqueeze", [first], axes=[0])
-            to = g.add("Concat", [first, g.ints(7, -1)], axis=0)
+            to = g.add("Concat", [first, g.ints(7 + extras, -1)], axis=0)
         else:
-            to = g.ints(batch, 7, side * side)
+            to = g.ints(batch, 7 + extras, side * side)
         levels.append(g.add("Reshape", [y, to], f"/model.9/Reshape_{index}"))
     x = g.add("Concat", levels, "/model.9/Concat", axis=2)
-    sizes = g.ints(2, 2, 3)
+    widths = [2, 2, 3, *([extras] if extras else [])]
+    outs = ["centre", "extent", "logits", *(["extras"] if extras else [])]
     if opset >= 13:
-        outs = ["centre", "extent", "logits"]
-        g.nodes.append(helper.make_node("Split", [x, sizes], outs, name="/model.9/Split", axis=1))
+        g.nodes.append(helper.make_node("Split", [x, g.ints(*widths)], outs, name="/model.9/Split", axis=1))
     else:
-        outs = ["centre", "extent", "logits"]
-        g.nodes.append(helper.make_node("Split", [x], outs, name="/model.9/Split", axis=1, split=[2, 2, 3]))
+        g.nodes.append(helper.make_node("Split", [x], outs, name="/model.9/Split", axis=1, split=widths))
     cells, strides = _grid(size)
     centre = g.add("Add", [g.add("Tanh", ["centre"]), g.weight((cells + 0.5).T[None].astype(kind))])
     centre = g.add("Mul", [centre, g.weight(strides.T[None].astype(kind))])
     extent = g.add("Mul", [g.add("Exp", [g.add("Tanh", ["extent"])]), g.weight((strides * 1.5).T[None].astype(kind))])
     scores = g.add("Sigmoid", ["logits"], "/model.9/Sigmoid")
     plain = [centre, extent, scores]
-    out = _done(g, *plain, done) if done else g.add("Concat", plain, "/model.9/Concat_1", axis=1)
+    out = _done(g, *plain, done) if done else g.add("Concat", [*plain, *outs[3:]], "/model.9/Concat_1", axis=1)
     element = T.UINT8 if bytes_last else T.FLOAT16 if half else T.FLOAT
     shape = [batch, size, size, 3] if bytes_last else [batch, 3, size, size]
     meta = {
-        "task": "detect", "stride": "32", "imgsz": f"[{size}, {size}]", "names": str(NAMES), "license": "of a test",
+        "task": task, "kpt_shape": "[2, 3]", "stride": "32", "imgsz": f"[{size}, {size}]", "names": str(NAMES),
+        "license": "of a test",
     }  # fmt: skip
-    return save(
-        path, g, [("images", element, shape)], [(out, T.FLOAT16 if half else T.FLOAT)], meta if metadata else {}, external=external
-    )
+    outputs = [(out, T.FLOAT16 if half else T.FLOAT)]
+    if task == "segment":
+        outputs.append((g.conv(finest, 16, 4, 1, 1, "/model.9/proto/Conv", gain=2), T.FLOAT))
+    return save(path, g, [("images", element, shape)], outputs, meta if metadata else {}, external=external)
 
 
 def _grid(size: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -3,7 +3,10 @@ through a real client and a real server, without a line of ours changed."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_process import run_client, write_clip
-from tests.fakes.server_running import child
+from tests.fakes.server_running import child, environment
 
 OUTSIDE = Path(__file__).parents[1] / "outside"
 
@@ -60,6 +63,26 @@ def test_task_policy_transport_sink_and_backend_of_another_package(tmp_path: Pat
     pictures = list(drawn.iterdir())
     assert pictures
     assert all(cv2.imread(str(p)) is not None for p in pictures)
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_policy_of_another_package_runs_in_the_testbed() -> None:
+    line = [
+        sys.executable,
+        "-c",
+        "import sys; from deploy.testbed.cli import main; sys.exit(main())",
+        "run",
+        "lossy",
+        "--policy",
+        "smallest",
+        "--duration-s",
+        "5",
+        "--json",
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=False, env=environment())
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["policy"], told["outcomes"]["result"] > 0) == ("smallest", True)
 
 
 @pytest.mark.usefixtures("installed")

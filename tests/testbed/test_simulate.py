@@ -379,3 +379,10 @@ def test_what_a_run_cannot_use_is_told_before_it_begins(
         found = int(str(end.code))
     assert found == code
     assert arguments[-2] in capsys.readouterr().err
+
+
+def test_a_policy_of_another_package_is_asked_by_its_name(workload: Workload) -> None:
+    ours = record(simulate(LOSSY, workload, "deploy.testbed.simulate.policies:Reference"))
+    assert ours == record(simulate(LOSSY, workload, "reference"))
+    with pytest.raises(ConfigError, match="no policy 'magic'"):
+        simulate(LOSSY, workload, "magic")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from deploy.testbed.workload import Workload
-from edge_client.control import ControlConfig, Controller, Decision, Local, Offload, Policy, Skip, Split
+from edge_client import extensions
+from edge_client.control import ControlConfig, Controller, Decision, Local, LocalOption, Offload, Policy, Skip, Split
 from protos.errors import ConfigError
-from splitters.bundle.offload import pareto_offloads
+from splitters.bundle.offload import OffloadOption, pareto_offloads
+from splitters.bundle.operating_point import OperatingPoint
 
 _worth_offering = lru_cache(maxsize=8)(pareto_offloads)  # a thousand cameras have one workload
 
@@ -17,23 +20,33 @@ _worth_offering = lru_cache(maxsize=8)(pareto_offloads)  # a thousand cameras ha
 class Ours(Controller):
     """The project's controller."""
 
-    def __init__(self, workload: Workload, config: ControlConfig) -> None:
-        super().__init__(config, workload.points, local=workload.local, offloads=_worth_offering(workload.offloads))
+    def __init__(
+        self, config: ControlConfig, points: Sequence[OperatingPoint], *, offloads: Sequence[OffloadOption] = (), **more: Any
+    ) -> None:
+        super().__init__(config, points, offloads=_worth_offering(tuple(offloads)), **more)
 
 
 class OursByTable(Ours):
     """The same, but it believes the table's payload sizes, whatever payloads cost."""
 
-    def __init__(self, workload: Workload, config: ControlConfig) -> None:
-        super().__init__(workload, replace(config, learn_sizes=False))
+    def __init__(self, config: ControlConfig, points: Sequence[OperatingPoint], **more: Any) -> None:
+        super().__init__(replace(config, learn_sizes=False), points, **more)
 
 
 class Baseline(Controller):
     """A policy of others inside our session: it has the credit window, so that it does not drown in its own queue."""
 
-    def __init__(self, workload: Workload, config: ControlConfig) -> None:
-        super().__init__(config, workload.points, local=workload.local, offloads=workload.offloads)
-        self.workload = workload
+    def __init__(
+        self,
+        config: ControlConfig,
+        points: Sequence[OperatingPoint],
+        *,
+        local: LocalOption | None = None,
+        offloads: Sequence[OffloadOption] = (),
+        **more: Any,
+    ) -> None:
+        super().__init__(config, points, local=local, offloads=offloads, **more)
+        self.points, self.offloads, self.has_local = points, offloads, local is not None
 
     def choose(self, now_ns: int, deadline_ns: int) -> Decision:
         """The policy proper, asked when the window is open."""
@@ -58,7 +71,7 @@ class LocalOnly(Baseline):
 
     def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision:  # noqa: ARG002
         """Local."""
-        return Local() if self.workload.local else Skip(reason="nolocal")
+        return Local() if self.has_local else Skip(reason="nolocal")
 
 
 class FixedSplit(Baseline):
@@ -66,7 +79,7 @@ class FixedSplit(Baseline):
 
     def choose(self, now_ns: int, deadline_ns: int) -> Decision:  # noqa: ARG002
         """That point."""
-        best = max(self.workload.points, key=lambda p: (p.accuracy, -p.payload_bytes.p50))
+        best = max(self.points, key=lambda p: (p.accuracy, -p.payload_bytes.p50))
         return Split(point_id=best.id)
 
 
@@ -75,7 +88,7 @@ class FixedOffload(Baseline):
 
     def choose(self, now_ns: int, deadline_ns: int) -> Decision:  # noqa: ARG002
         """That quality."""
-        o = self.workload.offloads[len(self.workload.offloads) // 2]
+        o = self.offloads[len(self.offloads) // 2]
         return Offload(format=o.format, quality=o.quality, size_px=o.size_px)
 
 
@@ -84,8 +97,8 @@ class _MeanThroughput(Baseline):
 
     alpha = 0.4
 
-    def __init__(self, workload: Workload, config: ControlConfig) -> None:
-        super().__init__(workload, config)
+    def __init__(self, config: ControlConfig, points: Sequence[OperatingPoint], **more: Any) -> None:
+        super().__init__(config, points, **more)
         self.mean_bps = config.initial_bps
         self._sent: dict[int, tuple[int, int]] = {}
 
@@ -109,11 +122,9 @@ class AdaptiveOffload(_MeanThroughput):
     def choose(self, now_ns: int, deadline_ns: int) -> Decision:
         """That quality, or the smallest."""
         fits = [
-            o
-            for o in self.workload.offloads
-            if o.encode_ms.p50 * 1e6 + 8e9 * o.payload_bytes.p50 / self.mean_bps <= deadline_ns - now_ns
+            o for o in self.offloads if o.encode_ms.p50 * 1e6 + 8e9 * o.payload_bytes.p50 / self.mean_bps <= deadline_ns - now_ns
         ]
-        smallest = min(self.workload.offloads, key=lambda o: o.payload_bytes.p50)
+        smallest = min(self.offloads, key=lambda o: o.payload_bytes.p50)
         o = max(fits, key=lambda o: o.accuracy, default=smallest)
         return Offload(format=o.format, quality=o.quality, size_px=o.size_px)
 
@@ -123,12 +134,12 @@ class Reference(_MeanThroughput):
 
     def choose(self, now_ns: int, deadline_ns: int) -> Decision:
         """The most accurate point whose mean time fits, or the smallest."""
-        points = self.workload.points
+        points = self.points
         fits = [p for p in points if p.head_ms.p50 * 1e6 + 8e9 * p.payload_bytes.p50 / self.mean_bps <= deadline_ns - now_ns]
         return Split(point_id=max(fits, key=lambda p: p.accuracy, default=min(points, key=lambda p: p.payload_bytes.p50)).id)
 
 
-POLICIES: dict[str, Callable[[Workload, ControlConfig], Policy]] = {
+POLICIES: dict[str, Callable[..., Policy]] = {
     "ours": Ours,
     "ours_table": OursByTable,
     "local": LocalOnly,
@@ -140,13 +151,17 @@ POLICIES: dict[str, Callable[[Workload, ControlConfig], Policy]] = {
 
 
 def make_policy(name: str, workload: Workload, config: ControlConfig) -> Policy:
-    """A fresh policy.
+    """A fresh policy: one of these, a registered one, or ``module:Class``.
 
     Raises:
         ConfigError: no such policy, or the workload lacks what it needs.
     """
-    if name not in POLICIES:
-        raise ConfigError(f"no policy {name!r}; there are {', '.join(POLICIES)} and oracle")
+    if name not in POLICIES and ":" not in name and name not in extensions.POLICIES:
+        raise ConfigError(f"no policy {name!r}; there are {', '.join(POLICIES)} and oracle, or module:Class")
     if name.startswith("offload") and not workload.offloads:
         raise ConfigError(f"policy {name} needs offload options; workload {workload.name!r} has none")
-    return POLICIES[name](workload, config)
+    given = {"local": workload.local, "offloads": workload.offloads, "head_ms": {p.id: p.head_ms for p in workload.points}}
+    if name in POLICIES:
+        return POLICIES[name](config, workload.points, **given)
+    made: Policy = extensions.make(extensions.POLICIES, name, config, workload.points, **given)
+    return made

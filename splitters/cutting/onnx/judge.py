@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from protos.errors import BundleError, ConfigError
-from protos.messages import Answer, Box, Classification, Detection
+from protos.messages import Answer, Box, Classification, Detection, Tensors
 from splitters.codec import LatentCodec
 from splitters.cutting.onnx.model import OnnxModel
 from splitters.cutting.onnx.pieces import whole_outputs
+from splitters.tasks.base import task_of
 from splitters.tasks.boxes import iou_matrix
 from splitters.tasks.preprocess import Frame
 
@@ -36,7 +37,8 @@ class Agreement:
         box_px: largest difference of a matched box's side, in source pixels.
         score: largest difference of a matched score.
         accuracy: 0..1; boxes: F1 averaged over overlaps of .5 to .95; classes: 1 less the change of the best class's score, 0
-            where it is another class; no answer on any photograph: 1 less the outputs' relative distance.
+            where it is another class; other tasks: their own measure; no answer
+            on any photograph: 1 less the outputs' relative distance.
     """
 
     photos: int
@@ -120,6 +122,11 @@ def _compared(wanted: Sequence[Answer], got: Sequence[Answer], distance: float) 
             same = theirs.top[0].class_id == mine.top[0].class_id
             matched, score = matched + same, max(score, gap)
             shares.append(1 - gap if same else 0.0)
+        elif isinstance(theirs, Tensors):
+            right, of = task_of(theirs).agreement(mine, theirs)
+            found, matched = found + 1, matched + (right >= of - 1e-3)
+            if of:
+                shares.append(right / of)
     accuracy = float(np.mean(shares)) if shares else float((2 * hits / both).mean()) if both else 1 - distance
     return Agreement(
         photos=len(got), found=found, matched=matched, box_px=box_px, score=score, accuracy=round(min(1.0, max(0.0, accuracy)), 6)

@@ -27,7 +27,7 @@ from splitters.cutting.onnx.pieces import IMAGE, Latent, Pieces, divide, latent_
 from splitters.cutting.onnx.proof import Proof, prove
 from splitters.cutting.onnx.runtime import Session
 from splitters.runtime.tail import batched
-from splitters.tasks.decoding import Declared, Decoding
+from splitters.tasks.base import make_task
 from splitters.tasks.preprocess import Frame, preprocess
 
 _TIMED_RUNS = 20
@@ -41,7 +41,8 @@ class OnnxServing:
 
     name: str
     preprocess: Preprocess
-    decoding: Decoding
+    task: str
+    postprocess: Mapping[str, Any]
     labels: Mapping[int, str]
     licence: str
     provenance: Mapping[str, Any]
@@ -88,7 +89,7 @@ def write_onnx_bundle(model: OnnxModel, at: str | None, photos: Sequence[Frame],
     runs = [head.run({IMAGE: image}) for image in images]
     spec = _calibrated(pieces.latents, runs, serving.bits)
     codec = codec_from_spec(spec, lambda _path: b"")
-    decode = Declared(serving.decoding, serving.preprocess)
+    decode = make_task(serving.task, serving.postprocess, serving.preprocess).decode
     judged = judge(model, decode, _tail_runner(tail), photos, images)
     agreements = [judged.point(codec, str(number), runs) for number in range(len(serving.bits))]
     agreement, answers = agreements[int(np.argmax(serving.bits))]
@@ -108,10 +109,10 @@ def write_onnx_bundle(model: OnnxModel, at: str | None, photos: Sequence[Frame],
         writer.add("device/codec.json", json.dumps(spec).encode(), "device")
         batch = {} if proof.free_batch else {"batch": 1}
         bundle = writer.finish(
-            points=points, name=serving.name, task=serving.decoding.task, preprocess=serving.preprocess,
+            points=points, name=serving.name, task=serving.task, preprocess=serving.preprocess,
             labels=dict(serving.labels),
             latent_shape=tuple(latent.shape for latent in pieces.latents), head=Head(stem="device/stem.onnx"),
-            codec="device/codec.json", local=local, postprocess=serving.decoding.to_json(), licence=serving.licence,
+            codec="device/codec.json", local=local, postprocess=dict(serving.postprocess), licence=serving.licence,
             tail={
                 "kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx", "outputs": list(model.outputs), **batch,
             },
