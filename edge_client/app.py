@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from edge_client.bundles import choose_model, fetch_bundle, list_models
 from edge_client.capture import Capture, CaptureConfig
 from edge_client.choices import DeviceTimes, make_controller
 from edge_client.config import EMBEDDED, ClientConfig
@@ -25,12 +24,11 @@ from edge_client.engine import Engine
 from edge_client.extensions import SINKS, TRANSPORTS, make
 from edge_client.files import FileStrategy
 from edge_client.frames import Ledger
-from edge_client.interest import InterestGate, read_promise
+from edge_client.interest import InterestGate, open_interest
 from edge_client.live import LiveStrategy
+from edge_client.loader import Load, ModelLoader, loads_here
 from edge_client.metrics import Metrics
 from edge_client.parts import Link, Parts, PipelineConfig
-from edge_client.proof import prove
-from edge_client.rpc import Endpoint
 from edge_client.runner import Runner
 from edge_client.sinks import InOrder, JsonLines, PictureLines, Sink, Window, open_json_file, open_video
 from edge_client.sinks.jsonl import is_pipe, open_pipe
@@ -45,13 +43,12 @@ from protos.errors import ConfigError, HeadtailError, SourceError
 from protos.text import printable
 from protos.tracing import open_spans
 from protos.version import package_version
-from splitters.bundle import Bundle
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = 0.5
 _TELL_S = 1.0
-_GLANCE_S = 2.0
+
+MakePolicy = Callable[[Engine, DeviceTimes, float], Policy]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,10 +76,19 @@ class Ending:
     interrupted: bool = False
 
 
-class Client:
-    """One run of ``edge-client``."""
+class App:
+    """One run of ``edge-client``.
 
-    def __init__(self, config: ClientConfig, console: Console) -> None:
+    Args:
+        config: what was asked for.
+        console: whom it speaks to.
+        load: opens bundles; None: for this device.
+        policy: makes the policy of an engine at so many fps; None: that of ``config``.
+    """
+
+    def __init__(
+        self, config: ClientConfig, console: Console, *, load: Load | None = None, policy: MakePolicy | None = None
+    ) -> None:
         self._config = config
         self._console = console
         self._clock = time.monotonic_ns
@@ -90,9 +96,9 @@ class Client:
         self._runner: Runner | None = None
         self._session: Link | None = None
         self._capture: Capture | None = None
-        self._engine: Engine | None = None
-        self._times = DeviceTimes()
-        self._fresh = False
+        self._load = load or loads_here(self._store, clock=self._clock, threads=config.threads)
+        self._make_policy = policy or self._policy
+        self._loader: ModelLoader | None = None
         self._follower: Follower | None = None
         self._task: asyncio.Task[None] | None = None
         self._ending = Ending()
@@ -160,13 +166,12 @@ class Client:
         )
         live = capture.live
         model = "" if server is not None else config.model
-        bundle = await self._first_bundle(endpoint, model, live=live, wait_s=config.effective_wait_s(live=live))
-        engine = await self._load(bundle)
-        if self._fresh:
-            self._store.remember(self._memory_key(endpoint), model, bundle.sha256)
+        key = f"{EMBEDDED}:{config.model}" if server is not None else ""
+        loader = self._loader = ModelLoader(endpoint, model, store=self._store, load=self._load, key=key)
+        engine = await loader.first(live=live, wait_s=config.effective_wait_s(live=live))
         if live:
             sampler.every_s = 1.0
-        follower = self._follower = Follower() if config.track and bundle.manifest.task == "detection" else None
+        follower = self._follower = Follower() if config.track and engine.bundle.manifest.task == "detection" else None
         sinks = InOrder([summary, *await self._sinks(source, capture)], self._end_run, follower.follow if follower else None)
         spans = open_spans("headtail-client", package_version(), config.otel_endpoint)
         traces = Traces(spans) if spans is not None else None
@@ -176,7 +181,8 @@ class Client:
         asked = bool(config.interest) or config.recall is not None
         parts = Parts(
             frames=capture, worker=DeviceWorker(executor), clock=self._clock, emit=sinks.take, sample=sampler.offer,
-            fetch=functools.partial(self._fetch, endpoint, model), controller=self._controller, times=lambda _engine: self._times,
+            fetch=loader.fetch, times=loader.times,
+            controller=lambda engine, fps: self._make_policy(engine, loader.times(engine), fps),
             traceparent=traces.sent if traces is not None else untraced,
             interest=functools.partial(self._interest, wanted=_wanted(config.prefilter, source, asked=asked)),
         )  # fmt: skip
@@ -220,75 +226,28 @@ class Client:
         self._config.floor().check(engine.bundle)
         return self._config.operating_point
 
-    async def _first_bundle(self, endpoint: Endpoint, model: str, *, live: bool, wait_s: float) -> Bundle:
-        """The bundle to start with: the server's where that is the one remembered or must be fetched, else the remembered.
-
-        A camera does not wait for a download when it has a bundle: the new one comes in the background.
-
-        Raises:
-            HeadtailError: no server, and nothing remembered; or the server refuses.
-        """
-        known = self._store.remembered(self._memory_key(endpoint), model)
-        if known is not None and (bundle := self._store.open(known)) is not None:
-            try:
-                info = choose_model(await list_models(endpoint, timeout_s=_GLANCE_S), model, endpoint.address)
-            except HeadtailError as error:
-                if not error.retryable:
-                    raise
-                info = None
-            self._fresh = info is not None and info.bundle_sha256 == known
-            if info is None or self._fresh or live:
-                return bundle
-        until_s = time.monotonic() + wait_s
-        while True:
-            try:
-                info = choose_model(await list_models(endpoint), model, endpoint.address)
-                bundle = await fetch_bundle(endpoint, self._store, model=info.name, sha256=info.bundle_sha256)
-            except HeadtailError as error:
-                if not error.retryable or time.monotonic() >= until_s:
-                    raise
-                await asyncio.sleep(_RETRY_S)
-                continue
-            self._fresh = True
-            return bundle
-
-    def _memory_key(self, endpoint: Endpoint) -> str:
-        return f"{EMBEDDED}:{self._config.model}" if self._config.server == EMBEDDED else endpoint.address
-
-    async def _fetch(self, endpoint: Endpoint, model: str, sha256: str) -> Engine:
-        """In the background: fetches, loads, and remembers the server's new bundle."""
-        bundle = await fetch_bundle(endpoint, self._store, model=model, sha256=sha256, pace=functools.partial(asyncio.sleep, 0.01))
-        engine = await self._load(bundle)
-        self._store.remember(self._memory_key(endpoint), model, bundle.sha256)
-        return engine
-
-    async def _load(self, bundle: Bundle) -> Engine:
-        times = await prove(bundle, threads=self._config.threads, cache=self._store.root / "times")
-        load = functools.partial(Engine, bundle, clock=self._clock, threads=self._config.threads)
-        engine = await asyncio.get_running_loop().run_in_executor(None, load)
-        self._engine, self._times = engine, times
-        return engine
-
-    def _controller(self, engine: Engine, fps: float) -> Policy:
-        return make_controller(engine, self._times, fps=fps, explain=self._config.explain, policy=self._config.policy)
+    def _policy(self, engine: Engine, times: DeviceTimes, fps: float) -> Policy:
+        return make_controller(engine, times, fps=fps, explain=self._config.explain, policy=self._config.policy)
 
     def _interest(self, engine: Engine, *, wanted: bool) -> InterestGate | None:
         config = self._config
         if not wanted:
             return None
         names = [name.strip() for name in config.interest.split(",") if name.strip()]
-        promise = read_promise(engine.bundle, interest=names, recall=config.recall, insist=config.prefilter == "on")
-        if promise is None:
-            if (config.prefilter == "on" or names or config.recall is not None) and self._fresh:
-                raise ConfigError(f"bundle {engine.model!r} has no prefilter; leave --prefilter, --interest and --recall out")
-            return None
-        log.info("prefilter for %s: threshold %.3f, recall >= %.3f", ", ".join(promise.interest), promise.threshold, promise.recall)
-        return InterestGate(promise)
+        gate = open_interest(engine.bundle, interest=names, recall=config.recall, insist=config.prefilter == "on")
+        asked = config.prefilter == "on" or names or config.recall is not None
+        if asked and engine.bundle.manifest.head.prefilter is None and self._loader is not None and self._loader.fresh:
+            raise ConfigError(f"bundle {engine.model!r} has no prefilter; leave --prefilter, --interest and --recall out")
+        return gate
 
     # ------------------------------------------------------------------ what people see
 
+    @property
+    def _engine(self) -> Engine | None:
+        return self._loader.engine if self._loader is not None else None
+
     def _labels(self) -> Mapping[int, str]:
-        return self._engine.labels if self._engine else {}
+        return self._engine.labels if self._engine is not None else {}
 
     async def _sinks(self, source: Source, capture: Capture) -> list[Sink]:
         config, sinks = self._config, list[Sink]()

@@ -22,7 +22,7 @@ from protos.process import leave, steady_streams, was_closed
 from protos.version import package_version
 
 if TYPE_CHECKING:
-    from edge_client.app import Client, Console, Ending
+    from edge_client.app import App, Console, Ending
     from edge_client.config import ClientConfig
 
 _DESCRIPTION = """\
@@ -152,12 +152,12 @@ def parse(argv: Sequence[str] | None) -> tuple[ClientConfig, str, str]:
     return config, level, form
 
 
-def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Console], Client] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Console], App] | None = None) -> int:
     """Runs the client and returns its exit code.
 
     Args:
         argv: the command line; None: the process's own.
-        make: makes the client, for a test bed that puts parts of its own in; None: ``Client``.
+        make: makes the client, for a test bed that puts parts of its own in; None: ``App``.
     """
     interrupts = Interrupts()
     interrupts.install()
@@ -176,11 +176,11 @@ def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Consol
         interrupts.restore()
 
 
-def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console], Client] | None, interrupts: Interrupts) -> int:
+def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console], App] | None, interrupts: Interrupts) -> int:
     # FFmpeg's and OpenCV's own complaints would stand beside our one clear sentence; both read this when they are loaded.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    from edge_client.app import Client, Console
+    from edge_client.app import App, Console
 
     status_log = logging.getLogger("edge_client.status")
     status_log.setLevel("INFO")
@@ -194,7 +194,7 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
         stopping=lambda: interrupts.stopping,
     )
     try:
-        ending = _to_its_end((make or Client)(config, console), interrupts)
+        ending = _to_its_end((make or App)(config, console), interrupts)
     except HeadtailError:
         raise
     except Exception:
@@ -214,7 +214,7 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
     return code
 
 
-def _to_its_end(client: Client, interrupts: Interrupts) -> Ending:
+def _to_its_end(client: App, interrupts: Interrupts) -> Ending:
     """Runs the client in a loop of its own. Threads that do not come back are not waited for."""
     loop = asyncio.new_event_loop()
     interrupts.bind(loop, client.interrupt)

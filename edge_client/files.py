@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+from edge_client.capture import Delivery
 from edge_client.exchange import Exchange
 from edge_client.flights import Flight
 from edge_client.frames import NS_PER_S, Outcome
@@ -39,6 +40,8 @@ class FileStrategy:
         self._down_ns = 0
         self._vain = 0  # streams lost with frames in flight, since the last answer
         self._offline = False
+        self._coming: asyncio.Future[Delivery | None] | None = None
+        self._ended = False
 
     def waiting(self) -> list[Flight]:
         """See ``Strategy``."""
@@ -53,25 +56,42 @@ class FileStrategy:
         pipeline = self._pipeline
         self._down_ns = self._clock()
         await pipeline.frames.start()
-        ended = False
-        while True:
-            self._current = self._again.popleft() if self._again else None
-            if self._current is None and not ended:
-                delivery = await pipeline.frames.next()
-                ended = delivery is None
-                self._current = pipeline.take(delivery) if delivery is not None else None
-                if self._current is not None and await self._needs_no_answer(self._current):
+        try:
+            while True:
+                if not self._again and not self._ended:
+                    delivery = await self._next()
+                    self._current = pipeline.take(delivery) if delivery is not None else None
+                    if self._current is not None and await self._needs_no_answer(self._current):
+                        self._current = None
+                        continue
+                if self._current is None and self._again:
+                    self._current = self._again.popleft()
+                if self._current is not None:
+                    await self._frame(self._current)
                     self._current = None
-                    continue
-            if self._current is not None:
-                await self._frame(self._current)
-                self._current = None
-            elif ended and not self._exchange.flights and not self._again and not pipeline.ledger.open_count:
-                return
-            elif ended:
-                await pipeline.wait_changed(0.5)
-                if pipeline.stopping:
+                elif self._ended and not self._exchange.flights and not pipeline.ledger.open_count:
                     return
+                elif self._ended:
+                    await pipeline.wait_changed(0.5)
+                    if pipeline.stopping:
+                        return
+        finally:
+            if self._coming is not None:
+                self._coming.cancel()
+
+    async def _next(self) -> Delivery | None:
+        """The source's next frame; None at its end, and where a frame has to be sent again before one comes."""
+        if self._coming is None:
+            self._coming = asyncio.ensure_future(self._pipeline.frames.next())
+            self._coming.add_done_callback(lambda _coming: self._pipeline.notify())
+        while not self._coming.done():
+            if self._again:
+                return None
+            await self._pipeline.wait_changed()
+        coming, self._coming = self._coming, None
+        delivery = coming.result()
+        self._ended = delivery is None
+        return delivery
 
     async def _needs_no_answer(self, flight: Flight) -> bool:
         """Whether a gate settles the frame. What equals a frame in flight waits for that one's answer: there is time."""

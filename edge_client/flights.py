@@ -57,6 +57,7 @@ class Flight:
 
     def report(self, outcome: Outcome, reason: str, answer: Answer | None, detail: str, *, now_ns: int) -> FrameReport:
         """What sinks and summary are told."""
+        by_hand = f"split {self.point_id}" if self.point_id is not None else ""
         return FrameReport(
             frame=self.frame,
             model=self.engine.model,
@@ -67,6 +68,7 @@ class Flight:
             payload_bytes=self.payload_bytes,
             stages_ms={**self.stages_ms, "total": (now_ns - self.frame.captured_ns) / NS_PER_MS},
             answer=answer,
+            decision=self.decision.name if self.decision is not None else by_hand,
             detail=detail or (self.decision.name if self.decision is not None else ""),
         )
 

@@ -74,6 +74,7 @@ class FrameReport:
         payload_bytes: all layers handed to the transport.
         stages_ms: milliseconds by stage (capture, head, codec, network, queue, tail, ...) and ``total``.
         answer: what is known of the frame: the server's, the local model's, or the last one where nothing changed.
+        decision: what was chosen for the frame, ``split 3`` for instance; empty where nothing was.
         detail: a few words for people (the choice made, the frame an answer was taken from).
         age: of the boxes in ``answer``, where boxes are tracked; None where they are not.
     """
@@ -87,8 +88,14 @@ class FrameReport:
     payload_bytes: int = 0
     stages_ms: Mapping[str, float] = field(default_factory=dict)
     answer: Answer | None = None
+    decision: str = ""
     detail: str = ""
     age: Age | None = None
+
+    @property
+    def latency_ms(self) -> float:
+        """From the frame's capture to its outcome."""
+        return self.stages_ms.get("total", 0.0)
 
 
 class Ledger:

@@ -128,6 +128,15 @@ def _for_recall(spec: dict[str, object], recall: float | None) -> dict[str, floa
     return fitting[0]
 
 
+def open_interest(bundle: Bundle, *, interest: Sequence[str], recall: float | None, insist: bool) -> InterestGate | None:
+    """The prefilter's gate for these classes; arguments, ``None`` and errors as with ``read_promise``."""
+    promise = read_promise(bundle, interest=interest, recall=recall, insist=insist)
+    if promise is None:
+        return None
+    log.info("prefilter for %s: threshold %.3f, recall >= %.3f", ", ".join(promise.interest), promise.threshold, promise.recall)
+    return InterestGate(promise)
+
+
 class InterestGate:
     """Stops frames, and watches what it missed. Pure.
 

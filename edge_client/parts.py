@@ -26,8 +26,16 @@ class Frames(Protocol):
     """Where frames come from; ``edge_client.capture.Capture`` in earnest."""
 
     live: bool
-    fps: float
-    note: str
+
+    @property
+    def fps(self) -> float:
+        """Frames a second; 0: not known, or not yet."""
+        ...
+
+    @property
+    def note(self) -> str:
+        """What is wrong with the source now; mostly empty."""
+        ...
 
     async def start(self) -> None:
         """Opens the source."""

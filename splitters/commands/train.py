@@ -75,7 +75,7 @@ def _add_any(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--task", choices=("classification", "detection"), default="classification", help="(default: %(default)s)")
     group.add_argument("--size", type=int, help="side of the training crops, px (default: the model's own input)")
-    group.add_argument("--channels", type=int, help="of the latent (default: 32, detection 96)")
+    group.add_argument("--channels", type=int, help="of the latent (default: 32, detection 144)")
     group.add_argument(
         "--shrink", type=int, default=0, metavar="N",
         help="the latent is N times coarser than the coarsest map that crosses (default: as makes it 1/16 of the input)",
@@ -111,7 +111,7 @@ def _any(args: argparse.Namespace) -> TrainConfig:
         raise ConfigError(f"the model's input is {height}x{width}; training crops are square: give --size")
     cut = AnyCutConfig(
         at=args.at, stem_at=args.stem_at, match=tuple(args.match), task=args.task, shrink=args.shrink,
-        channels=args.channels or (96 if detects else 32),
+        channels=args.channels or (144 if detects else 32),
     )  # fmt: skip
     if isinstance(source.model, nn.Module) and (most := fused_channels(source.model, source.example, cut)) < cut.channels:
         print(f"{most} channels cross at {args.at}: the latent has {most}, not {cut.channels}", file=sys.stderr)

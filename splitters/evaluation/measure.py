@@ -181,7 +181,7 @@ def _run_point(
     answers: list[Answer] = []
     # One photo at a time: a batch gains nothing on a processor, and its large temporaries cost twice the time.
     for i, latent in enumerate(latents):
-        layers = codec.encode(codec.quantise(latent, point.codec_point))
+        layers = codec.compress(latent, point.codec_point).payloads
         sizes[i] = sum(map(len, layers))
         decoded = codec.dequantise(codec.decode(layers))
         answers += tail.run([tensor[None] for tensor in decoded], [photos.sizes_px[i]])

@@ -89,7 +89,7 @@ def measure_table(bundle: Bundle, frames: Sequence[Frame], show: Told | None = N
         judge = task_of(whole[0])
         found += not isinstance(whole[0], Detection) or bool(whole[0].boxes)
         for point in bundle.points:
-            layers = codec.encode(codec.quantise([t[0] for t in latents[point.graphs]], point.codec_point))
+            layers = codec.compress([t[0] for t in latents[point.graphs]], point.codec_point).payloads
             sizes[point.id].append(sum(map(len, layers)))
             decoded = [tensor[None] for tensor in codec.dequantise(codec.decode(layers))]
             agreed[point.id].append(judge.agreement(tail.run(decoded, [size_px])[0], whole[0]))

@@ -77,7 +77,7 @@ def any_cut(
     own = 1 - sum(cheap)
     alone = (*(0.0 for _ in cheap), 1.0)
     first, distil, last = share_out(steps, (2, 1, 3) if cut.stem_at else (1, 0, 2))
-    usual = (3500, 2100, 1250, 750, 450) if detects else (4000, 2000, 1000, 500)
+    usual = (5200, 3050, 1800, 1050, 580) if detects else (4000, 2000, 1000, 500)
     finest = target_bytes or tuple(size_px**2 / 224**2 * b for b in usual)
     spec = (serving or {}).get("preprocess", {})
     stages = (

@@ -1,4 +1,4 @@
-"""The blocks of commands in README and docs."""
+"""The blocks of commands and of Python in README and docs."""
 
 import re
 from dataclasses import dataclass
@@ -6,15 +6,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-_BLOCK = re.compile(r"(?:^<!-- (run|not run here)(?:: ([^\n]+?))? -->\n)?^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"(?:^<!-- (run|not run here)(?:: ([^\n]+?))? -->\n)?^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced ``bash`` block: whether a test runs it, or why none does."""
+    """One fenced ``bash`` or ``python`` block: whether a test runs it, or why none does."""
 
     page: Path
     line: int
+    language: str
     text: str
     run: bool
     reason: str
@@ -24,6 +25,6 @@ def blocks(page: Path) -> list[Block]:
     """All of a page, in order."""
     text = page.read_text(encoding="utf-8")
     return [
-        Block(page, text[: m.start(3)].count("\n"), m[3], m[1] == "run", (m[2] or "") if m[1] == "not run here" else "")
+        Block(page, text[: m.start(4)].count("\n"), m[3], m[4], m[1] == "run", (m[2] or "") if m[1] == "not run here" else "")
         for m in _BLOCK.finditer(text)
     ]

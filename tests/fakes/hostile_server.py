@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from edge_client.app import Client, Console
+from edge_client.app import App, Console
 from edge_client.config import ClientConfig
 from protos.headtail.v1 import headtail_pb2 as pb
 from splitters.bundle import Bundle
@@ -134,7 +134,7 @@ async def run_client(address: str, out: str, *, frames: int) -> tuple[str, int]:
         camera="synthetic:fps=200,size=64x48", server=address, frames=frames, output=f"{out}/results.jsonl", change_gate="off",
         track=True, wait_for_server_s=0.0, save_video=f"{out}/clip",
     )  # fmt: skip
-    ending = await asyncio.wait_for(Client(config, Console(results=shown, status=shown.write, terminal=False)).run(), 120)
+    ending = await asyncio.wait_for(App(config, Console(results=shown, status=shown.write, terminal=False)).run(), 120)
     assert all(line.isprintable() for line in (shown.getvalue() + ending.text).split("\n"))
     if ending.summary.get("frames"):
         assert ending.summary["balanced"], ending.summary

@@ -361,6 +361,39 @@ def test_files_do_not_wait_for_a_bundle_that_cannot_be_had() -> None:
     assert r.runner.pipeline.ledger.balanced
 
 
+def test_a_frame_is_sent_again_although_the_source_has_no_other_yet() -> None:
+    """Frames that a program hands in come when they come; what was in flight when the stream broke does not wait for the next."""
+
+    async def main(loop: VirtualLoop) -> Run:
+        device = FakeDevice()
+        engine: Any = FakeEngine(device)
+        reports: list[FrameReport] = []
+        frames = Rare(loop, count=2, live=False)
+        parts = Parts(
+            frames=frames, worker=DeviceWorker(device), clock=loop.clock, emit=reports.append, fetch=lambda _: asyncio.sleep(0),
+            controller=fake_controller,
+        )  # fmt: skip
+        runner = Runner(PipelineConfig(wait_for_server_s=30), parts, engine, FileStrategy)
+        link = FakeLink(loop, runner.exchange, faults=[Fault(at_s=0.01, for_s=1.0, kind="down")], rtt_s=0.1)
+        await runner.run(link)
+        return Run(runner, link, reports)
+
+    r = run_virtual(main, limit_s=200)
+    check(r, deadline_ms=0, frames=2)
+    assert r.count(Outcome.RESULT) == 2
+    assert r.link.sent > 2
+    assert max(report.stages_ms["total"] for report in r.reports) < 5_000
+
+
+class Rare(FakeFrames):
+    """A frame, and a minute later another."""
+
+    async def next(self) -> Any:
+        if self._made:
+            await asyncio.sleep(60)
+        return await super().next()
+
+
 def test_files_take_a_new_bundle() -> None:
     r = run(live=False, deadline_ms=0, wait_s=30, frames=600, faults=[Fault(at_s=1.0, for_s=1e9, kind="bundle")])
     check(r, deadline_ms=0, frames=600)

@@ -21,7 +21,7 @@ from functools import partial
 from deploy.testbed.simulate.camera import log_normal
 from deploy.testbed.simulate.policies import make_policy
 from deploy.testbed.workload import Workload, find_workload, workload_of
-from edge_client.app import Client, Console
+from edge_client.app import App, Console
 from edge_client.choices import DeviceTimes, make_controller, name_of
 from edge_client.cli import main as run_client
 from edge_client.config import ClientConfig
@@ -104,36 +104,33 @@ class SlowEngine(Engine):
         return replace(encoded, stages_ms={name: took_ms * part / real_ms for name, part in encoded.stages_ms.items()})
 
 
-class PolicyClient(Client):
+def device_app(config: ClientConfig, console: Console, *, policy: str, pace: Pace, begin_unix_ns: int = 0) -> App:
     """``edge-client`` on such a device, asking ``policy`` what to do.
 
     It loads everything, waits for ``begin_unix_ns``, and only then connects and captures.
     """
 
-    def __init__(self, config: ClientConfig, console: Console, *, policy: str, pace: Pace, begin_unix_ns: int = 0) -> None:
-        super().__init__(config, console)
-        self._policy, self._pace, self._begin_unix_ns = policy, pace, begin_unix_ns
-
-    async def _load(self, bundle: Bundle) -> Engine:
-        self._engine = SlowEngine(bundle, clock=self._clock, threads=self._config.threads, pace=self._pace)
-        workload = self._pace.workload
-        self._times = DeviceTimes(
+    async def load(bundle: Bundle) -> tuple[Engine, DeviceTimes]:
+        engine = SlowEngine(bundle, clock=time.monotonic_ns, threads=config.threads, pace=pace)
+        workload = pace.workload
+        times = DeviceTimes(
             head_ms={p.id: p.head_ms for p in workload.points},
             local_ms=workload.local.ms if workload.local is not None else None,
             offload_ms={name_of(o): o.encode_ms for o in workload.offloads},
         )
-        await asyncio.sleep(max(0.0, (self._begin_unix_ns - time.time_ns()) * 1e-9))
-        return self._engine
+        await asyncio.sleep(max(0.0, (begin_unix_ns - time.time_ns()) * 1e-9))
+        return engine, times
 
-    def _controller(self, engine: Engine, fps: float) -> Policy:
-        if self._policy in ("ours", "ours_table"):
-            learn = self._policy == "ours"
-            return make_controller(engine, self._times, fps=fps, explain=self._config.explain, learn_sizes=learn)
-        config = ControlConfig(fps=min(max(fps, 1.0), 1000.0) if fps else 30.0)
-        policy = make_policy(self._policy, workload_of(engine, self._times), config)
-        if self._policy != "local":
+    def choose(engine: Engine, times: DeviceTimes, fps: float) -> Policy:
+        if policy in ("ours", "ours_table"):
+            return make_controller(engine, times, fps=fps, explain=config.explain, learn_sizes=policy == "ours")
+        settings = ControlConfig(fps=min(max(fps, 1.0), 1000.0) if fps else 30.0)
+        made = make_policy(policy, workload_of(engine, times), settings)
+        if policy != "local":
             engine.local = None  # they wait for what they sent, and have nothing else to say
-        return policy
+        return made
+
+    return App(config, console, load=load, policy=choose)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("client", nargs="+", help="edge-client's own arguments, after --")
     args = parser.parse_args(argv)
     pace = Pace(find_workload(args.workload), args.slowdown)
-    make = partial(PolicyClient, policy=args.policy, pace=pace, begin_unix_ns=args.begin_unix_ns)
+    make = partial(device_app, policy=args.policy, pace=pace, begin_unix_ns=args.begin_unix_ns)
     return run_client(args.client, make)
 
 
