@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", action="append", metavar="NAME|DIR",
         help=f"a default bundle's name (exported on first use) or a directory; repeat for several; without: {DEFAULT_MODEL}",
     )  # fmt: skip
+    p.add_argument("--models-dir", type=Path, metavar="DIR", help="bundles below it may be loaded by an operator's call")
     p.add_argument(
         "--backend", default="embedded", help="where tails run: embedded (in this process), ray (Ray Serve), or a package's"
     )
@@ -112,6 +113,10 @@ def build_parser() -> argparse.ArgumentParser:
     door.add_argument("--tls-key", type=Path, metavar="PEM", help="its key")
     door.add_argument("--tls-client-ca", type=Path, metavar="PEM", help="require client certificates signed by it")
     door.add_argument("--token-file", type=Path, metavar="FILE", help="lines of 'name token'; read again when it changes")
+    door.add_argument(
+        "--operator-token-file", type=Path, metavar="FILE",
+        help="lines of 'name token' of those who may load and unload models while the server runs; without it nobody may",
+    )  # fmt: skip
     door.add_argument("--max-sessions-per-token", type=int, default=0, metavar="N", help="open at once; 0: no quota")
     door.add_argument("--frames-per-s-per-token", type=float, default=0.0, metavar="F", help="frames/s; 0: no quota")
     door.add_argument("--bytes-per-s-per-token", type=float, default=0.0, metavar="B", help="payload bytes/s; 0: no quota")
@@ -147,8 +152,8 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
     """
     payload_bytes = _scaled("--max-payload-mib", args.max_payload_mib, 1 << 20)
     return ServerConfig(
-        listen=args.listen, models=tuple(args.model or [DEFAULT_MODEL]), backend=args.backend, grace_s=args.grace_s,
-        port_file=args.port_file, parent_pid=args.parent_pid, metrics_port=args.metrics_port,
+        listen=args.listen, models=tuple(args.model or [DEFAULT_MODEL]), models_dir=args.models_dir, backend=args.backend,
+        grace_s=args.grace_s, port_file=args.port_file, parent_pid=args.parent_pid, metrics_port=args.metrics_port,
         otel_endpoint=args.otel_endpoint, reuse_port=args.reuse_port,
         limits=Limits(
             max_payload_bytes=payload_bytes, max_frame_bytes=max(8 << 20, payload_bytes), max_sessions=args.max_sessions,
@@ -168,6 +173,7 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
         ),
         security=SecurityConfig(
             tls_cert=args.tls_cert, tls_key=args.tls_key, tls_client_ca=args.tls_client_ca, token_file=args.token_file,
+            operator_token_file=args.operator_token_file,
             max_sessions_per_token=args.max_sessions_per_token, frames_per_s_per_token=args.frames_per_s_per_token,
             bytes_per_s_per_token=args.bytes_per_s_per_token,
         ),
@@ -208,6 +214,8 @@ def _run(args: argparse.Namespace) -> int:
         config = config_from(args)
         if config.exposed:
             log.warning("%s is open to other machines without TLS or token: anyone who reaches it can use it", config.listen)
+        if config.operators_exposed:
+            log.warning("%s is open to other machines without TLS: operators' tokens travel unencrypted", config.listen)
         keep_freed_memory()
         _open_files(config.limits.max_connections + 256)
         asyncio.run(_serve(config))
@@ -238,12 +246,12 @@ class _Abandoned(ThreadPoolExecutor):
 async def _serve(config: ServerConfig) -> None:
     asyncio.get_running_loop().set_default_executor(_Abandoned(thread_name_prefix="server"))
     try:
-        from edge_server.server import EdgeServer
+        from edge_server.process import serve
     except ImportError as error:
         from protos.errors import MissingDependencyError
 
         raise MissingDependencyError(f"{error.name} is not installed; the server needs: pip install 'headtail[server]'") from error
-    await EdgeServer(config).serve()
+    await serve(config)
 
 
 if __name__ == "__main__":

@@ -201,6 +201,7 @@ class SecurityConfig:
         tls_cert, tls_key: PEM files of the server; both or neither.
         tls_client_ca: PEM file; clients must show a certificate it signed (mTLS).
         token_file: bearer tokens, one ``name token`` a line; read again when it changes.
+        operator_token_file: the same of those who may load and unload models; None: nobody may.
         max_sessions_per_token, frames_per_s_per_token, bytes_per_s_per_token: quotas shared by all who hold a token;
             0: none.
     """
@@ -209,6 +210,7 @@ class SecurityConfig:
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     token_file: Path | None = None
+    operator_token_file: Path | None = None
     max_sessions_per_token: int = 0
     frames_per_s_per_token: float = 0.0
     bytes_per_s_per_token: float = 0.0
@@ -235,7 +237,8 @@ class ServerConfig:
 
     Attributes:
         listen: host:port; port 0 picks a free one.
-        models: bundle names or directories, the default first.
+        models: bundle names or directories, the default first; empty: none until one is added.
+        models_dir: bundles below it may be loaded by an operator's call; None: none may.
         backend: ``embedded``, ``ray``, one that a package registered, or ``module:function``.
         grace_s: how long work in flight may take at shutdown.
         linger_s: how long sessions stay open after they were told of the shutdown, so that frames already on their way get
@@ -248,7 +251,8 @@ class ServerConfig:
     """
 
     listen: str = DEFAULT_LISTEN
-    models: tuple[str, ...]
+    models: tuple[str, ...] = ()
+    models_dir: Path | None = None
     backend: str = "embedded"
     grace_s: float = 10.0
     linger_s: float = 0.3
@@ -265,8 +269,6 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         split_address(self.listen)
-        if not self.models:
-            raise ConfigError("give at least one --model")
         if not all(self.models):
             raise ConfigError("--model must be a model's name or a bundle's directory, got an empty text")
         _check(self, {"grace_s": (0, 3600), "linger_s": (0, 3600)})
@@ -274,8 +276,16 @@ class ServerConfig:
             _check(self, {"metrics_port": (0, 65535)})
         if self.parent_pid is not None:
             _check(self, {"parent_pid": (1, 1 << 22)})
+        if self.models_dir is not None and self.security.operator_token_file is None:
+            raise ConfigError("--models-dir is for operators' calls; give --operator-token-file as well")
 
     @property
     def exposed(self) -> bool:
         """Open beyond this machine without TLS or token."""
         return not is_loopback(split_address(self.listen)[0]) and not (self.security.tls_cert or self.security.token_file)
+
+    @property
+    def operators_exposed(self) -> bool:
+        """Operators may call from other machines without TLS."""
+        security = self.security
+        return not is_loopback(split_address(self.listen)[0]) and not security.tls_cert and security.operator_token_file is not None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,20 @@ def locate(name_or_path: str) -> Path:
     return ensure_exported(name_or_path)
 
 
+def _opened(source: str) -> Model:
+    try:
+        return open_model(locate(source))
+    except HeadtailError:
+        raise
+    except Exception as error:
+        log.exception("%s cannot be read", source)
+        raise BundleError(f"{source} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or (Path(one).is_dir() and Path(other).is_dir() and Path(one).samefile(other))
+
+
 class ModelStore:
     """All models of a server, by name; the first is the default.
 
@@ -90,8 +106,9 @@ class ModelStore:
     """
 
     def __init__(self, sources: Sequence[str]) -> None:
-        self._sources = tuple(sources)
+        self._sources = list(sources)
         self._in_use: dict[str, Model] = {}  # by source, in the sources' order
+        self._held: Counter[str] = Counter()  # bundle's hash → calls that run on it
 
     def read(self) -> tuple[list[tuple[str, Model]], list[HeadtailError]]:
         """Reads every source; returns (source, model) of those whose bundle is not in use, and why others cannot be read.
@@ -105,15 +122,11 @@ class ModelStore:
         names: dict[str, str] = {}
         for source in self._sources:
             try:
-                model = open_model(locate(source))
+                model = _opened(source)
             except UnknownModelError:
                 raise
             except HeadtailError as error:
                 failures.append(error)
-                continue
-            except Exception as error:
-                log.exception("%s cannot be read", source)
-                failures.append(BundleError(f"{source} cannot be read: {type(error).__name__}: {error}"))
                 continue
             old = self._in_use.get(source)
             if old is not None and old.name != model.name:
@@ -129,12 +142,62 @@ class ModelStore:
                 fresh.append((source, model))
         return fresh, failures
 
+    def open(self, source: str) -> tuple[str, Model]:
+        """Reads one bundle that shall come into use; of one in use already, what its directory holds now.
+
+        Returns:
+            The source, as it is known here, and the model.
+
+        Raises:
+            UnknownModelError: neither a directory nor a default's name.
+            BundleError: it cannot be read, or a model of its name is in use from another source.
+        """
+        model = _opened(source)
+        source = next((each for each in self._in_use if _same_place(each, source)), source)
+        for other, held in self._in_use.items():
+            if held.name == model.name and other != source:
+                raise BundleError(f"a model named {model.name!r} is in use already, from another place; remove it first")
+        old = self._in_use.get(source)
+        if old is not None and old.name != model.name:
+            raise BundleError(f"{source} now holds {model.name!r} instead of {old.name!r}; remove that model first")
+        return source, model
+
     def use(self, source: str, model: Model) -> Model | None:
         """Puts a model into use; returns the one it replaces."""
+        if source not in self._sources:
+            self._sources.append(source)
         old = self._in_use.get(source)
         found = {**self._in_use, source: model}
         self._in_use = {each: found[each] for each in self._sources if each in found}
         return old
+
+    def remove(self, name: str) -> Model:
+        """Takes a model out of use: no call gets it any more, and its source is not read again.
+
+        Raises:
+            UnknownModelError: there is none of that name.
+        """
+        if not name:
+            raise UnknownModelError("the name of the model to remove is empty")
+        model = self.get(name)
+        source = next(source for source, each in self._in_use.items() if each is model)
+        del self._in_use[source]
+        self._sources.remove(source)
+        return model
+
+    @contextmanager
+    def hold(self, model: Model) -> Iterator[None]:
+        """Around a unary call that runs on a model: its tail stays loaded until then."""
+        self._held[model.sha256] += 1
+        try:
+            yield
+        finally:
+            self._held[model.sha256] -= 1
+            self._held += Counter()  # those that nobody holds are forgotten
+
+    def is_held(self, sha256: str) -> bool:
+        """Whether a unary call runs on the bundle of that hash."""
+        return sha256 in self._held
 
     def get(self, name: str) -> Model:
         """The model of that name; empty: the default.
@@ -143,12 +206,13 @@ class ModelStore:
             UnknownModelError: there is none; the message lists those there are.
         """
         models = self.all()
-        if not name:
+        if not name and models:
             return models[0]
         for model in models:
             if model.name == name:
                 return model
-        raise UnknownModelError(f"this server does not hold {name[:100]!r}; it holds {', '.join(m.name for m in models)}")
+        held = ", ".join(m.name for m in models) or "none"
+        raise UnknownModelError(f"this server does not hold {f'a model {name[:100]!r}' if name else 'any model'}; it holds {held}")
 
     def all(self) -> list[Model]:
         """Every model in use, the default first."""

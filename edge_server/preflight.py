@@ -8,7 +8,7 @@ import ssl
 import stat
 from pathlib import Path
 
-from edge_server.access.auth import Tokens
+from edge_server.access.auth import open_tokens
 from edge_server.config import SecurityConfig, ServerConfig, split_address
 from edge_server.files import read_small
 from edge_server.machine import check_cpus, check_device, check_threads
@@ -26,8 +26,9 @@ def check(config: ServerConfig) -> None:
     """
     check_address(config)
     check_certificates(config.security)
-    if config.security.token_file is not None:
-        Tokens(config.security)
+    open_tokens(config.security)
+    if config.models_dir is not None and not config.models_dir.is_dir():
+        raise ConfigError(f"--models-dir {config.models_dir} is no directory")
     if config.port_file is not None:
         _check_port_file(config.port_file)
     if config.backend == "embedded":

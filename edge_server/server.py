@@ -1,110 +1,122 @@
-"""The server's life: bind, serve, reload, drain, end. One event loop; nothing forks once it runs."""
+"""The server: open, serve, change models, drain, end. One event loop; nothing forks once it runs.
+
+It leaves what belongs to a process (signals, standard streams, the exit code) to whoever runs it: `edge_server.process` for
+``edge-server``, or a program of somebody else.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
-import os
-import signal
-import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2
 
 from edge_server import preflight
-from edge_server.access.auth import TokenInterceptor, Tokens
+from edge_server.access.auth import Tokens, open_tokens
 from edge_server.access.quota import Client
 from edge_server.backends import BACKENDS, Backend
 from edge_server.bandwidth.grants import BandwidthManager
-from edge_server.config import SecurityConfig, ServerConfig, split_address
-from edge_server.doors import wire
+from edge_server.config import ServerConfig
+from edge_server.doors import listen, wire
 from edge_server.doors.answering import Answerer
 from edge_server.doors.gate import Gate
 from edge_server.doors.grpc import Ingress
-from edge_server.doors.open_inference import OpenInference
+from edge_server.doors.operator import Operator
 from edge_server.doors.session import Services
-from edge_server.loading import bring_up_to_date
+from edge_server.loading import Loading, bring_up_to_date
 from edge_server.models import Model, ModelStore
 from edge_server.observe.metrics import Metrics, NoMetrics, PrometheusMetrics
 from edge_server.observe.tracing import NoTracing, Traces
-from protos.errors import ConfigError, HeadtailError, InternalError
-from protos.process import leave
+from protos.errors import DrainingError, HeadtailError, InternalError
 from protos.tracing import open_spans
 from protos.version import package_version
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.5
 _TOKEN_POLL_S = 0.5
 _LAG_POLL_S = 0.05
 _LATE_S = 0.01
-_CLOSE_S = 0.9  # for what is closed behind the grace, before it is left to the system
+CLOSE_S = 0.9  # for what is closed behind the grace, before it is left to the system
 
 
-def channel_options(config: ServerConfig) -> list[tuple[str, Any]]:
-    """GRPC's settings: explicit message limits, and pings permitted more often than clients send them."""
-    limits = config.limits
-    largest = max(limits.max_payload_bytes, limits.max_frame_bytes) + (64 << 10)
-    return [
-        ("grpc.max_receive_message_length", largest),
-        ("grpc.max_send_message_length", 16 << 20),
-        ("grpc.max_metadata_size", 16 << 10),
-        ("grpc.max_concurrent_streams", 1024),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 4_000),
-        ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.keepalive_time_ms", int(limits.keepalive_s * 1e3)),
-        ("grpc.keepalive_timeout_ms", int(limits.keepalive_s * 1e3 / 3)),
-        # A ping of gRPC's own, under way when the peer vanished, stands in for keepalive's and would be waited for a minute.
-        ("grpc.http2.ping_timeout_ms", int(limits.keepalive_s * 1e3 / 3)),
-        ("grpc.max_connection_idle_ms", int(limits.idle_s * 1e3)),
-        ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1e3)),
-        ("grpc.max_allowed_incoming_connections", limits.max_connections),
-        ("grpc.so_reuseport", int(config.reuse_port)),
-    ]
+class Server:
+    """Serves the tails of bundles, inside a program of yours.
 
+        async with Server.start(ServerConfig(models=("detector",), listen="127.0.0.1:0")) as server:
+            print(server.address)
+            await server.add("my-bundle")
 
-class EdgeServer:
-    """A server of one configuration.
+    All calls are made on the event loop it was opened on; in a thread, give that thread a loop with `asyncio.run`.
 
     Args:
         config: checked.
+        on_ending: called once when the end begins, by `stop` or because a part has died.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, *, on_ending: Callable[[], None] | None = None) -> None:
         self.config = config
         self.address = ""
         self.metrics_port = 0
         self.gate: Gate | None = None
-        self._stopping = asyncio.Event()
-        self._metrics: Metrics = NoMetrics()
+        self.ending = asyncio.Event()
         self.tracing: NoTracing | Traces = NoTracing()
+        self._on_ending = on_ending
+        self._metrics: Metrics = NoMetrics()
+        self._store = ModelStore(config.models)
         self._backend: Backend | None = None
         self._answerer: Answerer | None = None
         self._ingress: Ingress | None = None
-        self._anyone = Client()
+        self._loading: Loading | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # set at import
         self._server: grpc.aio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: HeadtailError | None = None
-        self._watchdog: threading.Timer | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._end: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
         self._reload_wanted = False
         self._closed = False
 
-    async def start(self) -> None:
+    @classmethod
+    def start(cls, config: ServerConfig) -> Start:
+        """A server that listens: ``async with Server.start(config) as server``, which stops it at the end, or ``await`` it.
+
+        Raises:
+            HeadtailError: when it is awaited or entered: a setting, bundle, certificate or address cannot be used. At the end of
+                the block: a part without which it could not serve has died.
+        """
+        return Start(cls(config))
+
+    # ------------------------------------------------------------ opening
+
+    async def open(self) -> None:
         """Opens the bundles, loads the tails and listens.
 
         Raises:
-            HeadtailError: a setting, bundle, certificate or address cannot be used.
+            HeadtailError: a setting, bundle, certificate or address cannot be used; nothing is left open.
+            DrainingError: it was told to stop meanwhile.
         """
+        self._opening = asyncio.create_task(self._open())
+        try:
+            await self._opening
+        except asyncio.CancelledError:
+            self._opening.cancel()
+            if not self.ending.is_set():
+                await _within(self.close(), CLOSE_S)
+                raise
+            raise DrainingError("the server was told to stop before its start was complete") from None
+        except BaseException:
+            await _within(self.close(), CLOSE_S)
+            raise
+
+    async def _open(self) -> None:
         open_backend = BACKENDS.find(self.config.backend)
         await asyncio.get_running_loop().run_in_executor(None, preflight.check, self.config)
         if self.config.metrics_port is not None:
@@ -117,11 +129,11 @@ class EdgeServer:
         self._backend = backend = await open_backend(
             self.config, clock=time.monotonic_ns, on_death=functools.partial(self._fail, "the tail's thread")
         )
-        store = ModelStore(self.config.models)
+        store = self._store
         failures = await bring_up_to_date(store, backend, _on_ready)
         for failure in failures if store.all() else failures[1:]:
             log.error("one model is not served: %s", failure.message)
-        if not store.all():
+        if failures and not store.all():
             raise failures[0]
         self._answerer = Answerer(
             backend,
@@ -137,98 +149,114 @@ class EdgeServer:
             store=store, backend=backend, answerer=self._answerer, bandwidth=bandwidth, limits=self.config.limits,
             metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=package_version(),
         )  # fmt: skip
-        self._anyone = Client(max_unary=self.config.limits.max_unary_in_flight)
-        self._ingress = Ingress(services, self._anyone)
-        await self._listen()
+        anyone = Client(max_unary=self.config.limits.max_unary_in_flight)
+        ingress = Ingress(services, anyone)
+        self._loading = Loading(store, backend, ingress.sessions, grace_s=self.config.grace_s, linger_s=self.config.linger_s)
+        self._ingress = ingress
+        await self._listen(ingress, self._loading, anyone)
 
-    async def _listen(self) -> None:
-        assert self._ingress is not None  # noqa: S101 - start() made it
-        limits, on_refused = self.config.limits, self._metrics.on_refused
-        self.gate = Gate(limits, self._anyone, on_refused)
-        interceptors: list[grpc.aio.ServerInterceptor] = [self.gate]  # type: ignore[type-arg]
-        if self.config.security.token_file is not None:
-            tokens = Tokens(self.config.security, max_unary=limits.max_unary_in_flight)
-            interceptors.insert(0, TokenInterceptor(tokens, on_refused))
-            self._spawn(_refresh(tokens), "the watch of the token file")
-        server = grpc.aio.server(
-            interceptors=interceptors,
-            options=channel_options(self.config),
-            maximum_concurrent_rpcs=limits.max_sessions + limits.max_calls + limits.max_health_calls,
-        )
-        standard = OpenInference(self._ingress)
-        server.add_generic_rpc_handlers(
-            (
-                wire.handler(wire.SERVICE, wire.HEADTAIL, self._ingress),
-                wire.handler(wire.OPEN_INFERENCE_SERVICE, wire.OPEN_INFERENCE, standard),
-            )
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection(
-            (wire.SERVICE, wire.OPEN_INFERENCE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
-        self.address = _bind(server, self.config)
+    async def _listen(self, ingress: Ingress, loading: Loading, anyone: Client) -> None:
+        limits = self.config.limits
+        self.gate = Gate(limits, anyone, self._metrics.on_refused)
+        tokens = open_tokens(self.config.security, max_unary=limits.max_unary_in_flight)
+        for each in tokens:
+            if each is not None:
+                self._spawn(_refresh(each), "the watch of a token file")
+        operator = Operator(ingress, loading, self.config.models_dir)
+        server, self.address = listen.build(self.config, ingress, operator, self.gate, self._health, tokens)
         await server.start()
         self._server = server
         for name in ("", wire.SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         log.info("listening on %s", self.address)
-        if self.config.port_file is not None:
-            _write_whole(self.config.port_file, self.address + "\n")
         if self._reload_wanted:
-            self.reload()
+            self.reload_soon()
 
-    # ------------------------------------------------------------ running
+    # ------------------------------------------------------------ models
 
-    async def serve(self) -> None:
-        """Starts and serves until `stop`, SIGTERM or SIGINT, or until the parent process is gone; then drains.
+    @property
+    def models(self) -> dict[str, str]:
+        """Name to the bundle's sha256 of every model in use, the default first."""
+        return {model.name: model.sha256 for model in self._store.all()}
 
-        The process's signals are this server's from here on, while it starts as well.
+    async def add(self, bundle: str | Path) -> str:
+        """Puts a bundle into use; one in use already is read from disk again, and its sessions are told where it changed.
+
+        Args:
+            bundle: its directory, or a default's name (exported now where it was not yet, which may take minutes).
+
+        Returns:
+            The model's name.
 
         Raises:
-            HeadtailError: it cannot start, or a part without which it cannot serve has died.
+            HeadtailError: the bundle cannot be read or loaded, or another model has its name; nothing was changed.
         """
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
-        loop.add_signal_handler(signal.SIGHUP, self.reload)
-        if self.config.parent_pid is not None:
-            self._spawn(self._watch_parent(self.config.parent_pid), "the watch of the parent process")
-        starting, stopping = asyncio.create_task(self.start()), asyncio.create_task(self._stopping.wait())
-        try:
-            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if starting.done():
-                starting.result()
-                await stopping
-                await _within(self.drain(), self.config.grace_s + _CLOSE_S)
-            else:
-                log.info("told to stop before the start was complete")
-                starting.cancel()
-                await asyncio.wait({starting}, timeout=_CLOSE_S)
-        finally:
-            stopping.cancel()
-            await _within(self.close(), _CLOSE_S)
-            if self._watchdog is not None:
-                self._watchdog.cancel()
+        return (await self._running().add(str(bundle))).name
+
+    async def remove(self, name: str) -> None:
+        """Takes a model out of use: new calls for it are refused, its sessions are told, answered and ended, its tail goes.
+
+        Args:
+            name: as `models` has it.
+
+        Raises:
+            UnknownModelError: there is none of that name.
+        """
+        await self._running().remove(name)
+
+    async def reload(self) -> None:
+        """Reads all bundles from disk again and puts those that changed into use. What cannot be used is logged."""
+        await self._running().reload()
+
+    def reload_soon(self) -> None:
+        """`reload` in the background, for a callback of the event loop; during the start, once that is complete."""
+        if self._loading is None or self._server is None:
+            self._reload_wanted = True
+        elif not self.ending.is_set():
+            self._spawn(self._loading.reload(), "the reading of bundles", vital=False)
+
+    def _running(self) -> Loading:
+        if self._loading is None:
+            raise RuntimeError("the server was not opened")
+        if self.ending.is_set() or self._closed:
+            raise DrainingError("the server is shutting down")
+        return self._loading
+
+    # ------------------------------------------------------------ the end
+
+    async def wait(self) -> None:
+        """Until the server has ended.
+
+        Raises:
+            InternalError: a part without which it cannot serve has died.
+        """
+        await self._ended.wait()
         if self._failure is not None:
             raise self._failure
 
-    def stop(self) -> None:
-        """Begins the end; a second time ends at once."""
-        if self._stopping.is_set():
-            log.warning("stopping at once")
-            leave(130)
-        self._stopping.set()
-        # Should the event loop itself be held up, by a library that keeps Python's lock.
-        self._watchdog = threading.Timer(self.config.grace_s + 2 * _CLOSE_S, leave, (0,))
-        self._watchdog.daemon = True
-        self._watchdog.start()
+    async def stop(self) -> None:
+        """Drains and closes; returns when it has ended, after the grace and two seconds at the latest."""
+        self.stop_soon()
+        if self._end is not None:
+            await asyncio.shield(self._end)
 
-    def reload(self) -> None:
-        """Reads the bundles from disk again, in the background; during the start, once it is complete."""
-        if self._ingress is None:
-            self._reload_wanted = True
-        elif not self._stopping.is_set():
-            self._spawn(self._ingress.reload(), "the reading of bundles", vital=False)
+    def stop_soon(self) -> None:
+        """Begins the end, for a callback of the event loop; `wait` returns when it is reached."""
+        if self.ending.is_set():
+            return
+        self.ending.set()
+        if self._on_ending is not None:
+            self._on_ending()
+        self._end = asyncio.create_task(self._stop())
+
+    async def _stop(self) -> None:
+        if self._opening is not None and not self._opening.done():
+            self._opening.cancel()
+            await asyncio.wait({self._opening}, timeout=CLOSE_S)
+        elif self._server is not None:
+            await _within(self.drain(), self.config.grace_s + CLOSE_S)
+        await _within(self.close(), CLOSE_S)
+        self._ended.set()
 
     async def drain(self) -> None:
         """Health says NOT_SERVING, sessions are told, what is in flight is answered; bounded by the grace."""
@@ -260,6 +288,8 @@ class EdgeServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._loading is not None:
+            await self._loading.close()
         if self._backend is not None:
             await self._backend.close()
         if self._answerer is not None:
@@ -268,9 +298,8 @@ class EdgeServer:
             self._metrics.close()
         if isinstance(self.tracing, Traces):
             await asyncio.get_running_loop().run_in_executor(None, self.tracing.close)
-        if self.config.port_file is not None:
-            _remove_own(self.config.port_file, self.address)
         log.info("stopped")
+        self._ended.set()
 
     def _spawn(self, work: Coroutine[Any, Any, None], what: str, *, vital: bool = True) -> None:
         task = asyncio.create_task(work)
@@ -288,20 +317,30 @@ class EdgeServer:
         task.add_done_callback(done)
 
     def _fail(self, what: str, error: BaseException) -> None:
-        """A part without which nothing can be served has died: health says so, and the process ends with a message."""
+        """A part without which nothing can be served has died: health says so, and the server ends with a message."""
         log.critical("%s has died; the server ends", what, exc_info=error)
         if self._failure is None:
             self._failure = InternalError(f"{what} has died ({type(error).__name__}: {error}); the log says where")
-        if not self._stopping.is_set():
-            self.stop()
+        self.stop_soon()
 
-    async def _watch_parent(self, pid: int) -> None:
-        first = os.getppid()
-        while os.getppid() == first and _alive(pid):
-            await asyncio.sleep(_POLL_S)
-        log.info("process %d, which started this server, is gone", pid)
-        if not self._stopping.is_set():
-            self.stop()
+
+class Start:
+    """A server that is about to start; see `Server.start`."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def __await__(self) -> Generator[Any, None, Server]:
+        return self.__aenter__().__await__()
+
+    async def __aenter__(self) -> Server:
+        await self._server.open()
+        return self._server
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._server.stop()
+        if error is None:
+            await self._server.wait()
 
 
 async def _within(work: Coroutine[Any, Any, None], seconds: float) -> None:
@@ -334,54 +373,3 @@ async def _watch_lag(bandwidth: BandwidthManager) -> None:
         now_ns = time.monotonic_ns()
         if now_ns - before_ns > (_LAG_POLL_S + _LATE_S) * 1e9:
             bandwidth.on_late(before_ns, now_ns)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
-    host, _ = split_address(config.listen)
-    credentials = _credentials(config.security)
-    try:
-        port = (
-            server.add_insecure_port(config.listen) if credentials is None else server.add_secure_port(config.listen, credentials)
-        )
-    except RuntimeError:
-        port = 0
-    if port == 0:
-        raise ConfigError(f"cannot listen on {config.listen}: the address is in use or not one of this machine's")
-    return f"{host}:{port}"
-
-
-def _credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
-    if security.tls_cert is None or security.tls_key is None:
-        return None
-    ca = preflight.read_pem(security.tls_client_ca) if security.tls_client_ca else None
-    pair = (preflight.read_pem(security.tls_key), preflight.read_pem(security.tls_cert))
-    return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A reader sees nothing or all of it."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise ConfigError(f"cannot write the port file {path}: {error.strerror}") from error
-
-
-def _remove_own(path: Path, address: str) -> None:
-    """Removes a port file, unless it names another server by now."""
-    with contextlib.suppress(OSError):
-        if address and path.read_text(encoding="utf-8").strip() == address:
-            path.unlink()

@@ -45,6 +45,7 @@ class Client:
         name: as the token file says; empty: everyone.
         config: quotas.
         max_unary: frames of unary calls that may be unanswered.
+        operator: may load and unload models.
         sessions, unary: open sessions, and unanswered frames of unary calls.
         revoked: the token is no longer in the file.
     """
@@ -52,6 +53,7 @@ class Client:
     name: str = ""
     config: SecurityConfig = field(default_factory=SecurityConfig)
     max_unary: int = 256
+    operator: bool = False
     sessions: int = 0
     unary: int = 0
     revoked: bool = False

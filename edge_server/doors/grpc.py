@@ -18,12 +18,11 @@ from edge_server.doors.fetch import FetchSlots, chunks
 from edge_server.doors.session import Services, Session, host_of
 from edge_server.doors.wire import checked
 from edge_server.frames.assembly import read_frame
-from edge_server.loading import bring_up_to_date
 from edge_server.models import Model
 from edge_server.status import translated
 from protos.errors import DrainingError, HeadtailError, LimitError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.messages import MAX_TRACEPARENT_CHARS, PROTOCOL_VERSION
+from protos.messages import MAX_TRACEPARENT_CHARS, PROTOCOL_VERSION, Result
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +43,13 @@ class Ingress:
         self.calls = 0  # unary calls under way
         self.services = services
         self._fetches = FetchSlots(services.limits)
-        self._retiring: set[asyncio.Task[None]] = set()
-        self._reloading = asyncio.Lock()
         self.draining = False
 
     def drain(self, grace_ns: int) -> None:
         """No new work; the sessions are told."""
         self.draining = True
         for session in self.sessions:
-            session.drain(grace_ns)
+            session.drain(grace_ns, "the server is shutting down and takes no new frames")
 
     @property
     def client(self) -> Client:
@@ -85,10 +82,7 @@ class Ingress:
         """The models held."""
         async with translated(context, self.services.metrics.on_refused):
             checked(request)
-        models = [
-            pb.ModelInfo(name=m.name, task=m.bundle.manifest.task, bundle_sha256=m.sha256, device_bytes=m.device_bytes)
-            for m in self.services.store.all()
-        ]
+        models = [described(model) for model in self.services.store.all()]
         return pb.ListModelsResponse(models=models, protocol_version=PROTOCOL_VERSION, server_version=self.services.version)
 
     async def FetchBundle(self, request: pb.FetchBundleRequest, context: Context) -> None:  # noqa: N802
@@ -136,7 +130,6 @@ class Ingress:
                     self.sessions.discard(session)
 
     async def _infer(self, request: pb.InferRequest, traceparent: str, who: str) -> pb.InferResponse:
-        now_ns = self.services.clock()
         if request.protocol_version != PROTOCOL_VERSION:
             raise VersionMismatchError(
                 f"the client speaks protocol version {request.protocol_version}, this server {PROTOCOL_VERSION}"
@@ -146,6 +139,12 @@ class Ingress:
             raise VersionMismatchError(
                 f"the frame was made with bundle {request.bundle_sha256[:12] or '(none)'}, the server's tail is {model.sha256[:12]}"
             )
+        with self.services.store.hold(model):
+            result = await self._held(model, request, traceparent, who)
+        return pb.InferResponse(result=result.to_proto())
+
+    async def _held(self, model: Model, request: pb.InferRequest, traceparent: str, who: str) -> Result:
+        now_ns = self.services.clock()
         n_bytes = sum(len(layer.payload) for layer in request.layers)
         refusal = self.client.admit_frame(n_bytes, now_ns)
         if refusal is not None:
@@ -154,38 +153,14 @@ class Ingress:
         frame = read_frame(request, self.services.limits, now_ns)
         if traceparent and not frame.traceparent:
             frame = replace(frame, traceparent=traceparent)
-        result = await self.services.answerer.answer(model, frame, History(), who)
-        return pb.InferResponse(result=result.to_proto())
+        return await self.services.answerer.answer(model, frame, History(), who)
 
-    async def reload(self) -> None:
-        """Reads the bundles from disk again and puts changed ones into use; sessions are told. What cannot be used is logged."""
-        async with self._reloading:
-            try:
-                failures = await bring_up_to_date(self.services.store, self.services.backend, self._on_used)
-            except HeadtailError as error:
-                failures = [error]
-        for failure in failures:
-            log.error("kept as it was: %s", failure.message)
 
-    def _on_used(self, model: Model, old: Model | None) -> None:
-        log.info("%s: bundle %s replaces %s", model.name, model.sha256[:12], old.sha256[:12] if old else "none")
-        for session in self.sessions:
-            session.tell_replaced(model)
-        if old is not None:
-            self._retire(old.sha256)
-
-    def _retire(self, sha256: str) -> None:
-        """Unloads a replaced tail when no session runs on it any more."""
-
-        async def wait() -> None:
-            while any(s.model is not None and s.model.sha256 == sha256 for s in self.sessions):
-                await asyncio.sleep(1.0)
-            if all(m.sha256 != sha256 for m in self.services.store.all()):
-                await self.services.backend.unload(sha256)
-
-        task = asyncio.create_task(wait())
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+def described(model: Model) -> pb.ModelInfo:
+    """A model as the protocol names it."""
+    return pb.ModelInfo(
+        name=model.name, task=model.bundle.manifest.task, bundle_sha256=model.sha256, device_bytes=model.device_bytes
+    )
 
 
 def trace_of(context: Context) -> str:

@@ -126,7 +126,7 @@ class OpenInference:
         wanted = _wanted(said, model)
         if (refusal := client.admit_frame(0, now_ns, frames=batch)) is not None:
             raise refusal
-        with client.unary_frames(batch - 1):  # the call itself counts as one
+        with self._s.store.hold(model), client.unary_frames(batch - 1):  # the call itself counts as one
             kind, frames = await pool.run(who, functools.partial(_frames, request, model, batch))
             works = [
                 TailWork(bundle_sha256=model.sha256, kind=kind, arrays=f, size_px=size_px, deadline_ns=deadline_ns, client=who)

@@ -108,8 +108,9 @@ class Session:
         self._out: deque[pb.ServerMessage] = deque()
         self._wake = asyncio.Event()
         self._finishing = False
-        self._draining = False
+        self._refuses = ""  # why, to new frames; empty: it takes them
         self._error: HeadtailError | None = None
+        self._farewell: HeadtailError | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     # ------------------------------------------------------------ the whole stream
@@ -135,16 +136,23 @@ class Session:
             self._s.bandwidth.close(self.id)
             self._s.metrics.on_session(name, -1)
             await asyncio.wait({reader, *self._tasks}, timeout=_LEAVE_S)
-        if self._error is not None:
-            raise self._error
+        error = self._error or self._farewell
+        if error is not None:
+            raise error
 
-    def drain(self, grace_ns: int) -> None:
-        """Tells the client that the server is going; the stream ends when nothing is owed any more."""
-        self._draining = True
+    def drain(self, grace_ns: int, why: str) -> None:
+        """Tells the client that the stream will end; new frames are refused.
+
+        Args:
+            grace_ns: how long frames in flight may take.
+            why: for who sends new frames.
+        """
+        self._refuses = why
         self._send(pb.ServerMessage(draining=pb.Draining(grace_ns=grace_ns)))
 
-    def finish(self) -> None:
-        """Ends the stream once what is owed has been sent."""
+    def finish(self, error: HeadtailError | None = None) -> None:
+        """Ends the stream once what is owed has been sent; with an error, where the client shall know why."""
+        self._farewell = error
         self._flush_assembler()
         self._finishing = True
         self._wake.set()
@@ -170,8 +178,8 @@ class Session:
             raise ProtocolError(f"no hello came within {self._s.limits.hello_s:g} s") from None
         if message is EOF or checked(message).WhichOneof("content") != "hello":
             raise ProtocolError("a session begins with hello")
-        if self._draining:
-            raise DrainingError("the server is shutting down")
+        if self._refuses:
+            raise DrainingError(self._refuses)
         try:
             async with asyncio.timeout(self._s.limits.write_s):
                 await self._context.write(self._hello(message.hello))
@@ -275,8 +283,8 @@ class Session:
 
     def _refusal(self, frame: Frame, now_ns: int) -> HeadtailError | None:
         model = self._greeted()
-        if self._draining:
-            return DrainingError("the server is shutting down and takes no new frames")
+        if self._refuses:
+            return DrainingError(self._refuses)
         if len(self._tasks) >= self._max_in_flight:
             return LimitError(
                 f"{len(self._tasks)} frames are unanswered; this session may have {self._max_in_flight}", retryable=True

@@ -172,6 +172,9 @@ HEADTAIL: Final[Mapping[str, Call]] = {
     "Infer": (grpc.unary_unary_rpc_method_handler, pb.InferRequest),
     "Session": (grpc.stream_stream_rpc_method_handler, pb.ClientMessage),
 }
+OPERATOR: Final[Mapping[str, Call]] = {
+    name: (grpc.unary_unary_rpc_method_handler, getattr(pb, f"{name}Request")) for name in ("LoadModel", "UnloadModel")
+}
 OPEN_INFERENCE: Final[Mapping[str, Call]] = {
     name: (grpc.unary_unary_rpc_method_handler, getattr(oip, f"{name}Request"))
     for name in ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")

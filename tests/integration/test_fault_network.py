@@ -17,7 +17,7 @@ import grpc.aio
 import pytest
 
 from edge_server.config import Limits, SecurityConfig
-from edge_server.server import EdgeServer
+from edge_server.server import Server
 from protos.headtail.v1 import headtail_pb2 as pb
 from splitters.bundle import Bundle
 from tests.fakes.bundles import write_tiny_bundle
@@ -45,12 +45,12 @@ def device(bundle: Bundle) -> Device:
 
 
 @pytest.fixture(scope="module")
-async def server(bundle: Bundle) -> AsyncIterator[EdgeServer]:
+async def server(bundle: Bundle) -> AsyncIterator[Server]:
     async with running(bundle.path, limits=PATIENCE) as server:
         yield server
 
 
-async def served(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def served(server: Server, bundle: Bundle, device: Device) -> None:
     """Someone else gets an answer."""
     async with session(server.address, bundle.sha256) as stream:
         assert (await stream.frame(device.layers(picture(), 0))).error is None
@@ -109,7 +109,7 @@ async def linger(address: str, data: bytes, *, each_s: float, within_s: float) -
     ids=["nothing", "half-preface", "trickle", "no-settings", "idle", "half-headers"],
 )
 async def test_a_connection_that_does_not_get_to_the_point_is_closed(
-    server: EdgeServer, bundle: Bundle, device: Device, data: bytes, each_s: float
+    server: Server, bundle: Bundle, device: Device, data: bytes, each_s: float
 ) -> None:
     many = [asyncio.create_task(linger(server.address, data, each_s=each_s, within_s=8.0)) for _ in range(30)]
     await asyncio.sleep(0.3)
@@ -142,7 +142,7 @@ async def test_a_tls_handshake_that_stalls_is_closed(bundle: Bundle, tmp_path: P
         await asyncio.gather(*(linger(server.address, data, each_s=0.0, within_s=8.0) for data in hellos for _ in range(10)))
 
 
-async def test_a_session_that_says_nothing_and_a_request_that_never_ends_are_closed(server: EdgeServer) -> None:
+async def test_a_session_that_says_nothing_and_a_request_that_never_ends_are_closed(server: Server) -> None:
     async with opened(server.address) as silent:
         await silent.call.wait_for_connection()
         assert await silent.status() == (grpc.StatusCode.INVALID_ARGUMENT, "protocol")
@@ -221,9 +221,7 @@ async def test_answers_that_nobody_takes_hold_no_place_for_long(
     assert "Traceback" not in caplog.text
 
 
-async def test_a_request_that_is_none_is_a_mapped_error_and_no_traceback(
-    server: EdgeServer, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_request_that_is_none_is_a_mapped_error_and_no_traceback(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     async with grpc.aio.insecure_channel(server.address) as channel:
         for path in ("/grpc.health.v1.Health/Check", "/headtail.v1.Headtail/Infer"):
             for sent in (b"\xff\xff\xff", None):
@@ -238,7 +236,7 @@ async def test_a_request_that_is_none_is_a_mapped_error_and_no_traceback(
 
 
 async def test_a_client_that_asks_and_does_not_read_is_let_go(
-    server: EdgeServer, bundle: Bundle, device: Device, caplog: pytest.LogCaptureFixture
+    server: Server, bundle: Bundle, device: Device, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Pings are the cheapest way to make the server talk: none of its answers may pile up without bound."""
     assert server._ingress is not None
@@ -298,7 +296,7 @@ asyncio.run(main(*sys.argv[1:4]))
 
 
 async def test_a_client_killed_in_the_middle_of_a_frame_leaves_nothing_behind(
-    server: EdgeServer, bundle: Bundle, device: Device
+    server: Server, bundle: Bundle, device: Device
 ) -> None:
     assert server._ingress is not None
     assert server._answerer is not None
@@ -313,7 +311,7 @@ async def test_a_client_killed_in_the_middle_of_a_frame_leaves_nothing_behind(
     await served(server, bundle, device)
 
 
-async def test_the_server_drops_a_client_that_vanished_without_a_word(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_the_server_drops_a_client_that_vanished_without_a_word(server: Server, bundle: Bundle, device: Device) -> None:
     """Half-open: the connection stands, nobody is at its other end. Keepalive finds out."""
     assert server._ingress is not None
     async with relay(server.address) as wire, session(wire.address, bundle.sha256) as stream:
@@ -325,7 +323,7 @@ async def test_the_server_drops_a_client_that_vanished_without_a_word(server: Ed
         await served(server, bundle, device)
 
 
-async def test_the_client_leaves_a_connection_that_died_without_a_word(server: EdgeServer, tmp_path: Path) -> None:
+async def test_the_client_leaves_a_connection_that_died_without_a_word(server: Server, tmp_path: Path) -> None:
     """Half-open from the device's side: local answers meanwhile, and back by itself over a new connection."""
     camera = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off", "--frames", "360", "--operating-point", "0")
     async with relay(server.address) as wire:
@@ -345,7 +343,7 @@ async def test_the_client_leaves_a_connection_that_died_without_a_word(server: E
     assert "silent" in done.err or "down" in done.err
 
 
-async def test_a_client_stopped_for_a_while_finds_its_way_back(server: EdgeServer, tmp_path: Path) -> None:
+async def test_a_client_stopped_for_a_while_finds_its_way_back(server: Server, tmp_path: Path) -> None:
     """A device that sleeps: its process stands still longer than the server's patience, and goes on."""
     camera = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off", "--frames", "200", "--operating-point", "0")
     with client(tmp_path, *camera, "--server", server.address, "--json") as edge:

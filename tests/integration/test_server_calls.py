@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from edge_server.config import Limits, SecurityConfig
-from edge_server.server import EdgeServer
+from edge_server.server import Server
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
 from protos.messages import CHUNK_BYTES, PROTOCOL_VERSION, Result
@@ -42,13 +42,13 @@ def device(bundle: Bundle) -> Device:
 
 
 @pytest.fixture(scope="module")
-async def server(bundle: Bundle, second: Bundle) -> AsyncIterator[EdgeServer]:
+async def server(bundle: Bundle, second: Bundle) -> AsyncIterator[Server]:
     async with running(bundle.path, second.path, metrics_port=0) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-async def stub(server: EdgeServer) -> AsyncIterator[pb_grpc.HeadtailStub]:
+async def stub(server: Server) -> AsyncIterator[pb_grpc.HeadtailStub]:
     async with grpc.aio.insecure_channel(server.address) as channel:
         yield pb_grpc.HeadtailStub(channel)
 
@@ -123,7 +123,7 @@ async def test_a_fetch_that_cannot_be_served_says_why(stub: pb_grpc.HeadtailStub
     assert (status.name, code) == wanted
 
 
-async def test_infer_answers_one_frame(stub: pb_grpc.HeadtailStub, server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_infer_answers_one_frame(stub: pb_grpc.HeadtailStub, server: Server, bundle: Bundle, device: Device) -> None:
     layers = device.layers(picture(9), 0)
     answer = await stub.Infer(pb.InferRequest(protocol_version=PROTOCOL_VERSION, bundle_sha256=bundle.sha256, layers=layers))
     async with session(server.address, bundle.sha256) as stream:
@@ -152,7 +152,7 @@ async def test_infer_refuses_what_it_cannot_answer(stub: pb_grpc.HeadtailStub, b
     assert await failure(stub.Infer(request(layers=[broken]))) == (grpc.StatusCode.INVALID_ARGUMENT, "payload")
 
 
-async def test_health_and_reflection_answer(server: EdgeServer) -> None:
+async def test_health_and_reflection_answer(server: Server) -> None:
     async with grpc.aio.insecure_channel(server.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", "headtail.v1.Headtail"):
@@ -165,7 +165,7 @@ async def test_health_and_reflection_answer(server: EdgeServer) -> None:
         assert {"headtail.v1.Headtail", "grpc.health.v1.Health"} <= services
 
 
-async def test_metrics_count_frames_by_outcome(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_metrics_count_frames_by_outcome(server: Server, bundle: Bundle, device: Device) -> None:
     async with session(server.address, bundle.sha256) as stream:
         await stream.frame(device.layers(picture(), 0))
         await stream.frame(device.layers(picture(), 1, deadline_ns=1))
@@ -195,7 +195,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
     ],
     ids=["http1", "tls", "frames", "half", "nothing", "zeros"],
 )
-async def test_garbage_on_the_socket_hurts_nobody(server: EdgeServer, bundle: Bundle, device: Device, data: bytes) -> None:
+async def test_garbage_on_the_socket_hurts_nobody(server: Server, bundle: Bundle, device: Device, data: bytes) -> None:
     host, _, port = server.address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(data)
@@ -210,7 +210,7 @@ async def test_garbage_on_the_socket_hurts_nobody(server: EdgeServer, bundle: Bu
         assert (await stream.frame(device.layers(picture(), 0))).error is None
 
 
-async def test_random_messages_in_a_session_end_it_or_are_answered(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_random_messages_in_a_session_end_it_or_are_answered(server: Server, bundle: Bundle, device: Device) -> None:
     raw = {"request_serializer": lambda b: b, "response_deserializer": pb.ServerMessage.FromString}
     path = "/headtail.v1.Headtail/Session"
     good = [pb.ClientMessage(layer=m).SerializeToString() for m in device.layers(picture(), 0)]
@@ -271,7 +271,7 @@ async def test_a_drain_does_not_wait_longer_than_its_grace_for_a_client_that_sta
         await asyncio.wait_for(server.drain(), 4)
 
 
-async def test_a_port_in_use_is_a_clear_error(server: EdgeServer, bundle: Bundle, tmp_path: Path) -> None:
+async def test_a_port_in_use_is_a_clear_error(server: Server, bundle: Bundle, tmp_path: Path) -> None:
     from protos.errors import ConfigError
 
     with pytest.raises(ConfigError, match="in use"):
@@ -280,7 +280,7 @@ async def test_a_port_in_use_is_a_clear_error(server: EdgeServer, bundle: Bundle
     assert not (tmp_path / "port").exists()
 
 
-async def test_bytes_that_are_no_message_are_a_mapped_error_in_every_call(server: EdgeServer) -> None:
+async def test_bytes_that_are_no_message_are_a_mapped_error_in_every_call(server: Server) -> None:
     async with grpc.aio.insecure_channel(server.address) as channel:
         for name in ("ListModels", "Infer"):
             assert await failure(channel.unary_unary(f"/headtail.v1.Headtail/{name}")(b"\xff\xff\xff")) == (
@@ -294,7 +294,7 @@ async def test_bytes_that_are_no_message_are_a_mapped_error_in_every_call(server
 CROWDED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "limit")
 
 
-async def test_a_request_that_would_be_a_million_objects_is_refused(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_a_request_that_would_be_a_million_objects_is_refused(server: Server, bundle: Bundle, device: Device) -> None:
     many = b"\x22\x00" * (1 << 20)  # InferRequest.layers, all empty; 60 MB once parsed
     async with grpc.aio.insecure_channel(server.address) as channel:
         assert await failure(channel.unary_unary("/headtail.v1.Headtail/Infer")(many)) == CROWDED
@@ -309,7 +309,7 @@ async def test_a_request_that_would_be_a_million_objects_is_refused(server: Edge
         assert (await stream.frame(device.layers(picture(), 0))).error is None
 
 
-async def test_health_holds_no_long_names(server: EdgeServer) -> None:
+async def test_health_holds_no_long_names(server: Server) -> None:
     """It needs no token, and a watch holds what it asked for as long as it is open."""
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)

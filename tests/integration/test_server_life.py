@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from edge_server import preflight
 from edge_server.backends.embedded import EmbeddedBackend
 from edge_server.config import SecurityConfig, ServerConfig, TailConfig
-from edge_server.server import EdgeServer
+from edge_server.process import serve
 from protos.errors import ConfigError, InternalError
 from splitters.bundle import Bundle
 from tests.fakes.bundles import write_tiny_bundle
@@ -178,14 +178,20 @@ def _ignored(pid: int, number: int) -> bool:
 # ------------------------------------------------------------------------------------------------ a part that dies
 
 
-async def test_a_tail_thread_that_dies_ends_the_server_with_a_message(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_tail_thread_that_dies_ends_the_server_with_a_message(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = Device(bundle)
-    server = EdgeServer(ServerConfig(models=(str(bundle.path),), listen="127.0.0.1:0", tail=TailConfig(threads=1), grace_s=5))
-    serving = asyncio.create_task(server.serve())
+    port_file = tmp_path / "port"
+    config = ServerConfig(
+        models=(str(bundle.path),), listen="127.0.0.1:0", tail=TailConfig(threads=1), grace_s=5, port_file=port_file
+    )
+    serving = asyncio.create_task(serve(config))
     async with asyncio.timeout(60):
-        while not server.address:
+        while not port_file.exists():
             await asyncio.sleep(0.01)
-        async with session(server.address, bundle.sha256) as stream, grpc.aio.insecure_channel(server.address) as channel:
+        address = port_file.read_text().strip()
+        async with session(address, bundle.sha256) as stream, grpc.aio.insecure_channel(address) as channel:
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
 

@@ -11,7 +11,7 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from edge_server.server import EdgeServer
+from edge_server.server import Server
 from protos.headtail.v1 import open_inference_pb2 as oip
 from protos.headtail.v1 import open_inference_pb2_grpc as oip_grpc
 from splitters.bundle import Bundle
@@ -30,13 +30,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-async def server(bundle: Bundle) -> AsyncIterator[EdgeServer]:
+async def server(bundle: Bundle) -> AsyncIterator[Server]:
     async with running(bundle.path) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-async def stub(server: EdgeServer) -> AsyncIterator[oip_grpc.GRPCInferenceServiceStub]:
+async def stub(server: Server) -> AsyncIterator[oip_grpc.GRPCInferenceServiceStub]:
     async with grpc.aio.insecure_channel(server.address) as channel:
         yield oip_grpc.GRPCInferenceServiceStub(channel)
 
@@ -54,14 +54,14 @@ def pixels(bundle: Bundle, seed: int) -> np.ndarray:
     return np.ascontiguousarray(input_image(picture(seed), bundle.manifest.preprocess)[..., ::-1])[None]
 
 
-async def streamed(server: EdgeServer, bundle: Bundle, seed: int) -> list[int]:
+async def streamed(server: Server, bundle: Bundle, seed: int) -> list[int]:
     async with session(server.address, bundle.sha256) as stream:
         result = await stream.frame(Device(bundle).layers(picture(seed), 0))
     return [score.class_id for score in result.answer.top]
 
 
 async def test_a_batch_of_latents_and_of_pixels_is_answered(
-    stub: oip_grpc.GRPCInferenceServiceStub, server: EdgeServer, bundle: Bundle
+    stub: oip_grpc.GRPCInferenceServiceStub, server: Server, bundle: Bundle
 ) -> None:
     device = Device(bundle)
     latents = np.stack([device.latents(picture(i))[0] for i in range(3)])
@@ -143,7 +143,7 @@ async def test_a_shape_of_very_many_dimensions_is_not_written_out(stub: oip_grpc
     assert "(1, 32, 32, 3, 1)" in (caught.value.details() or "")
 
 
-async def test_tritonclient_agrees_with_our_own_stream(server: EdgeServer, bundle: Bundle, tmp_path: Path) -> None:
+async def test_tritonclient_agrees_with_our_own_stream(server: Server, bundle: Bundle, tmp_path: Path) -> None:
     if not TRITON.exists():
         pytest.skip(f"no tritonclient at {TRITON}: make test-triton")
     np.save(tmp_path / "pixels.npy", pixels(bundle, 4))

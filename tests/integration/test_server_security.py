@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from edge_client.bundles import list_models
 from edge_client.rpc import Endpoint
 from edge_server.config import Limits, SecurityConfig
-from edge_server.server import EdgeServer
+from edge_server.server import Server
 from protos.errors import ConfigError, HeadtailError, LimitError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
@@ -121,7 +121,7 @@ async def test_removing_a_token_ends_its_sessions_and_says_why(bundle: Bundle, d
         assert await refused(server, "auth") == 2
 
 
-async def refused(server: EdgeServer, code: str) -> float:
+async def refused(server: Server, code: str) -> float:
     """What the metric of refused calls says."""
     text = await asyncio.to_thread(
         lambda: urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5).read().decode()

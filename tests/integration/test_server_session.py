@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edge_server.config import Limits
-from edge_server.server import EdgeServer
+from edge_server.server import Server
 from protos.errors import LimitError, OverloadedError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import Classification, FrameLayer
@@ -35,7 +35,7 @@ def device(bundle: Bundle) -> Device:
 
 
 @pytest.fixture(scope="module")
-async def server(bundle: Bundle) -> AsyncIterator[EdgeServer]:
+async def server(bundle: Bundle) -> AsyncIterator[Server]:
     limits = Limits(hello_s=0.5, layer_wait_ns=300_000_000, max_sessions=40)
     async with running(bundle.path, limits=limits) as server:
         yield server
@@ -57,7 +57,7 @@ def same(a: object, b: Classification) -> bool:
     )
 
 
-async def test_a_frame_is_answered_as_the_tail_answers_it(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_a_frame_is_answered_as_the_tail_answers_it(server: Server, bundle: Bundle, device: Device) -> None:
     async with session(server.address, bundle.sha256, max_in_flight=3) as stream:
         assert stream.welcome is not None
         assert (stream.welcome.model, stream.welcome.bundle_sha256, stream.welcome.max_in_flight) == ("tiny", bundle.sha256, 3)
@@ -71,7 +71,7 @@ async def test_a_frame_is_answered_as_the_tail_answers_it(server: EdgeServer, bu
             assert t.batch_size == 1
 
 
-async def test_many_sessions_at_once_each_get_their_own_answers(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_many_sessions_at_once_each_get_their_own_answers(server: Server, bundle: Bundle, device: Device) -> None:
     async def camera(number: int) -> int:
         batches = 0
         async with session(server.address, bundle.sha256) as stream:
@@ -86,7 +86,7 @@ async def test_many_sessions_at_once_each_get_their_own_answers(server: EdgeServ
     assert max(sizes) > 1  # operating points batch with each other
 
 
-async def test_an_offloaded_picture_runs_the_whole_model(server: EdgeServer, bundle: Bundle) -> None:
+async def test_an_offloaded_picture_runs_the_whole_model(server: Server, bundle: Bundle) -> None:
     image = input_image(picture(3), bundle.manifest.preprocess)
     ok, jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])
     assert ok
@@ -99,9 +99,7 @@ async def test_an_offloaded_picture_runs_the_whole_model(server: EdgeServer, bun
     assert result.layers_decoded == 0
 
 
-async def test_bad_frames_are_answered_with_errors_and_the_stream_goes_on(
-    server: EdgeServer, bundle: Bundle, device: Device
-) -> None:
+async def test_bad_frames_are_answered_with_errors_and_the_stream_goes_on(server: Server, bundle: Bundle, device: Device) -> None:
     (good,) = device.layers(picture(), 0)
     damaged = bytearray(good.payload)
     damaged[len(damaged) // 2] ^= 0x40
@@ -142,7 +140,7 @@ async def test_a_payload_over_the_limit_is_refused_per_frame(bundle: Bundle, dev
         assert (await stream.frame(device.layers(picture(), 1))).error is None
 
 
-async def test_a_message_over_grpcs_limit_ends_that_stream_only(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_a_message_over_grpcs_limit_ends_that_stream_only(server: Server, bundle: Bundle, device: Device) -> None:
     async with session(server.address, bundle.sha256) as bystander, session(server.address, bundle.sha256) as stream:
         huge = FrameLayer(frame_id=0, source_width_px=1, source_height_px=1, payload=bytes(12 << 20)).to_proto()
         await stream.send(layer=huge)
@@ -151,7 +149,7 @@ async def test_a_message_over_grpcs_limit_ends_that_stream_only(server: EdgeServ
         assert (await bystander.frame(device.layers(picture(), 0))).error is None
 
 
-async def test_frames_of_another_bundle_are_refused_one_by_one(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_frames_of_another_bundle_are_refused_one_by_one(server: Server, bundle: Bundle, device: Device) -> None:
     async with session(server.address, "0" * 64) as stream:
         assert stream.welcome is not None
         assert stream.welcome.bundle_sha256 == bundle.sha256  # so that the client can fetch it
@@ -162,9 +160,7 @@ async def test_frames_of_another_bundle_are_refused_one_by_one(server: EdgeServe
         assert (await stream.frame(device.layers(picture(), 0))).error is None
 
 
-async def test_a_client_cannot_fill_the_log_with_hellos(
-    server: EdgeServer, bundle: Bundle, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_client_cannot_fill_the_log_with_hellos(server: Server, bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "edge_server")
     async with session(server.address, bundle.sha256) as stream:
         for _ in range(20):
@@ -185,7 +181,7 @@ async def test_a_client_cannot_fill_the_log_with_hellos(
     ],
 )
 async def test_a_broken_protocol_ends_the_stream_with_a_mapped_status(
-    server: EdgeServer, messages: list[pb.ClientMessage], status: str, code: str
+    server: Server, messages: list[pb.ClientMessage], status: str, code: str
 ) -> None:
     async with opened(server.address) as stream:
         for message in messages:
@@ -193,7 +189,7 @@ async def test_a_broken_protocol_ends_the_stream_with_a_mapped_status(
         assert await stream.status() == (grpc.StatusCode[status], code)
 
 
-async def test_reused_frame_ids_end_the_stream(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_reused_frame_ids_end_the_stream(server: Server, bundle: Bundle, device: Device) -> None:
     async with session(server.address, bundle.sha256) as stream:
         await stream.frame(device.layers(picture(), 4))
         await stream.send(layer=device.layers(picture(), 4)[0])
@@ -201,7 +197,7 @@ async def test_reused_frame_ids_end_the_stream(server: EdgeServer, bundle: Bundl
 
 
 async def test_more_frames_in_flight_than_welcomed_are_refused_and_all_are_answered(
-    server: EdgeServer, bundle: Bundle, device: Device
+    server: Server, bundle: Bundle, device: Device
 ) -> None:
     layers = [device.layers(picture(i), i)[0] for i in range(30)]
     async with session(server.address, bundle.sha256, max_in_flight=2) as stream:
@@ -213,14 +209,14 @@ async def test_more_frames_in_flight_than_welcomed_are_refused_and_all_are_answe
     assert sum(r.error is None for r in results) >= 2
 
 
-async def test_a_deadline_that_cannot_be_met_is_refused_early(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_a_deadline_that_cannot_be_met_is_refused_early(server: Server, bundle: Bundle, device: Device) -> None:
     async with session(server.address, bundle.sha256) as stream:
         result = await stream.frame(device.layers(picture(), 0, deadline_ns=1))
         assert isinstance(result.error, OverloadedError)
         assert (await stream.frame(device.layers(picture(), 1, deadline_ns=10_000_000_000))).error is None
 
 
-async def test_a_frame_whose_later_layers_stay_away_runs_on_what_came(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_a_frame_whose_later_layers_stay_away_runs_on_what_came(server: Server, bundle: Bundle, device: Device) -> None:
     (base,) = device.layers(picture(), 0, deadline_ns=400_000_000)
     base.layer_count = 2
     async with session(server.address, bundle.sha256) as stream:
@@ -237,7 +233,7 @@ async def test_a_frame_whose_later_layers_stay_away_runs_on_what_came(server: Ed
         assert sorted([(await stream.result()).frame_id, (await stream.result()).frame_id]) == [2, 3]
 
 
-async def test_ping_is_answered_and_goodbye_gets_what_is_owed(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_ping_is_answered_and_goodbye_gets_what_is_owed(server: Server, bundle: Bundle, device: Device) -> None:
     async with session(server.address, bundle.sha256) as stream:
         await stream.send(ping=pb.Ping(sent_ns=123))
         assert (await stream.expect("pong")).echo_sent_ns == 123
@@ -248,7 +244,7 @@ async def test_ping_is_answered_and_goodbye_gets_what_is_owed(server: EdgeServer
         assert await stream.status() == (grpc.StatusCode.OK, "")
 
 
-async def test_half_closing_is_a_goodbye(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_half_closing_is_a_goodbye(server: Server, bundle: Bundle, device: Device) -> None:
     async with session(server.address, bundle.sha256) as stream:
         await stream.send(layer=device.layers(picture(), 0)[0])
         await stream.call.done_writing()
@@ -256,7 +252,7 @@ async def test_half_closing_is_a_goodbye(server: EdgeServer, bundle: Bundle, dev
         assert (await stream.status())[0] is grpc.StatusCode.OK
 
 
-async def test_grants_come_with_the_results_but_not_with_each(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_grants_come_with_the_results_but_not_with_each(server: Server, bundle: Bundle, device: Device) -> None:
     async with session(server.address, bundle.sha256) as stream:
         begun = time.monotonic()
         for i in range(40):
@@ -267,7 +263,7 @@ async def test_grants_come_with_the_results_but_not_with_each(server: EdgeServer
     assert grants[-1].tail_ns > 0
 
 
-async def test_clients_that_vanish_leave_nothing_behind(server: EdgeServer, bundle: Bundle, device: Device) -> None:
+async def test_clients_that_vanish_leave_nothing_behind(server: Server, bundle: Bundle, device: Device) -> None:
     for _ in range(5):
         async with session(server.address, bundle.sha256) as stream:
             for i in range(4):
@@ -305,7 +301,7 @@ async def test_a_replaced_bundle_is_told_and_frames_in_hand_still_run(tmp_path: 
         await stream.frame(device.layers(picture(), 0))
         new = write_tiny_bundle(tmp_path / "tiny", seed=2)
         assert new.sha256 != old.sha256
-        server.reload()
+        server.reload_soon()
         assert (await stream.expect("bundle_changed")).bundle_sha256 == new.sha256
         assert (await stream.frame(device.layers(picture(), 1))).error is None
         await stream.send(hello=hello(new.sha256))
@@ -320,6 +316,6 @@ async def test_an_unreadable_replacement_changes_nothing(tmp_path: Path) -> None
     device = Device(old)
     async with running(old.path) as server, session(server.address, old.sha256) as stream:
         (old.path / "server" / "tail.onnx").write_bytes(b"damaged")
-        server.reload()
+        server.reload_soon()
         await asyncio.sleep(0.3)
         assert (await stream.frame(device.layers(picture(), 1))).error is None

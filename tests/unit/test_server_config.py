@@ -1,10 +1,12 @@
 """Settings are checked once, before anything is loaded."""
 
+from pathlib import Path
+
 import pytest
 
 from edge_server.cli import build_parser, config_from
 from edge_server.config import BatchConfig, Limits, RayConfig, SecurityConfig, ServerConfig, TailConfig, is_loopback, split_address
-from edge_server.server import EdgeServer
+from edge_server.server import Server
 from protos.errors import ConfigError
 
 
@@ -59,7 +61,7 @@ def test_only_an_open_door_without_lock_is_exposed(tmp_path) -> None:
         lambda: SecurityConfig(tls_cert="x"),
         lambda: SecurityConfig(tls_client_ca="x"),
         lambda: SecurityConfig(frames_per_s_per_token=1),
-        lambda: ServerConfig(models=()),
+        lambda: ServerConfig(models=("m",), models_dir=Path("bundles")),
         lambda: ServerConfig(models=("m",), grace_s=-1),
         lambda: ServerConfig(models=("m",), metrics_port=70000),
         lambda: ServerConfig(models=("m", "")),
@@ -93,6 +95,6 @@ def test_options_that_are_no_usable_number_are_refused(option: str, number: str)
 
 
 async def test_an_unknown_backend_is_refused_before_anything_is_opened() -> None:
-    server = EdgeServer(ServerConfig(models=("no such model",), backend="magic"))
+    server = Server(ServerConfig(models=("no such model",), backend="magic"))
     with pytest.raises(ConfigError, match="backend 'magic' is unknown; there are embedded, ray"):
-        await server.start()
+        await server.open()

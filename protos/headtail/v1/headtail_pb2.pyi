@@ -42,6 +42,30 @@ class ModelInfo(_message.Message):
     device_bytes: int
     def __init__(self, name: _Optional[str] = ..., task: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., device_bytes: _Optional[int] = ...) -> None: ...
 
+class LoadModelRequest(_message.Message):
+    __slots__ = ("path",)
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    def __init__(self, path: _Optional[str] = ...) -> None: ...
+
+class LoadModelResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: ModelInfo
+    def __init__(self, model: _Optional[_Union[ModelInfo, _Mapping]] = ...) -> None: ...
+
+class UnloadModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class UnloadModelResponse(_message.Message):
+    __slots__ = ("sessions",)
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    sessions: int
+    def __init__(self, sessions: _Optional[int] = ...) -> None: ...
+
 class FetchBundleRequest(_message.Message):
     __slots__ = ("model", "bundle_sha256", "have")
     MODEL_FIELD_NUMBER: _ClassVar[int]

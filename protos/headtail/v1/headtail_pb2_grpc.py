@@ -54,6 +54,16 @@ class HeadtailStub(object):
                 request_serializer=protos_dot_headtail_dot_v1_dot_headtail__pb2.ClientMessage.SerializeToString,
                 response_deserializer=protos_dot_headtail_dot_v1_dot_headtail__pb2.ServerMessage.FromString,
                 _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/headtail.v1.Headtail/LoadModel',
+                request_serializer=protos_dot_headtail_dot_v1_dot_headtail__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=protos_dot_headtail_dot_v1_dot_headtail__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/headtail.v1.Headtail/UnloadModel',
+                request_serializer=protos_dot_headtail_dot_v1_dot_headtail__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=protos_dot_headtail_dot_v1_dot_headtail__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
 
 
 class HeadtailServicer(object):
@@ -88,6 +98,21 @@ class HeadtailServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadModel(self, request, context):
+        """For the operator, whose token is another than the cameras': puts a bundle of the server's models directory into use.
+        A bundle that is in use from that place already is read again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """For the operator: takes a model out of use. Sessions on it are told, answered and ended before this call returns.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HeadtailServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,6 +135,16 @@ def add_HeadtailServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=protos_dot_headtail_dot_v1_dot_headtail__pb2.ClientMessage.FromString,
                     response_serializer=protos_dot_headtail_dot_v1_dot_headtail__pb2.ServerMessage.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=protos_dot_headtail_dot_v1_dot_headtail__pb2.LoadModelRequest.FromString,
+                    response_serializer=protos_dot_headtail_dot_v1_dot_headtail__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=protos_dot_headtail_dot_v1_dot_headtail__pb2.UnloadModelRequest.FromString,
+                    response_serializer=protos_dot_headtail_dot_v1_dot_headtail__pb2.UnloadModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -220,6 +255,60 @@ class Headtail(object):
             '/headtail.v1.Headtail/Session',
             protos_dot_headtail_dot_v1_dot_headtail__pb2.ClientMessage.SerializeToString,
             protos_dot_headtail_dot_v1_dot_headtail__pb2.ServerMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headtail.v1.Headtail/LoadModel',
+            protos_dot_headtail_dot_v1_dot_headtail__pb2.LoadModelRequest.SerializeToString,
+            protos_dot_headtail_dot_v1_dot_headtail__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headtail.v1.Headtail/UnloadModel',
+            protos_dot_headtail_dot_v1_dot_headtail__pb2.UnloadModelRequest.SerializeToString,
+            protos_dot_headtail_dot_v1_dot_headtail__pb2.UnloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,
