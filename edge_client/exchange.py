@@ -93,7 +93,7 @@ class Exchange:
         flight.payload_bytes = 0
         wire_id = self.link.send(layers, deadline_ns=flight.deadline_ns, gate=gate)
         self.flights[wire_id], flight.wire_id = flight, wire_id
-        self._pipeline.model.on_queued(wire_id, encoded)
+        self._pipeline.model.on_queued(wire_id, frame.index, encoded)
         self._pipeline.notify()
 
     def forget(self, now_ns: int) -> None:
