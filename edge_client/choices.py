@@ -65,8 +65,9 @@ def measure(engine: Engine, *, clock: Clock = time.monotonic_ns) -> DeviceTimes:
     picture = _picture(engine)
     features = engine.features(picture)
     promise = read_promise(engine.bundle)
-    if promise is not None and len(engine.head.prefilter_scores(features.maps)) != promise.width:
-        raise BundleError(f"the prefilter of {engine.model!r} does not give the {promise.width} scores it promises")
+    # Behind the classes a prefilter may give further scores, such as that of its bundle's own interest.
+    if promise is not None and len(engine.head.prefilter_scores(features.maps)) < promise.width:
+        raise BundleError(f"the prefilter of {engine.model!r} gives fewer than the {promise.width} scores it promises")
     if engine.local is not None:
         engine.local.answer(engine.local.prepare(picture), (picture.shape[1], picture.shape[0]))
     for point in {p.graphs: p for p in engine.bundle.points}.values():
