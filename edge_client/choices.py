@@ -65,7 +65,7 @@ def measure(engine: Engine, *, clock: Clock = time.monotonic_ns) -> DeviceTimes:
     picture = _picture(engine)
     features = engine.features(picture)
     promise = read_promise(engine.bundle)
-    # Behind the classes a prefilter may give further scores, such as that of its bundle's own interest.
+    # More are no fault: a prefilter's last score may be "anything else", for which nothing is promised.
     if promise is not None and len(engine.head.prefilter_scores(features.maps)) < promise.width:
         raise BundleError(f"the prefilter of {engine.model!r} gives fewer than the {promise.width} scores it promises")
     if engine.local is not None:
