@@ -28,7 +28,7 @@ from edge_client.interest import InterestGate, open_interest
 from edge_client.live import LiveStrategy
 from edge_client.loader import Load, ModelLoader, loads_here
 from edge_client.metrics import Metrics
-from edge_client.parts import Link, Parts, PipelineConfig
+from edge_client.parts import Parts, PipelineConfig
 from edge_client.runner import Runner
 from edge_client.sinks import InOrder, JsonLines, PictureLines, Sink, Window, open_json_file, open_video
 from edge_client.sinks.jsonl import is_pipe, open_pipe
@@ -39,6 +39,7 @@ from edge_client.store import BundleStore
 from edge_client.summary import JpegSampler, Summary
 from edge_client.tracing import Traces, untraced
 from edge_client.tracking import Follower
+from edge_client.transport.base import Link
 from protos.errors import ConfigError, HeadtailError, SourceError
 from protos.text import printable
 from protos.tracing import open_spans

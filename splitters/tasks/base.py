@@ -4,7 +4,8 @@ A task owns all that depends on the meaning: decoding, JSON, drawing, words for 
 sends, and the answer of a frame that the prefilter stops. Nothing else in headtail asks which task a model has.
 
 An answer travels as a classification, as a detection, or as named tensors. The first two have messages of their own; every
-other task says what its tensors mean. To add a task, see ``docs/guides/add-a-task.md``.
+other task says what its tensors mean. A whole example of another package's
+task is ``tests/outside/headtail_outside/task.py``.
 
 Shape legend: N batch.
 """
