@@ -42,7 +42,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--name", help="the bundle's name (default: the model's)")
     parser.add_argument("--photos", type=Path, metavar="DIR", help="typical photographs (default: those scikit-image ships)")
     parser.add_argument("--photos-max", type=int, default=100, metavar="N", help="use N of them at most (default: %(default)s)")
-    parser.add_argument("--bits", type=int, nargs="+", help="an operating point each, 1..12 (default: 8 6 4 3 2; ONNX: 12 too)")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", help="an operating point each, 1..14 (default: 8 6 4 3 2; ONNX: 14 and 12 too)"
+    )
     parser.add_argument(
         "--show", type=Path, metavar="FILE.jpg", help="a photograph with what was found, of ONNX (default: OUT.jpg)"
     )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from splitters.cutting.onnx.model import OnnxModel
     from splitters.cutting.onnx.write import OnnxWritten
 
-BITS = (12, 8, 6, 4, 3, 2)
+BITS = (14, 12, 8, 6, 4, 3, 2)
 _INTEGERS: Mapping[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "UINT8": ((0.0,) * 3, (1 / 255,) * 3), "INT8": ((128 / 255,) * 3, (1 / 255,) * 3),
 }  # fmt: skip
