@@ -9,6 +9,7 @@ from edge_client.engine import NO_REFERENCE, Encoded, Engine, Reference, learn_r
 from edge_client.frames import NS_PER_MS
 from edge_client.interest import InterestGate
 from edge_client.parts import Parts
+from edge_client.references import ReferenceAges
 from edge_client.timings import DevicePace
 from protos.errors import HeadtailError, OverloadedError
 from protos.messages import Answer, Result
@@ -40,6 +41,7 @@ class ActiveModel:
         self.interest = self._open_interest(parts, lenient=lenient)
         self._make_controller = parts.controller
         self._predictor = _open_predictor(engine) if temporal else None
+        self._ages = ReferenceAges()
         self._choices = parts.times(engine).choices()
         self._pace = DevicePace({decision.name: ms.p50 * NS_PER_MS for decision, ms in self._choices.items()})
 
@@ -67,14 +69,23 @@ class ActiveModel:
         """What the next frame's latent is predicted from."""
         return self._predictor.choose() if self._predictor is not None else NO_REFERENCE
 
+    def on_frame(self, index: int) -> None:
+        """Frame ``index`` is to be decided: what it costs depends on how old its reference is."""
+        self.controller.on_reference(self._ages.age(self.reference()[1], index))
+
+    def on_encoded(self, decision: Decision, encoded: Encoded, now_ns: int) -> None:
+        """A frame's payload is there, sent or not."""
+        self.controller.on_payload(decision, encoded.payload_bytes, now_ns)
+
     def forget_references(self) -> None:
         """A new session: the server holds nothing yet."""
         if self._predictor is not None:
             self._predictor.reset()
 
-    def on_queued(self, wire_id: int, encoded: Encoded) -> None:
-        """A frame was handed to the session under ``wire_id``."""
+    def on_queued(self, wire_id: int, index: int, encoded: Encoded) -> None:
+        """Frame ``index`` was handed to the session under ``wire_id``."""
         if self._predictor is not None and encoded.symbols is not None:
+            self._ages.sent(wire_id, index)
             self._predictor.sent(wire_id, encoded.symbols, reference=encoded.reference)
 
     def on_sent(self, wire_id: int, layer: int, n_bytes: int, now_ns: int) -> None:

@@ -28,7 +28,7 @@ from edge_client.interest import InterestGate, open_interest
 from edge_client.live import LiveStrategy
 from edge_client.loader import Load, ModelLoader, loads_here
 from edge_client.metrics import Metrics
-from edge_client.parts import Link, Parts, PipelineConfig
+from edge_client.parts import Parts, PipelineConfig
 from edge_client.runner import Runner
 from edge_client.sinks import InOrder, JsonLines, PictureLines, Sink, Window, open_json_file, open_video
 from edge_client.sinks.jsonl import is_pipe, open_pipe
@@ -39,7 +39,9 @@ from edge_client.store import BundleStore
 from edge_client.summary import JpegSampler, Summary
 from edge_client.tracing import Traces, untraced
 from edge_client.tracking import Follower
+from edge_client.transport.base import Link
 from protos.errors import ConfigError, HeadtailError, SourceError
+from protos.messages import Detection
 from protos.text import printable
 from protos.tracing import open_spans
 from protos.version import package_version
@@ -171,7 +173,7 @@ class App:
         engine = await loader.first(live=live, wait_s=config.effective_wait_s(live=live))
         if live:
             sampler.every_s = 1.0
-        follower = self._follower = Follower() if config.track and engine.bundle.manifest.task == "detection" else None
+        follower = self._follower = Follower() if config.track and engine.task.form is Detection else None
         sinks = InOrder([summary, *await self._sinks(source, capture)], self._end_run, follower.follow if follower else None)
         spans = open_spans("headtail-client", package_version(), config.otel_endpoint)
         traces = Traces(spans) if spans is not None else None

@@ -65,8 +65,9 @@ def measure(engine: Engine, *, clock: Clock = time.monotonic_ns) -> DeviceTimes:
     picture = _picture(engine)
     features = engine.features(picture)
     promise = read_promise(engine.bundle)
-    if promise is not None and len(engine.head.prefilter_scores(features.maps)) != promise.width:
-        raise BundleError(f"the prefilter of {engine.model!r} does not give the {promise.width} scores it promises")
+    # More are no fault: a prefilter's last score may be "anything else", for which nothing is promised.
+    if promise is not None and len(engine.head.prefilter_scores(features.maps)) < promise.width:
+        raise BundleError(f"the prefilter of {engine.model!r} gives fewer than the {promise.width} scores it promises")
     if engine.local is not None:
         engine.local.answer(engine.local.prepare(picture), (picture.shape[1], picture.shape[0]))
     for point in {p.graphs: p for p in engine.bundle.points}.values():
@@ -152,7 +153,15 @@ def _quantiles(values: list[float]) -> Quantiles:
     return Quantiles(p50=float(np.median(values)), p95=float(np.quantile(values, 0.95)))
 
 
-def make_controller(engine: Engine, times: DeviceTimes, *, fps: float, explain: bool = False, policy: str = "adaptive") -> Policy:
+def make_controller(
+    engine: Engine,
+    times: DeviceTimes,
+    *,
+    fps: float,
+    explain: bool = False,
+    policy: str = "adaptive",
+    learn_sizes: bool = True,
+) -> Policy:
     """The policy of one bundle on this device, by name or as ``module:Class``.
 
     Raises:
@@ -164,7 +173,9 @@ def make_controller(engine: Engine, times: DeviceTimes, *, fps: float, explain: 
     option = None
     if local is not None and engine.local is not None:
         option = LocalOption(accuracy=local.accuracy, ms=times.local_ms or Quantiles(p50=30.0, p95=60.0))
-    config = ControlConfig(fps=min(max(fps, 1.0), 1000.0) if fps else 30.0, initial_bps=_INITIAL_BPS, explain=explain)
+    config = ControlConfig(
+        fps=min(max(fps, 1.0), 1000.0) if fps else 30.0, initial_bps=_INITIAL_BPS, learn_sizes=learn_sizes, explain=explain
+    )
     offloads = [replace(o, encode_ms=times.offload_ms.get(name_of(o), o.encode_ms)) for o in engine.bundle.offloads]
     made: Policy = make(POLICIES, policy, config, points, local=option, offloads=offloads, head_ms=times.head_ms)
     return made

@@ -9,10 +9,9 @@ from edge_client.control import Offload
 from edge_client.engine import Encoded
 from edge_client.flights import Flight
 from edge_client.frames import NS_PER_MS, NS_PER_S, Outcome
-from edge_client.parts import Link
 from edge_client.pipeline import LATE_GRACE_NS, Pipeline
-from edge_client.session import Gate, Welcome
 from edge_client.strategy import Strategy
+from edge_client.transport.base import Gate, Link, Welcome
 from edge_client.update import BundleUpdate
 from protos.errors import HeadtailError, ProtocolError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
@@ -94,7 +93,7 @@ class Exchange:
         flight.payload_bytes = 0
         wire_id = self.link.send(layers, deadline_ns=flight.deadline_ns, gate=gate)
         self.flights[wire_id], flight.wire_id = flight, wire_id
-        self._pipeline.model.on_queued(wire_id, encoded)
+        self._pipeline.model.on_queued(wire_id, frame.index, encoded)
         self._pipeline.notify()
 
     def forget(self, now_ns: int) -> None:

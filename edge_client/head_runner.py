@@ -50,6 +50,7 @@ class HeadRunner:
         pipeline.timings.head.add(now_ns - start_ns)
         if flight.decision is not None:
             pipeline.model.on_device(flight.decision, now_ns - start_ns, now_ns)
+            pipeline.model.on_encoded(flight.decision, shot.encoded, now_ns)
         if flight.frame.image is not None:
             pipeline.parts.sample(flight.frame.image, shot.input_image)
         return shot

@@ -37,7 +37,7 @@ class Promise:
         columns: of the same, in the prefilter's output.
         threshold: frames with a lower score are stopped.
         recall: the lower bound promised; 0: none for these classes.
-        width: scores that the prefilter gives.
+        width: scores that the prefilter gives at least, one a class.
         sure: from this score on a box of interest in the server's answer to a probe counts as missed.
     """
 

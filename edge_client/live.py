@@ -110,6 +110,7 @@ class LiveStrategy:
         now_ns, controller = self._clock(), self._pipeline.model.controller
         deadline_ns = flight.deadline_ns if flight.deadline_ns is not None else now_ns + _FAR_NS
         connected = self._exchange.connected
+        self._pipeline.model.on_frame(flight.frame.index)
         if self._config.point_id is not None and connected and deadline_ns > now_ns:
             return Split(point_id=self._config.point_id) if controller.allows() else Local()
         decision = controller.decide(flight.frame.index, now_ns, deadline_ns)

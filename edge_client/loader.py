@@ -12,8 +12,8 @@ from edge_client.choices import DeviceTimes
 from edge_client.engine import Engine
 from edge_client.frames import Clock
 from edge_client.proof import prove
-from edge_client.rpc import Endpoint
 from edge_client.store import BundleStore
+from edge_client.transport.rpc import Endpoint
 from protos.errors import HeadtailError
 from splitters.bundle import Bundle
 

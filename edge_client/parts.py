@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,10 +14,7 @@ from edge_client.engine import Encoded, Engine
 from edge_client.floor import ScoreFloor
 from edge_client.frames import CapturedFrame, Clock, FrameReport
 from edge_client.interest import InterestGate
-from edge_client.session import Gate
 from edge_client.tracing import Traceparent, untraced
-from protos.errors import HeadtailError
-from protos.messages import FrameLayer
 from splitters.tasks.preprocess import Frame
 
 
@@ -47,29 +43,6 @@ class Frames(Protocol):
     def close(self) -> tuple[CapturedFrame, ...]:
         """Ends it; frames never taken."""
         ...
-
-
-class Link(Protocol):
-    """What carries frames and answers; ``edge_client.session.Session`` in earnest."""
-
-    up: bool
-    welcomed: asyncio.Event
-    failed: asyncio.Event
-    error: HeadtailError | None
-    reconnects: int
-
-    async def run(self) -> None:
-        """Connects and reconnects until closed."""
-
-    def send(self, layers: list[FrameLayer], *, deadline_ns: int | None, gate: Gate | None = None) -> int:
-        """Queues a frame; the id its answer will carry."""
-        ...
-
-    def restart(self) -> None:
-        """Hello again."""
-
-    def close(self) -> None:
-        """Goodbye."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

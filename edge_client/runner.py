@@ -10,10 +10,11 @@ from contextlib import suppress
 from edge_client.engine import Engine
 from edge_client.exchange import Exchange
 from edge_client.frames import Outcome
-from edge_client.parts import Link, Parts, PipelineConfig
+from edge_client.parts import Parts, PipelineConfig
 from edge_client.pipeline import Pipeline
 from edge_client.rescue import Rescue
 from edge_client.strategy import Strategy
+from edge_client.transport.base import Link
 from protos.errors import HeadtailError
 
 log = logging.getLogger(__name__)

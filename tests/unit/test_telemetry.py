@@ -37,3 +37,14 @@ def test_whoever_loads_onnx_runtime_has_loaded_splitters() -> None:
     for path in loaders:
         text = (ROOT / path).read_text(encoding="utf-8")
         assert path.parts[0] == "splitters" or re.search(r"^from splitters\.", text, re.MULTILINE), path
+
+
+def test_one_module_opens_onnx_runtime() -> None:
+    """So that device, server, training and evaluation run the same graphs under the same settings."""
+    openers = [
+        str(f.relative_to(ROOT))
+        for package in PACKAGES
+        for f in (ROOT / package).rglob("*.py")
+        if "InferenceSession(" in f.read_text(encoding="utf-8")
+    ]
+    assert openers == ["splitters/runtime/sessions.py"]

@@ -122,8 +122,8 @@ def device_app(config: ClientConfig, console: Console, *, policy: str, pace: Pac
         return engine, times
 
     def choose(engine: Engine, times: DeviceTimes, fps: float) -> Policy:
-        if policy == "ours":
-            return make_controller(engine, times, fps=fps, explain=config.explain)
+        if policy in ("ours", "ours_table"):
+            return make_controller(engine, times, fps=fps, explain=config.explain, learn_sizes=policy == "ours")
         settings = ControlConfig(fps=min(max(fps, 1.0), 1000.0) if fps else 30.0)
         made = make_policy(policy, workload_of(engine, times), settings)
         if policy != "local":

@@ -10,78 +10,25 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import grpc.aio
 
 from edge_client.frames import NS_PER_S, Clock
-from edge_client.rpc import Endpoint, open_channel, stub, translated
+from edge_client.transport.base import Gate, SessionEvents, Welcome
+from edge_client.transport.rpc import Endpoint, open_channel, stub, translated
 from protos.errors import HeadtailError, ProtocolError, UnreachableError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, FrameLayer, Grant, Result, bundle_hash
 
 if TYPE_CHECKING:
-    from edge_client.rpc import Call
+    from edge_client.transport.rpc import Call
 
 log = logging.getLogger(__name__)
 
 _NO_MESSAGE = "the server sent bytes that are no message"  # for which gRPC gives None
-
-Gate = Callable[[int, int], bool]
-"""(layer, bytes) → whether the layer may enter the network now."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Welcome:
-    """What the server said to our hello."""
-
-    session_id: str
-    model: str
-    bundle_sha256: str
-    max_in_flight: int
-    max_payload_bytes: int
-
-
-class SessionEvents(Protocol):
-    """Who is told. Every method is called on the event loop and returns at once."""
-
-    def hello(self) -> pb.Hello:
-        """The hello of the next stream."""
-        ...
-
-    def on_up(self, welcome: Welcome) -> None:
-        """The stream stands."""
-
-    def on_down(self, error: HeadtailError) -> None:
-        """The stream that stood is gone; what was in flight will not be answered."""
-
-    def on_result(self, result: Result, now_ns: int) -> None:
-        """An answer arrived, wanted or not."""
-
-    def on_sent(self, frame_id: int, layer: int, n_bytes: int, now_ns: int) -> None:
-        """A layer was handed to the transport."""
-
-    def on_unsent(self, frame_id: int) -> None:
-        """The frame's base layer was held back (too late, or no grant for it): no answer will come."""
-
-    def on_grant(self, grant: Grant, now_ns: int) -> None:
-        """The server allows more or less."""
-
-    def on_pong(self, rtt_ns: int, now_ns: int) -> None:
-        """A ping came back."""
-
-    def on_bundle_changed(self, sha256: str) -> None:
-        """The server's tail was replaced."""
-
-    def on_draining(self, grace_ns: int) -> None:
-        """The server is going away; it takes no new frames."""
-
-    def ping_due(self, now_ns: int) -> bool:
-        """Whether the round trip should be measured now."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +55,7 @@ class _Outgoing:
     gate: Gate | None
 
 
-class Session:
+class GrpcLink:
     """One server, reconnected for as long as it takes."""
 
     def __init__(
