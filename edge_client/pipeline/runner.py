@@ -7,13 +7,13 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 
-from edge_client.engine import Engine
-from edge_client.exchange import Exchange
+from edge_client.device.engine import Engine
 from edge_client.frames import Outcome
-from edge_client.parts import Parts, PipelineConfig
-from edge_client.pipeline import Pipeline
-from edge_client.rescue import Rescue
-from edge_client.strategy import Strategy
+from edge_client.pipeline.exchange import Exchange
+from edge_client.pipeline.parts import Parts, PipelineConfig
+from edge_client.pipeline.pipeline import Pipeline
+from edge_client.pipeline.rescue import Rescue
+from edge_client.pipeline.strategy import Strategy
 from edge_client.transport.base import Link
 from protos.errors import HeadtailError
 

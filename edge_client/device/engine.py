@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edge_client.device.head import Head, run_options
 from edge_client.frames import NS_PER_MS, Clock
-from edge_client.head import Head, run_options
 from protos.errors import BundleError, ConfigError, ModelError, PayloadError
 from protos.messages import Answer, Result
 from protos.schema import read_json

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
+from edge_client.capture.given import PushedFrames
 from edge_client.frames import FrameReport, Outcome
-from edge_client.given import PushedFrames
 from protos.errors import HeadtailError, UnreachableError
 from splitters.tasks.preprocess import Frame
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from edge_client.capture import Delivery
-from edge_client.exchange import Exchange
-from edge_client.flights import Flight
+from edge_client.capture.base import Delivery
 from edge_client.frames import NS_PER_S, Outcome
-from edge_client.head_runner import HeadRunner
-from edge_client.pipeline import Pipeline
-from edge_client.rescue import Rescue
+from edge_client.pipeline.exchange import Exchange
+from edge_client.pipeline.flights import Flight
+from edge_client.pipeline.head_runner import HeadRunner
+from edge_client.pipeline.pipeline import Pipeline
+from edge_client.pipeline.rescue import Rescue
 from protos.errors import DrainingError, HeadtailError, OverloadedError, UnreachableError, VersionMismatchError, from_code
 from splitters.bundle.operating_point import OperatingPoint, best_point
 

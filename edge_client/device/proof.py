@@ -20,8 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_client.choices import DeviceTimes, keep_times, known_times, measure
-from edge_client.engine import Engine
+from edge_client.device.choices import DeviceTimes, keep_times, known_times, measure
+from edge_client.device.engine import Engine
 from protos.errors import BundleError, HeadtailError
 from protos.schema import read_json
 from splitters.bundle import Bundle, open_bundle
@@ -62,7 +62,7 @@ async def prove(bundle: Bundle, *, threads: int, cache: Path, limits: Limits | N
     limits = limits or Limits()
     told = [str(bundle.path), str(threads), repr(limits.time_s), str(limits.memory_bytes)]
     child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "edge_client.proof", *told, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+        sys.executable, "-m", "edge_client.device.proof", *told, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL, limit=_ANSWER_BYTES, start_new_session=True,
     )  # fmt: skip
     assert child.stdout is not None  # noqa: S101 - asked for above

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from edge_client.control import Decision, Offload, Split
-from edge_client.engine import Engine, Features
+from edge_client.device.engine import Engine, Features
 from edge_client.frames import NS_PER_MS, CapturedFrame, FrameReport, Outcome
 from protos.messages import Answer
 from splitters.tasks.preprocess import Frame

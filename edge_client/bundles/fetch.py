@@ -14,7 +14,7 @@ from pathlib import Path
 
 import grpc.aio
 
-from edge_client.store import BundleStore
+from edge_client.bundles.store import BundleStore
 from edge_client.transport.rpc import Endpoint, open_channel, stub, translated
 from protos.errors import BundleError, ProtocolError, StorageError, UnknownModelError, UnreachableError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb

@@ -11,14 +11,14 @@ import logging
 from contextlib import suppress
 from dataclasses import replace
 
-from edge_client.active_model import ActiveModel
-from edge_client.capture import Delivery
-from edge_client.engine import Engine
-from edge_client.flights import Flight
+from edge_client.capture.base import Delivery
+from edge_client.device.engine import Engine
+from edge_client.device.timings import Timings
 from edge_client.frames import NS_PER_MS, CapturedFrame, Ledger, Outcome
-from edge_client.gates import Gates, Verdict
-from edge_client.parts import Parts, PipelineConfig
-from edge_client.timings import Timings
+from edge_client.pipeline.active_model import ActiveModel
+from edge_client.pipeline.flights import Flight
+from edge_client.pipeline.gates import Gates, Verdict
+from edge_client.pipeline.parts import Parts, PipelineConfig
 from protos.messages import Answer
 
 log = logging.getLogger(__name__)

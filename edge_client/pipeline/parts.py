@@ -4,45 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from edge_client.capture import Delivery
-from edge_client.choices import DeviceTimes
+from edge_client.capture.base import Frames
 from edge_client.control import Policy
-from edge_client.device import DeviceWorker
-from edge_client.engine import Encoded, Engine
-from edge_client.floor import ScoreFloor
-from edge_client.frames import CapturedFrame, Clock, FrameReport
-from edge_client.interest import InterestGate
-from edge_client.tracing import Traceparent, untraced
+from edge_client.device.choices import DeviceTimes
+from edge_client.device.engine import Encoded, Engine
+from edge_client.device.worker import DeviceWorker
+from edge_client.frames import Clock, FrameReport
+from edge_client.gates.floor import ScoreFloor
+from edge_client.gates.interest import InterestGate
+from edge_client.observe.tracing import Traceparent, untraced
 from splitters.tasks.preprocess import Frame
-
-
-class Frames(Protocol):
-    """Where frames come from; ``edge_client.capture.Capture`` in earnest."""
-
-    live: bool
-
-    @property
-    def fps(self) -> float:
-        """Frames a second; 0: not known, or not yet."""
-        ...
-
-    @property
-    def note(self) -> str:
-        """What is wrong with the source now; mostly empty."""
-        ...
-
-    async def start(self) -> None:
-        """Opens the source."""
-
-    async def next(self) -> Delivery | None:
-        """The next frame, None at the end."""
-        ...
-
-    def close(self) -> tuple[CapturedFrame, ...]:
-        """Ends it; frames never taken."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 
 from edge_client.control import Local
-from edge_client.exchange import Exchange
-from edge_client.flights import Flight, next_turn
+from edge_client.device.timings import SCHEDULING_NS
 from edge_client.frames import NS_PER_MS, NS_PER_S, Outcome
-from edge_client.pipeline import LATE_GRACE_NS, Pipeline
-from edge_client.timings import SCHEDULING_NS
+from edge_client.pipeline.exchange import Exchange
+from edge_client.pipeline.flights import Flight, next_turn
+from edge_client.pipeline.pipeline import LATE_GRACE_NS, Pipeline
 from protos.messages import Answer
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from edge_client.frames import NS_PER_S, Clock, FrameReport, Ledger, Outcome
-from edge_client.told import AnswerCounts
+from edge_client.observe.told import AnswerCounts
 from splitters.tasks.preprocess import Frame
 
 STAGES = ("capture", "preprocess", "head", "prefilter", "codec", "send", "network", "decode", "queue", "tail", "local", "total")

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from edge_client.control import ControlConfig, Decision, Local, LocalOption, Offload, Policy, Split
-from edge_client.engine import Engine
+from edge_client.device.engine import Engine
 from edge_client.extensions import POLICIES, make
 from edge_client.frames import NS_PER_MS, NS_PER_S, Clock
-from edge_client.interest import read_promise
+from edge_client.gates.interest import read_promise
 from protos.errors import BundleError
 from protos.schema import read_json
 from splitters.bundle import Bundle

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from edge_client.frames import NS_PER_S, Clock, FrameReport, Outcome
-from edge_client.told import in_words
+from edge_client.observe.told import in_words
 from protos.messages import Answer
 from protos.text import printable
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import partial
 
 from edge_client.control import Offload
-from edge_client.engine import Encoded, Engine, Features
-from edge_client.flights import Flight
+from edge_client.device.engine import Encoded, Engine, Features
 from edge_client.frames import NS_PER_S
-from edge_client.parts import Shot
-from edge_client.pipeline import Pipeline
+from edge_client.pipeline.flights import Flight
+from edge_client.pipeline.parts import Shot
+from edge_client.pipeline.pipeline import Pipeline
 from splitters.bundle.operating_point import OperatingPoint
 
 Make = Callable[[Engine, Features], Encoded]

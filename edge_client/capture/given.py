@@ -10,9 +10,8 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, It
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.capture import Delivery
+from edge_client.capture.base import Delivery, Frames
 from edge_client.frames import CapturedFrame, Clock
-from edge_client.parts import Frames
 from protos.errors import SourceError
 from splitters.tasks.preprocess import Frame
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from edge_client.engine import Engine
+from edge_client.device.engine import Engine
 from protos.errors import BundleError, HeadtailError, ProtocolError
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import cv2
 import numpy as np
 
-from edge_client.masking import may_hold_secret, shown_url
+from edge_client.capture.masking import may_hold_secret, shown_url
 from protos.errors import ConfigError, SourceError
 from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below, read_picture
 from splitters.runtime.video import DEFAULT_FPS, VideoReader

@@ -20,8 +20,9 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from edge_client.capture.base import Delivery
+from edge_client.capture.sources import DEFAULT_FPS, Camera, Shot, Source, SourceFaults, open_camera
 from edge_client.frames import NS_PER_S, CapturedFrame, Clock
-from edge_client.sources import DEFAULT_FPS, Camera, Shot, Source, SourceFaults, open_camera
 from protos.errors import HeadtailError, SourceError
 
 log = logging.getLogger(__name__)
@@ -56,14 +57,6 @@ class CaptureConfig:
     def live(self) -> bool:
         """Newest frame only, and a frame not answered in time is worthless."""
         return self.realtime or self.source.camera
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Delivery:
-    """A frame, and those it replaced (without their images), oldest first."""
-
-    frame: CapturedFrame
-    superseded: tuple[CapturedFrame, ...] = ()
 
 
 class Capture:

@@ -7,12 +7,12 @@ import functools
 import time
 from collections.abc import Awaitable, Callable
 
-from edge_client.bundles import choose_model, fetch_bundle, list_models
-from edge_client.choices import DeviceTimes
-from edge_client.engine import Engine
+from edge_client.bundles.fetch import choose_model, fetch_bundle, list_models
+from edge_client.bundles.store import BundleStore
+from edge_client.device.choices import DeviceTimes
+from edge_client.device.engine import Engine
+from edge_client.device.proof import prove
 from edge_client.frames import Clock
-from edge_client.proof import prove
-from edge_client.store import BundleStore
 from edge_client.transport.rpc import Endpoint
 from protos.errors import HeadtailError
 from splitters.bundle import Bundle

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from edge_client.bundles.update import BundleUpdate
 from edge_client.control import Offload
-from edge_client.engine import Encoded
-from edge_client.flights import Flight
+from edge_client.device.engine import Encoded
 from edge_client.frames import NS_PER_MS, NS_PER_S, Outcome
-from edge_client.pipeline import LATE_GRACE_NS, Pipeline
-from edge_client.strategy import Strategy
+from edge_client.pipeline.flights import Flight
+from edge_client.pipeline.pipeline import LATE_GRACE_NS, Pipeline
+from edge_client.pipeline.strategy import Strategy
 from edge_client.transport.base import Gate, Link, Welcome
-from edge_client.update import BundleUpdate
 from protos.errors import HeadtailError, ProtocolError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, FrameLayer, Grant, PayloadKind, Result

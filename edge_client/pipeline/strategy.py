@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from edge_client.flights import Flight
+from edge_client.pipeline.flights import Flight
 from protos.errors import HeadtailError
 
 

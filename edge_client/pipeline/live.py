@@ -11,14 +11,14 @@ import logging
 from dataclasses import asdict
 
 from edge_client.control import Decision, Local, Offload, Skip, Split
-from edge_client.exchange import Exchange
-from edge_client.flights import Flight
+from edge_client.device.timings import SCHEDULING_NS
 from edge_client.frames import NS_PER_S, Outcome
-from edge_client.head_runner import HeadRunner
-from edge_client.parts import Shot
-from edge_client.pipeline import Pipeline
-from edge_client.rescue import Rescue
-from edge_client.timings import SCHEDULING_NS
+from edge_client.pipeline.exchange import Exchange
+from edge_client.pipeline.flights import Flight
+from edge_client.pipeline.head_runner import HeadRunner
+from edge_client.pipeline.parts import Shot
+from edge_client.pipeline.pipeline import Pipeline
+from edge_client.pipeline.rescue import Rescue
 from protos.errors import HeadtailError, UnreachableError
 
 log = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edge_client.change import ChangeGate
-from edge_client.engine import Features
-from edge_client.flights import Flight
+from edge_client.device.engine import Features
 from edge_client.frames import NS_PER_MS, NS_PER_S, CapturedFrame, Outcome
-from edge_client.interest import InterestGate
-from edge_client.parts import Parts
+from edge_client.gates.change import ChangeGate
+from edge_client.gates.interest import InterestGate
+from edge_client.pipeline.flights import Flight
+from edge_client.pipeline.parts import Parts
 from protos.messages import Answer
 
 _FAR_NS = 10 * NS_PER_S

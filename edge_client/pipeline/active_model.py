@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 
 from edge_client.control import Decision
-from edge_client.engine import NO_REFERENCE, Encoded, Engine, Reference, learn_reference
+from edge_client.device.engine import NO_REFERENCE, Encoded, Engine, Reference, learn_reference
+from edge_client.device.references import ReferenceAges
+from edge_client.device.timings import DevicePace
 from edge_client.frames import NS_PER_MS
-from edge_client.interest import InterestGate
-from edge_client.parts import Parts
-from edge_client.references import ReferenceAges
-from edge_client.timings import DevicePace
+from edge_client.gates.interest import InterestGate
+from edge_client.pipeline.parts import Parts
 from protos.errors import HeadtailError, OverloadedError
 from protos.messages import Answer, Result
 from splitters.bundle.operating_point import Quantiles
