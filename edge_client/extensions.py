@@ -14,8 +14,10 @@ POLICIES: Registry[Callable[..., Any]] = Registry(
 )
 """Called as ``Controller`` is: (config, points, *, local, offloads, head_ms); gives an ``edge_client.control.Policy``."""
 
-TRANSPORTS: Registry[Callable[..., Any]] = Registry("headtail.transports", "transport", {"grpc": "edge_client.session:Session"})
-"""Called as ``Session`` is: (endpoint, events, *, clock); gives an ``edge_client.parts.Link``."""
+TRANSPORTS: Registry[Callable[..., Any]] = Registry(
+    "headtail.transports", "transport", {"grpc": "edge_client.transport.grpc:GrpcLink"}
+)
+"""Called as ``GrpcLink`` is: (endpoint, events, *, clock); gives an ``edge_client.transport.base.Link``."""
 
 SINKS: Registry[Callable[[str, Callable[[], Mapping[int, str]]], Any]] = Registry("headtail.sinks", "sink")
 """Called with what stands behind ``=`` on the command line and a function that gives the labels; gives a ``sinks.Sink``."""

@@ -19,7 +19,7 @@ from deploy.testbed.scenario import Scenario, load_scenario
 from deploy.testbed.simulate.report import Summary, jain, summarise
 from deploy.testbed.simulate.run import Run, simulate
 from deploy.testbed.study import ALL_POLICIES, Condition, Job, pool_rows, run_jobs, sample_traces
-from deploy.testbed.workload import Workload, find_workload
+from deploy.testbed.workload import Workload, find_workload, with_clip
 from edge_client import extensions
 from protos.errors import ConfigError, HeadtailError, SourceError, StorageError
 from protos.version import package_version
@@ -116,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--explain", type=Path, metavar="FILE", help="write every decision's inputs, candidates and choice as JSON lines"
     )
     _workload_arguments(run)
+    _clip_argument(run)
     _output_arguments(run)
     run.set_defaults(run=_run)
 
@@ -130,12 +131,15 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--loss-percent", type=_number, default=0.0)
     compare.add_argument("--rtt-ms", type=_number, default=80.0)
     compare.add_argument("--device-slowdown", type=_number, default=10.0)
-    compare.add_argument("--policies", default=",".join(ALL_POLICIES), help="comma separated (default: all)")
+    compare.add_argument(
+        "--policies", default=",".join(p for p in ALL_POLICIES if p != "ours_table"), help="comma separated (default: %(default)s)"
+    )
     compare.add_argument("--limit", type=int, default=12, help="traces, drawn with --seed; 0: all (default %(default)s)")
     compare.add_argument("--duration-s", type=_number, default=30.0, help="virtual time a trace (default %(default)s)")
     compare.add_argument("--seed", type=int, default=0)
     compare.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     _workload_arguments(compare)
+    _clip_argument(compare)
     _output_arguments(compare)
     compare.set_defaults(run=_compare)
 
@@ -150,6 +154,26 @@ def _workload_arguments(parser: argparse.ArgumentParser) -> None:
         default="efficientnet-lite0",
         help="whose operating points: a default model's name, a bundle directory or a workload's JSON file (default %(default)s)",
     )
+
+
+def _clip_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clip",
+        type=Path,
+        metavar="VIDEO",
+        help="simulate: payloads are as large as this video's frames are, encoded by the bundle (minutes the first time);"
+        " default: drawn from the table, which was measured on stills",
+    )
+    parser.add_argument("--clip-frames", type=int, default=60, help="frames taken of it, at the fps (default %(default)s)")
+
+
+def _workload(args: argparse.Namespace, fps: float) -> Workload:
+    workload = find_workload(args.bundle)
+    if args.clip is None:
+        return workload
+    if args.clip_frames < 8:
+        raise ConfigError(f"--clip-frames must be at least 8, got {args.clip_frames}")
+    return with_clip(workload, args.bundle, args.clip, fps=fps, frames=args.clip_frames)
 
 
 def _output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,9 +197,13 @@ def _run(args: argparse.Namespace) -> int:
     if args.duration_s:
         scenario = replace(scenario, duration_s=args.duration_s)
     if args.mode != "simulate":
+        if args.clip is not None:
+            raise ConfigError("--clip is for --mode simulate; in the other modes --frames names the video")
         return _run_real(args, scenario)
-    workload = find_workload(args.bundle)
+    workload = _workload(args, scenario.fps)
     if args.policy == "oracle":
+        if workload.clip is not None:
+            raise ConfigError("the oracle reads the table's payload sizes; leave --clip out")
         from deploy.testbed.simulate.oracle import oracle
 
         _show(args, scenario.name, workload, "oracle", oracle(scenario, workload), {})
@@ -234,12 +262,13 @@ def _show(args: argparse.Namespace, name: str, workload: Workload, policy: str, 
 
 
 def _compare(args: argparse.Namespace) -> int:
-    workload = find_workload(args.bundle)
+    workload = _workload(args, args.fps)
     policies = args.policies.split(",")
     unknown = sorted(p for p in set(policies) - set(ALL_POLICIES) if ":" not in p and p not in extensions.POLICIES)
     if unknown:
         raise ConfigError(f"no policy {', '.join(unknown)}; there are {', '.join(ALL_POLICIES)}")
     lacking = {"local"} if workload.local is None else set()
+    lacking |= {"oracle"} if workload.clip is not None else set()  # it reads the table's sizes
     lacking |= {p for p in policies if p.startswith("offload")} if not workload.offloads else set()
     for p in sorted(lacking & set(policies)):
         print(f"{p}: left out, {workload.name} has nothing measured for it", file=sys.stderr)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edge_client.choices import DeviceTimes, keep_times, known_times, measure, measured_points, name_of
+from deploy.testbed.clip import ClipSizes, measure_clip
 from edge_client.control import LocalOption, OffloadOption
-from edge_client.engine import Engine
+from edge_client.device.choices import DeviceTimes, keep_times, known_times, measure, measured_points, name_of
+from edge_client.device.engine import Engine
 from protos.errors import ConfigError
 from splitters.bundle import cache_dir, open_bundle
 from splitters.bundle.offload import offload_from_json
@@ -41,7 +42,8 @@ class ServerTimes:
 class Workload:
     """One model: points, offload options and local model in one accuracy metric, and the times measured beside them.
 
-    Device times are those of the machine that measured; ``slowed`` multiplies them.
+    Device times are those of the machine that measured; ``slowed`` multiplies them. Where there is a
+    ``clip``, payloads are as large as its frames' are; else their sizes are drawn from the table.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Workload:
     local: LocalOption | None = None
     server: ServerTimes = field(default_factory=ServerTimes)
     result_bytes: int = 300
+    clip: ClipSizes | None = None
 
     def slowed(self, factor: float) -> Workload:
         """The same on a device ``factor`` times slower."""
@@ -87,6 +90,10 @@ def load_workload(path: Path) -> Workload:
 
 def find_workload(name: str) -> Workload:
     """A workload by a default model's name (exported if need be), a bundle's directory or a workload's JSON file."""
+    return load_workload(_bundle_path(name))
+
+
+def _bundle_path(name: str) -> Path:
     path = Path(name)
     if not path.exists():
         from splitters.bundle import exported_path
@@ -96,7 +103,20 @@ def find_workload(name: str) -> Workload:
             from splitters.zoo.defaults import ensure_exported
 
             path = ensure_exported(name)
-    return load_workload(path)
+    return path
+
+
+def with_clip(workload: Workload, name: str, clip: Path, *, fps: float, frames: int) -> Workload:
+    """The workload of a bundle with the sizes that a clip's frames have; ``name`` as for ``find_workload``.
+
+    Raises:
+        ConfigError: the workload is no bundle's.
+        SourceError: the clip cannot be read.
+    """
+    path = _bundle_path(name)
+    if not path.is_dir():
+        raise ConfigError(f"a clip is encoded with a bundle; {name} is none")
+    return replace(workload, clip=measure_clip(open_bundle(path, side="device"), clip, fps=fps, frames=frames))
 
 
 def _of_bundle(path: Path) -> Workload:

@@ -22,6 +22,7 @@ class ControlConfig:
         initial_rtt_ns: round trip assumed before the first acknowledgement or pong.
         ping_interval_ns: a ping is due when nothing was heard for this long and no frame is in flight.
         grant_burst_ns: how much unused grant may be saved up, as time at the granted bitrate.
+        learn_sizes: learn what payloads cost here (see ``sizes``); else the table is believed.
         explain: attach an ``Explanation`` to every decision.
     """
 
@@ -35,6 +36,7 @@ class ControlConfig:
     initial_rtt_ns: int = 60_000_000
     ping_interval_ns: int = 250_000_000
     grant_burst_ns: int = 500_000_000
+    learn_sizes: bool = True
     explain: bool = False
 
     def __post_init__(self) -> None:

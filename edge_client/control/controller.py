@@ -14,10 +14,12 @@ from math import inf
 
 from edge_client.control.budget import GrantBudget
 from edge_client.control.config import ControlConfig
-from edge_client.control.decision import Candidate, Decision, Explanation, Local, LocalOption, Offload, Skip, Split
+from edge_client.control.decision import Decision, Local, LocalOption, Offload, Skip, Split
 from edge_client.control.estimator import Estimator
+from edge_client.control.explain import explanation
 from edge_client.control.options import DEVICE_NOISE, Option, useful
 from edge_client.control.scoring import Moment, Score, device_price
+from edge_client.control.sizes import PayloadSizes
 from edge_client.control.window import CreditWindow
 from protos.errors import ConfigError
 from splitters.bundle.offload import OffloadOption
@@ -27,6 +29,8 @@ from splitters.bundle.operating_point import OperatingPoint, Quantiles
 _WORTHLESS = 0.02
 # What has less hope than this of an answer in time is sent once in a while only, to learn whether that is still so.
 _HOPELESS, _HOPE_INTERVAL_NS = 0.05, 1_000_000_000
+# A size that is learnt to differ by less than this share leaves the choices as they are.
+_SAME_SIZE = 0.08
 _NOTHING = Quantiles(p50=0.0, p95=0.0)
 
 
@@ -68,6 +72,10 @@ class Controller:
         if not remote and self._local is None:
             raise ConfigError("the controller has nothing to choose from: give it operating points, offloads or a local model")
         self._all = remote
+        self._sizes: PayloadSizes | None = None
+        if config.learn_sizes:
+            self._sizes = PayloadSizes({o.name: o.table_bytes for o in remote}, {o.name: o.kind for o in remote})
+        self._age, self._resize = 0, False
         self._least_ns = self._longest_ns = 0.0
         self._bytes = (0.0, 0.0)
         self._consider()
@@ -151,6 +159,21 @@ class Controller:
                 self._least_ns = min(self._least_ns, option.mid_ns)
                 self._longest_ns = max(self._longest_ns, option.high_ns)
 
+    def on_reference(self, age: int) -> None:
+        """How many frame intervals old the newest reference is that the next frame could be predicted from; 0: there is none."""
+        if age != self._age:
+            self._age, self._resize = age, True
+
+    def on_payload(self, decision: Decision, n_bytes: int, now_ns: int) -> None:
+        """What a frame's payload is, all its layers together, sent or not; with the reference told last."""
+        option = self._by_name.get(decision.name)
+        if option is None or self._sizes is None:
+            return
+        age = self._age if isinstance(decision, Split) else 0
+        self._sizes.learn(option.name, age, n_bytes, now_ns)
+        learnt = self._sizes.expect(option.name, age, now_ns)
+        self._resize |= abs(learnt.p95 - option.n_bytes) > _SAME_SIZE * option.n_bytes
+
     def set_device_ms(self, decision: Decision, ms: Quantiles) -> None:
         """Overrides what is believed of a choice's device time (the measurement at start)."""
         if decision.name in self._by_name:
@@ -172,12 +195,17 @@ class Controller:
         ``now_ns`` is when the device is free to begin; ``deadline_ns`` when the answer is worthless. Both are of the
         caller's monotonic clock.
         """
+        if self._resize:
+            self._believe_sizes(now_ns)
         tokens = self.budget.tokens_bytes(now_ns)
         scores, reason = self._scores(now_ns, deadline_ns, tokens)
         best = self._choose(scores, now_ns) or self._probe(scores)
         explain = None
         if self.config.explain:
-            explain = self._explain(frame_id, now_ns, deadline_ns, tokens, scores, best.option.name if best else f"skip {reason}")
+            explain = explanation(
+                self.estimator, scores, frame_id=frame_id, now_ns=now_ns, deadline_ns=deadline_ns, window_frames=self.window.frames,
+                grant_bps=self.budget.bitrate_bps, tokens=tokens, choice=best.option.name if best else f"skip {reason}",
+            )  # fmt: skip
         if best is None:
             return Skip(reason=reason, explain=explain)
         self._last = best.option
@@ -234,6 +262,15 @@ class Controller:
         # Bounds of all device times: what is learnt in between widens them.
         self._least_ns = min((o.mid_ns for o in self._remote), default=0.0)
         self._longest_ns = max((o.high_ns for o in self._remote), default=0.0)
+
+    def _believe_sizes(self, now_ns: int) -> None:
+        """Gives every choice the size that was learnt for it."""
+        self._resize = False
+        if self._sizes is None:
+            return
+        for o in self._all:
+            o.set_bytes(self._sizes.expect(o.name, self._age if isinstance(o.decision, Split) else 0, now_ns))
+        self._consider()
 
     def _scores(self, now_ns: int, deadline_ns: int, tokens: float) -> tuple[list[Score], str]:
         """Every option's score, and the word for a skip should none be worth it."""
@@ -347,35 +384,3 @@ class Controller:
             return None
         open_ = [s for s in scores if not s.refused and s.option.n_bytes]
         return min(open_, key=lambda s: s.expected_ns, default=None)
-
-    def _explain(
-        self, frame_id: int, now_ns: int, deadline_ns: int, tokens: float, scores: list[Score], choice: str
-    ) -> Explanation:
-        e = self.estimator
-        return Explanation(
-            frame_id=frame_id,
-            now_ns=now_ns,
-            deadline_ns=deadline_ns,
-            connected=e.connected,
-            delivery_bps=e.delivery_bps,
-            base_rtt_ms=e.base_rtt_ns / 1e6,
-            server_ms=e.server_ns / 1e6,
-            backlog_bytes=e.backlog_bytes,
-            overdue_ms=e.overdue_ns(now_ns) / 1e6,
-            in_flight=e.in_flight,
-            window_frames=self.window.frames,
-            grant_bps=self.budget.bitrate_bps,
-            grant_tokens_bytes=tokens,
-            candidates=tuple(
-                Candidate(
-                    name=s.option.name,
-                    payload_bytes=int(s.option.n_bytes),
-                    expected_ms=s.expected_ns / 1e6,
-                    p_on_time=s.p,
-                    value=s.net,
-                    refused=s.refused,
-                )
-                for s in scores
-            ),
-            choice=choice,
-        )

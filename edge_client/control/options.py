@@ -18,24 +18,35 @@ class Option:
     """One thing to do.
 
     Attributes:
+        kind: ``split``, ``jpeg``, ...: choices of one kind cost alike.
         accuracy: 0..1, measured.
-        typical_bytes, n_bytes: middling and p95 payload.
+        table_bytes: the payload as it was measured elsewhere.
+        typical_bytes, n_bytes: middling and p95 payload, by the table or as learnt.
         packets: TCP segments of a p95 payload.
         mid_ns, high_ns: median and p95 of the device's time, as measured here once there are eight samples.
     """
 
-    __slots__ = ("_samples", "accuracy", "decision", "high_ns", "mid_ns", "n_bytes", "name", "packets", "typical_bytes")
+    __slots__ = (
+        "_samples", "accuracy", "decision", "high_ns", "kind", "mid_ns", "n_bytes", "name", "packets", "table_bytes",
+        "typical_bytes",
+    )  # fmt: skip
 
     def __init__(self, decision: Decision, accuracy: float, payload: Quantiles, ms: Quantiles) -> None:
         self.name = decision.name
+        self.kind = self.name.partition(" ")[0]
         self.decision = decision
         self.accuracy = accuracy
-        self.n_bytes = max(payload.p50, payload.p95)
-        self.typical_bytes = (payload.p50 + self.n_bytes) / 2
-        self.packets = int(-(-(self.typical_bytes + _OVERHEAD_BYTES) // _SEGMENT_BYTES))
+        self.table_bytes = payload
+        self.set_bytes(payload)
         self._samples: SlidingQuantile | None = None  # most are never chosen
         self.mid_ns = self.high_ns = 0.0
         self.set_ms(ms)
+
+    def set_bytes(self, payload: Quantiles) -> None:
+        """What a payload is believed to cost."""
+        self.n_bytes = max(payload.p50, payload.p95)
+        self.typical_bytes = (payload.p50 + self.n_bytes) / 2
+        self.packets = int(-(-(self.typical_bytes + _OVERHEAD_BYTES) // _SEGMENT_BYTES))
 
     def set_ms(self, ms: Quantiles) -> None:
         """Overrides what is believed of the device's time."""

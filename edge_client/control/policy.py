@@ -76,6 +76,12 @@ class Policy(Protocol):
     def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None:
         """How long the device worked: decision to payload (split, offload), or to answer (``Local()``, fallbacks too)."""
 
+    def on_reference(self, age: int) -> None:
+        """How many frame intervals old the reference is that the next frame could be predicted from; 0: there is none."""
+
+    def on_payload(self, decision: Decision, n_bytes: int, now_ns: int) -> None:
+        """What a frame's payload is, all its layers together, sent or not; its reference was as old as told last."""
+
     def set_device_ms(self, decision: Decision, ms: Quantiles) -> None:
         """What is now believed of a choice's time on the device."""
 

@@ -33,7 +33,7 @@ def calibrate_plain(
 
     Args:
         samples: one array per latent tensor, batch axis first.
-        bits: one codec point each, 1..12.
+        bits: one codec point each, 1..14.
         channel_axes: the channel axis of each latent, batch axis *not* counted; default 0.
         point_ids: names of the points; default ``b8``, ``b6``, ...
 

@@ -1,4 +1,4 @@
-"""The plain codec: static per-channel affine scale, 1..12 bits, one zstandard layer.
+"""The plain codec: static per-channel affine scale, 1..14 bits, one zstandard layer.
 
 Above 8 bits all high bytes follow all low ones.
 Works for any number of latent tensors of any shape, so every cut has a payload before one is trained.
@@ -30,7 +30,7 @@ from splitters.codec.base import (
 from splitters.codec.envelope import MAX_POINTS, Header, is_predicted, open_layers, seal
 from splitters.codec.symbols import SymbolArray, Symbols
 
-MAX_BITS = 12
+MAX_BITS = 14
 _ZSTD_LEVEL = 6
 
 

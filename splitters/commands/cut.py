@@ -20,6 +20,7 @@ from splitters.tasks.preprocess import Frame
 if TYPE_CHECKING:
     from splitters.cutting.bundle import Serving
     from splitters.cutting.sources import Source
+    from splitters.cutting.split import Cutter
 
 BITS = (8, 6, 4, 3, 2)
 
@@ -35,13 +36,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_model_arguments(parser, weights="hub")
     parser.add_argument(
         "--at", metavar="NAME",
-        help="the submodule or node after which to cut (default, of ONNX: the fewest bytes with at most 35 %% of the work here)",
+        help="the submodule or node after which to cut (default: the fewest bytes with at most 35 %% of the work on the device)",
     )  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, help="the bundle's directory")
     parser.add_argument("--name", help="the bundle's name (default: the model's)")
     parser.add_argument("--photos", type=Path, metavar="DIR", help="typical photographs (default: those scikit-image ships)")
     parser.add_argument("--photos-max", type=int, default=100, metavar="N", help="use N of them at most (default: %(default)s)")
-    parser.add_argument("--bits", type=int, nargs="+", help="an operating point each, 1..12 (default: 8 6 4 3 2; ONNX: 12 too)")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", help="an operating point each, 1..14 (default: 8 6 4 3 2; ONNX: 14 and 12 too)"
+    )
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE.jpg", help="a photograph with what was found, of ONNX (default: OUT.jpg)"
+    )
     parser.add_argument("--local", action="store_true", help="give the device the whole model too, for when no server answers")
     add_serving_arguments(parser)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
@@ -57,9 +63,8 @@ def run(args: argparse.Namespace) -> int:
         return cut_onnx.run(args, photos, model_size(args))
     from splitters.cutting.bundle import write_bundle
 
-    if not args.at:
-        raise ConfigError("--at says where to cut; `splitters profile MODEL` lists the places")
     source = load_model(args)
+    at, chosen = args.at, ""
     with Progress("cut", every_s=0.5) as show:
         detector = _detector(source, args, photos, show)
         if detector is not None:
@@ -73,9 +78,11 @@ def run(args: argparse.Namespace) -> int:
             serving = _serving(source, args, photos)
             image = torch.from_numpy(preprocess(photos[0], serving.preprocess))
             show(0, len(photos), "tracing the model")
-            written = write_bundle(Cutter(source.model, image), args.at, photos, serving, args.out, on_step=show)
+            cutter = Cutter(source.model, image)
+            at, chosen = _place(cutter, args.at)
+            written = write_bundle(cutter, at, photos, serving, args.out, on_step=show)
     bundle, proof = written.bundle, written.verification
-    print(f"{bundle.manifest.name} cut at {args.at}: {bundle.path} (sha256 {bundle.sha256[:16]}…)")
+    print(f"{bundle.manifest.name} cut at {at}{chosen}: {bundle.path} (sha256 {bundle.sha256[:16]}…)")
     print(f"  latents {list(bundle.manifest.latent_shape)}; head and tail are the model: relative difference "
           f"{proof.relative_difference:.1e} at batches {list(proof.batches)}, in ONNX {written.onnx_difference:.1e}; "
           f"replacing a latent moves the output by {min(proof.sensitivity):.1e} or more")  # fmt: skip
@@ -88,11 +95,21 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {p.id:5} {p.bits:4.0f} {size.p50:10.0f} B {size.p95:7.0f} {p.head_ms.p50:8.2f}  {p.accuracy:.4f}")
     if args.json:
         print(json.dumps({
-            "path": str(bundle.path), "sha256": bundle.sha256, "at": args.at, "relative_difference": proof.relative_difference,
+            "path": str(bundle.path), "sha256": bundle.sha256, "at": at, "relative_difference": proof.relative_difference,
             "onnx_difference": written.onnx_difference, "warnings": list(proof.warnings),
             "points": [p.to_json() for p in bundle.points],
         }))  # fmt: skip
     return 0
+
+
+def _place(cutter: Cutter, at: str | None) -> tuple[str, str]:
+    """Where to cut, and words that say how that was chosen."""
+    if at:
+        return at, ""
+    from splitters.profiling.measure import fewest_bytes
+
+    name, work = fewest_bytes(cutter)
+    return name, f" (the fewest bytes among cuts with at most 35 % of the work on the device: {work:.0%})"
 
 
 def _detector(source: Source, args: argparse.Namespace, photos: list[Frame], show: Progress) -> Any:
@@ -105,6 +122,8 @@ def _detector(source: Source, args: argparse.Namespace, photos: list[Frame], sho
         return None
     from splitters.cutting.rcnn_bundle import write_detector_bundle
 
+    if not args.at:
+        raise ConfigError("--at says where to cut one of torchvision's detectors; `splitters profile MODEL` lists the places")
     return write_detector_bundle(
         source,
         args.at,

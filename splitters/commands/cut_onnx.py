@@ -10,11 +10,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 
-from protos.errors import ConfigError
+from protos.errors import ConfigError, StorageError
 from splitters.bundle.manifest import Preprocess
+from splitters.commands.progress import Progress
 from splitters.commands.serving_arguments import AUTO, TENSORS, UNKNOWN_LICENCE, read_labels, read_preprocess
+from splitters.tasks.base import TASKS
+from splitters.tasks.canvas import Canvas
 from splitters.tasks.decoding import Decoding, Preset
 from splitters.tasks.guess import Guess, Outputs, fitted, guess, labels_of
 from splitters.tasks.preprocess import Frame, preprocess
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from splitters.cutting.onnx.model import OnnxModel
     from splitters.cutting.onnx.write import OnnxWritten
 
-BITS = (12, 8, 6, 4, 3, 2)
+BITS = (14, 12, 8, 6, 4, 3, 2)
 _INTEGERS: Mapping[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "UINT8": ((0.0,) * 3, (1 / 255,) * 3), "INT8": ((128 / 255,) * 3, (1 / 255,) * 3),
 }  # fmt: skip
@@ -48,9 +52,12 @@ def run(args: argparse.Namespace, photos: Sequence[Frame], size_px: tuple[int, i
         licence=args.licence or licence_of(model),
         provenance={"model": f"onnx:{path.name}", "weights": path.name}, bits=tuple(args.bits or BITS), local=args.local,
     )  # fmt: skip
-    say("proving the pieces against the whole file, measuring…")
-    written = write_onnx_bundle(model, args.at, photos, serving, args.out)
-    _report(written, args)
+    with Progress("cut", every_s=0.5) as show:
+        show(0, len(photos), "proving the pieces against the whole file")
+        written = write_onnx_bundle(model, args.at, photos, serving, args.out, on_step=show)
+    picture = args.show or args.out.with_name(f"{args.out.name}.jpg")
+    _draw(written, photos, picture)
+    _report(written, args, picture)
     return 0
 
 
@@ -128,12 +135,30 @@ def _fit_labels(how: Decoding, labels: Mapping[int, str], outputs: Outputs, wher
         raise ConfigError(f"{where} names {len(labels)} classes, the model's output has {columns}")
 
 
+def _draw(written: OnnxWritten, photos: Sequence[Frame], path: Path) -> None:
+    """The photograph in which most was found, with the answer that came through the bundle.
+
+    Raises:
+        StorageError: the picture cannot be written.
+    """
+    manifest = written.bundle.manifest
+    kind = TASKS.get(manifest.task)
+    seen = max(range(len(written.answers)), key=lambda i: sum(kind.classes(written.answers[i]).values()))
+    canvas = Canvas(photos[seen])
+    kind.draw(canvas, written.answers[seen], manifest.labels)
+    done, data = cv2.imencode(".jpg", canvas.finish())
+    try:
+        path.write_bytes(data.tobytes() if done else b"")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}; the bundle is whole") from error
+
+
 def licence_of(model: OnnxModel) -> str:
     """What the exporter says, or that nobody does."""
     return model.metadata.get("license", "") or UNKNOWN_LICENCE
 
 
-def _report(written: OnnxWritten, args: argparse.Namespace) -> None:
+def _report(written: OnnxWritten, args: argparse.Namespace, picture: Path) -> None:
     bundle, proof, seen = written.bundle, written.proof, written.agreement
     chosen = "as asked" if args.at else "the fewest bytes among cuts with at most 35 % of the work on the device"
     print(f"{bundle.manifest.name} cut at {written.cut.name} ({chosen}): {bundle.path} (sha256 {bundle.sha256[:16]}…)")
@@ -164,6 +189,7 @@ def _report(written: OnnxWritten, args: argparse.Namespace) -> None:
     for p in bundle.points:
         sent = f"{p.payload_bytes.p50:10.0f} B {p.payload_bytes.p95:7.0f}"
         print(f"  {p.id:5} {p.bits:4.0f} {sent} {p.head_ms.p50:8.2f}  {p.accuracy:.4f}")
+    print(f"  what was found in a photograph: {picture}")
     if args.json:
         print(json.dumps({
             "path": str(bundle.path), "sha256": bundle.sha256, "at": written.cut.name, "identical": proof.identical,

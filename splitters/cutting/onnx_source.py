@@ -22,6 +22,7 @@ from splitters.cutting.onnx_check import check_conversion, probes
 
 log = logging.getLogger(__name__)
 
+PLAIN = "; a plain quantised cut needs no conversion: splitters cut onnx:FILE"
 OPSET = 16  # the newest of which onnx2torch knows most operators; later files are converted down
 
 
@@ -140,9 +141,9 @@ def _converted(path: Path, model: Any) -> tuple[nn.Module, tuple[str, ...]]:
             module = onnx2torch.convert(model).eval()
             make_constant(module)
     except NotImplementedError as error:
-        raise ModelError(f"{path} uses an operator that onnx2torch does not know: {first_line(error)}") from error
+        raise ModelError(f"{path} uses an operator that onnx2torch does not know: {first_line(error)}{PLAIN}") from error
     except Exception as error:
-        raise ModelError(f"onnx2torch cannot convert {path}: {type(error).__name__}: {first_line(error)}") from error
+        raise ModelError(f"onnx2torch cannot convert {path}: {type(error).__name__}: {first_line(error)}{PLAIN}") from error
     told = (w for w in caught if not issubclass(w.category, DeprecationWarning | FutureWarning))
     said = tuple(dict.fromkeys(" ".join(str(w.message).split()) for w in told))
     for text in said:

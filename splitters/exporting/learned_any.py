@@ -20,10 +20,12 @@ from splitters.bottleneck.learned_any import AnyCutConfig, FusedEncoder, TappedT
 from splitters.bottleneck.narrow import narrow
 from splitters.bundle import Bundle, BundleWriter, Measure
 from splitters.bundle.manifest import Head, parse_preprocess
+from splitters.bundle.operating_point import load_points
 from splitters.codec import learned_spec
 from splitters.cutting.onnx_export import export_onnx
 from splitters.cutting.sources import Source, load_source
 from splitters.exporting.learned import (
+    POINTS_FILE,
     RECIPE_FILE,
     TABLES_FILE,
     TABLES_PART,
@@ -123,13 +125,13 @@ class _FusedStem(nn.Module):
         return fused
 
 
-def export_run(run: Path, out: Path, *, measure: Measure, model: str = "", name: str = "") -> Bundle:
+def export_run(run: Path, out: Path, *, measure: Measure | None = None, model: str = "", name: str = "") -> Bundle:
     """Writes the bundle of a finished run.
 
     Args:
         run: what `splitters train any` wrote.
         out: the bundle's directory.
-        measure: measures the operating points.
+        measure: measures the operating points where the run holds none.
         model: where the source model lies now; empty: where the recipe says.
         name: the bundle's; empty: the source model's.
     """
@@ -148,14 +150,16 @@ def export_run(run: Path, out: Path, *, measure: Measure, model: str = "", name:
         shape=(shape[0], shape[1], shape[2]), gains=gains.numpy(), ungains=ungains.numpy(),
         points={f"r{i}": (i, r.channels) for i, r in enumerate(rungs)}, tables_path=TABLES_PART,
     )  # fmt: skip
+    measured = run / POINTS_FILE
+    points = load_points(measured.read_text(encoding="utf-8")) if measured.exists() else operating_points(student.ensemble, rungs)
     with BundleWriter(out) as writer:
         export_onnx(stem, [image], writer.file("device/stem.onnx", "device"), inputs=["image"], outputs=["stem_map"])
         graphs = {}
         for index, width in dict.fromkeys(run for tier in student.ensemble.tiers for run in tier.runs):
-            name = graph_name(index, width)
-            graphs[name] = f"device/encoder_{name}.onnx"
+            graph = graph_name(index, width)
+            graphs[graph] = f"device/encoder_{graph}.onnx"
             module = device_encoder(student.ensemble.encoders[index], width)
-            export_onnx(module, [stem_map], writer.file(graphs[name], "device"), inputs=["stem_map"], outputs=["latent_0"])
+            export_onnx(module, [stem_map], writer.file(graphs[graph], "device"), inputs=["stem_map"], outputs=["latent_0"])
         server = _ServerPart(student).eval()
         outputs = [f"output_{i}" for i, _ in enumerate(server(latent))]
         export_onnx(server, [latent], writer.file("server/tail.onnx", "server"), inputs=["latent_0"], outputs=outputs)
@@ -164,7 +168,7 @@ def export_run(run: Path, out: Path, *, measure: Measure, model: str = "", name:
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         writer.add(TABLES_PART, (run / TABLES_FILE).read_bytes(), "device")
         return writer.finish(
-            points=operating_points(student.ensemble, rungs), measure=measure, latent_shape=(shape,), codec="device/codec.json",
+            points=points, measure=None if measured.exists() else measure, latent_shape=(shape,), codec="device/codec.json",
             head=Head(stem="device/stem.onnx", graphs=graphs), **_ends(name or source.name, recipe),
             tail={"kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx", "base_weights": ["server/whole.onnx"]},
         )  # fmt: skip

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from protos.errors import CutError
 from splitters.cutting.checks import OnStep, inference, silent
+from splitters.cutting.partition import Cut
 from splitters.cutting.split import Cutter
 from splitters.cutting.trace import rebatch
 from splitters.profiling.table import CutCost, Profile, mark_good
@@ -86,14 +87,10 @@ def profile(
     return _measure(Cutter(model, example_inputs), name or type(model).__name__, picture_bytes, budget_s, on_step)
 
 
-def _measure(cutter: Cutter, name: str, picture_bytes: int | None, budget_s: float, on_step: OnStep) -> Profile:
-    cuts = cutter.candidates()
-    on_step(0, len(cuts), f"measuring what crosses at {len(cuts)} places")
-    if not cuts:
-        raise CutError(f"{name} has no place where only whole, batch-first tensors cross")
+def _counted(cutter: Cutter, cuts: Sequence[Cut]) -> tuple[_Counter, Sequence[Tensor], int]:
+    """One run of the graph on its example, what it was given, and the batch."""
     batch = 1 if cutter.trace.dynamic_batch else cutter.trace.batches[0]
     inputs = rebatch(cutter.example, batch)
-    notes = list(cutter.trace.notes)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -102,6 +99,37 @@ def _measure(cutter: Cutter, name: str, picture_bytes: int | None, budget_s: flo
             counter.count(inputs)
     finally:
         torch.set_num_threads(threads)
+    return counter, inputs, batch
+
+
+def fewest_bytes(cutter: Cutter, share: float = 0.35) -> tuple[str, float]:
+    """The cut that sends the fewest compressed bytes with at most that share of the work on the device, and its share.
+
+    Where no cut has so little work, the one with the least.
+
+    Raises:
+        CutError: the model has no cut.
+    """
+    cuts = cutter.candidates()
+    if not cuts:
+        raise CutError("the model has no place where only whole, batch-first tensors cross")
+    counter, _, _ = _counted(cutter, cuts)
+    heads = np.cumsum([counter.macs.get(n, 0) for n in cutter.trace.order])
+    total = max(1, int(heads[-1]))
+    sent = {n: zstd_8bit_bytes(t[:1]) for n, t in counter.kept.items()}
+    rows = [(sum(sent[n] for n in c.crossing), int(heads[c.position - 1]) / total, c) for c in cuts if c.crossing]
+    least = min(work for _, work, _ in rows)
+    _, work, best = min((r for r in rows if r[1] <= max(share, least)), key=lambda r: (r[0], r[1], r[2].position))
+    return best.name, work
+
+
+def _measure(cutter: Cutter, name: str, picture_bytes: int | None, budget_s: float, on_step: OnStep) -> Profile:
+    cuts = cutter.candidates()
+    on_step(0, len(cuts), f"measuring what crosses at {len(cuts)} places")
+    if not cuts:
+        raise CutError(f"{name} has no place where only whole, batch-first tensors cross")
+    notes = list(cutter.trace.notes)
+    counter, inputs, batch = _counted(cutter, cuts)
     params = _parameters(cutter.trace.module, cutter.trace.order)
     total_macs = sum(counter.macs.values())
     sent = {n: (t.numel() * t.element_size(), t.numel(), zstd_8bit_bytes(t[:1])) for n, t in counter.kept.items()}

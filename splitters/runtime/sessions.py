@@ -23,7 +23,13 @@ _WEIGHTS_ELSEWHERE = re.compile(rb"\x0a(\x08|\x88\x80*\x00)location\x12")
 
 
 def open_session(
-    model: Path | bytes, *, threads: int = 1, spinning: bool = False, optimised: bool = True, of_user: bool = False
+    model: Path | bytes,
+    *,
+    threads: int = 1,
+    spinning: bool = False,
+    optimised: bool = True,
+    of_user: bool = False,
+    cuda: bool = False,
 ) -> ort.InferenceSession:
     """Opens a model on the processor.
 
@@ -33,6 +39,7 @@ def open_session(
         spinning: whether threads without work keep their core. That is quicker on a server; on a small device it would take
             the core from the capture thread.
         optimised: whether operators are joined; without, two graphs of the same operators agree to the last bit.
+        cuda: whether the graph runs on a GPU, where ONNX Runtime is built for one; see `has_cuda`.
         of_user: a file of the person at this machine, whose weights may lie in another one.
 
     Raises:
@@ -54,27 +61,38 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
     try:
-        return ort.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=providers)
     except Exception as error:
         name = str(model) if isinstance(model, Path) else "the model in memory"
         raise BundleError(f"{name} is no ONNX model that can be run: {error}") from error
 
 
-def open_graph(path: Path, *, threads: int = 1, spinning: bool = False, options: ort.RunOptions | None = None) -> Graph:
+def has_cuda() -> bool:
+    """Whether the ONNX Runtime that is installed runs graphs on a GPU (the package onnxruntime-gpu)."""
+    import onnxruntime as ort
+
+    return "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+def open_graph(
+    path: Path, *, threads: int = 1, spinning: bool = False, cuda: bool = False, options: ort.RunOptions | None = None
+) -> Graph:
     """Opens an ONNX file as a function from its inputs, in order, to its outputs.
 
     Args:
         path: the file.
         threads: of ONNX Runtime.
         spinning: see `open_session`.
+        cuda: see `open_session`.
         options: of every run; its ``terminate`` ends one that is under way.
 
     Raises:
         BundleError: the file is no model that ONNX Runtime can run.
         ModelError: (the function) a run failed.
     """
-    session = open_session(path, threads=threads, spinning=spinning)
+    session = open_session(path, threads=threads, spinning=spinning, cuda=cuda)
     names = [i.name for i in session.get_inputs()]
 
     def run(arrays: Sequence[Floats]) -> list[Floats]:

@@ -19,7 +19,7 @@ from protos.errors import BundleError, ConfigError
 from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.registry import Registry
-from splitters.runtime.sessions import open_graph
+from splitters.runtime.sessions import has_cuda, open_graph
 from splitters.tasks.base import Floats, SizePx, Task, open_task
 from splitters.tasks.preprocess import normalise
 
@@ -143,19 +143,23 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
     kind = spec.get("kind")
     task = open_task(bundle.manifest)
     if kind == "onnx":
-        if device != "cpu":
-            log.warning("%s: its tail is ONNX and runs on the processor, not on %s", bundle.manifest.name, device)
+        cuda = device.startswith("cuda") and has_cuda()
+        if device != "cpu" and not cuda:
+            log.warning(
+                "%s: its tail is ONNX and runs on the processor, not on %s; the package onnxruntime-gpu would run it there",
+                bundle.manifest.name, device,
+            )  # fmt: skip
         whole = spec.get("whole")
         batch = int(spec.get("batch", 0))
-        later = Later(lambda: batched(_onnx(bundle, str(whole), threads), batch)) if whole else None
-        return Tail(bundle, batched(_onnx(bundle, spec["path"], threads), batch), later, task)
+        later = Later(lambda: batched(_onnx(bundle, str(whole), threads, cuda), batch)) if whole else None
+        return Tail(bundle, batched(_onnx(bundle, spec["path"], threads, cuda), batch), later, task)
     if kind == "torch":
         return _torch_tail(bundle, spec, task, device, ready_soon)
     raise BundleError(f"tail kind {kind!r} is unknown; this headtail knows onnx and torch")
 
 
-def _onnx(bundle: Bundle, path: str, threads: int) -> Runner:
-    return open_graph(bundle.part_path(path), threads=threads or _threads(), spinning=True)
+def _onnx(bundle: Bundle, path: str, threads: int, cuda: bool) -> Runner:
+    return open_graph(bundle.part_path(path), threads=threads or _threads(), spinning=True, cuda=cuda)
 
 
 def batched(runner: Runner, batch: int) -> Runner:

@@ -1,10 +1,11 @@
 """What the outputs of a model mean: one class for each task, and the place where tasks are registered.
 
 A task owns all that depends on the meaning: decoding, JSON, drawing, words for people, judging, the check of what a peer
-sends, and the answer of a frame that the prefilter stops. Nothing else in headtail asks which task a model has.
+sends, and the answer of a frame that the prefilter stops. Client and server ask no answer and no manifest which task it is;
+training and evaluation still do, where they choose losses, labels and ladders.
 
 An answer travels as a classification, as a detection, or as named tensors. The first two have messages of their own; every
-other task says what its tensors mean. To add a task, see ``docs/guides/add-a-task.md``.
+other task says what its tensors mean. A whole example is ``tests/outside/headtail_outside/task.py``, of another package.
 
 Shape legend: N batch.
 """

@@ -131,7 +131,7 @@ class KeypointsTask(ObjectsTask):
         width = self.how.point_values
         if kept.extras.shape[1] % width:
             raise BundleError(f"{kept.extras.shape[1]} columns are no key points of {width} numbers each")
-        points = kept.extras.reshape(len(kept.extras), -1, width)
+        points = kept.extras.reshape(len(kept.extras), kept.extras.shape[1] // width, width)
         flat = points[..., :2].reshape(-1, 2)
         source = geometry(self.preprocess, *size_px).to_source(np.concatenate([flat, flat], axis=1), *size_px)[:, :2]
         sure = points[..., 2:3] if width == 3 else np.ones((*points.shape[:2], 1), np.float32)

@@ -75,6 +75,7 @@ EXPORTERS: Registry[Callable[[Path], Bundle]] = Registry(
         PLAIN: "splitters.zoo.defaults:_efficientnet_lite0_plain",
         "detector": "splitters.zoo.defaults:_detector",
         DETECTOR_PLAIN: "splitters.zoo.defaults:_detector_plain",
+        "yolox-nano": "splitters.zoo.yolox_nano.export:export_yolox_nano",
     },
     error=UnknownModelError,
 )

@@ -23,7 +23,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from edge_client.head import Head
+from edge_client.device.head import Head
 from splitters.bundle import Bundle, open_bundle
 from splitters.codec import LatentCodec, LearnedCodec, PlainCodec, Symbols, calibrate_plain, is_predicted, learned_spec
 from splitters.codec.fit import fit_tables

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edge_client.interest import InterestGate, Promise, read_promise
+from edge_client.gates.interest import InterestGate, Promise, read_promise
 from protos.messages import Box, Detection
 from splitters.bundle import Bundle, open_bundle
 from splitters.evaluation.detection import load_truth

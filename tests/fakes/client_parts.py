@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from edge_client.capture import Delivery
+from edge_client.capture.base import Delivery
 from edge_client.control import ControlConfig, Controller, LocalOption
-from edge_client.engine import Encoded, Features
+from edge_client.device.engine import Encoded, Features
 from edge_client.frames import CapturedFrame
-from edge_client.session import Gate, Welcome
+from edge_client.transport.base import Gate, Welcome
 from protos.errors import HeadtailError, OverloadedError, UnreachableError
 from protos.messages import Classification, ClassScore, Detection, FrameLayer, Result, ServerTimings
 from splitters.bundle.manifest import Preprocess

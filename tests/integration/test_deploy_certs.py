@@ -9,7 +9,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from edge_client.rpc import Endpoint, open_channel
+from edge_client.transport.rpc import Endpoint, open_channel
 from edge_server.config import SecurityConfig
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_running import running

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edge_client.bundles import _offsets, _Receiver, choose_model
-from edge_client.choices import keep_times, known_times, make_controller, measure
-from edge_client.engine import Engine
-from edge_client.store import BundleStore
+from edge_client.bundles.fetch import _offsets, _Receiver, choose_model
+from edge_client.bundles.store import BundleStore
+from edge_client.device.choices import keep_times, known_times, make_controller, measure
+from edge_client.device.engine import Engine
 from protos.errors import BundleError, HeadtailError, ProtocolError, StorageError, UnknownModelError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import Classification, bundle_hash
-from splitters.bundle import Bundle, sha256_hex
+from splitters.bundle import Bundle, replace_parts, sha256_hex
 from splitters.bundle.manifest import MANIFEST
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_loop import VirtualLoop
+from tests.fakes.detector_bundle import write_cell_detector
 
 
 @pytest.fixture(scope="module")
@@ -295,3 +297,13 @@ def test_device_times_are_measured_once_and_kept(tmp_path: Path, bundle: Bundle)
         assert known_times(bundle, threads=1, cache=tmp_path) is None
     controller = make_controller(engine, times, fps=30)
     assert controller.config.fps == 30
+
+
+def test_a_prefilter_may_give_more_scores_than_it_promises_and_not_fewer(tmp_path: Path) -> None:
+    """The default detector's has a ninth score for anything else; its promise names eight classes."""
+    bundle = write_cell_detector(tmp_path / "cells", prefilter=True)  # two scores, one class promised
+    assert measure(Engine(bundle, clock=time.monotonic_ns)).head_ms
+    promise = json.loads(bundle.read_part("device/prefilter.json"))
+    wide = replace_parts(bundle, {"device/prefilter.json": json.dumps({**promise, "category_ids": [1, 2, 3]}).encode()})
+    with pytest.raises(BundleError, match="gives fewer than the 3 scores it promises"):
+        measure(Engine(wide, clock=time.monotonic_ns))

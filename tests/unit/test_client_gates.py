@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edge_client.change import ChangeConfig, ChangeGate
-from edge_client.interest import InterestGate, Promise, read_promise
+from edge_client.gates.change import ChangeConfig, ChangeGate
+from edge_client.gates.interest import InterestGate, Promise, read_promise
 from protos.errors import BundleError, ConfigError
 from protos.messages import Answer, Box, Detection
 
@@ -189,3 +191,17 @@ def test_what_the_prefilter_cannot_do_is_said() -> None:
     for broken in (3, [3], [{"name": "x"}], [{"interest": ["dog"]}], {"a": 1}):
         with pytest.raises(BundleError):
             read_promise(bundle({**SPEC, "calibrated": broken}), interest=["dog"], insist=True)
+
+
+def test_a_prefilter_may_give_more_scores_than_classes_and_not_fewer(tmp_path: Path) -> None:
+    from edge_client.device.choices import measure
+    from edge_client.device.engine import Engine
+    from tests.fakes.detector_bundle import write_cell_detector
+
+    engine = Engine(write_cell_detector(tmp_path / "bundle", prefilter=True), clock=time.monotonic_ns)
+    scores = engine.head.prefilter_scores(engine.features(np.zeros((48, 64, 3), np.uint8)).maps)
+    assert len(scores) == 2, "one class, and the score of interest behind it, as the shipped prefilter has"
+    measure(engine)
+    engine.head._prefilter = lambda _: [np.zeros((1, 0), np.float32)]
+    with pytest.raises(BundleError, match="fewer"):
+        measure(engine)

@@ -62,6 +62,18 @@ def test_eight_bits_stay_within_half_a_step() -> None:
         assert np.abs(latent - original).max() <= 0.51 * max(entry["step"])
 
 
+def test_more_than_eight_bits_take_two_bytes_and_lose_nothing_on_the_way() -> None:
+    spec = calibrate_plain(SAMPLES, bits=(14, 12, 8), channel_axes=(0, 1, 0, 0))
+    codec = PlainCodec(spec)
+    errors = []
+    for point in codec.point_ids:
+        symbols = codec.quantise(frame(), point)
+        assert codec.decode(codec.encode(symbols), strict=True).equals(symbols)
+        errors.append(float(np.abs(codec.dequantise(symbols)[0] - frame()[0]).max()))
+    assert errors[0] < errors[1] / 3 < errors[2] / 12
+    assert max(int(t.max()) for t in codec.quantise(frame(), "b14").tensors) > 0xFF
+
+
 def test_fewer_bits_cost_fewer_bytes_and_more_error() -> None:
     sizes, errors = [], []
     for point in CODEC.point_ids:
@@ -156,7 +168,7 @@ def test_another_version_is_named() -> None:
         (("points",), []),
         (("tensors", 0, "shape"), [1 << 20, 1 << 20]),
         (("tensors", 0, "channel_axis"), 7),
-        (("points", 0, "bits"), 13),
+        (("points", 0, "bits"), 15),
         (("points", 0, "tensors"), []),
         (("points", 0, "tensors", 0, "step"), [0.0] * 5),
         (("points", 0, "tensors", 0, "low"), [float("nan")] * 5),
@@ -179,6 +191,6 @@ def test_calibration_refuses_what_it_cannot_use() -> None:
     with pytest.raises(ConfigError, match="NaN"):
         calibrate_plain([np.full((2, 3), np.nan)])
     with pytest.raises(ConfigError, match="bits"):
-        calibrate_plain(SAMPLES[:1], bits=(13,))
+        calibrate_plain(SAMPLES[:1], bits=(15,))
     with pytest.raises(ConfigError, match="channel axis 3"):
         calibrate_plain(SAMPLES[:1], channel_axes=(3,))

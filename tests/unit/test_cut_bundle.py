@@ -88,7 +88,7 @@ def test_the_command_writes_a_bundle_that_answers_like_the_model(
     printed = capsys.readouterr()
     steps = [line for line in printed.err.splitlines() if line.startswith("cut: ")]
     assert steps[0].startswith("cut: 0 of 6  tracing the model")
-    assert "cut: 13 of 13" in steps[-1]  # seven steps and six photographs
+    assert any("cut: 13 of 13" in step for step in steps)  # seven steps and six photographs
     said = json.loads(printed.out.strip().splitlines()[-1])
     assert said["relative_difference"] <= 1e-4
     assert said["onnx_difference"] <= 1e-3
@@ -209,3 +209,15 @@ def test_an_onnx_file_with_a_fixed_batch_is_freed_and_cut(tmp_path: Path) -> Non
         halves.verify(image)
         with torch.no_grad():
             np.testing.assert_allclose(halves.tail(*halves.head(image)).numpy(), wanted, atol=1e-5)
+
+
+def test_without_at_the_fewest_bytes_with_little_work_are_taken_and_named(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["cut", "py:tests.unit.test_cut_bundle:build", "--size", f"{SIDE}x{SIDE}", "--out", str(tmp_path / "bundle"),
+                 "--photos", str(photos), "--bits", "8", "--json"]  # fmt: skip
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    at = json.loads(lines[-1])["at"]
+    assert f"cut at {at} (the fewest bytes" in lines[0]
+    assert at in dict.fromkeys(["stem", "stem.0", "stem.1", "stem.2"])  # the branch is most of the work

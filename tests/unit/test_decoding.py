@@ -194,6 +194,20 @@ def test_keypoints_angles_and_masks_come_back_in_the_frames_pixels() -> None:
     assert abs(columns.max() - 39) <= 1
 
 
+@pytest.mark.parametrize("preset", ["yolov8", "yolo-pose", "yolo-obb", "yolo-segment"])
+def test_a_frame_without_an_object_is_an_empty_answer(preset: str) -> None:
+    raw = np.zeros((1, {"yolo-pose": 11}.get(preset, 6), 84), np.float32)
+    answer = decoded(preset, raw, np.zeros((1, 1, 16, 16), np.float32), metadata={"kpt_shape": "[2, 3]"})
+    kind = task_of(answer)
+    assert kind.to_json(answer, {}) == {"detections": []}
+    assert kind.agreement(answer, answer)[1] == 0
+    canvas = Canvas(np.zeros((64, 64, 3), np.uint8))
+    kind.draw(canvas, answer, {})
+    nothing = kind.empty()
+    assert nothing is not None
+    assert kind.to_json(nothing, {}) == {"detections": []}
+
+
 def test_a_class_map_and_a_vector() -> None:
     logits = np.zeros((1, 3, 16, 16), np.float32)
     logits[0, 2, :, :4] = logits[0, 0, :, 4:] = 5

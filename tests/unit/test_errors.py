@@ -2,8 +2,8 @@ import grpc
 import grpc.aio
 import pytest
 
-from edge_client.rpc import CODE_METADATA as CLIENT_METADATA
-from edge_client.rpc import translate
+from edge_client.transport.rpc import CODE_METADATA as CLIENT_METADATA
+from edge_client.transport.rpc import translate
 from edge_server.status import CODE_METADATA, status_of
 from protos.errors import BY_CODE, HeadtailError, ModelError, from_code, from_peer
 

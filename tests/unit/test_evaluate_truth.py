@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_client.floor import bundle_floor
+from edge_client.gates.floor import bundle_floor
 from protos.errors import ConfigError, SourceError
 from protos.messages import Box, Classification, ClassScore, Detection
 from splitters.bundle import open_bundle

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from edge_client.rpc import Endpoint
-from edge_client.session import Session, _Outgoing
+from edge_client.transport.grpc import GrpcLink, _Outgoing
+from edge_client.transport.rpc import Endpoint
 from edge_server.frames.assembly import Assembler, Frame
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import FrameLayer, PayloadKind
@@ -44,9 +44,9 @@ class Clock:
         return self.now_ns
 
 
-def session(clock: Clock) -> tuple[Session, Events]:
+def session(clock: Clock) -> tuple[GrpcLink, Events]:
     events = Events()
-    made = Session(Endpoint(address="127.0.0.1:1"), events, clock=clock)  # type: ignore[arg-type]  # no more of it is needed here
+    made = GrpcLink(Endpoint(address="127.0.0.1:1"), events, clock=clock)  # type: ignore[arg-type]  # no more of it is needed here
     made._note_round_trip((RTT_MS + 7) * MS)
     made._note_round_trip(RTT_MS * MS)
     made._note_round_trip((RTT_MS + 30) * MS)

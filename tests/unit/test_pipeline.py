@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_client.control import ControlConfig, Controller, LocalOption, OffloadOption, Split
-from edge_client.device import DeviceWorker
-from edge_client.files import FileStrategy
+from edge_client.device.worker import DeviceWorker
 from edge_client.frames import FrameReport, Ledger, Outcome
-from edge_client.live import LiveStrategy
-from edge_client.parts import Parts, PipelineConfig
-from edge_client.pipeline import LATE_GRACE_NS
-from edge_client.runner import Runner
+from edge_client.pipeline.files import FileStrategy
+from edge_client.pipeline.live import LiveStrategy
+from edge_client.pipeline.parts import Parts, PipelineConfig
+from edge_client.pipeline.pipeline import LATE_GRACE_NS
+from edge_client.pipeline.runner import Runner
 from protos.errors import InternalError, StorageError, UnknownModelError, UnreachableError
 from splitters.bundle.operating_point import Quantiles
 from tests.fakes.client_loop import VirtualLoop, run_virtual
@@ -54,6 +55,7 @@ def run(
     refuse_fetches: int = 0,
     controller: Any = fake_controller,
     point_id: int | None = None,
+    temporal: bool = False,
     limit_s: float = 120.0,
 ) -> Run:
     async def main(loop: VirtualLoop) -> Run:
@@ -73,7 +75,7 @@ def run(
             frames=FakeFrames(loop, count=frames, fps=fps, live=live), worker=DeviceWorker(device), clock=loop.clock,
             emit=reports.append, fetch=fetch, controller=controller,
         )  # fmt: skip
-        config = PipelineConfig(deadline_ms=deadline_ms, wait_for_server_s=wait_s, point_id=point_id)
+        config = PipelineConfig(deadline_ms=deadline_ms, wait_for_server_s=wait_s, point_id=point_id, temporal=temporal)
         runner = Runner(config, parts, engine, LiveStrategy if live else FileStrategy)
         link = FakeLink(loop, runner.exchange, faults=faults, rtt_s=rtt_s, fatal=fatal)
         if stop_at_s is not None:
@@ -444,3 +446,49 @@ def test_the_ledger_counts_a_frame_once() -> None:
     assert not ledger.settle(0, Outcome.LOCAL)
     assert ledger.balanced
     assert sum(ledger.outcomes.values()) == 1
+
+
+def test_the_controller_is_told_what_payloads_cost_and_how_old_their_reference_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int]] = []
+
+    class Newest:
+        """Refers to the frame sent last, as on a stream."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.last: int | None = None
+
+        def choose(self) -> tuple[Any, int | None]:
+            return None, self.last
+
+        def sent(self, frame_id: int, symbols: Any, *, reference: int | None) -> None:
+            del symbols, reference
+            self.last = frame_id
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_, **__: None
+
+    class Told(Controller):
+        def on_reference(self, age: int) -> None:
+            told.append(("age", age))
+            super().on_reference(age)
+
+        def on_payload(self, decision: Any, n_bytes: int, now_ns: int) -> None:
+            told.append((decision.name, n_bytes))
+            super().on_payload(decision, n_bytes, now_ns)
+
+    def controller(engine: Any, fps: float) -> Controller:
+        return Told(ControlConfig(fps=fps or 30.0, initial_bps=20e6), engine.bundle.points)
+
+    encode = FakeEngine.encode
+    monkeypatch.setattr("edge_client.pipeline.active_model.Predictor", Newest)
+    monkeypatch.setattr(FakeEngine, "codec", SimpleNamespace(supports_reference=True))
+    monkeypatch.setattr(FakeEngine, "encode", lambda *args: replace(encode(*args), symbols=object()))
+    # The head takes one and a half intervals, so some frames are superseded and some references two frames old.
+    r = run(frames=30, fps=30.0, head_ms=50.0, local=False, controller=controller, temporal=True)
+    check(r, frames=30)
+    ages, payloads = [n for name, n in told if name == "age"], [n for name, n in told if name.startswith("split")]
+    assert ages[0] == 0
+    assert set(ages[2:]) <= {1, 2}
+    assert ages.count(2) >= 5
+    assert len(payloads) >= 10
+    assert all(n > 0 for n in payloads)

@@ -68,7 +68,7 @@ def manifest(task: str, postprocess: dict[str, Any], local: LocalModel | None = 
 
 
 def test_a_bundles_task_is_known_and_its_settings_fit_it() -> None:
-    with pytest.raises(BundleError, match=r"task 'tarot' is unknown; there are classification, detection, tensors"):
+    with pytest.raises(BundleError, match=r"task 'tarot' is unknown; there are classification, "):
         open_task(manifest("tarot", {}))
     with pytest.raises(BundleError, match="class_ids"):
         open_task(manifest("detection", {"kind": "yolox"}))

@@ -61,6 +61,8 @@ class Camera:
         self._waiting: Frame | None = None
         self._fallbacks: deque[Frame] = deque()
         self._rng = random.Random(f"device/{config.seed}")  # noqa: S311
+        self._clip = workload.clip
+        self._reference: int | None = None  # the newest frame sent that another may be predicted from
         self._costs: dict[str, tuple[Quantiles, float, Quantiles]] = {}
         for p in workload.points:
             self._costs[f"split {p.id}"] = (p.head_ms, p.accuracy, p.payload_bytes)
@@ -92,6 +94,8 @@ class Camera:
 
     def _begin(self, frame: Frame) -> None:
         now = self.loop.now_ns
+        age = frame.frame_id - self._reference if self._reference is not None and self._clip is not None else 0
+        self.policy.on_reference(age)
         decision = self.policy.decide(frame.frame_id, now, frame.deadline_ns)
         name = frame.choice = decision.name
         if decision.explain is not None:
@@ -102,7 +106,8 @@ class Camera:
         self.busy = True
         ms, frame.value, size = self._costs[name]
         elapsed = int(log_normal(self._rng, ms) * 1e6)
-        frame.payload_bytes = int(log_normal(self._rng, size)) if size.p50 else 0
+        found = self._clip.bytes_of(name, age, frame.frame_id) if self._clip is not None else None
+        frame.payload_bytes = found if found is not None else int(log_normal(self._rng, size)) if size.p50 else 0
         self.loop.at(now + elapsed, self._device_done, (frame, decision, elapsed))
 
     def _device_done(self, done: tuple[Frame, Decision, int]) -> None:
@@ -114,9 +119,12 @@ class Camera:
                 frame, "local", frame.value if not frame.choice.startswith(("split", "jpeg", "webp")) else self._costs["local"][1]
             )
         elif isinstance(decision, _REMOTE):
+            self.policy.on_payload(decision, frame.payload_bytes, self.loop.now_ns)
             sent, fallback_ns = self._send(frame, self._layers.get(frame.choice, ())), decision.fallback_ns
             if sent:
                 frame.whole = isinstance(decision, Offload)
+                if not frame.whole:
+                    self._reference = frame.frame_id
                 if fallback_ns is not None:
                     self.loop.at(fallback_ns, self._fall_back, frame)
             elif fallback_ns is not None:

@@ -22,11 +22,11 @@ from deploy.testbed.simulate.camera import log_normal
 from deploy.testbed.simulate.policies import make_policy
 from deploy.testbed.workload import Workload, find_workload, workload_of
 from edge_client.app import App, Console
-from edge_client.choices import DeviceTimes, make_controller, name_of
 from edge_client.cli import main as run_client
 from edge_client.config import ClientConfig
 from edge_client.control import ControlConfig, Policy
-from edge_client.engine import NO_REFERENCE, Encoded, Engine, Features, LocalModel, Reference
+from edge_client.device.choices import DeviceTimes, make_controller, name_of
+from edge_client.device.engine import NO_REFERENCE, Encoded, Engine, Features, LocalModel, Reference
 from edge_client.frames import NS_PER_MS, NS_PER_S
 from protos.messages import Answer
 from splitters.bundle import Bundle
@@ -122,8 +122,8 @@ def device_app(config: ClientConfig, console: Console, *, policy: str, pace: Pac
         return engine, times
 
     def choose(engine: Engine, times: DeviceTimes, fps: float) -> Policy:
-        if policy == "ours":
-            return make_controller(engine, times, fps=fps, explain=config.explain)
+        if policy in ("ours", "ours_table"):
+            return make_controller(engine, times, fps=fps, explain=config.explain, learn_sizes=policy == "ours")
         settings = ControlConfig(fps=min(max(fps, 1.0), 1000.0) if fps else 30.0)
         made = make_policy(policy, workload_of(engine, times), settings)
         if policy != "local":

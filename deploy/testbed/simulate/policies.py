@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,13 @@ class Ours(Controller):
         self, config: ControlConfig, points: Sequence[OperatingPoint], *, offloads: Sequence[OffloadOption] = (), **more: Any
     ) -> None:
         super().__init__(config, points, offloads=_worth_offering(tuple(offloads)), **more)
+
+
+class OursByTable(Ours):
+    """The same, but it believes the table's payload sizes, whatever payloads cost."""
+
+    def __init__(self, config: ControlConfig, points: Sequence[OperatingPoint], **more: Any) -> None:
+        super().__init__(replace(config, learn_sizes=False), points, **more)
 
 
 class Baseline(Controller):
@@ -133,6 +141,7 @@ class Reference(_MeanThroughput):
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "ours": Ours,
+    "ours_table": OursByTable,
     "local": LocalOnly,
     "offload_fixed": FixedOffload,
     "offload_adaptive": AdaptiveOffload,

@@ -19,6 +19,7 @@ from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, LocalModel, Preprocess
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import LatentCodec, calibrate_plain, codec_from_spec
+from splitters.cutting.checks import OnStep, silent
 from splitters.cutting.onnx.cost import best_cut, crossing_costs
 from splitters.cutting.onnx.cuts import Cuts, OnnxCut
 from splitters.cutting.onnx.judge import METRIC, Agreement, judge
@@ -63,7 +64,9 @@ class OnnxWritten:
     notes: tuple[str, ...]
 
 
-def write_onnx_bundle(model: OnnxModel, at: str | None, photos: Sequence[Frame], serving: OnnxServing, out: Path) -> OnnxWritten:
+def write_onnx_bundle(
+    model: OnnxModel, at: str | None, photos: Sequence[Frame], serving: OnnxServing, out: Path, *, on_step: OnStep = silent
+) -> OnnxWritten:
     """Cuts, proves, decodes, calibrates and writes.
 
     Args:
@@ -72,6 +75,7 @@ def write_onnx_bundle(model: OnnxModel, at: str | None, photos: Sequence[Frame],
         photos: frames as OpenCV reads them.
         serving: the rest of the manifest.
         out: the bundle's directory.
+        on_step: told how far the work is.
 
     Raises:
         CutError: no such cut, or the pieces are not the file.
@@ -86,12 +90,19 @@ def write_onnx_bundle(model: OnnxModel, at: str | None, photos: Sequence[Frame],
     model, cut, pieces, proof = _proved(model, at, images)
     head = Session(to_bytes(pieces.head, serving.name), optimised=True, what="the head")
     tail = Session(to_bytes(pieces.tail, serving.name), optimised=True, what="the tail")
-    runs = [head.run({IMAGE: image}) for image in images]
+    runs = []
+    for number, image in enumerate(images):
+        on_step(number, len(images), "running the head on the photographs")
+        runs.append(head.run({IMAGE: image}))
     spec = _calibrated(pieces.latents, runs, serving.bits)
     codec = codec_from_spec(spec, lambda _path: b"")
     decode = make_task(serving.task, serving.postprocess, serving.preprocess).decode
     judged = judge(model, decode, _tail_runner(tail), photos, images)
-    agreements = [judged.point(codec, str(number), runs) for number in range(len(serving.bits))]
+    agreements = []
+    for number, width in enumerate(serving.bits):
+        on_step(number, len(serving.bits), f"comparing answers at {width} bits with the whole file's")
+        agreements.append(judged.point(codec, str(number), runs))
+    on_step(len(serving.bits), len(serving.bits), "writing the bundle")
     agreement, answers = agreements[int(np.argmax(serving.bits))]
     points = _points(head, images, runs, codec, pieces.latents, serving.bits, [a.accuracy for a, _ in agreements])
     with BundleWriter(out) as writer:

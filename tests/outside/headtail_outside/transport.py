@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from edge_client.bundles import choose_model, list_models
-from edge_client.rpc import Endpoint, open_channel, stub, translated
-from edge_client.session import Gate, SessionEvents, Welcome
+from edge_client.bundles.fetch import choose_model, list_models
+from edge_client.transport.base import Gate, SessionEvents, Welcome
+from edge_client.transport.rpc import Endpoint, open_channel, stub, translated
 from protos.errors import HeadtailError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, FrameLayer, Result
