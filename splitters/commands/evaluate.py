@@ -14,9 +14,9 @@ from splitters.commands.progress import Progress
 if TYPE_CHECKING:
     from splitters.bundle import Bundle
     from splitters.evaluation.bdrate import BdRate
-    from splitters.evaluation.clips import Part
     from splitters.evaluation.report import Report
-    from splitters.evaluation.video_report import VideoReport
+    from splitters.evaluation.video.clips import Part
+    from splitters.evaluation.video.report import VideoReport
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -111,7 +111,7 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def _part(text: str) -> Part:
-    from splitters.evaluation.clips import Part
+    from splitters.evaluation.video.clips import Part
 
     try:
         start, stop = (float(n) for n in text.split(":"))
@@ -122,8 +122,8 @@ def _part(text: str) -> Part:
 
 def _video(bundle: Bundle, args: argparse.Namespace) -> int:
     """Measures on clips and tells; the bundle stays as it is."""
-    from splitters.evaluation.video import VideoConfig, evaluate_video
-    from splitters.evaluation.video_report import plot_video
+    from splitters.evaluation.video.report import plot_video
+    from splitters.evaluation.video.run import VideoConfig, evaluate_video
 
     config = VideoConfig(
         clips=tuple(args.video), against=_names(args.against, "h264,h265"), fps=args.fps, part=_part(args.part),

@@ -20,11 +20,12 @@ from protos.messages import Answer
 from splitters.bundle import Bundle, rewrite_points
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint, best_point, mark_pareto
-from splitters.evaluation.agreement import Agreement
 from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
 from splitters.evaluation.cache import describe, load, photos_key, store
 from splitters.evaluation.choices import measure_local, measure_offloads, offload_ladder
 from splitters.evaluation.image_codecs import Setting, ladder
+from splitters.evaluation.judging.agreement import Agreement
+from splitters.evaluation.judging.tasks import AveragePrecision, Judge, Score, list_images, read_labels
 from splitters.evaluation.measure import (
     Device,
     Each,
@@ -39,7 +40,6 @@ from splitters.evaluation.measure import (
 )
 from splitters.evaluation.report import Gap, Jpeg95, Report, dump
 from splitters.evaluation.steps import Steps, Told
-from splitters.evaluation.tasks import AveragePrecision, Judge, Score, list_images, read_labels
 from splitters.runtime.head import open_codec
 from splitters.runtime.tail import Tail, load_tail
 

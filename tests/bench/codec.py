@@ -27,7 +27,7 @@ from edge_client.device.head import Head
 from splitters.bundle import Bundle, open_bundle
 from splitters.codec import LatentCodec, LearnedCodec, PlainCodec, Symbols, calibrate_plain, learned_spec
 from splitters.codec.fit import fit_tables
-from splitters.evaluation.video import send_clip
+from splitters.evaluation.video.run import send_clip
 from splitters.tasks.preprocess import preprocess
 
 VIDEOS = ("vtest.avi", "person-bicycle-car-detection.mp4")
