@@ -14,32 +14,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from edge_client.capture import Capture, CaptureConfig
-from edge_client.choices import DeviceTimes, make_controller
+from edge_client.bundles.loader import Load, ModelLoader, loads_here
+from edge_client.bundles.store import BundleStore
+from edge_client.capture.capture import Capture, CaptureConfig
+from edge_client.capture.sources import Source, SourceFaults, parse_source
 from edge_client.config import EMBEDDED, ClientConfig
 from edge_client.control import Policy
-from edge_client.device import DeviceWorker, ThreadExecutor
-from edge_client.embedded import EmbeddedServer
-from edge_client.engine import Engine
+from edge_client.device.choices import DeviceTimes, make_controller
+from edge_client.device.engine import Engine
+from edge_client.device.worker import DeviceWorker, ThreadExecutor
 from edge_client.extensions import SINKS, TRANSPORTS, make
-from edge_client.files import FileStrategy
 from edge_client.frames import Ledger
-from edge_client.interest import InterestGate, open_interest
-from edge_client.live import LiveStrategy
-from edge_client.loader import Load, ModelLoader, loads_here
-from edge_client.metrics import Metrics
-from edge_client.parts import Parts, PipelineConfig
-from edge_client.runner import Runner
+from edge_client.gates.interest import InterestGate, open_interest
+from edge_client.gates.tracking import Follower
+from edge_client.observe.metrics import Metrics
+from edge_client.observe.status import Status
+from edge_client.observe.summary import JpegSampler, Summary
+from edge_client.observe.tracing import Traces, untraced
+from edge_client.pipeline.files import FileStrategy
+from edge_client.pipeline.live import LiveStrategy
+from edge_client.pipeline.parts import Parts, PipelineConfig
+from edge_client.pipeline.runner import Runner
 from edge_client.sinks import InOrder, JsonLines, PictureLines, Sink, Window, open_json_file, open_video
 from edge_client.sinks.jsonl import is_pipe, open_pipe
 from edge_client.sinks.output_file import refuse_overwriting
-from edge_client.sources import Source, SourceFaults, parse_source
-from edge_client.status import Status
-from edge_client.store import BundleStore
-from edge_client.summary import JpegSampler, Summary
-from edge_client.tracing import Traces, untraced
-from edge_client.tracking import Follower
 from edge_client.transport.base import Link
+from edge_client.transport.embedded import EmbeddedServer
 from protos.errors import ConfigError, HeadtailError, SourceError
 from protos.messages import Detection
 from protos.text import printable

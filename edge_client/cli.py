@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from edge_client import console as consoles
+from edge_client.capture.masking import hide_secrets
 from edge_client.interrupts import Interrupts
-from edge_client.masking import hide_secrets
+from edge_client.observe import console as consoles
 from protos.errors import ConfigError, HeadtailError
 from protos.logs import FORMATS, say, set_up
 from protos.process import leave, steady_streams, was_closed

@@ -19,28 +19,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from edge_client.answers import Answers, Inference
 from edge_client.blocking import BlockingClient
-from edge_client.capture import Capture, CaptureConfig
-from edge_client.choices import make_controller
+from edge_client.bundles.loader import ModelLoader, loads_here
+from edge_client.bundles.store import BundleStore
+from edge_client.capture.base import Frames
+from edge_client.capture.capture import Capture, CaptureConfig
+from edge_client.capture.given import IteratedFrames, PacedFrames, PushedFrames, checked_image
+from edge_client.capture.sources import parse_source
 from edge_client.config import EMBEDDED, LIVE_DEADLINE_MS
 from edge_client.control import Policy
-from edge_client.device import DeviceWorker, ThreadExecutor
-from edge_client.embedded import EmbeddedServer
-from edge_client.engine import Engine
+from edge_client.device.choices import make_controller
+from edge_client.device.engine import Engine
+from edge_client.device.worker import DeviceWorker, ThreadExecutor
 from edge_client.extensions import TRANSPORTS, make
-from edge_client.files import FileStrategy
 from edge_client.frames import FrameReport
-from edge_client.given import IteratedFrames, PacedFrames, PushedFrames, checked_image
-from edge_client.interest import InterestGate, open_interest
-from edge_client.live import LiveStrategy
-from edge_client.loader import ModelLoader, loads_here
+from edge_client.gates.interest import InterestGate, open_interest
 from edge_client.options import ClientOptions
-from edge_client.parts import Frames, Parts, PipelineConfig
-from edge_client.runner import Runner
+from edge_client.pipeline.files import FileStrategy
+from edge_client.pipeline.live import LiveStrategy
+from edge_client.pipeline.parts import Parts, PipelineConfig
+from edge_client.pipeline.runner import Runner
 from edge_client.sinks import InOrder
-from edge_client.sources import parse_source
-from edge_client.store import BundleStore
+from edge_client.sinks.answers import Answers, Inference
+from edge_client.transport.embedded import EmbeddedServer
 from protos.errors import ConfigError, HeadtailError
 from protos.version import package_version
 from splitters.tasks.preprocess import Frame

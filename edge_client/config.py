@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_client.floor import ScoreFloor, read_floor
+from edge_client.gates.floor import ScoreFloor, read_floor
 from edge_client.transport.rpc import Endpoint, is_port, token_from_environment
 from protos.errors import ConfigError
 from protos.schema import checked, read_toml

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edge_client.choices import name_of
 from edge_client.control import Split
-from edge_client.engine import NO_REFERENCE, Engine
+from edge_client.device.choices import name_of
+from edge_client.device.engine import NO_REFERENCE, Engine
 from protos.errors import BundleError, SourceError
 from protos.schema import read_json
 from splitters.bundle import Bundle, cache_dir

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.testbed.clip import ClipSizes, measure_clip
-from edge_client.choices import DeviceTimes, keep_times, known_times, measure, measured_points, name_of
 from edge_client.control import LocalOption, OffloadOption
-from edge_client.engine import Engine
+from edge_client.device.choices import DeviceTimes, keep_times, known_times, measure, measured_points, name_of
+from edge_client.device.engine import Engine
 from protos.errors import ConfigError
 from splitters.bundle import cache_dir, open_bundle
 from splitters.bundle.offload import offload_from_json

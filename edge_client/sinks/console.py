@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TextIO
 
 from edge_client.frames import FrameReport
+from edge_client.observe.told import line_of
 from edge_client.sinks.base import Labels
-from edge_client.told import line_of
 from protos.errors import StorageError
 
 

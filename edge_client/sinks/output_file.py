@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import BinaryIO
 
-from edge_client.sources import Source
+from edge_client.capture.sources import Source
 from protos.errors import ConfigError
 from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below
 

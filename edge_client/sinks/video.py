@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
-from edge_client.annotate import annotate
 from edge_client.frames import NS_PER_S, FrameReport
+from edge_client.sinks.annotate import annotate
 from edge_client.sinks.base import Labels, Sink
 from edge_client.sinks.output_file import OutputFile, State
 from protos.errors import ConfigError, StorageError

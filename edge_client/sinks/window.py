@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import cv2
 
-from edge_client.annotate import annotate
 from edge_client.frames import FrameReport
+from edge_client.sinks.annotate import annotate
 from edge_client.sinks.base import Labels
 from protos.errors import MissingDependencyError
 

@@ -31,6 +31,7 @@ from splitters.cutting.checks import OnStep, inference, silent
 from splitters.cutting.onnx_export import export_onnx
 from splitters.cutting.split import Cutter, Split
 from splitters.cutting.verify import PICTURES, Verification
+from splitters.runtime.sessions import open_session
 from splitters.runtime.table import few, measure_table
 from splitters.tasks.preprocess import Frame, preprocess
 
@@ -218,13 +219,6 @@ def flat(output: Any) -> Any:
 
 def _count(output: Any) -> int:
     return len(_tuple(flat(output)))
-
-
-def open_session(path: Path) -> ort.InferenceSession:
-    """A one-threaded session of an ONNX file."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _onnx_difference(split: Split, head: ort.InferenceSession, tail: ort.InferenceSession, images: Tensor) -> float:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import torch
 import torch.utils._pytree as pytree
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from protos.errors import ModelError
 from splitters.cutting.checks import first_line, inference
+from splitters.runtime.sessions import open_session
 
 TOLERANCE = 1e-3  # of an output's standard deviation over all pictures
 FLOOR = 1e-6  # absolute: what rounding alone leaves where an output is the same everywhere
@@ -41,10 +41,8 @@ def check_conversion(path: Path, module: nn.Module, pictures: Sequence[Floats], 
     Raises:
         ModelError: ONNX Runtime cannot run the file, or the outputs differ in number, shape or values.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = open_session(path, threads=0, spinning=True, of_user=True)
         name = session.get_inputs()[0].name
         wanted = [session.run(None, {name: picture}) for picture in pictures[:PICTURES]]
     except Exception as error:

@@ -23,8 +23,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from edge_client.choices import measured_points
-from edge_client.engine import Engine
+from edge_client.device.choices import measured_points
+from edge_client.device.engine import Engine
 from edge_server.frames.decode import decode_image
 from protos.errors import ConfigError
 from splitters.bundle import Bundle, open_bundle

@@ -18,8 +18,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from edge_client.change import ChangeGate
-from edge_client.engine import Engine
+from edge_client.device.engine import Engine
+from edge_client.gates.change import ChangeGate
 from splitters.bundle import open_bundle
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.evaluation.scene import read_video

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edge_client.head import Head
+from edge_client.device.head import Head
 from splitters.bundle import open_bundle
 from splitters.cutting.onnx_export import export_onnx
 from splitters.runtime.sessions import open_graph

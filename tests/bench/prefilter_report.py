@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edge_client.interest import InterestGate, Promise, read_promise
+from edge_client.gates.interest import InterestGate, Promise, read_promise
 from protos.messages import Box, Detection
 from splitters.bundle import Bundle, open_bundle
-from splitters.evaluation.detection import load_truth
+from splitters.evaluation.judging.detection import load_truth
 from splitters.evaluation.prefilter import Array, draw_curves, roc_auc
 from splitters.evaluation.scene import UNSURE, Scene, examine, fit, interesting, read_video, watch
 from splitters.tasks.boxes import Pixels, read_rgb

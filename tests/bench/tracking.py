@@ -19,7 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from edge_client.tracking import BoxTracker
+from edge_client.gates.tracking import BoxTracker
 from protos.messages import Box
 from splitters.evaluation.scene import read_video
 from splitters.tasks.boxes import Detections, iou_matrix

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from edge_client.capture import Delivery
+from edge_client.capture.base import Delivery
 from edge_client.control import ControlConfig, Controller, LocalOption
-from edge_client.engine import Encoded, Features
+from edge_client.device.engine import Encoded, Features
 from edge_client.frames import CapturedFrame
 from edge_client.transport.base import Gate, Welcome
 from protos.errors import HeadtailError, OverloadedError, UnreachableError

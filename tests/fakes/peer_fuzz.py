@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from edge_client.bundles import _Receiver
-from edge_client.choices import DeviceTimes, keep_times, known_times
+from edge_client.bundles.fetch import _Receiver
+from edge_client.bundles.store import BundleStore
 from edge_client.cli import parse
 from edge_client.config import ClientConfig, read_config
-from edge_client.interest import read_promise
-from edge_client.store import BundleStore
+from edge_client.device.choices import DeviceTimes, keep_times, known_times
+from edge_client.gates.interest import read_promise
 from protos.errors import HeadtailError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import Grant, Result, bundle_hash

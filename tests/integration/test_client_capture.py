@@ -11,8 +11,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from edge_client.capture import Capture, CaptureConfig, Delivery
-from edge_client.sources import Shot, Source, SourceFaults
+from edge_client.capture.base import Delivery
+from edge_client.capture.capture import Capture, CaptureConfig
+from edge_client.capture.sources import Shot, Source, SourceFaults
 from protos.errors import SourceError
 
 DEVICE = Source(kind="device", target="0")

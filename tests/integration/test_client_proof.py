@@ -17,9 +17,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_client.choices import known_times
-from edge_client.engine import Engine
-from edge_client.proof import Limits, prove
+from edge_client.device.choices import known_times
+from edge_client.device.engine import Engine
+from edge_client.device.proof import Limits, prove
 from protos.errors import BundleError, ModelError
 from splitters.bundle import Bundle, open_bundle, sha256_hex
 from splitters.bundle.manifest import MANIFEST

@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from edge_client.bundles import list_models
+from edge_client.bundles.fetch import list_models
 from edge_client.transport.rpc import Endpoint
 from edge_server.config import Limits, SecurityConfig
 from edge_server.server import Server

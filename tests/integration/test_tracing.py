@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from edge_client.frames import CapturedFrame, FrameReport, Outcome
-from edge_client.tracing import Traces as ClientTraces
+from edge_client.observe.tracing import Traces as ClientTraces
 from edge_server.observe.tracing import Traces as ServerTraces
 from protos.errors import ConfigError, OverloadedError
 from protos.headtail.v1 import headtail_pb2 as pb

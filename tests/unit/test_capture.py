@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from edge_client.capture import CaptureConfig
-from edge_client.sources import PictureCamera, Source, SyntheticCamera, open_camera, parse_source
+from edge_client.capture.capture import CaptureConfig
+from edge_client.capture.sources import PictureCamera, Source, SyntheticCamera, open_camera, parse_source
 from protos.errors import ConfigError, SourceError
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from edge_client.bundles import _offsets, _Receiver, choose_model
-from edge_client.choices import keep_times, known_times, make_controller, measure
-from edge_client.engine import Engine
-from edge_client.store import BundleStore
+from edge_client.bundles.fetch import _offsets, _Receiver, choose_model
+from edge_client.bundles.store import BundleStore
+from edge_client.device.choices import keep_times, known_times, make_controller, measure
+from edge_client.device.engine import Engine
 from protos.errors import BundleError, HeadtailError, ProtocolError, StorageError, UnknownModelError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import Classification, bundle_hash

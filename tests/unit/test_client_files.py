@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 import pytest
 
+from edge_client.capture.sources import parse_source
 from edge_client.frames import CapturedFrame, FrameReport, Outcome
 from edge_client.sinks import open_json_file, open_video
 from edge_client.sinks.output_file import refuse_overwriting
-from edge_client.sources import parse_source
 from protos.errors import ConfigError, StorageError
 
 PICTURE = np.full((48, 64, 3), 90, np.uint8)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client.change import ChangeConfig, ChangeGate
-from edge_client.interest import InterestGate, Promise, read_promise
+from edge_client.gates.change import ChangeConfig, ChangeGate
+from edge_client.gates.interest import InterestGate, Promise, read_promise
 from protos.errors import BundleError, ConfigError
 from protos.messages import Answer, Box, Detection
 
@@ -194,8 +194,8 @@ def test_what_the_prefilter_cannot_do_is_said() -> None:
 
 
 def test_a_prefilter_may_give_more_scores_than_classes_and_not_fewer(tmp_path: Path) -> None:
-    from edge_client.choices import measure
-    from edge_client.engine import Engine
+    from edge_client.device.choices import measure
+    from edge_client.device.engine import Engine
     from tests.fakes.detector_bundle import write_cell_detector
 
     engine = Engine(write_cell_detector(tmp_path / "bundle", prefilter=True), clock=time.monotonic_ns)

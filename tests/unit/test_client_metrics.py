@@ -10,7 +10,7 @@ import pytest
 
 from edge_client.config import ClientConfig
 from edge_client.frames import CapturedFrame, FrameReport, Outcome
-from edge_client.metrics import Metrics
+from edge_client.observe.metrics import Metrics
 from protos.errors import ConfigError, MissingDependencyError
 
 pytest.importorskip("prometheus_client")

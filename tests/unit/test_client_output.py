@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client.annotate import annotate
+from edge_client.capture.sources import parse_source
 from edge_client.cli import build_parser, parse
 from edge_client.config import ClientConfig
 from edge_client.control import Split
-from edge_client.flights import Flight, next_turn
+from edge_client.device.timings import DevicePace, Recent
 from edge_client.frames import CapturedFrame, FrameReport, Ledger, Outcome
+from edge_client.observe.status import Status
+from edge_client.observe.summary import JpegSampler, Summary
+from edge_client.pipeline.flights import Flight, next_turn
 from edge_client.sinks import InOrder, JsonLines, open_json_file, to_json
-from edge_client.sources import parse_source
-from edge_client.status import Status
-from edge_client.summary import JpegSampler, Summary
-from edge_client.timings import DevicePace, Recent
+from edge_client.sinks.annotate import annotate
 from edge_client.transport.rpc import Endpoint
 from protos.errors import ConfigError, StorageError
 from protos.messages import Box, Classification, ClassScore, Detection

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client import annotate as drawing
-from edge_client.floor import DEFAULT, bundle_floor, read_floor
+from edge_client.capture.masking import hide_secrets
+from edge_client.capture.sources import parse_source
 from edge_client.frames import CapturedFrame, FrameReport, Outcome
-from edge_client.masking import hide_secrets
-from edge_client.sources import parse_source
-from edge_client.told import AnswerCounts, in_words, line_of
+from edge_client.gates.floor import DEFAULT, bundle_floor, read_floor
+from edge_client.observe.told import AnswerCounts, in_words, line_of
+from edge_client.sinks import annotate as drawing
 from protos.errors import ConfigError, SourceError
 from protos.messages import Box, Classification, ClassScore, Detection
+from splitters.tasks import canvas
 
 LABELS = {1: "person", 3: "car", 7: "\x1b[2Jtrain"}
 
@@ -57,14 +58,14 @@ def test_labels_of_neighbours_do_not_cover_each_other(monkeypatch: pytest.Monkey
     crowd = [box(1, 0.9 - 0.01 * i, 60 + 9 * i, 150 + 3 * (i % 3), 130 + 9 * i, 300) for i in range(14)]
     odd = [box(3, 0.4, 600, 2, 640, 40), box(3, 0.3, -400, 470, 9000, 9000), box(1, 0.2, 0, 0, 640, 480)]
     drawn: list[tuple[int, int, int, int]] = []
-    label = drawing._label
+    label = canvas._label
 
     def watch(picture: Any, text: str, corner: tuple[int, int], size: float, *colours: Any) -> None:
-        width, height = drawing._text_size(text, size)
+        width, height = canvas._text_size(text, size)
         drawn.append((corner[0], corner[1], corner[0] + width, corner[1] + height))
         label(picture, text, corner, size, *colours)
 
-    monkeypatch.setattr(drawing, "_label", watch)
+    monkeypatch.setattr(canvas, "_label", watch)
     drawing.annotate(np.full((480, 640, 3), 90, np.uint8), report(Detection(boxes=(*crowd, *odd))), LABELS)
     assert len(drawn) == 18
     assert all(left >= 0 and top >= 0 and right <= 640 and bottom <= 480 for left, top, right, bottom in drawn)

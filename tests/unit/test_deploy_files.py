@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 import edge_client.cli
-import edge_client.metrics
+import edge_client.observe.metrics
 import edge_server.cli
 from edge_client.frames import CapturedFrame, FrameReport, Outcome
-from edge_client.summary import STAGES
+from edge_client.observe.summary import STAGES
 from edge_server.config import ServerConfig, is_loopback, split_address
 from edge_server.observe.metrics import PrometheusMetrics
 from protos.errors import BY_CODE, LimitError
@@ -227,7 +227,7 @@ def exported() -> dict[str, set[str]]:
     metrics.on_result("m", Result(frame_id=2, error=LimitError("too many")), 1)
     metrics.on_grant()
     metrics.on_refused("limit")
-    device = edge_client.metrics.Metrics(SimpleNamespace(up=True, reconnects=0))
+    device = edge_client.observe.metrics.Metrics(SimpleNamespace(up=True, reconnects=0))
     frame = CapturedFrame(index=0, image=None, captured_ns=0, captured_unix_ns=0, width_px=1, height_px=1)
     report = FrameReport(frame=frame, model="m", bundle_sha256="", outcome=Outcome.RESULT, stages_ms=dict.fromkeys(STAGES, 1.0))
     device.take(report)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from edge_client.engine import Engine
+from edge_client.device.engine import Engine
 from edge_server.frames.decode import decode_image
 from protos.errors import BundleError
 from protos.messages import Detection

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_client.head import BoundStem, Head
+from edge_client.device.head import BoundStem, Head
 from protos.errors import BundleError, ModelError
 from splitters.bundle import Bundle
 from splitters.runtime.sessions import open_graph

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_client.control import ControlConfig, Controller, LocalOption, OffloadOption, Split
-from edge_client.device import DeviceWorker
-from edge_client.files import FileStrategy
+from edge_client.device.worker import DeviceWorker
 from edge_client.frames import FrameReport, Ledger, Outcome
-from edge_client.live import LiveStrategy
-from edge_client.parts import Parts, PipelineConfig
-from edge_client.pipeline import LATE_GRACE_NS
-from edge_client.runner import Runner
+from edge_client.pipeline.files import FileStrategy
+from edge_client.pipeline.live import LiveStrategy
+from edge_client.pipeline.parts import Parts, PipelineConfig
+from edge_client.pipeline.pipeline import LATE_GRACE_NS
+from edge_client.pipeline.runner import Runner
 from protos.errors import InternalError, StorageError, UnknownModelError, UnreachableError
 from splitters.bundle.operating_point import Quantiles
 from tests.fakes.client_loop import VirtualLoop, run_virtual
@@ -480,7 +480,7 @@ def test_the_controller_is_told_what_payloads_cost_and_how_old_their_reference_w
         return Told(ControlConfig(fps=fps or 30.0, initial_bps=20e6), engine.bundle.points)
 
     encode = FakeEngine.encode
-    monkeypatch.setattr("edge_client.active_model.Predictor", Newest)
+    monkeypatch.setattr("edge_client.pipeline.active_model.Predictor", Newest)
     monkeypatch.setattr(FakeEngine, "codec", SimpleNamespace(supports_reference=True))
     monkeypatch.setattr(FakeEngine, "encode", lambda *args: replace(encode(*args), symbols=object()))
     # The head takes one and a half intervals, so some frames are superseded and some references two frames old.

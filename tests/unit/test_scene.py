@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from edge_client.interest import InterestGate, read_promise
+from edge_client.gates.interest import InterestGate, read_promise
 from protos.errors import ConfigError
 from protos.messages import Box, Detection
 from splitters.bundle import open_bundle

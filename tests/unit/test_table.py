@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from edge_client.choices import measured_points
+from edge_client.device.choices import measured_points
 from protos.errors import BundleError, SourceError
 from splitters.bundle import Bundle, BundleWriter, Measured, open_bundle
 from splitters.bundle.draft import Draft

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_client.annotate import annotate
 from edge_client.frames import NS_PER_MS, CapturedFrame, FrameReport, Outcome
+from edge_client.gates.tracking import BoxTracker, Follower, TrackConfig
 from edge_client.sinks import InOrder, to_json
-from edge_client.tracking import BoxTracker, Follower, TrackConfig
+from edge_client.sinks.annotate import annotate
 from protos.errors import ConfigError
 from protos.messages import Answer, Box, Classification, ClassScore, Detection
 from splitters.tasks.preprocess import Frame

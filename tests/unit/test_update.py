@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edge_client.update import BundleUpdate
+from edge_client.bundles.update import BundleUpdate
 from protos.errors import BundleError, HeadtailError, ProtocolError, StorageError
 from tests.fakes.client_loop import VirtualLoop
 

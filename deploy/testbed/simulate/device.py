@@ -22,11 +22,11 @@ from deploy.testbed.simulate.camera import log_normal
 from deploy.testbed.simulate.policies import make_policy
 from deploy.testbed.workload import Workload, find_workload, workload_of
 from edge_client.app import App, Console
-from edge_client.choices import DeviceTimes, make_controller, name_of
 from edge_client.cli import main as run_client
 from edge_client.config import ClientConfig
 from edge_client.control import ControlConfig, Policy
-from edge_client.engine import NO_REFERENCE, Encoded, Engine, Features, LocalModel, Reference
+from edge_client.device.choices import DeviceTimes, make_controller, name_of
+from edge_client.device.engine import NO_REFERENCE, Encoded, Engine, Features, LocalModel, Reference
 from edge_client.frames import NS_PER_MS, NS_PER_S
 from protos.messages import Answer
 from splitters.bundle import Bundle

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from edge_client.frames import FrameReport
-from edge_client.told import in_words
+from edge_client.observe.told import in_words
 
 
 class Tally:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from edge_client.bundles import choose_model, list_models
+from edge_client.bundles.fetch import choose_model, list_models
 from edge_client.transport.base import Gate, SessionEvents, Welcome
 from edge_client.transport.rpc import Endpoint, open_channel, stub, translated
 from protos.errors import HeadtailError

@@ -1,0 +1,1 @@
+"""The server's models on this device: fetched, stored, tried, opened, replaced."""

@@ -1,0 +1,1 @@
+"""Where frames come from: cameras, URLs, files, a program of one's own."""

@@ -1,0 +1,169 @@
+"""A bundle made ready to run on this device: head, codec, local model, labels. Blocking; the worker calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edge_client.device.head import Head, run_options
+from edge_client.frames import NS_PER_MS, Clock
+from protos.errors import BundleError, ConfigError, ModelError, PayloadError
+from protos.messages import Answer, Result
+from protos.schema import read_json
+from splitters.bundle import Bundle
+from splitters.bundle.offload import compress
+from splitters.bundle.operating_point import OperatingPoint
+from splitters.codec import LatentCodec, Predictor, Symbols, codec_from_spec
+from splitters.runtime.sessions import Floats, open_graph
+from splitters.tasks.base import open_task
+from splitters.tasks.preprocess import Frame, input_image, normalise
+
+Reference = tuple[Symbols | None, int | None]
+NO_REFERENCE: Reference = (None, None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Features:
+    """A frame after the stem, shared by prefilter and encoders."""
+
+    maps: list[Floats]
+    image: Frame
+    stem_ns: int
+    preprocess_ns: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """A frame ready for the network.
+
+    Attributes:
+        payloads: one per layer, base first.
+        symbols: what they hold, for temporal prediction; None for an offloaded image.
+        reference: the frame they were predicted from; None for a key frame.
+        stages_ms: preprocess, head and codec.
+    """
+
+    payloads: tuple[bytes, ...]
+    symbols: Symbols | None
+    stages_ms: Mapping[str, float]
+    reference: int | None = None
+
+    @property
+    def payload_bytes(self) -> int:
+        """All layers together."""
+        return sum(map(len, self.payloads))
+
+
+class LocalModel:
+    """The whole model on the device, smaller than the server's."""
+
+    def __init__(self, bundle: Bundle, *, clock: Clock, threads: int, options: Any = None) -> None:
+        spec = bundle.manifest.local
+        if spec is None:
+            raise ConfigError(f"bundle {bundle.manifest.name!r} carries no local model")
+        self._preprocess = spec.preprocess
+        self._graph = open_graph(bundle.part_path(spec.path), threads=threads, options=options)
+        self._task = open_task(bundle.manifest, local=True)
+        self._clock = clock
+
+    def prepare(self, frame: Frame) -> Frame:
+        """The picture to keep while a frame is in flight: a few tens of kilobytes instead of the whole frame."""
+        return input_image(frame, self._preprocess)
+
+    def answer(self, image: Frame, size_px: tuple[int, int]) -> tuple[Answer, float]:
+        """Answers a prepared picture; ``size_px`` is the source frame's (width, height). Also the milliseconds it took."""
+        start_ns = self._clock()
+        outputs = self._graph([normalise(image, self._preprocess)])
+        try:
+            answer = self._task.decode(outputs, [size_px])[0]
+        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+            raise ModelError(f"the local model's outputs are not what the manifest says: {error}") from error
+        return answer, (self._clock() - start_ns) / NS_PER_MS
+
+
+class Engine:
+    """One opened bundle. Not safe for several threads at a time; the device's worker is one thread."""
+
+    def __init__(self, bundle: Bundle, *, clock: Clock, threads: int = 1) -> None:
+        """Opens every graph, so that no frame ever waits for one.
+
+        Raises:
+            BundleError: a part is absent, altered or unusable.
+        """
+        self.bundle = bundle
+        self.model = bundle.manifest.name
+        self.sha256 = bundle.sha256
+        self.labels = bundle.manifest.labels
+        self.task = open_task(bundle.manifest)
+        self._clock = clock
+        self._options = run_options()
+        self.head = Head(bundle, clock=clock, threads=threads, options=self._options)
+        local = bundle.manifest.local is not None
+        self.local = LocalModel(bundle, clock=clock, threads=threads, options=self._options) if local else None
+        self.codec = _open_codec(bundle)
+
+    def abandon(self) -> None:
+        """Ends a graph that is running, from another thread, and every later run; the run raises ``ModelError``."""
+        self._options.terminate = True
+
+    def input_image(self, frame: Frame) -> Frame:
+        """The model's own input as a picture: the fair baseline for JPEG, and what offload sends."""
+        return input_image(frame, self.bundle.manifest.preprocess)
+
+    def features(self, frame: Frame) -> Features:
+        """Preprocesses a frame and runs the stem."""
+        start_ns = self._clock()
+        image = self.input_image(frame)
+        normalised = normalise(image, self.bundle.manifest.preprocess)
+        ready_ns = self._clock()
+        maps = self.head.stem(normalised)
+        return Features(maps=maps, image=image, preprocess_ns=ready_ns - start_ns, stem_ns=self._clock() - ready_ns)
+
+    def encode(self, features: Features, point: OperatingPoint, reference: Reference = NO_REFERENCE) -> Encoded:
+        """Runs the encoders of ``point`` and codes the latent, predicted from what the server is known to hold."""
+        start_ns = self._clock()
+        latents = self.head.latents(features.maps, point)
+        head_ns = self._clock()
+        try:
+            coded = self.codec.compress(latents, point.codec_point, *reference)
+        except ConfigError as error:
+            raise ModelError(f"the head's outputs are not what the bundle says: {error.message}") from error
+        stages = {
+            "preprocess": features.preprocess_ns / NS_PER_MS,
+            "head": (features.stem_ns + head_ns - start_ns) / NS_PER_MS,
+            "codec": (self._clock() - head_ns) / NS_PER_MS,
+        }
+        return Encoded(payloads=coded.payloads, symbols=coded.symbols, stages_ms=stages, reference=coded.reference)
+
+    def compress(self, features: Features, image_format: str, quality: int, size_px: int = 0) -> Encoded:
+        """The model's own input as a JPEG or WebP, for a server that runs the whole model."""
+        start_ns = self._clock()
+        data = compress(features.image, image_format=image_format, quality=quality, size_px=size_px)
+        stages = {"preprocess": features.preprocess_ns / NS_PER_MS, "codec": (self._clock() - start_ns) / NS_PER_MS}
+        return Encoded(payloads=(data,), symbols=None, stages_ms=stages)
+
+    def picture(self, frame: Frame) -> Features:
+        """A frame made ready for ``compress``: no head runs."""
+        start_ns = self._clock()
+        image = self.input_image(frame)
+        return Features(maps=[], image=image, preprocess_ns=self._clock() - start_ns, stem_ns=0)
+
+
+def learn_reference(predictor: Predictor, result: Result) -> None:
+    """What a result says of the symbols the server holds for temporal prediction; a refused frame may have been decoded too."""
+    if result.layers_decoded:
+        predictor.acknowledged(result.frame_id, result.layers_decoded, result.symbols_crc32)
+    elif isinstance(result.error, PayloadError):
+        predictor.refused(result.frame_id)
+    elif result.error is not None:
+        predictor.lost(result.frame_id)
+
+
+def _open_codec(bundle: Bundle) -> LatentCodec:
+    path = bundle.manifest.codec
+    codec = codec_from_spec(read_json(bundle.read_part(path), dict[str, Any], what=path), bundle.read_part)
+    for point in bundle.points:
+        if point.codec_point not in codec.point_ids:
+            raise BundleError(f"operating point {point.id} names the codec point {point.codec_point!r}, which {path} does not have")
+    return codec

@@ -1,0 +1,1 @@
+"""What a run tells people and monitoring: the status line, the summary, metrics, traces, answers in words."""
