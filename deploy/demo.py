@@ -86,7 +86,7 @@ def others(photo: Path, model: str) -> tuple[int, int]:
     """Bytes of the model's input picture as JPEG of quality 75, and as one H.264 key frame."""
     from splitters.bundle import exported_path, open_bundle
     from splitters.evaluation.image_codecs import Setting, encode
-    from splitters.evaluation.video_codecs import VideoSetting, code_clip
+    from splitters.evaluation.video.codecs import VideoSetting, code_clip
     from splitters.runtime.pictures import read_picture
     from splitters.tasks.preprocess import input_image
 

@@ -43,9 +43,6 @@ from splitters.codec.tables import Predicted, finest_tier, read_tables
 
 _MAX_PRICE = 100.0
 _LEAST_PRICE = 1e-3
-# From which fraction on a key frame's symbol is the next larger. Against rounding to the nearest: 13 % fewer bytes, 6 % more
-# squared error (YOLOX-nano's bottleneck, the first frames of six cameras).
-_UP, _UP_FROM_ZERO = 0.55, 0.6
 _BUSY = 0.3  # a share of changed cells above which coding alone is tried
 
 
@@ -237,14 +234,14 @@ class LearnedCodec(LatentCodec):
             ModelError: the latent holds NaN.
         """
         if self._tables.predicted is None:
-            return self._alone(latents, point_id)
+            return super().compress(latents, point_id)
         point = self._point(point_id)
         if reference is not None and reference_frame is not None:
             base = self._base(reference, point, reference_frame)
         elif self._tables.predicted.scene is not None:
             base = self._scene(self._tables.predicted.scene, point)
         else:
-            return self._alone(latents, point_id)
+            return super().compress(latents, point_id)
         wanted = np.zeros((self._tables.channels, self._near.shape[1]), np.float32)
         scaled = np.clip(self._scaled(latents, point_id), -MAX_SYMBOL, MAX_SYMBOL)
         wanted[: point.channels] = scaled.reshape(point.channels, -1)
@@ -252,24 +249,12 @@ class LearnedCodec(LatentCodec):
         choice = choose_symbols(wanted, base.values, self._near, costs, point.price, base.frame or 0, MAX_SYMBOL)
         payload, symbols = self._predict(choice, base, point_id)
         if choice.changed.mean() > _BUSY:
-            alone = self._alone(latents, point_id)
+            alone = super().compress(latents, point_id)
             whole = alone.symbols.tensors[0].reshape(wanted.shape)
             gain = np.square(wanted - choice.values).sum() - np.square(wanted - whole).sum()
             if sum(map(len, alone.payloads)) - len(payload) < gain / max(point.price, _LEAST_PRICE) / 8:
                 return alone
         return Coded(symbols=symbols, payloads=(payload,), reference=base.frame)
-
-    def _alone(self, latents: Sequence[Latent], point_id: str) -> Coded:
-        """A key frame, its symbols drawn a little towards zero: the bytes that saves are worth more than the error it makes."""
-        point = self._point(point_id)
-        scaled = np.clip(self._scaled(latents, point_id), -MAX_SYMBOL, MAX_SYMBOL)
-        size = np.abs(scaled)
-        low = np.floor(size)
-        up = size - low >= np.where(low > 0, _UP, _UP_FROM_ZERO)
-        values = np.zeros(self.shapes[0], np.int16)
-        values[: point.channels] = np.sign(scaled) * (low + up)
-        symbols = Symbols(point_id=point_id, tensors=(values,), layers=len(point.ends), layer_count=len(point.ends))
-        return Coded(symbols=symbols, payloads=tuple(self.encode(symbols)))
 
     def encode(self, symbols: Symbols, reference: Symbols | None = None, reference_frame: int | None = None) -> list[bytes]:
         """See `LatentCodec.encode`: exactly these symbols, in one layer where they are predicted."""

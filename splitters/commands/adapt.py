@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Copies, watches, fits, tests."""
     from protos.errors import ConfigError
     from splitters.bundle import open_bundle
-    from splitters.evaluation.adapt import AdaptConfig, adapt
+    from splitters.evaluation.video.adapt import AdaptConfig, adapt
     from splitters.zoo.defaults import ensure_exported
 
     config = AdaptConfig(videos=tuple(args.video), fps=args.fps, until=args.until, scene=not args.no_scene)

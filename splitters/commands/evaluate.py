@@ -14,9 +14,9 @@ from splitters.commands.progress import Progress
 if TYPE_CHECKING:
     from splitters.bundle import Bundle
     from splitters.evaluation.bdrate import BdRate
-    from splitters.evaluation.clips import Part
     from splitters.evaluation.report import Report
-    from splitters.evaluation.video_report import VideoReport
+    from splitters.evaluation.video.clips import Part
+    from splitters.evaluation.video.report import VideoReport
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -72,12 +72,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, rewrites the bundle's points."""
-    from splitters.bundle import open_bundle, rewrite_points
-    from splitters.evaluation.run import EvaluateConfig, dump, evaluate
-    from splitters.zoo.defaults import ensure_exported
+    from splitters.evaluation.run import EvaluateConfig, dump, evaluate, rewrite
+    from splitters.zoo.defaults import find
 
-    path = Path(args.bundle)
-    bundle = open_bundle(path if path.is_dir() else ensure_exported(args.bundle))
+    bundle = find(args.bundle)
     if args.video:
         return _video(bundle, args)
     against = _names(args.against, "jpeg,webp,avif")
@@ -95,9 +93,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report is not None:
         dump(report, args.report)
     if not args.no_write:
-        local = (report.local, report.metric) if report.local is not None else None
-        score_min = report.best_f1[0] if report.best_f1 else None
-        rewrite_points(bundle, report.points, offloads=report.offloads or None, local=local, score_min=score_min)
+        rewrite(bundle, report)
     if args.json:
         print(json.dumps(report.to_json()))
     return 0
@@ -115,7 +111,7 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def _part(text: str) -> Part:
-    from splitters.evaluation.clips import Part
+    from splitters.evaluation.video.clips import Part
 
     try:
         start, stop = (float(n) for n in text.split(":"))
@@ -126,8 +122,8 @@ def _part(text: str) -> Part:
 
 def _video(bundle: Bundle, args: argparse.Namespace) -> int:
     """Measures on clips and tells; the bundle stays as it is."""
-    from splitters.evaluation.video import VideoConfig, evaluate_video
-    from splitters.evaluation.video_report import plot_video
+    from splitters.evaluation.video.report import plot_video
+    from splitters.evaluation.video.run import VideoConfig, evaluate_video
 
     config = VideoConfig(
         clips=tuple(args.video), against=_names(args.against, "h264,h265"), fps=args.fps, part=_part(args.part),

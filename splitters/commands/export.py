@@ -76,12 +76,13 @@ def measured(bundle: Bundle, *, run: Path | None = None, photos: Path | None = N
     """
     from splitters.runtime.table import measure_table
 
-    frames = _frames(run, photos, at_most)
+    frames = photos_for(run, photos, at_most)
     with Progress(f"measuring {bundle.manifest.name}") as show:
         return measure_table(bundle, frames, show)
 
 
-def _frames(run: Path | None, photos: Path | None, at_most: int) -> list[Frame]:
+def photos_for(run: Path | None, photos: Path | None, at_most: int = PHOTOS) -> list[Frame]:
+    """The photos to measure a bundle's points on; see `measured`."""
     from splitters.runtime.folders import pictures_below
     from splitters.runtime.pictures import readable
     from splitters.training.run import DEV_FILE

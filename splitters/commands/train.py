@@ -124,6 +124,28 @@ def _any(args: argparse.Namespace) -> TrainConfig:
     return replace(config, amp=args.amp, data=tuple(args.data_parts))
 
 
+def settings(recipe: str, data: Path, **options: Any) -> TrainConfig:
+    """What the command would train with these options.
+
+    Args:
+        recipe: as on the command line.
+        data: folder of photographs.
+        options: by name, with _ for -; one that is None is as if it were not given.
+
+    Raises:
+        ConfigError: there is no such option, or one is out of range.
+    """
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    args = parser.parse_args(["train", recipe, "--data", str(data), "--out", "."])
+    for name, value in options.items():
+        if not hasattr(args, name):
+            raise ConfigError(f"training has no option {name!r}; `splitters train --help` lists them")
+        if value is not None:
+            setattr(args, name, value)
+    return _config(args)
+
+
 def _config(args: argparse.Namespace) -> TrainConfig:
     from splitters.training.recipes import recipe
 

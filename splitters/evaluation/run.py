@@ -7,7 +7,6 @@ Shape legend: P points, M photos, D resampled sets of photos.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +17,15 @@ import numpy as np
 
 from protos.errors import ConfigError
 from protos.messages import Answer
-from splitters.bundle import Bundle
+from splitters.bundle import Bundle, rewrite_points
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint, best_point, mark_pareto
-from splitters.codec import LatentCodec, codec_from_spec
-from splitters.evaluation.agreement import Agreement
 from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
 from splitters.evaluation.cache import describe, load, photos_key, store
 from splitters.evaluation.choices import measure_local, measure_offloads, offload_ladder
 from splitters.evaluation.image_codecs import Setting, ladder
+from splitters.evaluation.judging.agreement import Agreement
+from splitters.evaluation.judging.tasks import AveragePrecision, Judge, Score, list_images, read_labels
 from splitters.evaluation.measure import (
     Device,
     Each,
@@ -41,10 +40,10 @@ from splitters.evaluation.measure import (
 )
 from splitters.evaluation.report import Gap, Jpeg95, Report, dump
 from splitters.evaluation.steps import Steps, Told
-from splitters.evaluation.tasks import AveragePrecision, Judge, Score, list_images, read_labels
+from splitters.runtime.head import open_codec
 from splitters.runtime.tail import Tail, load_tail
 
-__all__ = ["EvaluateConfig", "Report", "dump", "evaluate"]
+__all__ = ["EvaluateConfig", "Report", "dump", "evaluate", "rewrite"]
 
 log = logging.getLogger(__name__)
 Tick = Callable[[str], None]
@@ -106,11 +105,6 @@ class _Bench:
         )  # fmt: skip
 
 
-def open_codec(bundle: Bundle) -> LatentCodec:
-    """The bundle's latent codec."""
-    return codec_from_spec(json.loads(bundle.read_part(bundle.manifest.codec)), bundle.read_part)
-
-
 def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info, show: Told | None = None) -> Report:
     """Measures every operating point of ``bundle`` and the image codecs beside it.
 
@@ -143,6 +137,13 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info, s
         also={-1: whole.also if whole else {}, **also}, offloads=tuple(offloads), local=local,
         unreadable=tuple(str(f) for f in photos.unreadable), best_f1=best,
     )  # fmt: skip
+
+
+def rewrite(bundle: Bundle, report: Report) -> Bundle:
+    """The bundle with what was measured: its points with their frontier, offload options, the local model's accuracy."""
+    local = (report.local, report.metric) if report.local is not None else None
+    score_min = report.best_f1[0] if report.best_f1 else None
+    return rewrite_points(bundle, report.points, offloads=report.offloads or None, local=local, score_min=score_min)
 
 
 def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick, show: Told | None) -> _Bench:

@@ -187,5 +187,6 @@ def _ends(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": name, "task": told["task"], "preprocess": parse_preprocess(told["preprocess"]),
         "postprocess": told["postprocess"], "labels": {int(k): str(v) for k, v in told["labels"].items()},
+        "score_min": recipe.get("score_min"),
         "licence": f"{told.get('licence', 'that of the model')}; {terms}", "provenance": dict(recipe),
     }  # fmt: skip

@@ -6,7 +6,6 @@ A bundle that holds no whole model is compared with its own halves with nothing 
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -19,12 +18,11 @@ from protos.errors import SourceError
 from protos.messages import Detection
 from splitters.bundle import Bundle, Measured
 from splitters.bundle.operating_point import Quantiles, mark_pareto
-from splitters.codec import codec_from_spec
+from splitters.runtime.head import Head, open_codec
 from splitters.runtime.local import open_local
-from splitters.runtime.sessions import open_graph
 from splitters.runtime.tail import load_tail
 from splitters.tasks.base import task_of
-from splitters.tasks.preprocess import Frame, input_image, normalise
+from splitters.tasks.preprocess import Frame, input_image
 
 log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
@@ -40,27 +38,6 @@ def few(photos: Sequence[Frame]) -> list[Frame]:
     return [photos[i * len(photos) // _FEW] for i in range(_FEW)] if len(photos) > _FEW else list(photos)
 
 
-class _Head:
-    """The device's graphs on one processor core."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        head = bundle.manifest.head
-        self._spec = bundle.manifest.preprocess
-        self._stem = open_graph(bundle.part_path(head.stem))
-        self._graphs = {name: open_graph(bundle.part_path(path)) for name, path in head.graphs.items()}
-
-    def stem(self, picture: Frame) -> list[Floats]:
-        """The stem's outputs, batch of one."""
-        return self._stem([normalise(picture, self._spec)])
-
-    def latents(self, stem_map: Sequence[Floats], graphs: Sequence[str]) -> list[Floats]:
-        """The stem's outputs, or the graphs' sum, batch of one."""
-        if not graphs:
-            return list(stem_map)
-        shares = [self._graphs[g](stem_map[:1]) for g in graphs]
-        return [np.sum(parts, axis=0, dtype=np.float32) for parts in zip(*shares, strict=True)]
-
-
 def measure_table(bundle: Bundle, frames: Sequence[Frame], show: Told | None = None) -> Measured:
     """Measures every operating point, and the local model where there is one.
 
@@ -74,8 +51,8 @@ def measure_table(bundle: Bundle, frames: Sequence[Frame], show: Told | None = N
     """
     if not frames:
         raise SourceError("an operating-point table is measured on photographs, and there are none: give --photos DIR")
-    codec = codec_from_spec(json.loads(bundle.read_part(bundle.manifest.codec)), bundle.read_part)
-    head, tail, local = _Head(bundle), load_tail(bundle), open_local(bundle)
+    codec = open_codec(bundle)
+    head, tail, local = Head(bundle), load_tail(bundle), open_local(bundle)
     settings = list(dict.fromkeys(p.graphs for p in bundle.points))
     sizes: dict[int, list[int]] = {p.id: [] for p in bundle.points}
     agreed: dict[int, list[tuple[float, float]]] = {p.id: [] for p in bundle.points}
@@ -123,7 +100,7 @@ def _quantiles(values: Sequence[float]) -> Quantiles:
     return Quantiles(p50=float(np.percentile(values, 50)), p95=float(np.percentile(values, 95)))
 
 
-def _times(head: _Head, picture: Frame, settings: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Quantiles]:
+def _times(head: Head, picture: Frame, settings: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Quantiles]:
     """Head time of every set of graphs, stem included, in turns, so that disturbances hit all alike."""
     taken: dict[tuple[str, ...], list[float]] = {s: [] for s in settings}
     for _ in range(_ROUNDS):

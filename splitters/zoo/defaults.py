@@ -164,6 +164,17 @@ def ensure_exported(name: str) -> Path:
     return path
 
 
+def find(name_or_path: str | Path) -> Bundle:
+    """A bundle, opened and verified: of a directory, or a default by its name.
+
+    Raises:
+        UnknownModelError: neither a directory nor a default's name.
+        BundleError: the directory holds no sound bundle.
+    """
+    path = Path(name_or_path)
+    return open_bundle(path if path.is_dir() else ensure_exported(str(name_or_path)))
+
+
 def _stamp(path: Path) -> Path:
     """Beside an exported bundle: what it was made of."""
     return path.with_name(f"{path.name}.source")

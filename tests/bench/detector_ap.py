@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from splitters.evaluation.detection import DetectionScores, interval, load_truth, score
+from splitters.evaluation.judging.detection import DetectionScores, interval, load_truth, score
 from splitters.runtime.sessions import open_session
 from splitters.tasks.boxes import Detections, Pixels, read_rgb, select
 from splitters.tasks.coco_classes import CATEGORY_IDS, NAMES

@@ -22,7 +22,7 @@ import torch
 from edge_client.gates.interest import InterestGate, Promise, read_promise
 from protos.messages import Box, Detection
 from splitters.bundle import Bundle, open_bundle
-from splitters.evaluation.detection import load_truth
+from splitters.evaluation.judging.detection import load_truth
 from splitters.evaluation.prefilter import Array, draw_curves, roc_auc
 from splitters.evaluation.scene import UNSURE, Scene, examine, fit, interesting, read_video, watch
 from splitters.tasks.boxes import Pixels, read_rgb

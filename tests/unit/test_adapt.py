@@ -9,7 +9,7 @@ import pytest
 
 from splitters.bundle import open_bundle
 from splitters.cli import main
-from splitters.evaluation.run import open_codec
+from splitters.runtime.head import open_codec
 from tests.fakes.detector_bundle import write_cell_detector
 from tests.unit.test_video_evaluation import frames, write_clip
 

@@ -353,19 +353,6 @@ def test_prediction_is_fitted_anew_and_key_frames_stay() -> None:
         refit_predicted(old, clips, np.ones((3, 24)))
 
 
-def test_a_key_frame_that_goes_out_is_smaller_than_one_rounded_to_the_nearest() -> None:
-    rng, sizes, errors = np.random.default_rng(31), np.zeros(2), np.zeros(2)
-    for latent in smooth(rng, 40):
-        for i, symbols in enumerate((COMPILED.quantise([latent], "coarse"), COMPILED.compress([latent], "coarse").symbols)):
-            sizes[i] += sum(map(len, COMPILED.encode(symbols)))
-            errors[i] += float(np.square(latent - COMPILED.dequantise(symbols)[0]).sum())
-    assert sizes[1] < 0.97 * sizes[0]
-    assert errors[1] < 1.15 * errors[0]
-    assert COMPILED.compress([np.full((C, H, W), np.inf, np.float32)], "fine").symbols.tensors[0].max() == 2047
-    with pytest.raises(ModelError, match="NaN"):
-        COMPILED.compress([np.full((C, H, W), np.nan, np.float32)], "fine")
-
-
 def test_a_sites_scene_makes_key_frames_cheap_and_steps_aside_elsewhere() -> None:
     rng = np.random.default_rng(30)
     clip = scene(rng, 14, speed=2.0)  # what moves is soon gone

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import splitters
 from protos.errors import CutError, ModelError
+from splitters import api
 from splitters.cutting.sources import load_source
 from splitters.cutting.split import Cutter, split
 
@@ -95,7 +96,7 @@ class Gate(nn.Module):
 
 
 def test_splitters_offers_split_and_profile_lazily() -> None:
-    assert splitters.split is split
+    assert splitters.split is api.split
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = splitters.nothing
 

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("pycocotools")
 
 from protos.errors import ConfigError
-from splitters.evaluation.detection import interval, load_truth, score
+from splitters.evaluation.judging.detection import interval, load_truth, score
 from splitters.tasks.boxes import Detections, empty_detections
 
 

@@ -14,7 +14,7 @@ from protos.errors import ConfigError, SourceError
 from protos.messages import Classification, ClassScore
 from splitters.evaluation.bdrate import Curve, bd_rate, compare, front, resample
 from splitters.evaluation.image_codecs import Setting, decode, encode, ladder
-from splitters.evaluation.tasks import TopOne, list_images, read_labels
+from splitters.evaluation.judging.tasks import TopOne, list_images, read_labels
 
 
 def curve(scale: float, photos: int = 200, shift: float = 0.0, seed: int = 1, draws: int = 100) -> Curve:

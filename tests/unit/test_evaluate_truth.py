@@ -17,12 +17,12 @@ from protos.errors import ConfigError, SourceError
 from protos.messages import Box, Classification, ClassScore, Detection
 from splitters.bundle import open_bundle
 from splitters.cli import main
-from splitters.evaluation.agreement import Agreement
 from splitters.evaluation.bdrate import resample
-from splitters.evaluation.coco import read_instances
-from splitters.evaluation.pairing import pair
+from splitters.evaluation.judging.agreement import Agreement
+from splitters.evaluation.judging.coco import read_instances
+from splitters.evaluation.judging.pairing import pair
+from splitters.evaluation.judging.tasks import AveragePrecision, list_images, read_labels
 from splitters.evaluation.run import EvaluateConfig, evaluate
-from splitters.evaluation.tasks import AveragePrecision, list_images, read_labels
 from tests.fakes.detector_bundle import write_cell_detector, write_cell_photos
 
 pytest.importorskip("pycocotools")

@@ -10,11 +10,11 @@ import pytest
 
 from protos.errors import ConfigError, SourceError
 from protos.messages import Box, Classification, ClassScore, Detection
-from splitters.evaluation.clips import Part, read_clip
-from splitters.evaluation.fidelity import Fidelity, resample_segments
-from splitters.evaluation.video import VideoConfig, evaluate_video
-from splitters.evaluation.video_codecs import CODECS, VideoSetting, code_clip, video_ladder
-from splitters.evaluation.video_report import plot_video
+from splitters.evaluation.video.clips import Part, read_clip
+from splitters.evaluation.video.codecs import CODECS, VideoSetting, code_clip, video_ladder
+from splitters.evaluation.video.fidelity import Fidelity, resample_segments
+from splitters.evaluation.video.report import plot_video
+from splitters.evaluation.video.run import VideoConfig, evaluate_video
 from tests.fakes.bundles import tiny_preprocess
 from tests.fakes.detector_bundle import write_cell_detector
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from protos.errors import ConfigError
 from splitters.evaluation.bdrate import Array, Counts, interval, resample
-from splitters.evaluation.coco import read_instances, truth_of
+from splitters.evaluation.judging.coco import read_instances, truth_of
 from splitters.tasks.boxes import Detections
 
 __all__ = ["DetectionScores", "interval", "load_truth", "score"]

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from protos.errors import ConfigError
 from splitters.bundle import Bundle, replace_parts
 from splitters.codec.fit import refit_predicted
-from splitters.evaluation.clips import FPS, Part, read_clip
 from splitters.evaluation.measure import Device
-from splitters.evaluation.run import open_codec
-from splitters.evaluation.video import send_clip
+from splitters.evaluation.video.clips import FPS, Part, read_clip
+from splitters.evaluation.video.run import send_clip
+from splitters.runtime.head import open_codec
 
 Latents = NDArray[np.float32]
 _MOST_FRAMES = 240  # of each video that are fitted on, evenly spread in pieces

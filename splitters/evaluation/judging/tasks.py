@@ -18,9 +18,9 @@ from protos.errors import ConfigError, SourceError
 from protos.messages import Answer, Classification, Detection
 from splitters.bottleneck.narrow import narrow
 from splitters.evaluation.bdrate import Array, Counts
-from splitters.evaluation.coco import classes_of, read_instances, truth_of
-from splitters.evaluation.detection import DetectionScores, score
-from splitters.evaluation.pairing import pair
+from splitters.evaluation.judging.coco import classes_of, read_instances, truth_of
+from splitters.evaluation.judging.detection import DetectionScores, score
+from splitters.evaluation.judging.pairing import pair
 from splitters.runtime.folders import pictures_below
 from splitters.tasks.boxes import Detections
 

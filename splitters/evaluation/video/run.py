@@ -25,13 +25,14 @@ from splitters.bundle import Bundle
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import LatentCodec, ReferenceStore, Symbols
 from splitters.evaluation.bdrate import Array, Counts, Curve
-from splitters.evaluation.clips import FPS, WHOLE, Clip, Part, read_clip
-from splitters.evaluation.fidelity import Fidelity, resample_segments
+from splitters.evaluation.judging.tasks import Score
 from splitters.evaluation.measure import Device, run_whole
-from splitters.evaluation.run import loose, open_codec
-from splitters.evaluation.tasks import Score
-from splitters.evaluation.video_codecs import VideoSetting, code_clip, video_ladder
-from splitters.evaluation.video_report import ClipReport, OurPoint, TheirPoint, VideoReport, compare_clips
+from splitters.evaluation.run import loose
+from splitters.evaluation.video.clips import FPS, WHOLE, Clip, Part, read_clip
+from splitters.evaluation.video.codecs import VideoSetting, code_clip, video_ladder
+from splitters.evaluation.video.fidelity import Fidelity, resample_segments
+from splitters.evaluation.video.report import ClipReport, OurPoint, TheirPoint, VideoReport, compare_clips
+from splitters.runtime.head import open_codec
 from splitters.runtime.tail import Tail, load_tail
 
 log = logging.getLogger(__name__)

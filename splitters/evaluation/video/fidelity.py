@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from protos.errors import ConfigError
 from protos.messages import Answer, Classification, Detection
 from splitters.evaluation.bdrate import Array, Counts
-from splitters.evaluation.tasks import Score
+from splitters.evaluation.judging.tasks import Score
 
 SURE = 0.3
 _OVERLAP = 0.5

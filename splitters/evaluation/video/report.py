@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from protos.errors import ConfigError
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.evaluation.bdrate import Array, BdRate, Curve, bd_rate, interval
-from splitters.evaluation.video_codecs import VideoSetting
+from splitters.evaluation.video.codecs import VideoSetting
 
 _ENOUGH = 0.8  # of the draws must be comparable
 

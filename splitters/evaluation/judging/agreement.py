@@ -13,7 +13,7 @@ import numpy as np
 
 from protos.messages import Answer
 from splitters.evaluation.bdrate import Counts
-from splitters.evaluation.tasks import Score
+from splitters.evaluation.judging.tasks import Score
 from splitters.tasks.base import task_of
 
 

@@ -1,0 +1,1 @@
+"""What an answer is worth: labels of several kinds, or agreement with the whole model."""

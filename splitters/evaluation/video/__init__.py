@@ -1,0 +1,1 @@
+"""A bundle on a camera's clips: beside video codecs, and fitted to them."""
