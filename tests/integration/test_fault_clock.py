@@ -22,7 +22,11 @@ ROOT = Path(__file__).parents[2]
 DAY_NS = 86_400_000_000_000
 
 # Frames are stamped for people who read the results, spans for those who read traces; nothing is decided by either.
-STAMPS = {("edge_client/capture/capture.py", "time_ns"), ("protos/tracing.py", "time_ns")}
+STAMPS = {
+    ("edge_client/capture/capture.py", "time_ns"),
+    ("edge_client/capture/given.py", "time_ns"),
+    ("protos/tracing.py", "time_ns"),
+}
 
 
 @pytest.fixture(scope="module")
