@@ -176,7 +176,7 @@ def classifier(
         path: to write.
         batch: of pictures, or a name for a free one.
         body: ``mixer`` subtracts the batch's mean; ``random`` adds noise; ``unknown`` calls an operator nobody has; ``index``
-            sends an int64 through the middle.
+            sends an int64 through the middle; ``sizes`` has a second input, as RT-DETR's own export has.
         softmax: done in the graph.
         size: of the picture.
         grey: one channel.
@@ -198,9 +198,14 @@ def classifier(
     x = g.add("Flatten", [g.add("GlobalAveragePool", [x], "/pool/Pool")], "/pool/Flatten")
     w = g.weight((g.rng.standard_normal((8, 5)) * 3).astype(np.float32))
     x = g.add("MatMul", [x, w], "/fc/MatMul")
+    inputs = [("input", T.FLOAT, [batch, 1 if grey else 3, size, size])]
+    if body == "sizes":
+        inputs.append(("orig_target_sizes", T.INT64, [batch, 2]))
+        wide = g.add("Slice", [g.add("Cast", ["orig_target_sizes"], to=T.FLOAT), g.ints(0), g.ints(1), g.ints(1)])
+        x = g.add("Mul", [x, g.add("Mul", [wide, g.weight(np.asarray(1 / size, np.float32))])])
     if softmax:
         x = g.add("Softmax", [x], axis=1)
-    return save(path, g, [("input", T.FLOAT, [batch, 1 if grey else 3, size, size])], [(x, T.FLOAT)], {})
+    return save(path, g, inputs, [(x, T.FLOAT)], {})
 
 
 def save(

@@ -282,3 +282,14 @@ def test_profile_lists_the_good_cuts_of_the_users_own_graph(tmp_path: Path, caps
     every = capsys.readouterr().out.splitlines()
     assert sum(r["name"] in " ".join(every) for r in table["rows"]) == len(table["rows"])
     assert all(r["head_ms"] > 0 and r["head_macs"] + r["tail_macs"] == table["total_macs"] for r in table["rows"])
+
+
+def test_an_input_beside_the_picture_is_fed_its_size(tmp_path: Path, photos: Path) -> None:
+    plain, sized = classifier(tmp_path / "plain.onnx"), classifier(tmp_path / "sized.onnx", body="sizes", batch=1)
+    assert cut(plain, tmp_path / "a", photos) == cut(sized, tmp_path / "b", photos) == 0
+    frames = read_photos(photos, 3)
+    bundles = [open_bundle(tmp_path / name) for name in "ab"]
+    first, second = (served(bundle, frames, together=False) for bundle in bundles)
+    for a, b in zip(first, second, strict=True):
+        assert [s.class_id for s in a.top] == [s.class_id for s in b.top]
+        assert [s.score for s in a.top] == pytest.approx([s.score for s in b.top], abs=1e-3)

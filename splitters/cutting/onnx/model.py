@@ -306,10 +306,10 @@ def _stated_size(metadata: Mapping[str, str]) -> tuple[int, int] | None:
     return (numbers[0], numbers[-1])
 
 
-Known = Literal["ones", "height_width"]
+Known = Literal["ones", "height_width", "width_height"]
 # Inputs beside the picture whose value follows from the picture's size.
 _KNOWN: Mapping[str, Known] = {
-    "pixel_mask": "ones", "orig_target_sizes": "height_width", "orig_size": "height_width", "im_shape": "height_width",
+    "pixel_mask": "ones", "orig_target_sizes": "width_height", "orig_size": "height_width", "im_shape": "height_width",
     "image_shape": "height_width", "scale_factor": "ones", "target_sizes": "height_width",
 }  # fmt: skip
 
@@ -328,8 +328,8 @@ def _constants(path: Path, inputs: Sequence[ir.Value], picture: ir.Value, spec: 
                 "export it with the picture alone"
             )
         kind = value.dtype.numpy()
-        if how == "height_width":
-            found[name] = np.asarray([spec.size_px], kind)
+        if how != "ones":
+            found[name] = np.asarray([spec.size_px if how == "height_width" else spec.size_px[::-1]], kind)
             continue
         sides = list(value.shape)
         shape = [d if isinstance(d, int) else (1 if i == 0 else spec.size_px[i - 1]) for i, d in enumerate(sides)]
