@@ -182,7 +182,7 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     from edge_client.app import App, Console
 
-    status_log = logging.getLogger("edge_client.status")
+    status_log = logging.getLogger(f"{__package__}.status")
     status_log.setLevel("INFO")
     console = Console(
         results=sys.stdout,

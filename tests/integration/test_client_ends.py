@@ -27,8 +27,8 @@ CAMERA = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off")
 _HANGING_HEAD = """
 import sys, time
 from edge_client import cli
-from edge_client.pipeline import head_runner
-head_runner.HeadRunner._shoot = lambda *_args, **_names: time.sleep(3600)
+from edge_client.pipeline.head_runner import HeadRunner
+HeadRunner._shoot = lambda *_args, **_names: time.sleep(3600)
 cli.entry()
 """
 
