@@ -85,10 +85,10 @@ def read_promise(
         chosen = _for_recall(fitting[0] if fitting else spec, recall)
         threshold, bound = float(chosen["threshold"]), float(chosen["recall_promised"]) if fitting else 0.0
         sure = float(spec.get("sure", SURE))
+        known = ", ".join("+".join(map(str, g["interest"])) for g in (spec, *spec.get("calibrated", ())))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise BundleError(f"the prefilter's promise in bundle {bundle.manifest.name!r} cannot be read: {error}") from error
     if not fitting:
-        known = ", ".join("+".join(g["interest"]) for g in (spec, *spec.get("calibrated", ())))
         told = f"the prefilter was not calibrated for {', '.join(wanted)} (it was for {known})"
         if not insist:
             log.warning("%s: it promises nothing, so no frame is filtered; --prefilter on filters all the same", told)

@@ -11,8 +11,8 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import cv2
 import grpc
@@ -28,7 +28,7 @@ from splitters.bundle import Bundle
 from splitters.bundle.manifest import parse_manifest
 from splitters.bundle.operating_point import load_points
 from splitters.codec import LatentCodec, Symbols
-from splitters.codec.envelope import Header, Reference, open_layers, seal
+from splitters.codec.envelope import Header, is_predicted, open_layers, open_predicted, seal, seal_predicted
 from tests.fakes.server_client import Device, picture
 
 SLOW_S = 2.0
@@ -57,22 +57,35 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
-def resealed(rng: random.Random, layers: list[bytes]) -> list[bytes]:
-    """Bodies or header changed, checksums right."""
+def resealed(rng: random.Random, layers: list[bytes], references: Mapping[int, Symbols] | None = None) -> list[bytes]:
+    """Bodies or header changed, checksums right; a predicted frame's with the one of ``references`` that it may mean."""
+    if is_predicted(layers[0]):
+        return [_resealed_predicted(rng, layers[0], references or {})]
     header, bodies = open_layers(layers)
     if rng.random() < 0.8:
         at = rng.randrange(len(bodies))
         bodies[at] = mutate(rng, bodies[at])
-    count, point, reference = header.layer_count, header.point_index, header.reference
+    count, point = header.layer_count, header.point_index
     if rng.random() < 0.3:
         count = rng.choice((1, 2, 3, count + 1, 16))
     if rng.random() < 0.3:
         point = rng.choice((0, 1, 2, 3, 4, 255))
-    if rng.random() < 0.3:
-        reference = Reference(frame_id=rng.choice((0, 5, 2**62)), layers=rng.choice((0, 1, 2, 3, 255)), crc32=rng.choice((0, 1)))
     kind = rng.choice(("plain", "learned")) if rng.random() < 0.05 else header.kind
-    fresh = Header(kind=kind, point_index=point, layer_count=max(count, len(bodies)), reference=reference)
-    return seal(fresh, bodies)
+    return seal(Header(kind=kind, point_index=point, layer_count=max(count, len(bodies))), bodies)
+
+
+def _resealed_predicted(rng: random.Random, payload: bytes, references: Mapping[int, Symbols]) -> bytes:
+    header, body = open_predicted(payload)
+    if rng.random() < 0.8:
+        body = mutate(rng, body)
+    if rng.random() < 0.3:
+        header = replace(header, point_index=rng.choice((0, 1, 2, 3, 4, 255)))
+    if rng.random() < 0.3:
+        header = replace(header, reference_byte=rng.randrange(256))
+    if rng.random() < 0.3:
+        header = replace(header, density=rng.randrange(128), scene=rng.random() < 0.1)
+    held = list(references.values())
+    return seal_predicted(header, body, rng.choice(held).crc32() if held else 0)
 
 
 @dataclass(slots=True)
@@ -144,7 +157,7 @@ def _codec_case(subject: Subject) -> Callable[[random.Random], tuple[bool, Calla
         layers = layers[: rng.randint(1, len(layers))]
         sealed = rng.random() < 0.6
         if sealed:
-            layers = resealed(rng, layers)
+            layers = resealed(rng, layers, subject.references)
         else:
             at = rng.randrange(len(layers))
             layers = [*layers[:at], mutate(rng, layers[at]), *layers[at + 1 :]]
