@@ -32,7 +32,7 @@ class ClientConfig:
         fps: pace of ``realtime``; 0: the file's own.
         camera_id: what results call the camera; empty: the source as people may see it.
         output: where results go; ``-``: standard output; None: nowhere.
-        append: ``output`` is gone on with instead of begun anew.
+        append: results are added at the end of ``output``, which is otherwise written from its start.
         output_max_mb: ``output`` is rotated when it is larger (megabytes); 0: it grows.
         strict: a source that is not whole is an error at the end.
         wait_for_server_s: None: 0 live, 30 for files.

@@ -14,7 +14,8 @@ class ControlConfig:
     Attributes:
         fps: frames/s the source delivers; the controller keeps the device and the link within it.
         target_on_time: P(answer before the deadline) every choice should reach, (0, 1).
-        miss_price: what a choice is fined for each unit its P(answer in time) lacks of the target, in units of the best accuracy.
+        miss_price: taken off a choice's value for each unit by which its P(answer in time) is below the target, in units of
+            the best accuracy.
         switch_margin: expected accuracy another choice must gain before the controller leaves the last one, in the same units.
         rate_memory_ns: time constant of the delivery bitrate's estimate.
         window_ns: age at which a sample leaves the quantile windows.

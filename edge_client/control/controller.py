@@ -298,8 +298,8 @@ class Controller:
         room -= e.backlog_bytes
         full = 0 < frames <= e.in_flight
         closed, roomy = False, moment.roomy
-        # A choice that is sure, and takes nothing from other frames, sets a bar. What cannot pass it need not be looked at;
-        # below it by the margin is what was chosen last, and anything where device time may have a price (see ``device_price``).
+        # A choice that is sure and takes nothing from other frames sets a bar, and options that cannot pass the bar are not scored.
+        # The bar is lower by the margin for the option chosen last, and wherever device time has a price (see ``device_price``).
         sure, margin, last, options = -inf, self._margin, self._last, self._remote
         if roomy and scores and self._is_sure(scores[0], moment.late_ns):
             sure = scores[0].value

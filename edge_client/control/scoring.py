@@ -33,7 +33,7 @@ class Score:
         value: expected accuracy of this frame.
         device_ns: expected device time, the fallback's share included (the whole fallback where there is time to spare).
         displaced: expected accuracy of the frames that are superseded meanwhile.
-        net: value, less what is displaced, the price of the device's time, and a fine for missing the target.
+        net: value, less what is displaced, the price of the device's time, and what P(on time) below the target costs.
         fallback_ns: when the local model should start; None: no use.
         refused: why it cannot be chosen; empty: it can.
     """

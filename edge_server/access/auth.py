@@ -1,7 +1,7 @@
 """Who calls: bearer tokens from a file. Operators, who may load and unload models, have a file of their own.
 
 A token file holds ``name token`` a line; blank lines and lines that begin with ``#`` are skipped. It is read again when
-it changes, and who holds a token that is no longer in it is shown out. Only health answers without a token. Names appear
+it changes, and who holds a token that is no longer in it loses its session. Only health answers without a token. Names appear
 in logs, tokens never: of a token only its SHA-256 is kept.
 """
 

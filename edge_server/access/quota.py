@@ -1,4 +1,4 @@
-"""What the holders of one token may use together, and how they are shown out when it is withdrawn."""
+"""What the holders of one token may use together, and how their sessions end when it is withdrawn."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ Shape legend: N batch, S stem channels, C latent channels; the stem's map is (N,
 The latent's shape never depends on the tier.
 
 After the slimmable ensemble of Assine et al. 2023 (arXiv 2306.12691): small encoders whose latents are summed, of
-which a device runs as many as it can afford. The dearest encoder here is the base model's own first blocks.
+which a device runs as many as it can afford. The largest encoder here is the base model's own first blocks.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class SmallEncoder(nn.Module):
 
 
 class OwnEncoder(nn.Module):
-    """The base model's own blocks up to the cut (pruned or not), then one 1x1 convolution: the dearest encoder.
+    """The base model's own blocks up to the cut (pruned or not), then one 1x1 convolution: the largest encoder.
 
     Args:
         body: stem map to cut tensor.

@@ -29,7 +29,7 @@ class StagedModel:
         cuts: how many tensors cross the cut.
         taps: how many of the stages' outputs lie before the model's own (0: all but the last).
         raw: the branches of a detector's output, which follow the taps; empty: matched as it is.
-        same_front: the student's dearest encoder begins with this very stem and body, so that while they are frozen one run
+        same_front: the student's largest encoder begins with this very stem and body, so that while they are frozen one run
             of them serves both.
     """
 

@@ -55,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="1,2,3",
         help="video: how many frames back the reference lies (default: %(default)s; the first is the headline)",
     )
-    parser.add_argument("--points", help="video: ids of operating points (default: all of the dearest encoder)")
+    parser.add_argument("--points", help="video: ids of operating points (default: all of the largest encoder)")
     parser.add_argument(
         "--score-min",
         type=float,

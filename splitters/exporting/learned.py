@@ -76,7 +76,7 @@ def tier_graphs(tier: Tier) -> tuple[str, ...]:
 
 
 def operating_points(ensemble: EncoderEnsemble, rungs: Sequence[Rung]) -> list[OperatingPoint]:
-    """One point for each tier and rung, not measured yet; the dearest and finest first."""
+    """One point for each tier and rung, not measured yet; the largest and finest first."""
     points: list[OperatingPoint] = []
     for tier in reversed(ensemble.tiers):
         for number, rung in enumerate(rungs):

@@ -96,7 +96,7 @@ def load_run(run: Path, model: str = "") -> tuple[Source, LearnedSplit, dict[str
 def device_stem(student: LearnedSplit) -> nn.Module:
     """What runs before every encoder, and gives one map.
 
-    Where the dearest encoder has nothing of its own but the projection, its fusing of several tensors belongs here.
+    Where the largest encoder has nothing of its own but the projection, its fusing of several tensors belongs here.
     """
     own = student.ensemble.encoders[-1]
     if isinstance(own, FusedEncoder) and isinstance(own.body, nn.Identity):

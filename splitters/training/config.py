@@ -17,12 +17,12 @@ class Stage:
     Attributes:
         steps: optimiser steps.
         lr: peak learning rate of newly made parts; falls along a cosine over the stage.
-        lr_shared: that of what all tiers share, decoder and gains, and of the dearest encoder's projection; None: ``lr``.
+        lr_shared: that of what all tiers share, decoder and gains, and of the largest encoder's projection; None: ``lr``.
         lr_own: that of the own encoder's blocks, 0 keeps them frozen.
         lr_tail: that of the student's tail, 0 keeps it frozen.
         tail_stages: how many leading tail stages ``lr_tail`` applies to.
         tiers: share of each encoder tier among a batch's samples, cheapest first; they sum to 1.
-        latent_only: nothing but the cheap tiers' latents is learned, from the dearest tier's: several times faster,
+        latent_only: nothing but the cheap tiers' latents is learned, from the largest tier's: several times faster,
             a start for the stages that answer through decoder and tail.
     """
 
@@ -66,7 +66,7 @@ class LossWeights:
         stages: at each matched stage but the last.
         logits: Kullback-Leibler divergence of the logits (classification), divergence and box error of a detector's raw
             outputs, else squared error at the last stage.
-        latent: a cheap tier's latent against the dearest tier's.
+        latent: a cheap tier's latent against the largest tier's.
     """
 
     cut: float = 0.3
@@ -93,7 +93,7 @@ class TrainConfig:
         deepen: the small encoders of ``start`` grow residual blocks, which begin as the identity.
         single: ``TIER:GAIN``: train for this one operating point alone, from ``start`` (see `splitters.training.single`).
         data: sub-folders of the data directory to learn from; empty for all of it.
-        target_bytes: estimated payload of each gain tier in the dearest encoder tier, finest first: the trade-off
+        target_bytes: estimated payload of each gain tier in the largest encoder tier, finest first: the trade-off
             between loss and bits of every tier is steered towards it.
         truncate: probability that a sample loses a random number of its trailing channels (tail-drop).
         prefixes: how many channels such a sample keeps.

@@ -38,9 +38,9 @@ def sample_latents(student: LearnedSplit, images: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def clip_latents(student: LearnedSplit, clips: Tensor) -> list[NDArray[np.float32]]:
-    """The dearest encoder's latents of clips (N, T, 3, H, W), as N arrays (T, C, h, w)."""
-    dearest = len(student.ensemble.tiers) - 1
-    return [student.latent(clip, dearest).numpy() for clip in clips]
+    """The largest encoder's latents of clips (N, T, 3, H, W), as N arrays (T, C, h, w)."""
+    largest = len(student.ensemble.tiers) - 1
+    return [student.latent(clip, largest).numpy() for clip in clips]
 
 
 def symbols_at(latents: Tensor, gains: Tensor) -> list[Symbols]:

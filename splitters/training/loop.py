@@ -36,7 +36,7 @@ class StepReport:
         step: steps done, of ``steps``.
         loss: the whole loss.
         distortion: without the bits.
-        latent: the cheap tiers' squared error against the dearest latent, in its variance.
+        latent: the cheap tiers' squared error against the largest latent, in its variance.
         tier_bytes: running estimate of each gain tier's payload.
     """
 
@@ -156,10 +156,10 @@ class Trainer:
                 row[config.groups[group] : ([*config.groups, c])[group + 1]] = 0
         return torch.from_numpy(rng.permutation(gain)).to(self.device), torch.from_numpy(kept).to(self.device)
 
-    def _dearest(self, stem_map: Tensor, stage: Stage) -> Tensor:
+    def _largest(self, stem_map: Tensor, stage: Stage) -> Tensor:
         ensemble = self.student.ensemble
-        dearest = len(ensemble.tiers) - 1
-        own = ensemble.encoders[ensemble.tiers[dearest].runs[0][0]]
+        largest = len(ensemble.tiers) - 1
+        own = ensemble.encoders[ensemble.tiers[largest].runs[0][0]]
         if stage.lr_own == 0 and isinstance(own, OwnEncoder):
             with torch.no_grad(), self._amp():
                 cut = own.body(stem_map)
@@ -167,11 +167,11 @@ class Trainer:
                 return own.from_cut(tuple(t.float() for t in cut) if isinstance(cut, tuple) else cut.float())
             projected: Tensor = own.project(cut.float())
             return projected
-        best: Tensor = ensemble(stem_map, dearest)
+        best: Tensor = ensemble(stem_map, largest)
         return best
 
     def _mismatch(self, mine: Tensor, best: Tensor) -> Tensor:
-        """Squared error of cheap latents against the dearest, each channel as fine as the middle gain tier sees it, (n,)."""
+        """Squared error of cheap latents against the largest, each channel as fine as the middle gain tier sees it, (n,)."""
         gains = self.student.quantiser.log_gain.detach()
         gain = gains[len(gains) // 2].exp()[:, None, None]
         return relative_error(mine * gain, best.detach() * gain)
@@ -194,7 +194,7 @@ class Trainer:
         else:
             with torch.no_grad():
                 stem_map = self.student.stem(images)
-            best = self._dearest(stem_map, stage)
+            best = self._largest(stem_map, stage)
         parts, errors, at = [], [], 0
         for tier, count in enumerate(shares(stage.tiers, len(images), rng)):
             if count and tier < len(ensemble.tiers) - 1:
@@ -212,7 +212,7 @@ class Trainer:
         ensemble = self.student.ensemble
         with torch.no_grad():
             stem_map = self.student.stem(images)
-            best = self._dearest(stem_map, stage)
+            best = self._largest(stem_map, stage)
         cheap = range(len(ensemble.tiers) - 1)
         return torch.stack([self._mismatch(ensemble(stem_map, tier), best).mean() for tier in cheap]).mean()
 
@@ -249,12 +249,12 @@ class Trainer:
         self._average()
 
     def _steer(self, stage: Stage, gain: Tensor, kept: Tensor, bits: Tensor) -> None:
-        """Compares the dearest shown tier's untruncated samples with the targets."""
+        """Compares the largest shown tier's untruncated samples with the targets."""
         whole = kept.min(1).values > 0
         count = next(n for n in reversed(shares(stage.tiers, len(gain), None)) if n)
-        dearest = torch.zeros(len(gain), dtype=torch.bool, device=gain.device)
-        dearest[len(gain) - count :] = True
-        told = (whole & dearest).cpu()
+        largest = torch.zeros(len(gain), dtype=torch.bool, device=gain.device)
+        largest[len(gain) - count :] = True
+        told = (whole & largest).cpu()
         if bool(told.any()):
             g, b = gain.cpu()[told], bits.detach().cpu()[told]
             self.steering.observe(g, b, self.student.quantiser)
@@ -298,7 +298,7 @@ def shares(fractions: tuple[float, ...], n: int, rng: np.random.Generator | None
 def parameter_groups(student: LearnedSplit) -> dict[str, list[nn.Parameter]]:
     """Trainable parameters by role.
 
-    ``shared`` (decoder), ``new`` (small encoders), ``bridge`` (the dearest encoder's projection), ``quantiser``, ``own``
+    ``shared`` (decoder), ``new`` (small encoders), ``bridge`` (the largest encoder's projection), ``quantiser``, ``own``
     (the base's own blocks), ``tail0``, ``tail1`` ….
     """
     groups: dict[str, list[nn.Parameter]] = {

@@ -46,7 +46,7 @@ def efficientnet_lite0_joint() -> TrainConfig:
 
 
 def efficientnet_lite0_cheap() -> TrainConfig:
-    """Goes on from shipped weights with the small encoders, deepened; what they share with the dearest tier moves slowly."""
+    """Goes on from shipped weights with the small encoders, deepened; what they share with the largest tier moves slowly."""
     return replace(
         efficientnet_lite0(), start=str(WEIGHTS), truncate=0.15, amp=True, deepen=True,
         stages=(Stage(steps=480, lr=2e-3, lr_shared=2e-4, tiers=(0.4, 0.22, 0.16, 0.22)),),

@@ -129,7 +129,7 @@ class NetemRelay:
         self._tasks = [asyncio.create_task(self._follow(i)) for i in (0, 1)]
 
     def restart(self) -> None:
-        """The link's time begins anew; for when the programs at both ends stand and nothing is under way."""
+        """Starts the link's time again from zero. To be called when both programs are ready and nothing is under way."""
         for task in self._tasks:
             task.cancel()
         for i in (0, 1):
@@ -163,7 +163,7 @@ class NetemRelay:
         ip("netns", "exec", self._spaces[i], "tc", "qdisc", verb, "dev", self._devices[i], "root", *words)
 
     async def _follow(self, i: int) -> None:
-        """Sets the capacity anew at every step of the trace."""
+        """Sets the capacity at every step of the trace."""
         steps = self._links[i].trace.steps(_STEPS_NS)
         for at_ns, bps in (step for before, step in pairwise(steps) if step[1] != before[1]):
             await asyncio.sleep(max(0.0, (at_ns - self.time.since_ns()) / 1e9))

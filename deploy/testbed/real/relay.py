@@ -105,7 +105,7 @@ class Relay:
         return self
 
     def restart(self) -> None:
-        """The link's time begins anew; for when the programs at both ends stand and nothing is under way."""
+        """Starts the link's time again from zero. To be called when both programs are ready and nothing is under way."""
         self.time.stop()
         self.up, self.down = (
             Link(config, f"{name}/{self._seed}") for name, config in zip(("up", "down"), self._configs, strict=True)

@@ -36,7 +36,7 @@ class Stage:
     """A real server, and real clients one after another, each behind the link of its scenario. An async context manager.
 
     In shape mode the server starts once, and each run's link is a proxy of its own; in relay mode every run has two namespaces
-    of its own, and the server starts anew in one of them.
+    of its own, and the server starts again in one of them.
 
     Args:
         mode: ``shape`` or ``relay``.

@@ -29,7 +29,7 @@ from splitters.runtime.head import open_codec
 Latents = NDArray[np.float32]
 _MOST_FRAMES = 240  # of each video that are fitted on, evenly spread in pieces
 _PIECE = 40
-_CHEAP_SHARE = 3  # encoders other than the dearest see one piece in so many
+_CHEAP_SHARE = 3  # encoders other than the largest see one piece in so many
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,20 +105,20 @@ def adapt(bundle: Bundle, config: AdaptConfig, *, tick: Callable[[str], None]) -
     if spec.get("kind") != "learned":
         raise ConfigError(f"bundle {bundle.manifest.name!r} has a {spec.get('kind')} codec; only a learned one can be adapted")
     device = Device(bundle)
-    dearest = bundle.points[0].graphs
+    largest = bundle.points[0].graphs
     pieces, seen = _latents(bundle, device, config, tick)
     gains = np.asarray(spec["gains"])
-    still = np.median(np.concatenate(pieces[dearest]), axis=0) if config.scene else None
+    still = np.median(np.concatenate(pieces[largest]), axis=0) if config.scene else None
     part = bundle.read_part(spec["tables"])
-    clips = [p for graphs, own in pieces.items() for p in (own if graphs == dearest else own[::_CHEAP_SHARE])]
+    clips = [p for graphs, own in pieces.items() for p in (own if graphs == largest else own[::_CHEAP_SHARE])]
     before = open_codec(bundle)
     adapted = replace_parts(bundle, {spec["tables"]: refit_predicted(part, clips, gains, scene=still, progress=tick)})
     test: list[Change] = []
     if config.until < 1:
-        kept = [_clip(bundle, device, dearest, v, config.fps, Part(start=config.until)) for v in config.videos]
+        kept = [_clip(bundle, device, largest, v, config.fps, Part(start=config.until)) for v in config.videos]
         after = open_codec(adapted)
         test = [
-            _change(p.id, p.codec_point, kept, before, after) for p in bundle.points if p.graphs == dearest
+            _change(p.id, p.codec_point, kept, before, after) for p in bundle.points if p.graphs == largest
         ]  # fmt: skip
     return Adapted(bundle=adapted, frames=seen, test=tuple(test))
 

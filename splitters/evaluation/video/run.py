@@ -51,7 +51,7 @@ class VideoConfig:
         part: of each clip.
         limit: at most so many frames of each clip, from the part's start; None: all.
         ages: how many frames back the reference lies, each judged for itself; the first is the headline.
-        points: ids of operating points; None: all those of the dearest encoder.
+        points: ids of operating points; None: all those of the largest encoder.
         segment_s: of the bootstrap.
         draws: of the bootstrap.
         score_min: a detector's boxes from this score on count; AP needs the weak ones too.
@@ -134,8 +134,8 @@ def evaluate_video(bundle: Bundle, config: VideoConfig, *, tick: Tick = log.info
 
 def _points(bundle: Bundle, wanted: Sequence[int] | None) -> list[OperatingPoint]:
     if wanted is None:
-        dearest = bundle.points[0].graphs
-        return [p for p in bundle.points if p.graphs == dearest]
+        largest = bundle.points[0].graphs
+        return [p for p in bundle.points if p.graphs == largest]
     known = {p.id: p for p in bundle.points}
     if unknown := [i for i in wanted if i not in known]:
         raise ConfigError(f"there is no operating point {unknown[0]}; this bundle has {', '.join(map(str, known))}")

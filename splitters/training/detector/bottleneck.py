@@ -51,7 +51,7 @@ class Plan:
         size_px: side of the training pictures.
         batch: photos a step.
         detector: the detector's weights.
-        light_until: share of the run in which the light encoders only learn the dearest one's latent.
+        light_until: share of the run in which the light encoders only learn the largest one's latent.
         tail_from: share of the run after which the tail's backbone trains too.
         fit: photos the probability tables are fitted on.
         seed: of all chance.
@@ -70,7 +70,7 @@ class Plan:
 def configuration(plan: Plan) -> TrainConfig:
     """The loop's configuration; its steps are the clock's ticks.
 
-    First the light encoders learn the dearest one's latent, then all learn together, slowly in what they share: its start is good
+    First the light encoders learn the largest one's latent, then all learn together, slowly in what they share: its start is good
     already. At last the backbone behind the cut trains too.
     """
     area = (plan.size_px / INPUT_SIZE_PX) ** 2

@@ -1,7 +1,7 @@
 """From which score on our detector's boxes can be believed: what the client's probes of the prefilter are judged by.
 
 ``python -m splitters.training.prefilter.sure --data DIR [--cache teacher.npz]`` looks at photos kept out of the detector's training
-and writes ``prefilter_sure.json`` beside the weights, with their sha256: other weights need it anew.
+and writes ``prefilter_sure.json`` beside the weights, with their sha256: other weights need it measured again.
 """
 
 from __future__ import annotations

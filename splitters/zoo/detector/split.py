@@ -3,9 +3,9 @@
 Shape legend: N batch; images (N, 3, S, S), S 320 at work; stem map (N, 32, S / 2, S / 2); cut tensor (N, 40, S / 8, S / 8),
 2 x 2 of its cells folded into channels, (N, 160, S / 16, S / 16); latent (N, 64, S / 16, S / 16).
 
-The dearest encoder is the detector's own first blocks, as they are: they never trained with the detector, so a bottleneck fits
+The largest encoder is the detector's own first blocks, as they are: they never trained with the detector, so a bottleneck fits
 any detector trained around the same blocks. The cheaper two are the same blocks with fewer expansion channels, chosen and solved
-anew by least squares (`splitters.zoo.efficientnet_lite0.pruning`), and a residual block that learns to make up for the rest.
+again by least squares (`splitters.zoo.efficientnet_lite0.pruning`), and a residual block that learns to make up for the rest.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def build_learned_detector(
 
 
 def _start_light(encoder: SmallEncoder, own: FusedEncoder, keep: Mapping[int, int], stem_map: Tensor) -> None:
-    """The published blocks pruned for these photos, then what the dearest encoder ends with."""
+    """The published blocks pruned for these photos, then what the largest encoder ends with."""
     published = narrow(load_efficientnet_lite0().blocks[: TAPS[0] + 1], nn.Sequential).eval()
     pruned = fuse_norms(prune_blocks(published, keep, stem_map))
     trunk = narrow(encoder.trunk, nn.Sequential)

@@ -1,7 +1,7 @@
 """Structured pruning of inverted residual blocks by least squares, to make a model's own blocks a lighter encoder.
 
 Channels of a block's expansion are removed one by one, always the one whose loss the rest can best make up for
-(backward elimination, as in Optimal Brain Surgeon, Hassibi & Stork 1993), and the projection is solved anew so that
+(backward elimination, as in Optimal Brain Surgeon, Hassibi & Stork 1993), and the projection is solved again so that
 the pruned block, fed with the *pruned* model's activations, gives the full model's output.
 """
 
