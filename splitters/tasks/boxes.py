@@ -53,7 +53,8 @@ def nms(boxes_px: Floats, scores: Floats, class_ids: Ints, *, iou: float = 0.6, 
     """Indices that survive greedy suppression within each class, best score first, at most ``keep``."""
     if not scores.size:
         return np.zeros(0, np.int64)
-    xywh = np.concatenate([boxes_px[:, :2], boxes_px[:, 2:] - boxes_px[:, :2]], axis=1).astype(np.float64)
+    corners = boxes_px - min(0.0, float(boxes_px.min()))  # OpenCV moves classes apart by the largest coordinate
+    xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).astype(np.float64)
     kept = cv2.dnn.NMSBoxesBatched(xywh.tolist(), scores.astype(float).tolist(), class_ids.tolist(), 0.0, iou)
     order = np.asarray(kept, np.int64).ravel()
     return order[np.argsort(-scores[order], kind="stable")][:keep]

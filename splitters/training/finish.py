@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from protos.errors import ConfigError
 from splitters.bottleneck.learned import LearnedSplit
-from splitters.codec.fit import fit_tables
+from splitters.codec.fit import fit_tables, refit_predicted
 from splitters.exporting.learned import RECIPE_FILE, TABLES_FILE, WEIGHTS_FILE, Rung, gains_at, tuned_state
 from splitters.training.photos import Crops, PhotoCache
 
@@ -107,7 +108,11 @@ def finish(
     latents = sample_latents(student, batches)
     gains = gains_at(student, list(dict.fromkeys(r.gain for r in rungs)))[0]
     clips = [c for batch in batches[::_CLIP_SHARE] for c in clip_latents(student, moving(batch, rng))]
-    tables = fit_tables(symbols_at(latents, gains), layers, clips=clips, gains=gains.numpy(), progress=progress)
+    tables = fit_tables(symbols_at(latents, gains), layers, progress=progress)
+    try:
+        tables = refit_predicted(tables, clips, gains.numpy(), progress=progress)
+    except ConfigError as error:  # a latent of few cells, or photos in which nothing can move: key frames alone
+        log.warning("no tables of predicted frames: %s; `splitters adapt` fits them to a camera's video", error.message)
     save_file(state, out / WEIGHTS_FILE)
     (out / TABLES_FILE).write_bytes(tables)
     about = {
