@@ -38,9 +38,7 @@ class SegmentationTask(Task):
 
     def decode(self, outputs: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
         """See `Task.decode`."""
-        if not isinstance(self._which, int) or self._which >= len(outputs):
-            raise BundleError(f"the decoding reads output {self._which}, the model has {len(outputs)}")
-        values = outputs[self._which]
+        values = _declared(outputs, self._which)
         if values.ndim not in (3, 4):
             raise BundleError(f"a class map is (N, C, h, w) or (N, h, w), output {self._which} has shape {values.shape}")
         return [self._frame(each, size) for each, size in zip(values, sizes_px, strict=False)]
@@ -127,6 +125,17 @@ def class_map(answer: Answer) -> NDArray[np.int32]:
         raise ProtocolError(f"the answer's class map does not hold together: {error!r}") from error
 
 
+def _declared(outputs: Sequence[Floats], which: int | str) -> Floats:
+    """The one output that a decoding reads.
+
+    Raises:
+        BundleError: the model has no such output.
+    """
+    if not isinstance(which, int) or which >= len(outputs):
+        raise BundleError(f"the decoding reads output {which}, the model has {len(outputs)}")
+    return outputs[which]
+
+
 class EmbeddingTask(Task):
     """A vector (N, D), as the model gives it: ``embedding`` (D,)."""
 
@@ -138,9 +147,7 @@ class EmbeddingTask(Task):
 
     def decode(self, outputs: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
         """See `Task.decode`."""
-        if not isinstance(self._which, int) or self._which >= len(outputs):
-            raise BundleError(f"the decoding reads output {self._which}, the model has {len(outputs)}")
-        vectors = outputs[self._which]
+        vectors = _declared(outputs, self._which)
         return [Tensors(task=self.name, arrays={"embedding": v.ravel().astype(np.float32)}) for v in vectors[: len(sizes_px)]]
 
     def signature(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
