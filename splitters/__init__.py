@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from splitters.api import evaluate, export, load, profile, split, train
-    from splitters.cutting.split import Split
+    from splitters.cutting.graph.split import Split
     from splitters.profiling.table import Profile
     from splitters.runtime.whole import BundleModel, Inference
 
@@ -25,7 +25,7 @@ __all__ = ["BundleModel", "Inference", "Profile", "Split", "evaluate", "export",
 _HOMES = {
     "BundleModel": "splitters.runtime.whole",
     "Inference": "splitters.runtime.whole",
-    "Split": "splitters.cutting.split",
+    "Split": "splitters.cutting.graph.split",
     "Profile": "splitters.profiling.table",
 }
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from splitters.bundle import Bundle
-    from splitters.cutting.split import Split
+    from splitters.cutting.graph.split import Split
     from splitters.evaluation.report import Report
     from splitters.profiling.table import Profile
     from splitters.runtime.whole import BundleModel
@@ -44,7 +44,7 @@ def split(model: nn.Module | ExportedProgram | str, at: str, example_inputs: Any
         CutError: the model has no graph, or no cut of that name.
         ConfigError: the name names no model, or a module comes without example inputs.
     """
-    from splitters.cutting.split import split as cut
+    from splitters.cutting.graph.split import split as cut
 
     found, example, _ = _found(model, example_inputs, weights)
     return cut(found, at, example)
@@ -84,7 +84,7 @@ def profile(
     if isinstance(model, str) and example_inputs is None:
         import torch
 
-        from splitters.commands.model_arguments import default_preprocess, sample_of
+        from splitters.commands.common.model_arguments import default_preprocess, sample_of
         from splitters.cutting.sources import load_source
         from splitters.tasks.preprocess import preprocess
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from protos.errors import ConfigError, StorageError
 from protos.version import package_version
-from splitters.commands.failures import as_known
+from splitters.commands.common.failures import as_known
 
 VERBS = {
     "profile": "what every candidate cut of a model would cost",

@@ -16,9 +16,9 @@ from edge_client.control.budget import GrantBudget
 from edge_client.control.config import ControlConfig
 from edge_client.control.controller import Controller
 from edge_client.control.decision import Candidate, Decision, Explanation, Local, LocalOption, Offload, Skip, Split
-from edge_client.control.estimator import Estimator
+from edge_client.control.estimating.estimator import Estimator
+from edge_client.control.estimating.window import CreditWindow
 from edge_client.control.policy import Policy
-from edge_client.control.window import CreditWindow
 from splitters.bundle.offload import OffloadOption
 
 __all__ = [

@@ -15,12 +15,12 @@ from math import inf
 from edge_client.control.budget import GrantBudget
 from edge_client.control.config import ControlConfig
 from edge_client.control.decision import Decision, Local, LocalOption, Offload, Skip, Split
-from edge_client.control.estimator import Estimator
+from edge_client.control.estimating.estimator import Estimator
+from edge_client.control.estimating.sizes import PayloadSizes
+from edge_client.control.estimating.window import CreditWindow
 from edge_client.control.explain import explanation
 from edge_client.control.options import DEVICE_NOISE, Option, useful
 from edge_client.control.scoring import Moment, Score, device_price
-from edge_client.control.sizes import PayloadSizes
-from edge_client.control.window import CreditWindow
 from protos.errors import ConfigError
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint, Quantiles

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edge_client.control.decision import Candidate, Explanation
-from edge_client.control.estimator import Estimator
+from edge_client.control.estimating.estimator import Estimator
 from edge_client.control.scoring import Score
 
 

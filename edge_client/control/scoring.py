@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-from edge_client.control.estimator import Estimator
+from edge_client.control.estimating.estimator import Estimator
 from edge_client.control.options import DEVICE_NOISE, Option
 
 # The local model's p95 fits, so it makes it that often (other work on the device may stand in its way).

@@ -22,9 +22,9 @@ from splitters.bottleneck.ensemble import EncoderEnsemble, OwnEncoder, SmallEnco
 from splitters.bottleneck.learned import LearnedSplit, StagedModel
 from splitters.bottleneck.raw_outputs import RawOutput, raw_outputs
 from splitters.bottleneck.sensitivity import output_metric, sensitive_start
-from splitters.cutting.partition import Cut
-from splitters.cutting.split import Cutter, Split
-from splitters.cutting.trace import TensorInfo
+from splitters.cutting.graph.partition import Cut
+from splitters.cutting.graph.split import Cutter, Split
+from splitters.cutting.graph.trace import TensorInfo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from splitters.cutting.trace import TensorInfo
+from splitters.cutting.graph.trace import TensorInfo
 
 _JOINS = ("cat", "concat", "stack")
 _VIEWS = (

@@ -19,10 +19,8 @@ from numpy.typing import NDArray
 
 from protos.errors import BundleError, ConfigError, ModelError, PayloadError
 from splitters.codec.base import MAX_ELEMENTS, SPEC_VERSION, Coded, Latent, LatentCodec, References, Spec, check_spec
-from splitters.codec.change import DENSITIES, History, density, get_changes, next_history, put_changes, unknown_history
-from splitters.codec.choice import DEFAULT_PRICE, Choice, choose_symbols, match
-from splitters.codec.coder import CoderFactory
-from splitters.codec.context import Geometry
+from splitters.codec.entropy.coder import CoderFactory
+from splitters.codec.entropy.context import Geometry
 from splitters.codec.envelope import (
     MAX_LAYERS,
     MAX_POINTS,
@@ -35,8 +33,10 @@ from splitters.codec.envelope import (
     seal,
     seal_predicted,
 )
-from splitters.codec.motion import neighbours, predicted
-from splitters.codec.renewal import Cells, get_cells, put_cells
+from splitters.codec.predicted.change import DENSITIES, History, density, get_changes, next_history, put_changes, unknown_history
+from splitters.codec.predicted.choice import DEFAULT_PRICE, Choice, choose_symbols, match
+from splitters.codec.predicted.motion import neighbours, predicted
+from splitters.codec.predicted.renewal import Cells, get_cells, put_cells
 from splitters.codec.stages import MAX_SYMBOL, decode_layers, encode_layers
 from splitters.codec.symbols import SymbolArray, Symbols
 from splitters.codec.tables import Predicted, finest_tier, read_tables

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import PayloadError
-from splitters.codec.coder import CoderFactory, TableSet
-from splitters.codec.context import MAX_FEATURE, PASSES, Exact, Geometry, Stage, State, choose, predict
-from splitters.codec.residuals import get_residuals, put_residuals
+from splitters.codec.entropy.coder import CoderFactory, TableSet
+from splitters.codec.entropy.context import MAX_FEATURE, PASSES, Exact, Geometry, Stage, State, choose, predict
+from splitters.codec.entropy.residuals import get_residuals, put_residuals
 from splitters.codec.symbols import SymbolArray
 from splitters.codec.tables import Tables
 

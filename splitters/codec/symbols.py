@@ -23,7 +23,7 @@ class Symbols:
         tensors: one int16 array per latent tensor; cells of layers that are missing are zero.
         layers: how many complete layers are held, base first.
         layer_count: how many layers the frame has.
-        history: when and how every cell last changed, (H, W) bytes as `splitters.codec.change` reads them; None for a key frame.
+        history: when and how every cell last changed, (H, W) bytes as `codec.predicted.change` reads them; None for a key frame.
     """
 
     point_id: str

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from protos.errors import BundleError
 from protos.schema import read_json
-from splitters.codec.change import MAP_ROWS, MODE_ROWS, MODES, ChangeTables
-from splitters.codec.choice import Costs
-from splitters.codec.coder import TableSet
-from splitters.codec.context import TABLES, WEIGHT_NAMES, Weights, weight_shapes
-from splitters.codec.renewal import RENEWAL_NAMES, Renewal, renewal_shapes
+from splitters.codec.entropy.coder import TableSet
+from splitters.codec.entropy.context import TABLES, WEIGHT_NAMES, Weights, weight_shapes
+from splitters.codec.predicted.change import MAP_ROWS, MODE_ROWS, MODES, ChangeTables
+from splitters.codec.predicted.choice import Costs
+from splitters.codec.predicted.renewal import RENEWAL_NAMES, Renewal, renewal_shapes
 
 TABLES_VERSION = 2
 _READABLE = (1, 2)

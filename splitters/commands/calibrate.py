@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from splitters.commands.progress import Progress
+from splitters.commands.common.progress import Progress
 
 if TYPE_CHECKING:
     from splitters.bundle import Bundle

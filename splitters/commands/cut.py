@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError, SourceError
-from splitters.commands.model_arguments import add_model_arguments, load_model, model_size
-from splitters.commands.progress import Progress
-from splitters.commands.serving_arguments import UNKNOWN_LICENCE, add_serving_arguments, described
+from splitters.commands.common.model_arguments import add_model_arguments, load_model, model_size
+from splitters.commands.common.progress import Progress
+from splitters.commands.common.serving_arguments import UNKNOWN_LICENCE, add_serving_arguments, described
 from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below, readable
 from splitters.tasks.preprocess import Frame
 
 if TYPE_CHECKING:
     from splitters.cutting.bundle import Serving
+    from splitters.cutting.graph.split import Cutter
     from splitters.cutting.sources import Source
-    from splitters.cutting.split import Cutter
 
 BITS = (8, 6, 4, 3, 2)
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             import torch
 
-            from splitters.cutting.split import Cutter
+            from splitters.cutting.graph.split import Cutter
             from splitters.tasks.preprocess import preprocess
 
             serving = _serving(source, args, photos)
@@ -116,11 +116,11 @@ def _detector(source: Source, args: argparse.Namespace, photos: list[Frame], sho
     """The bundle of one of torchvision's detectors, which bring their own resize and postprocess; None for other models."""
     if not str(args.model).startswith("torchvision:"):
         return None
-    from splitters.cutting import rcnn
+    from splitters.cutting.rcnn import detectors as rcnn
 
     if not rcnn.is_detector(source.model):
         return None
-    from splitters.cutting.rcnn_bundle import write_detector_bundle
+    from splitters.cutting.rcnn.bundle import write_detector_bundle
 
     if not args.at:
         raise ConfigError("--at says where to cut one of torchvision's detectors; `splitters profile MODEL` lists the places")

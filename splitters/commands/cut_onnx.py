@@ -15,12 +15,12 @@ import numpy as np
 
 from protos.errors import ConfigError, StorageError
 from splitters.bundle.manifest import Preprocess
-from splitters.commands.progress import Progress
-from splitters.commands.serving_arguments import AUTO, TENSORS, UNKNOWN_LICENCE, read_labels, read_preprocess
+from splitters.commands.common.progress import Progress
+from splitters.commands.common.serving_arguments import AUTO, TENSORS, UNKNOWN_LICENCE, read_labels, read_preprocess
 from splitters.tasks.base import TASKS
 from splitters.tasks.canvas import Canvas
 from splitters.tasks.decoding import Decoding, Preset
-from splitters.tasks.guess import Guess, Outputs, fitted, guess, labels_of
+from splitters.tasks.decoding.guess import Guess, Outputs, fitted, guess, labels_of
 from splitters.tasks.preprocess import Frame, preprocess
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from protos.errors import ConfigError
 from splitters.bundle import cache_dir
-from splitters.commands.progress import Progress
+from splitters.commands.common.progress import Progress
 
 if TYPE_CHECKING:
     from splitters.bundle import Bundle

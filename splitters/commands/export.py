@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from protos.errors import SourceError
 from splitters.bundle import Bundle, exported_path, rewrite_points
-from splitters.commands.progress import Progress
+from splitters.commands.common.progress import Progress
 from splitters.zoo.defaults import EXPORTERS, export, recalibrate
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from splitters.commands.model_arguments import add_model_arguments, load_model, model_size, sample_of, sample_picture
-from splitters.commands.progress import Progress
+from splitters.commands.common.model_arguments import add_model_arguments, load_model, model_size, sample_of, sample_picture
+from splitters.commands.common.progress import Progress
 
 if TYPE_CHECKING:
     from splitters.profiling.table import Profile
@@ -74,9 +74,9 @@ def _measured(args: argparse.Namespace) -> tuple[Profile, str, str]:
         return _of_onnx(args)
     import torch
 
-    from splitters.cutting.rcnn import is_detector
-    from splitters.cutting.rcnn_bundle import backbone_source
-    from splitters.cutting.trace import flat_inputs
+    from splitters.cutting.graph.trace import flat_inputs
+    from splitters.cutting.rcnn.bundle import backbone_source
+    from splitters.cutting.rcnn.detectors import is_detector
     from splitters.profiling.measure import profile
     from splitters.tasks.preprocess import preprocess
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError
+from splitters.commands.common.progress import Progress
+from splitters.commands.common.serving_arguments import AUTO, UNKNOWN_LICENCE, add_serving_arguments, described
 from splitters.commands.cut import read_photos
-from splitters.commands.progress import Progress
-from splitters.commands.serving_arguments import AUTO, UNKNOWN_LICENCE, add_serving_arguments, described
 
 if TYPE_CHECKING:
     from splitters.bundle import Bundle
@@ -102,7 +102,7 @@ def _any(args: argparse.Namespace) -> TrainConfig:
         raise ConfigError("--task detection and --output yolox (or boxes) go together: the bundle must say how to read the boxes")
     source = load_source(args.model, weights=args.weights, size_px=(args.size, args.size) if args.size else None)
     if args.model.startswith("torchvision:"):
-        from splitters.cutting.rcnn import is_detector
+        from splitters.cutting.rcnn.detectors import is_detector
 
         if is_detector(source.model):
             raise ConfigError(f"{args.model} makes its own anchors and boxes; export it to ONNX with boxes and scores as outputs")

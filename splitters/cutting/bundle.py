@@ -28,9 +28,9 @@ from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import calibrate_plain, codec_from_spec
 from splitters.cutting.answers import check_answers
 from splitters.cutting.checks import OnStep, inference, silent
+from splitters.cutting.graph.split import Cutter, Split
+from splitters.cutting.graph.verify import PICTURES, Verification
 from splitters.cutting.onnx_export import export_onnx
-from splitters.cutting.split import Cutter, Split
-from splitters.cutting.verify import PICTURES, Verification
 from splitters.runtime.sessions import open_session
 from splitters.runtime.table import few, measure_table
 from splitters.tasks.preprocess import Frame, preprocess

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from protos.errors import ConfigError, MissingDependencyError, ModelError
 from splitters.bundle.manifest import Preprocess
 from splitters.cutting.checks import first_line
-from splitters.tasks.imagenet import imagenet_labels
+from splitters.tasks.labels.imagenet import imagenet_labels
 
 FORMS = "timm:NAME, torchvision:NAME, onnx:PATH, py:MODULE:FACTORY or a .pt2 file"
 _INTERPOLATION = {"bilinear": "bilinear", "bicubic": "bicubic", "random": "bicubic"}

@@ -26,7 +26,7 @@ from splitters.evaluation.steps import Told
 from splitters.runtime.sessions import open_graph
 from splitters.runtime.tail import load_tail
 from splitters.runtime.video import VideoReader
-from splitters.tasks.boxes import Detections, empty_detections, iou_matrix
+from splitters.tasks.decoding.boxes import Detections, empty_detections, iou_matrix
 from splitters.tasks.preprocess import Frame, input_image
 from splitters.zoo.prefilter.promise import RECALLS, Calibration, calibrate, score_at_precision
 

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from protos.errors import CutError
 from splitters.cutting.checks import OnStep, inference, silent
-from splitters.cutting.partition import Cut
-from splitters.cutting.split import Cutter
-from splitters.cutting.trace import rebatch
+from splitters.cutting.graph.partition import Cut
+from splitters.cutting.graph.split import Cutter
+from splitters.cutting.graph.trace import rebatch
 from splitters.profiling.table import CutCost, Profile, mark_good
 from splitters.profiling.times import cut_times
 

@@ -23,8 +23,8 @@ from torch import Tensor, fx, nn
 
 from protos.errors import ModelError
 from splitters.cutting.checks import OnStep, first_line, inference, silent
-from splitters.cutting.partition import Cut
-from splitters.cutting.split import Cutter
+from splitters.cutting.graph.partition import Cut
+from splitters.cutting.graph.split import Cutter
 from splitters.runtime.sessions import open_session
 
 log = logging.getLogger(__name__)

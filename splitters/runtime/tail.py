@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 TAILS: Registry[Callable[[str, Mapping[str, Any], Mapping[str, Any]], Any]] = Registry(
     "headtail.tails",
     "tail factory",
-    {"headtail": "splitters.zoo.tails:build_tail", "torchvision": "splitters.cutting.rcnn:build_tail"},
+    {"headtail": "splitters.zoo.tails:build_tail", "torchvision": "splitters.cutting.rcnn.detectors:build_tail"},
     error=BundleError,
 )
 """Who builds the torch module of a tail: called with the name behind the colon, the manifest's ``tail`` and all tensors of its

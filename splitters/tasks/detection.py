@@ -16,10 +16,10 @@ from protos.errors import BundleError, ProtocolError
 from protos.messages import Answer, Box, Detection
 from splitters.bundle.manifest import Preprocess
 from splitters.tasks.base import Arrays, Floats, Labels, SizePx, Task
-from splitters.tasks.boxes import iou_matrix, select, yolox_boxes
 from splitters.tasks.canvas import Canvas, label_of
 from splitters.tasks.classification import padded
 from splitters.tasks.decoding import declared
+from splitters.tasks.decoding.boxes import iou_matrix, select, yolox_boxes
 from splitters.tasks.preprocess import geometry
 
 _NAMED = 6  # classes in one line of text

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from protos.errors import ConfigError
 from splitters.bottleneck.learned import LearnedSplit
-from splitters.codec.fit import fit_tables, refit_predicted
+from splitters.codec.fitting.fit import fit_tables, refit_predicted
 from splitters.exporting.learned import RECIPE_FILE, TABLES_FILE, WEIGHTS_FILE, Rung, gains_at, tuned_state
 from splitters.training.photos import Crops, PhotoCache
 

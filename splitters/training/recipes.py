@@ -70,7 +70,7 @@ def any_cut(
         steps: of all stages together.
         batch: photos a step.
         target_bytes: payload each gain tier aims at, finest first; default: by task and size.
-        serving: the manifest's ends of the model (`splitters.commands.serving_arguments`); default: ImageNet's normalisation.
+        serving: the manifest's ends of the model (see `commands.common.serving_arguments`); default: ImageNet's normalisation.
     """
     detects = cut.task == "detection"
     cheap = (0.25, 0.15) if cut.stem_at else ()

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from splitters.runtime.sessions import open_session
-from splitters.tasks.boxes import Detections, Pixels, letterbox, select, to_source, yolox_boxes
-from splitters.tasks.coco_classes import CATEGORY_IDS
+from splitters.tasks.decoding.boxes import Detections, Pixels, letterbox, select, to_source, yolox_boxes
+from splitters.tasks.labels.coco_classes import CATEGORY_IDS
 
 IMAGENET_MEAN = np.asarray([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.asarray([0.229, 0.224, 0.225], np.float32)

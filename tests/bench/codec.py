@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from edge_client.device.head import Head
 from splitters.bundle import Bundle, open_bundle
 from splitters.codec import LatentCodec, LearnedCodec, PlainCodec, Symbols, calibrate_plain, learned_spec
-from splitters.codec.fit import fit_tables
+from splitters.codec.fitting.fit import fit_tables
 from splitters.evaluation.video.run import send_clip
 from splitters.tasks.preprocess import preprocess
 

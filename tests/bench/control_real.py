@@ -36,7 +36,7 @@ from deploy.testbed.study import Condition, Job, sample_traces, scenario_of
 from deploy.testbed.workload import Workload, load_workload
 from splitters.bundle import open_bundle
 from splitters.runtime.tail import load_tail
-from splitters.tasks.boxes import iou_matrix
+from splitters.tasks.decoding.boxes import iou_matrix
 from splitters.tasks.preprocess import input_image
 
 CLASSIFIER, DETECTOR = "efficientnet-lite0", "detector"

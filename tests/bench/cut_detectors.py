@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 
-from splitters.cutting import rcnn
+from splitters.cutting.rcnn import detectors as rcnn
 from tests.bench.cut_zoo import randomise
 
 SMALL = {"min_size": 320, "max_size": 480}

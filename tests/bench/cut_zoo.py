@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from splitters.cutting import torchvision_compat
-from splitters.cutting.partition import Cut
-from splitters.cutting.split import Cutter
+from splitters.cutting.graph.partition import Cut
+from splitters.cutting.graph.split import Cutter
 
 # Name, input side in pixels. Without a prefix: timm. The first of each family is the smallest there is.
 ZOO: dict[str, int] = {

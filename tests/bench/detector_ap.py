@@ -16,8 +16,8 @@ import torch
 
 from splitters.evaluation.judging.detection import DetectionScores, interval, load_truth, score
 from splitters.runtime.sessions import open_session
-from splitters.tasks.boxes import Detections, Pixels, read_rgb, select
-from splitters.tasks.coco_classes import CATEGORY_IDS, NAMES
+from splitters.tasks.decoding.boxes import Detections, Pixels, read_rgb, select
+from splitters.tasks.labels.coco_classes import CATEGORY_IDS, NAMES
 from splitters.training.detector.data import HELD_OUT_EVERY, LABELLED
 from splitters.zoo.detector.network import WEIGHTS, PhotoDetector, load_detector
 from splitters.zoo.onnx_detectors import Detector, YoloxNano

@@ -25,7 +25,7 @@ from splitters.bundle import Bundle, open_bundle
 from splitters.evaluation.judging.detection import load_truth
 from splitters.evaluation.prefilter import Array, draw_curves, roc_auc
 from splitters.evaluation.scene import UNSURE, Scene, examine, fit, interesting, read_video, watch
-from splitters.tasks.boxes import Pixels, read_rgb
+from splitters.tasks.decoding.boxes import Pixels, read_rgb
 from splitters.tasks.preprocess import preprocess
 from splitters.zoo.defaults import ensure_exported
 from splitters.zoo.detector.network import PREPROCESS

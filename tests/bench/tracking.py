@@ -22,7 +22,7 @@ import numpy as np
 from edge_client.gates.tracking import BoxTracker
 from protos.messages import Box
 from splitters.evaluation.scene import read_video
-from splitters.tasks.boxes import Detections, iou_matrix
+from splitters.tasks.decoding.boxes import Detections, iou_matrix
 from splitters.zoo.onnx_detectors import YoloxNano
 
 LATER, EVERY, CLEAR, SEEN = 10, 10, 0.5, 0.3

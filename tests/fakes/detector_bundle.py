@@ -20,7 +20,7 @@ from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, Preprocess
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import calibrate_plain, learned_spec
-from splitters.codec.fit import fit_tables
+from splitters.codec.fitting.fit import fit_tables
 
 SIDE_PX, CELL_PX, CATEGORY = 64, 8, 1
 SPEC = Preprocess(resize="letterbox", size_px=(SIDE_PX, SIDE_PX), pad=0)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from splitters.codec import LearnedCodec, PlainCodec, Symbols, calibrate_plain, learned_spec
-from splitters.codec.fit import fit_tables
+from splitters.codec.fitting.fit import fit_tables
 
 FOLDER = Path(__file__).parent / "codec"
 SHAPE = (24, 14, 14)

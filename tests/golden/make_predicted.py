@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from splitters.codec import LearnedCodec, ReferenceStore, Symbols, learned_spec
-from splitters.codec.fit import fit_tables
+from splitters.codec.fitting.fit import fit_tables
 
 FOLDER = Path(__file__).parent / "predicted"
 SHAPE = (24, 13, 10)

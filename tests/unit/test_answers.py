@@ -18,8 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from protos.errors import ConfigError, CutError, ModelError, SourceError
+from splitters.commands.common.serving_arguments import add_serving_arguments, described
 from splitters.commands.cut import read_photos
-from splitters.commands.serving_arguments import add_serving_arguments, described
 from splitters.cutting.answers import check_answers
 from splitters.cutting.onnx_check import check_conversion
 from splitters.cutting.sources import Source, load_source

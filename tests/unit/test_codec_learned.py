@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from protos.errors import BundleError, ConfigError, ModelError, PayloadError
 from splitters.codec import LearnedCodec, Symbols, codec_from_spec, learned_spec
 from splitters.codec.envelope import Header, PredictedHeader, open_layers, seal, seal_predicted
-from splitters.codec.fit import fit_tables, refit_predicted
+from splitters.codec.fitting.fit import fit_tables, refit_predicted
 from splitters.codec.tables import read_tables
 
 C, H, W = 6, 7, 9

@@ -13,7 +13,7 @@ from deploy.testbed.scenario import Direction, Scenario
 from deploy.testbed.simulate.run import simulate
 from deploy.testbed.workload import Workload
 from edge_client.control import ControlConfig, Controller, LocalOption, Offload, OffloadOption, Split
-from edge_client.control.sizes import PayloadSizes
+from edge_client.control.estimating.sizes import PayloadSizes
 from edge_client.device.references import ReferenceAges
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 import splitters
 from protos.errors import CutError, ModelError
 from splitters import api
+from splitters.cutting.graph.split import Cutter, split
 from splitters.cutting.sources import load_source
-from splitters.cutting.split import Cutter, split
 
 IMAGE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

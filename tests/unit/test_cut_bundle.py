@@ -20,7 +20,7 @@ from splitters.cli import main
 from splitters.codec import codec_from_spec
 from splitters.commands.cut import read_photos
 from splitters.cutting.bundle import Serving, channel_axis, write_bundle
-from splitters.cutting.split import Cutter
+from splitters.cutting.graph.split import Cutter
 from splitters.runtime.tail import load_tail
 from splitters.tasks.preprocess import preprocess
 

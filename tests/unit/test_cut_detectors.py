@@ -13,8 +13,8 @@ import torch
 from protos.errors import BundleError, CutError
 from protos.messages import Detection
 from splitters.bundle import Bundle
-from splitters.cutting.rcnn import DetectorSplit, build_detector, build_tail, is_detector, match, resized_size
-from splitters.cutting.rcnn_bundle import detector_preprocess, write_detector_bundle
+from splitters.cutting.rcnn.bundle import detector_preprocess, write_detector_bundle
+from splitters.cutting.rcnn.detectors import DetectorSplit, build_detector, build_tail, is_detector, match, resized_size
 from splitters.cutting.sources import Source
 from splitters.runtime.tail import load_tail
 from splitters.tasks.preprocess import preprocess

@@ -18,8 +18,8 @@ from splitters.tasks import runs
 from splitters.tasks.base import make_task, task_of
 from splitters.tasks.canvas import Canvas
 from splitters.tasks.decoding import preset_names, read_preset
+from splitters.tasks.decoding.guess import Outputs, fitted, guess
 from splitters.tasks.dense import class_map
-from splitters.tasks.guess import Outputs, fitted, guess
 from splitters.tasks.objects import mask_of
 from tests.fakes.onnx_models import NAMES, detector
 from tests.unit.test_cut_onnx import cut, photos, read_photos, served  # noqa: F401  (a fixture)

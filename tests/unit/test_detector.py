@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from protos.errors import ModelError
-from splitters.tasks.boxes import empty_detections, iou_matrix, letterbox, nms, select, to_source
-from splitters.tasks.coco_classes import CATEGORY_IDS, INDEX_OF, NAME_OF, NAMES
+from splitters.tasks.decoding.boxes import empty_detections, iou_matrix, letterbox, nms, select, to_source
+from splitters.tasks.labels.coco_classes import CATEGORY_IDS, INDEX_OF, NAME_OF, NAMES
 from splitters.zoo.detector.export_plain import CUT_BLOCK, DetectorBlocks, DetectorTail, build_detector_tail
 from splitters.zoo.detector.network import (
     PREPROCESS,

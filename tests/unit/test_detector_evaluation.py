@@ -14,7 +14,7 @@ pytest.importorskip("pycocotools")
 
 from protos.errors import ConfigError
 from splitters.evaluation.judging.detection import interval, load_truth, score
-from splitters.tasks.boxes import Detections, empty_detections
+from splitters.tasks.decoding.boxes import Detections, empty_detections
 
 
 def scene(tmp_path: Path, photos: int = 12) -> tuple[object, dict[int, Detections]]:

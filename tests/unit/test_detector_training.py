@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from splitters.tasks.boxes import Detections, yolox_boxes
+from splitters.tasks.decoding.boxes import Detections, yolox_boxes
 from splitters.training.detector.augment import Sampler, mosaic, paste, single
 from splitters.training.detector.data import Example, held_out, teach
 from splitters.training.detector.fast import speed_up

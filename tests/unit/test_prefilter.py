@@ -199,7 +199,7 @@ def test_what_was_measured_of_other_weights_does_not_count(tmp_path: Path, monke
 
 
 def test_a_detectors_boxes_are_right_where_an_object_of_their_class_lies() -> None:
-    from splitters.tasks.boxes import Detections
+    from splitters.tasks.decoding.boxes import Detections
     from splitters.training.detector.data import Example
     from splitters.training.prefilter.sure import judged
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from splitters.commands.progress import Progress
+from splitters.commands.common.progress import Progress
 
 
 class Flushed(io.StringIO):

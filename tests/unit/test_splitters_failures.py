@@ -14,7 +14,7 @@ import pytest
 
 import splitters.cli as cli
 from protos.errors import BundleError, ConfigError, ModelError, StorageError
-from splitters.commands.failures import as_known
+from splitters.commands.common.failures import as_known
 from tests.fakes.detector_bundle import write_cell_detector
 
 

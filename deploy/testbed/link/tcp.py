@@ -1,4 +1,4 @@
-"""One direction of a TCP connection as the application sees it: when do the bytes written now arrive?
+"""One TCP direction as the application sees it: when do bytes arrive? Over 400 lines: one connection, one state (`TcpFlow`).
 
 Modelled, with the constants of a Linux kernel: a byte stream cut into segments when they are sent, CUBIC in whole packets,
 selective acknowledgement with RACK loss detection and the tail loss probe (RFC 8985), proportional rate reduction (RFC

@@ -14,7 +14,7 @@ from splitters.codec import LatentCodec
 from splitters.cutting.onnx.model import OnnxModel
 from splitters.cutting.onnx.pieces import whole_outputs
 from splitters.tasks.base import task_of
-from splitters.tasks.boxes import iou_matrix
+from splitters.tasks.decoding.boxes import iou_matrix
 from splitters.tasks.preprocess import Frame
 
 METRIC = "agreement"

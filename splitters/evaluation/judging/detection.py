@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from protos.errors import ConfigError
 from splitters.evaluation.bdrate import Array, Counts, interval, resample
 from splitters.evaluation.judging.coco import read_instances, truth_of
-from splitters.tasks.boxes import Detections
+from splitters.tasks.decoding.boxes import Detections
 
 __all__ = ["DetectionScores", "interval", "load_truth", "score"]
 

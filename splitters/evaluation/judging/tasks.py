@@ -22,7 +22,7 @@ from splitters.evaluation.judging.coco import classes_of, read_instances, truth_
 from splitters.evaluation.judging.detection import DetectionScores, score
 from splitters.evaluation.judging.pairing import pair
 from splitters.runtime.folders import pictures_below
-from splitters.tasks.boxes import Detections
+from splitters.tasks.decoding.boxes import Detections
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

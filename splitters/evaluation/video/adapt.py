@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from protos.errors import ConfigError
 from splitters.bundle import Bundle, replace_parts
-from splitters.codec.fit import refit_predicted
+from splitters.codec.fitting.fit import refit_predicted
 from splitters.evaluation.measure import Device
 from splitters.evaluation.video.clips import FPS, Part, read_clip
 from splitters.evaluation.video.run import send_clip

@@ -18,8 +18,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from splitters.tasks.boxes import Detections, Floats, Pixels, iou_matrix, nms, read_rgb
-from splitters.tasks.coco_classes import INDEX_OF
+from splitters.tasks.decoding.boxes import Detections, Floats, Pixels, iou_matrix, nms, read_rgb
+from splitters.tasks.labels.coco_classes import INDEX_OF
 from splitters.zoo.onnx_detectors import Detector, YoloxNano
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from splitters.runtime.sessions import open_session
-from splitters.tasks.boxes import Pixels
+from splitters.tasks.decoding.boxes import Pixels
 from splitters.training.detector.augment import Sampler
 from splitters.training.detector.data import build_examples, held_out
 from splitters.training.detector.fast import speed_up

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor
 
-from splitters.tasks.boxes import Floats
+from splitters.tasks.decoding.boxes import Floats
 from splitters.training.detector.teacher import Dense
 from splitters.zoo.detector.network import centres, dense
 

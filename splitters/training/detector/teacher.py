@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 
 from splitters.runtime.sessions import open_session
-from splitters.tasks.boxes import Pixels
+from splitters.tasks.decoding.boxes import Pixels
 from splitters.zoo.onnx_detectors import IMAGENET_MEAN, IMAGENET_STD
 
 STRIDES = (8, 16, 32)

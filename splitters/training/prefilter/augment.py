@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from splitters.tasks.boxes import Floats, Pixels
+from splitters.tasks.decoding.boxes import Floats, Pixels
 from splitters.training.detector.data import Example
 
 SURE = 0.5

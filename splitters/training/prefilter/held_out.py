@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from splitters.tasks.coco_classes import INDEX_OF
+from splitters.tasks.labels.coco_classes import INDEX_OF
 from splitters.tasks.preprocess import preprocess
 from splitters.training.detector.data import Example, build_examples
 from splitters.training.prefilter.loop import PrefilterRecipe, held_out

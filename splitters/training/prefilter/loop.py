@@ -23,9 +23,9 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from splitters.tasks.boxes import Floats, Pixels
-from splitters.tasks.coco_classes import INDEX_OF, NAME_OF
-from splitters.tasks.coco_classes import NAMES as COCO_NAMES
+from splitters.tasks.decoding.boxes import Floats, Pixels
+from splitters.tasks.labels.coco_classes import INDEX_OF, NAME_OF
+from splitters.tasks.labels.coco_classes import NAMES as COCO_NAMES
 from splitters.training.detector.augment import Sampler, recolour
 from splitters.training.detector.data import Example, build_examples
 from splitters.training.detector.loop import freeze_to_onnx, normalise

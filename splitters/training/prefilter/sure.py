@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from splitters.bundle import sha256_file
-from splitters.tasks.boxes import Detections, Pixels, iou_matrix
-from splitters.tasks.coco_classes import INDEX_OF
+from splitters.tasks.decoding.boxes import Detections, Pixels, iou_matrix
+from splitters.tasks.labels.coco_classes import INDEX_OF
 from splitters.training.detector.data import Example, build_examples, held_out
 from splitters.zoo.detector.network import INPUT_SIZE_PX, WEIGHTS, PhotoDetector, load_detector
 from splitters.zoo.prefilter.export import SURE_OF_DETECTOR

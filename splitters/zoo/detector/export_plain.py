@@ -24,7 +24,7 @@ from splitters.bundle.manifest import Head, LocalModel, Preprocess
 from splitters.bundle.operating_point import OperatingPoint, load_points
 from splitters.codec import calibrate_plain
 from splitters.cutting.onnx_export import export_onnx
-from splitters.tasks.coco_classes import CATEGORY_IDS, NAME_OF
+from splitters.tasks.labels.coco_classes import CATEGORY_IDS, NAME_OF
 from splitters.zoo.detector.network import INPUT_SIZE_PX, PREPROCESS, TAPS, WEIGHTS, Detector, dense, load_detector
 from splitters.zoo.prefilter.export import write_prefilter
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from protos.errors import MissingDependencyError, ModelError
 from splitters.bundle.manifest import Preprocess
-from splitters.tasks.boxes import Detections, Pixels, select
-from splitters.tasks.coco_classes import CATEGORY_IDS
+from splitters.tasks.decoding.boxes import Detections, Pixels, select
+from splitters.tasks.labels.coco_classes import CATEGORY_IDS
 from splitters.tasks.preprocess import geometry, preprocess
 from splitters.zoo.detector.fpn import LightPan
 from splitters.zoo.efficientnet_lite0.network import INPUT_MEAN, INPUT_STD, EfficientNetLite0

@@ -21,7 +21,7 @@ from splitters.bundle.manifest import Head, LocalModel, Preprocess
 from splitters.bundle.operating_point import OperatingPoint, load_points
 from splitters.codec import calibrate_plain
 from splitters.cutting.onnx_export import export_onnx
-from splitters.tasks.imagenet import imagenet_labels
+from splitters.tasks.labels.imagenet import imagenet_labels
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
 from splitters.zoo.efficientnet_lite0.network import (
     DEFAULT_SIZE_PX,

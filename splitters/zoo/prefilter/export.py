@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from protos.errors import ConfigError
 from splitters.bundle import BundleWriter, sha256_file
 from splitters.cutting.onnx_export import export_onnx
-from splitters.tasks.coco_classes import NAME_OF
+from splitters.tasks.labels.coco_classes import NAME_OF
 from splitters.zoo.prefilter.network import STEM_CHANNELS, WEIGHTS, InterestScore, columns_of, load_prefilter
 from splitters.zoo.prefilter.promise import RECALLS, SURE, promises
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
 from protos.errors import ConfigError, ModelError
-from splitters.tasks.coco_classes import NAME_OF
+from splitters.tasks.labels.coco_classes import NAME_OF
 from splitters.zoo.efficientnet_lite0.network import EfficientNetLite0
 from splitters.zoo.layers import conv_unit, fold_batch_norm, separable_unit
 

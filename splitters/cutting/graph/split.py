@@ -17,9 +17,9 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from splitters.cutting.partition import Cut, Partitioner
-from splitters.cutting.trace import Method, TensorInfo, flat_inputs, trace, trace_program
-from splitters.cutting.verify import Verification, verify
+from splitters.cutting.graph.partition import Cut, Partitioner
+from splitters.cutting.graph.trace import Method, TensorInfo, flat_inputs, trace, trace_program
+from splitters.cutting.graph.verify import Verification, verify
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from splitters.codec.motion import FRESH, MODES, STILL, candidates, predicted
+from splitters.codec.predicted.motion import FRESH, MODES, STILL, candidates, predicted
 
 Floats = NDArray[np.float32]
 

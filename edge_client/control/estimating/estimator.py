@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 
 from edge_client.control.config import ControlConfig
-from edge_client.control.lateness import Lateness
+from edge_client.control.estimating.lateness import Lateness
 from edge_client.control.quantile import SlidingQuantile
 
 # A service time below this is clock noise; it bounds the bitrate one acknowledgement can claim.

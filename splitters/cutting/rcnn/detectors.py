@@ -25,7 +25,7 @@ from protos.messages import Answer, Detection
 from splitters.bundle.manifest import Preprocess
 from splitters.cutting import torchvision_compat
 from splitters.cutting.checks import inference
-from splitters.cutting.split import Cutter, Split
+from splitters.cutting.graph.split import Cutter, Split
 from splitters.tasks.detection import detection
 from splitters.tasks.preprocess import geometry
 
@@ -165,7 +165,7 @@ class DetectorVerification:
         worst_before_nms: largest difference of a tensor before suppression, over its standard deviation.
         worst_iou: smallest overlap of a box with its match.
         worst_score: largest difference of a score to its match's.
-        backbone: what :meth:`splitters.cutting.split.Split.verify` found for the backbone.
+        backbone: what :meth:`splitters.cutting.graph.split.Split.verify` found for the backbone.
     """
 
     boxes: int

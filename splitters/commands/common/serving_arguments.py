@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from protos.errors import BundleError, ConfigError
 from splitters.bundle.manifest import Preprocess
-from splitters.commands.model_arguments import assume, default_preprocess
+from splitters.commands.common.model_arguments import assume, default_preprocess
 from splitters.tasks.decoding import Preset, preset_names, read_preset
-from splitters.tasks.imagenet import imagenet_labels
+from splitters.tasks.labels.imagenet import imagenet_labels
 from splitters.tasks.preprocess import Frame, preprocess
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def read_preprocess(path: Path, size_px: tuple[int, int]) -> Preprocess:
 
 
 def _coco() -> dict[int, str]:
-    from splitters.tasks.coco_classes import NAME_OF
+    from splitters.tasks.labels.coco_classes import NAME_OF
 
     return dict(NAME_OF)
 

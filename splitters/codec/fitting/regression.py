@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from splitters.codec.coder import TABLE_BITS
-from splitters.codec.context import FRACTIONS, TABLES, UNIT, Exact, scale_thresholds
+from splitters.codec.entropy.coder import TABLE_BITS
+from splitters.codec.entropy.context import FRACTIONS, TABLES, UNIT, Exact, scale_thresholds
 
 RADIUS = 20
 _ROUNDS = 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from splitters.codec.coder import Decoder, Encoder, TableSet
+from splitters.codec.entropy.coder import Decoder, Encoder, TableSet
 
 _ESCAPE_BITS = 7
 _FLAT = TableSet(np.full((1, 2**_ESCAPE_BITS), 2**16 >> _ESCAPE_BITS))

@@ -1,9 +1,9 @@
 """Which cells change, and how: the part of a predicted frame that is coded first.
 
 A camera that stands still sees most cells unchanged, so one flag a cell is coded before anything else, and a cell without change
-costs nothing more. The flags go through the same coarse-to-fine passes as symbols do (`splitters.codec.context`); each is
+costs nothing more. The flags go through the same coarse-to-fine passes as symbols do (`splitters.codec.entropy.context`); each is
 expected from its nearest cells of earlier passes and from when the reference's own cells last changed. A changed cell then
-names its mode (`splitters.codec.motion`), expected from the mode it had last.
+names its mode (`splitters.codec.predicted.motion`), expected from the mode it had last.
 
 Shape legend: H x W cells, S padded cells, P cells of a pass, K changed cells.
 """
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from splitters.codec.coder import Decoder, Encoder, TableSet
-from splitters.codec.context import PASSES, Geometry
-from splitters.codec.motion import MODES
+from splitters.codec.entropy.coder import Decoder, Encoder, TableSet
+from splitters.codec.entropy.context import PASSES, Geometry
+from splitters.codec.predicted.motion import MODES
 
 History = NDArray[np.uint8]
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from protos.errors import CutError
 from splitters.cutting.checks import ModuleTracker, check_devices, first_line, inference, run_model
-from splitters.cutting.functional import drop_checks, drop_write_backs, inline_regions, make_functional
+from splitters.cutting.graph.functional import drop_checks, drop_write_backs, inline_regions, make_functional
 
 Method = Literal["export", "fx"]
 _CHECK_BATCH = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from edge_client.control.estimator import Estimator
+from edge_client.control.estimating.estimator import Estimator
 
 
 class CreditWindow:

@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from protos.errors import CutError
-from splitters.cutting.trace import TensorInfo, Trace, data_nodes, holds_tensors
+from splitters.cutting.graph.trace import TensorInfo, Trace, data_nodes, holds_tensors
 
 _SHOWN = 12
 

@@ -3,7 +3,7 @@
 Channels are coded in a few groups, the leading ones first, because they say how much of the others to expect. All cells of a
 group are coded in one call: which cells change is known by then, and neighbouring cells tell no more about the size of a
 difference than the cell's own leading channels do (measured: .2 % of the bytes). Mean and scale of every symbol are linear in
-exact integers and choose a frozen table, as for symbols on their own (`splitters.codec.context`).
+exact integers and choose a frozen table, as for symbols on their own (`splitters.codec.entropy.context`).
 
 Shape legend: C channels, G channels of a group, K changed cells, F features of a cell.
 """
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from splitters.codec.coder import Decoder, Encoder, TableSet
-from splitters.codec.context import MAX_MEAN, choose
-from splitters.codec.motion import FRESH, STILL, Quarters
-from splitters.codec.residuals import get_residuals, put_residuals
+from splitters.codec.entropy.coder import Decoder, Encoder, TableSet
+from splitters.codec.entropy.context import MAX_MEAN, choose
+from splitters.codec.entropy.residuals import get_residuals, put_residuals
+from splitters.codec.predicted.motion import FRESH, STILL, Quarters
 
 Exact = NDArray[np.float64]
 

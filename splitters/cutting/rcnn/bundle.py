@@ -18,11 +18,11 @@ from splitters.bundle import BundleWriter
 from splitters.bundle.manifest import Head, Preprocess
 from splitters.cutting.bundle import Contiguous, Written, calibrate
 from splitters.cutting.checks import OnStep, inference, silent
+from splitters.cutting.graph.split import Cutter
+from splitters.cutting.graph.verify import PICTURES
 from splitters.cutting.onnx_export import export_onnx
-from splitters.cutting.rcnn import PREFIX, DetectorTail, ServedTail, shell
+from splitters.cutting.rcnn.detectors import PREFIX, DetectorTail, ServedTail, shell
 from splitters.cutting.sources import Source
-from splitters.cutting.split import Cutter
-from splitters.cutting.verify import PICTURES
 from splitters.runtime.sessions import open_session
 from splitters.runtime.table import few, measure_table
 from splitters.tasks.preprocess import Frame, preprocess

@@ -6,7 +6,7 @@
 
 ``symbols_tier`` is (N, C, H, W) integers: round(latent * gain[tier]) of N training photos, all C channels, 200 to 1000
 photos are plenty. ``layers`` says at which channel each layer of a payload ends; the last is C. ``clips`` make
-temporal prediction possible: latents of successive frames of a fixed camera (see `splitters.codec.fit_predicted`). Give
+temporal prediction possible: latents of successive frames of a fixed camera (see `splitters.codec.fitting.fit_predicted`). Give
 symbols of the encoder that ships; where several encoders write the same latent, mix their photos.
 
 The fit is ordinary least squares for the mean, iteratively reweighted least squares of the absolute residual for the
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import ConfigError
-from splitters.codec.context import (
+from splitters.codec.entropy.context import (
     PASSES,
     TABLES,
     UNIT,
@@ -38,8 +38,8 @@ from splitters.codec.context import (
     predict,
     weight_shapes,
 )
-from splitters.codec.fit_predicted import fit_predicted
-from splitters.codec.regression import RADIUS, frequencies, scale_fit, solve
+from splitters.codec.fitting.fit_predicted import fit_predicted
+from splitters.codec.fitting.regression import RADIUS, frequencies, scale_fit, solve
 from splitters.codec.stages import MAX_SYMBOL, padded_planes
 from splitters.codec.tables import finest_tier, pack_tables, read_tables, unpack_tables
 

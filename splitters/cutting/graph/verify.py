@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from protos.errors import CutError
 from splitters.cutting.checks import inference
-from splitters.cutting.trace import flat_inputs
+from splitters.cutting.graph.trace import flat_inputs
 
 MARGIN = 10.0
 PICTURES = 3  # different ones in a batch

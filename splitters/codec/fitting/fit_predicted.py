@@ -1,7 +1,7 @@
 """Fits what predicted frames are coded with, on clips, with the encoder's own choice in the loop.
 
-What is coded depends on the choice (`splitters.codec.choice`), and the choice on rough costs; so both are found in turn, from
-costs that fit any clip. References are one to four frames old, as they are on a real link.
+What is coded depends on the choice (`splitters.codec.predicted.choice`), and the choice on rough costs. Both are found in turn,
+from costs that fit any clip. References are one to four frames old, as they are on a real link.
 
 Shape legend: T frames, C channels, H x W cells, K changed cells of all frames together.
 """
@@ -16,12 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import ConfigError
-from splitters.codec.change import MAP_ROWS, MODE_ROWS, ChangeWalk, History, density, mode_rows, next_history, unknown_history
-from splitters.codec.choice import DEFAULT_PRICE, Costs, choose_symbols
-from splitters.codec.context import TABLES, Exact, Geometry
-from splitters.codec.motion import FRESH, MODES, neighbours, predicted
-from splitters.codec.regression import RADIUS, frequencies, plain_frequencies, scale_fit, solve
-from splitters.codec.renewal import MEAN_UNIT, SCALE_UNIT, Cells, Renewal, expect, groups, renewal_shapes
+from splitters.codec.entropy.context import TABLES, Exact, Geometry
+from splitters.codec.fitting.regression import RADIUS, frequencies, plain_frequencies, scale_fit, solve
+from splitters.codec.predicted.change import (
+    MAP_ROWS,
+    MODE_ROWS,
+    ChangeWalk,
+    History,
+    density,
+    mode_rows,
+    next_history,
+    unknown_history,
+)
+from splitters.codec.predicted.choice import DEFAULT_PRICE, Costs, choose_symbols
+from splitters.codec.predicted.motion import FRESH, MODES, neighbours, predicted
+from splitters.codec.predicted.renewal import MEAN_UNIT, SCALE_UNIT, Cells, Renewal, expect, groups, renewal_shapes
 
 Latents = NDArray[np.floating[Any]]
 

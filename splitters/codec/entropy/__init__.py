@@ -1,0 +1,1 @@
+"""Entropy coding in exact integers: contexts, residuals as symbols, and the range coder."""

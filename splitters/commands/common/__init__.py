@@ -1,0 +1,1 @@
+"""What several verbs share: arguments, progress, and failures of the machine."""

@@ -1,0 +1,1 @@
+"""torchvision's R-CNN detectors, cut inside the backbone."""
