@@ -309,9 +309,10 @@ class FakeLink:
         start_s = max(self.loop.time() + self.rtt_s / 2, self._busy_s)
         self._busy_s = start_s + self.tail_s
         timings = ServerTimings(tail_ns=round(self.tail_s * 1e9), total_ns=round(self.tail_s * 1e9))
+        held = wire_id in self._held_symbols
         result = Result(
             frame_id=wire_id, answer=None if error else answer, error=error, timings=timings, echo_sent_ns=now_ns,
-            layers_decoded=int(wire_id in self._held_symbols), symbols_crc32=SYMBOLS.crc32() if wire_id in self._held_symbols else 0,
+            layers_decoded=int(held), symbols_crc32=SYMBOLS.crc32() if held else 0,
         )  # fmt: skip
         self.loop.call_at(self._busy_s + self.rtt_s / 2, self._deliver, result, epoch)
 
