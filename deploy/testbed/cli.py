@@ -5,22 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from deploy.testbed import comparison
+from deploy.testbed.arguments import number
 from deploy.testbed.link.synthetic import KINDS
-from deploy.testbed.plots import Dot, plot_policies, plot_run
+from deploy.testbed.plots import Dot, plot_run
 from deploy.testbed.scenario import Scenario, load_scenario
 from deploy.testbed.simulate.report import Summary, jain, summarise
 from deploy.testbed.simulate.run import Run, simulate
-from deploy.testbed.study import ALL_POLICIES, Condition, Job, pool_rows, run_jobs, sample_traces
+from deploy.testbed.study import ALL_POLICIES
 from deploy.testbed.workload import Workload, find_workload, with_clip
-from edge_client import extensions
 from protos.errors import ConfigError, HeadtailError, SourceError, StorageError
 from protos.version import package_version
 
@@ -34,6 +33,7 @@ examples:
   edge-testbed run lossy --mode shape --bundle detector          # real client and server, loopback only
   sudo edge-testbed run lossy --mode relay --bundle detector     # two network namespaces, real TCP
   edge-testbed compare --traces $HEADTAIL_DATA/traces --deadline-ms 200 --json
+  edge-testbed compare --device-slowdown 3,5,8,12,20,30          # six devices, a table for each and one over all
 
 exit codes: 0 done; 2 a wrong argument or scenario; 3 no such frames; 4 the bundle is unreadable; 12 a file cannot be written;
 130 interrupted; 1 our own fault.
@@ -84,13 +84,6 @@ def _check_paths(args: argparse.Namespace) -> None:
         raise SourceError(f"--frames {source} does not exist")
 
 
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is no finite number")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
@@ -111,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--mode", default="simulate", choices=("simulate", "shape", "relay"), help="default %(default)s")
     run.add_argument("--frames", metavar="SOURCE", help="shape and relay: the video, picture or folder the camera shows")
-    run.add_argument("--duration-s", type=_number, help="instead of the scenario's")
+    run.add_argument("--duration-s", type=number, help="instead of the scenario's")
     run.add_argument(
         "--explain", type=Path, metavar="FILE", help="write every decision's inputs, candidates and choice as JSON lines"
     )
@@ -121,23 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_run)
 
     compare = verbs.add_parser("compare", help="all policies over a folder of traces")
-    compare.add_argument(
-        "--traces",
-        type=Path,
-        help="folder with traces (.log, .txt, .csv, Mahimahi), searched to the bottom; default: synthetic ones",
-    )
-    compare.add_argument("--deadline-ms", type=_number, default=200.0)
-    compare.add_argument("--fps", type=_number, default=10.0)
-    compare.add_argument("--loss-percent", type=_number, default=0.0)
-    compare.add_argument("--rtt-ms", type=_number, default=80.0)
-    compare.add_argument("--device-slowdown", type=_number, default=10.0)
-    compare.add_argument(
-        "--policies", default=",".join(p for p in ALL_POLICIES if p != "ours_table"), help="comma separated (default: %(default)s)"
-    )
-    compare.add_argument("--limit", type=int, default=12, help="traces, drawn with --seed; 0: all (default %(default)s)")
-    compare.add_argument("--duration-s", type=_number, default=30.0, help="virtual time a trace (default %(default)s)")
-    compare.add_argument("--seed", type=int, default=0)
-    compare.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    comparison.add_arguments(compare)
     _workload_arguments(compare)
     _clip_argument(compare)
     _output_arguments(compare)
@@ -262,66 +239,8 @@ def _show(args: argparse.Namespace, name: str, workload: Workload, policy: str, 
 
 
 def _compare(args: argparse.Namespace) -> int:
-    workload = _workload(args, args.fps)
-    policies = args.policies.split(",")
-    unknown = sorted(p for p in set(policies) - set(ALL_POLICIES) if ":" not in p and p not in extensions.POLICIES)
-    if unknown:
-        raise ConfigError(f"no policy {', '.join(unknown)}; there are {', '.join(ALL_POLICIES)}")
-    lacking = {"local"} if workload.local is None else set()
-    lacking |= {"oracle"} if workload.clip is not None else set()  # it reads the table's sizes
-    lacking |= {p for p in policies if p.startswith("offload")} if not workload.offloads else set()
-    for p in sorted(lacking & set(policies)):
-        print(f"{p}: left out, {workload.name} has nothing measured for it", file=sys.stderr)
-    policies = [p for p in policies if p not in lacking]
-    traces = _traces(args)
-    condition = Condition(
-        deadline_ms=args.deadline_ms,
-        fps=args.fps,
-        loss_percent=args.loss_percent,
-        rtt_ms=args.rtt_ms,
-        slowdown=args.device_slowdown,
-    )
-    jobs = [
-        Job(family="", trace=t, condition=condition, policy=p, workload=workload, duration_s=args.duration_s, seed=args.seed)
-        for t in traces
-        for p in policies
-    ]
-    by = defaultdict(list)
-    for row in run_jobs(jobs, args.jobs):
-        by[row.policy].append(row)
-    pooled = {p: pool_rows(by[p]) for p in policies}
-    print(f"{len(traces)} traces, {condition}, {workload.name}")
-    print(f"{'policy':<18}{'on time':>9}{'accuracy':>10}{'acc x on':>10}{'bytes':>9}{'p95 ms':>8}")
-    for p, s in sorted(pooled.items(), key=lambda item: -item[1].score):
-        print(f"{p:<18}{s.on_time:>9.1%}{s.accuracy:>10.4f}{s.score:>10.4f}{s.bytes_mean:>9.0f}{s.latency_ms_p95:>8.0f}")
-    table = {
-        p: {
-            "on_time": round(s.on_time, 4), "accuracy": round(s.accuracy, 4), "bytes_mean": round(s.bytes_mean, 1),
-            "score": round(s.score, 4),
-        }
-        for p, s in pooled.items()
-    }  # fmt: skip
-    if args.plot:
-        metric = workload.points[0].accuracy_metric
-        plot_policies(table, title=f"{len(traces)} traces, {args.deadline_ms:g} ms", metric=metric, out=args.plot)
-    if args.json:
-        print(json.dumps({"workload": workload.name, "traces": len(traces), "policies": table}))
+    comparison.compare(args, _workload(args, args.fps))
     return 0
-
-
-def _traces(args: argparse.Namespace) -> list[str]:
-    if args.traces is None:
-        return sample_traces(None, args.limit, args.seed)["synthetic"]
-    if not args.traces.is_dir():
-        raise ConfigError(f"--traces must be a folder, {args.traces} is none")
-    import random
-
-    known = {".log", ".txt", ".csv", ".trace", ".up", ".down"}
-    found = sorted(str(p.resolve()) for p in args.traces.rglob("*") if p.is_file() and p.suffix in known)
-    if not found:
-        raise ConfigError(f"{args.traces} holds no traces ({', '.join(sorted(known))})")
-    random.Random(args.seed).shuffle(found)  # noqa: S311
-    return found[: args.limit] if args.limit else found
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--weights",
         type=Path,
         metavar="FILE|DIR",
-        help="take a copy of these instead (default: $HEADTAIL_WEIGHTS, where they stay)",
+        help="take a copy of these instead",
     )
     parser.add_argument("--mirror", default="", metavar="URL", help="fetch below this address instead (default: $HEADTAIL_MIRROR)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")

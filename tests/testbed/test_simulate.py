@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -322,6 +323,52 @@ def test_compare_prints_the_shared_schema(tmp_path: Path, capsys: pytest.Capture
         assert 0 <= row["on_time"] <= 1
         assert 0 <= row["accuracy"] <= 1
         assert row["bytes_mean"] >= 0
+
+
+def compared(capsys: pytest.CaptureFixture[str], folder: Path, *more: str) -> dict[str, Any]:
+    arguments = ["compare", "--traces", str(folder), "--duration-s", "4", "--jobs", "1", "--json", *more]
+    assert main([*arguments, "--bundle", str(FIXTURES / "placeholder_detector.json")]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("mbps", [0.008, 0.0])
+def test_a_link_that_carries_next_to_nothing_is_a_link(mbps: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "puffer_1").write_text(f"0.0\t{mbps}\n2.5\t{mbps}\n")
+    policies = compared(capsys, tmp_path, "--loss-percent", "5", "--device-slowdown", "3")["policies"]
+    assert policies["oracle"]["score"] == pytest.approx(policies["local"]["score"], abs=0.002)
+    assert policies["ours"]["score"] > 0.9 * policies["oracle"]["score"]
+
+
+def test_every_file_that_reads_as_a_trace_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "no suffix").write_text("0.0\t2\n1.0\t3\n")
+    (tmp_path / "mahimahi.of-a-kind").write_text("0\n5\n10\n")
+    (tmp_path / "LICENSE").write_text("The traces are free.\nUse them as you like.\n")
+    (tmp_path / "picture.log").write_bytes(bytes(range(256)))
+    assert compared(capsys, tmp_path, "--policies", "local")["traces"] == 2
+    for path in (tmp_path / "deep" / "no suffix", tmp_path / "mahimahi.of-a-kind"):
+        path.unlink()
+    assert main(["compare", "--traces", str(tmp_path), "--bundle", str(FIXTURES / "placeholder_detector.json")]) == 2
+    assert "no file in it reads" in capsys.readouterr().err
+
+
+def test_several_devices_are_compared_one_by_one_and_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a").write_text("0 2\n1 3\n")
+    found = compared(
+        capsys, tmp_path, "--device-slowdown", "1,60", "--policies", "local,deploy.testbed.simulate.policies:LocalOnly"
+    )
+    by = {slowdown: row["policies"]["local"]["score"] for slowdown, row in found["slowdowns"].items()}
+    assert by["1"] > by["60"]
+    assert found["policies"]["local"]["score"] == pytest.approx(sum(by.values()) / 2, abs=1e-3)
+    assert found["policies"]["deploy.testbed.simulate.policies:LocalOnly"] == found["policies"]["local"]
+
+
+@pytest.mark.parametrize("slowdown", ["0", "3,nan", "3,,5", "-1"])
+def test_a_slowdown_that_is_none_is_refused(slowdown: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", f"--device-slowdown={slowdown}"])
+    assert stopped.value.code == 2
 
 
 def test_every_scenario_that_comes_along_is_readable() -> None:

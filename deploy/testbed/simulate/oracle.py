@@ -36,6 +36,7 @@ Floats = NDArray[np.float64]
 _BEAM, _CELL_NS = 32, 1e6
 _REPAIRS = 4
 _HOPELESS = 1e-3  # chances below this are none
+_NEVER_NS = 1e18  # 30 years: beyond every run, and finite, so that differences of such times are numbers
 _SIGMAS = (-1.2816, -0.5244, 0.0, 0.5244, 1.2816)  # five equally likely points of a normal distribution
 _TLP_NS, _LONE_TLP_NS, _RTO_NS = 2e6, 200e6, 200e6
 
@@ -51,10 +52,10 @@ class _Capacity:
         self._bits = np.concatenate([[0.0], np.cumsum(np.maximum(rates, 1e-9) * np.diff(edges))])
 
     def finish_ns(self, start_ns: Floats, bits: Floats) -> Floats:
-        """When so many bits are through that begin at ``start_ns``."""
+        """When so many bits are through that begin at ``start_ns``; ``_NEVER_NS`` where not before the trace ends."""
         target = np.interp(start_ns, self._times, self._bits) + bits
         done = np.interp(target, self._bits, self._times)
-        return np.where(target > self._bits[-1], np.inf, np.maximum(done, start_ns))
+        return np.where(target > self._bits[-1], _NEVER_NS, np.maximum(done, start_ns))
 
 
 def _sigma_ns(q: Quantiles) -> float:
@@ -134,7 +135,7 @@ class _Problem:
         ready = start[:, None] + self.device_ns
         begins = np.maximum(ready, link[:, None])
         free = self.capacity.finish_ns(begins, self.bits)
-        service = np.where(free < np.inf, free - begins, 0.0)
+        service = np.where(free < _NEVER_NS, free - begins, 0.0)
         spare = deadline - (free + self.after_ns)
         p = self.p_within(spare, service)
         some = p > _HOPELESS
