@@ -77,7 +77,7 @@ def understood(model: OnnxModel, asked: Asked, photos: Sequence[Frame], say: Cal
         task, postprocess, fields = TENSORS, {"names": list(model.outputs)}, own
     else:
         preset = fitted({"boxes": "boxes-scores"}.get(chosen.preset, chosen.preset), outputs)
-        changes = {k: v for k, v in (("score_min", asked.score_min), ("iou", asked.iou)) if v is not None}
+        changes: dict[str, Any] = {k: v for k, v in (("score_min", asked.score_min), ("iou", asked.iou)) if v is not None}
         how = _numbered(replace(preset.decoding, **changes), labels, outputs, asked.labels_from)
         task, postprocess, fields = how.task, how.to_json(), _preset_fields(preset, how)
     spec = asked.spec or preprocess_for(model, {**fields, **asked.preprocess})
