@@ -312,11 +312,11 @@ def test_a_detector_that_finds_nothing_is_refused_unless_told_otherwise(
     tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = detector(tmp_path / "model.onnx")
-    assert cut(model, tmp_path / "bundle", photos, "--score-min", "0.999") == 2
+    assert cut(model, tmp_path / "bundle", photos, "--score-min", "1") == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "finds nothing above 0.999 on 4 photographs" in said
+    assert "finds nothing above 1.0 on 4 photographs" in said
     assert "--allow-nothing-found" in said
     assert not (tmp_path / "bundle").exists()
     assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
-    assert cut(model, tmp_path / "bundle", photos, "--score-min", "0.999", "--allow-nothing-found") == 0
-    assert open_bundle(tmp_path / "bundle").manifest.postprocess["score_min"] == 0.999
+    assert cut(model, tmp_path / "bundle", photos, "--score-min", "1", "--allow-nothing-found") == 0
+    assert open_bundle(tmp_path / "bundle").manifest.postprocess["score_min"] == 1.0
