@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from protos.errors import PayloadError
 from splitters.codec import Predictor, ReferenceStore, Symbols
-from tests.unit.test_codec_learned import BEFORE, COMPILED, scene, smooth
+from tests.unit.codec.test_codec_learned import BEFORE, COMPILED, scene, smooth
 
 
 def symbols_of(step: int, point: str = "fine") -> Symbols:
