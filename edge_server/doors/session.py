@@ -24,6 +24,7 @@ from edge_server.backends import Backend
 from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import Limits
 from edge_server.doors.answering import Answerer, History, failed
+from edge_server.doors.datagrams import DatagramPath, Datagrams
 from edge_server.doors.wire import checked
 from edge_server.frames.assembly import Assembler, Frame
 from edge_server.models import Model, ModelStore
@@ -76,6 +77,7 @@ class Services:
     version: str
     tracing: Tracing = field(default_factory=NoTracing)
     pace: Pace = field(default_factory=Pace)
+    datagrams: Datagrams | None = None
 
 
 def host_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
@@ -112,6 +114,7 @@ class Session:
         self._error: HeadtailError | None = None
         self._farewell: HeadtailError | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._path: DatagramPath | None = None
 
     # ------------------------------------------------------------ the whole stream
 
@@ -133,6 +136,8 @@ class Session:
                 task.cancel()
             if self._timer is not None:
                 self._timer.cancel()
+            if self._path is not None and self._s.datagrams is not None:
+                self._s.datagrams.withdraw(self._path)
             self._s.bandwidth.close(self.id)
             self._s.metrics.on_session(name, -1)
             await asyncio.wait({reader, *self._tasks}, timeout=_LEAVE_S)
@@ -154,6 +159,8 @@ class Session:
         """Ends the stream once what is owed has been sent; with an error, where the client shall know why."""
         self._farewell = error
         self._flush_assembler()
+        if self._path is not None:
+            self._path.flush()
         self._finishing = True
         self._wake.set()
 
@@ -207,9 +214,30 @@ class Session:
             welcome=pb.Welcome(
                 protocol_version=PROTOCOL_VERSION, session_id=self.id, model=model.name, bundle_sha256=model.sha256,
                 max_in_flight=self._max_in_flight, max_payload_bytes=self._s.limits.max_payload_bytes,
-                server_version=self._s.version,
+                server_version=self._s.version, datagrams=self._offer() if hello.datagrams else None,
             )
         )  # fmt: skip
+
+    def _offer(self) -> pb.DatagramOffer | None:
+        door = self._s.datagrams
+        if door is None:
+            return None
+        if self._path is None:
+            self._path = DatagramPath(
+                self._begin_other, self._on_piece, lambda: self._s.backend.load_now().tail_ns + _MARGIN_NS,
+                clock=self._s.clock, wait_ns=self._s.limits.layer_wait_ns,
+            )  # fmt: skip
+        self._path.forget_frames()
+        return door.offer(self._path)
+
+    def _begin_other(self, frame: Frame) -> None:
+        """A frame that came as datagrams; ids that the stream uses are not for it."""
+        if frame.frame_id not in self._owed and not self._finishing:
+            self._begin(frame)
+
+    def _on_piece(self, n_bytes: int, sent_ns: int) -> int:
+        self._s.bandwidth.on_layer(self.id, n_bytes, sent_ns, self._s.clock())
+        return self._s.bandwidth.queue_ns(self.id)
 
     # ------------------------------------------------------------ in
 
@@ -352,7 +380,9 @@ class Session:
     # ------------------------------------------------------------ out
 
     def _send_result(self, result: Result) -> None:
-        self._send(pb.ServerMessage(result=result.to_proto()))
+        message = result.to_proto()
+        if self._path is None or not self._path.answers(message):
+            self._send(pb.ServerMessage(result=message))
         load = self._s.backend.load_now()
         self._s.bandwidth.on_tail(load.queue_ns, load.tail_ns)
         grant = self._s.bandwidth.grant(self.id, self._s.clock())
