@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from edge_server.backends import Backend
+from edge_server.bandwidth.grants import BandwidthManager
+from edge_server.config import Limits
 from edge_server.frames.assembly import Frame
 from edge_server.frames.pieces import Gatherer
 from protos.datagrams.loss import extra_for
@@ -16,6 +19,7 @@ from protos.headtail.v1 import headtail_pb2 as pb
 if TYPE_CHECKING:
     from protos.datagrams.channel import Channel
 
+MARGIN_NS = 5_000_000  # beside the tail's time, what a frame cut short still needs to arrive in time
 _GOAL = 0.995  # that a result arrives
 _MOST_PIECES = 8  # of a result; a larger one goes by the stream
 _RESULT_S = 1.0  # longest a result waits for the window
@@ -34,32 +38,42 @@ class Datagrams(Protocol):
 
 
 class DatagramPath:
-    """What arrives of frames, and results on their way back.
+    """What arrives of a session's frames, and results on their way back.
 
     Args:
+        session_id: whose.
         on_frame: told each frame that is ready.
-        on_arrival: told each piece's bytes, and the device's time of sending; says how long it waited in queues, ns.
-        tail_ns: says what decoding and the tail need before a deadline.
+        door: where clients open it; None: nowhere.
+        bandwidth: told of arrivals.
+        backend: says how long a tail takes.
+        limits: how long a frame without deadline waits.
         clock: monotonic ns.
-        wait_ns: how long a frame without deadline waits.
     """
 
     def __init__(
         self,
+        session_id: str,
         on_frame: Callable[[Frame], None],
-        on_arrival: Callable[[int, int], int],
-        tail_ns: Callable[[], int],
+        door: Datagrams | None,
         *,
+        bandwidth: BandwidthManager,
+        backend: Backend,
+        limits: Limits,
         clock: Callable[[], int],
-        wait_ns: int,
     ) -> None:
-        self._on_frame, self._on_arrival, self._tail_ns, self._clock = on_frame, on_arrival, tail_ns, clock
-        self._wait_ns = wait_ns
-        self._gatherer = Gatherer(wait_ns=wait_ns)
+        self._session_id, self._on_frame, self._door = session_id, on_frame, door
+        self._bandwidth, self._backend, self._clock, self._wait_ns = bandwidth, backend, clock, limits.layer_wait_ns
+        self._gatherer = Gatherer(wait_ns=self._wait_ns)
         self._channel: Channel | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._bad = 0
         self._frames: set[int] = set()  # that came this way and were not answered
+
+    def offer(self, *, wanted: bool) -> pb.DatagramOffer | None:
+        """What a client that says hello is told of it: it may open it, and counts its frames from 0."""
+        self.flush()
+        self._gatherer = Gatherer(wait_ns=self._wait_ns)
+        return self._door.offer(self) if wanted and self._door is not None else None
 
     def attach(self, channel: Channel) -> None:
         """The client opened it, or opened it again; an older connection is closed."""
@@ -69,13 +83,10 @@ class DatagramPath:
         if old is not None and old is not channel:
             old.close()
 
-    def forget_frames(self) -> None:
-        """The client said hello again, and counts from 0."""
-        self.flush()
-        self._gatherer = Gatherer(wait_ns=self._wait_ns)
-
     def close(self) -> None:
         """The session is over."""
+        if self._door is not None:
+            self._door.withdraw(self)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -99,8 +110,9 @@ class DatagramPath:
             self._count_bad()
             return
         now_ns, before = self._clock(), self._gatherer.refused
-        waited_ns = self._on_arrival(len(piece.frame.layer.payload), piece.frame.layer.sent_ns)
-        ready = self._gatherer.add(piece.frame, now_ns, waited_ns)
+        said = piece.frame.layer
+        self._bandwidth.on_layer(self._session_id, len(said.payload), said.sent_ns, now_ns)
+        ready = self._gatherer.add(piece.frame, now_ns, self._bandwidth.queue_ns(self._session_id))
         if self._gatherer.refused > before:
             self._count_bad()
         self._begin(ready)
@@ -116,6 +128,10 @@ class DatagramPath:
         for frame in frames:
             self._frames.add(frame.frame_id)
             self._on_frame(frame)
+
+    def _tail_ns(self) -> int:
+        """What decoding and the tail need before a deadline."""
+        return self._backend.load_now().tail_ns + MARGIN_NS
 
     def _set_timer(self, now_ns: int) -> None:
         if self._timer is not None:

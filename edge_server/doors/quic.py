@@ -122,7 +122,6 @@ class QuicDoor:
         ticket = self._tickets.pop(path, None)
         if ticket is not None:
             del self._paths[ticket]
-        path.close()
 
     def _accept(self, quic: QuicConnection, stream_handler: Any = None) -> Channel:
         channel = Channel(quic, stream_handler)
