@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -93,7 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--operating-point", type=int, metavar="ID", help="always send at this operating point instead of choosing")
     add("--group", metavar="NAME", help="cameras of the same group share a link; the server divides it fairly")
     add("--policy", metavar="NAME", help="who chooses what is sent: a registered name or module:Class (default adaptive)")
-    add("--transport", metavar="NAME", help="what carries the frames: a registered name or module:Class (default grpc)")
+    add(
+        "--transport",
+        metavar="NAME",
+        help="what carries the frames: grpc, quic, auto (quic where packets are lost), or module:Class (default grpc)",
+    )
     add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
     add = parser.add_argument_group("which frames need no answer").add_argument
     add(
@@ -197,9 +202,11 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
         ending = _to_its_end((make or App)(config, console), interrupts)
     except HeadtailError:
         raise
-    except Exception:
+    except Exception as error:
         logging.getLogger(__name__).debug("unexpected", exc_info=True)
-        logging.getLogger(__name__).critical("our own fault; --log-level debug shows the traceback")
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}, {error}"
+        logging.getLogger(__name__).critical("our own fault (%s); --log-level debug shows the traceback", what)
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
         return 1

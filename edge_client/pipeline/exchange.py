@@ -93,7 +93,8 @@ class Exchange:
         flight.payload_bytes = 0
         wire_id = self.link.send(layers, deadline_ns=flight.deadline_ns, gate=gate)
         self.flights[wire_id], flight.wire_id = flight, wire_id
-        self._pipeline.model.on_queued(wire_id, frame.index, encoded)
+        certain = gate is None and flight.deadline_ns is None and len(payloads) == len(encoded.payloads)
+        self._pipeline.model.on_queued(wire_id, frame.index, encoded, certain=certain)
         self._pipeline.notify()
 
     def forget(self, now_ns: int) -> None:
@@ -222,6 +223,18 @@ class Exchange:
         flight = self.flights.pop(frame_id, None)
         if flight is not None and self._pipeline.is_open(flight):
             self.strategy.on_lost([flight])
+
+    def on_lost(self, frame_id: int, now_ns: int) -> None:
+        """See ``SessionEvents``."""
+        self._pipeline.model.on_lost(frame_id, now_ns)
+        flight = self.flights.pop(frame_id, None)
+        if flight is not None and self._pipeline.is_open(flight):
+            self.strategy.on_lost([flight])
+        self._pipeline.notify()
+
+    def on_reliable(self, reliable: bool) -> None:
+        """See ``SessionEvents``."""
+        self._pipeline.model.set_reliable(reliable)
 
     def on_grant(self, grant: Grant, now_ns: int) -> None:
         """See ``SessionEvents``."""
