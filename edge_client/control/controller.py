@@ -68,7 +68,7 @@ class Controller:
         self._interval_ns = 1e9 / config.fps
         self._backlog = Backlog(self._interval_ns)
         self._crowded = 0  # decisions on a device that may be busy when the next frame comes
-        self._ahead: tuple[Moment, list[Score]] | None = None
+        self._ahead: Moment | None = None
         self._picks: deque[Option] = deque(maxlen=_PICKS)  # what was sent lately
         own = head_ms or {}
         remote = [
@@ -303,7 +303,7 @@ class Controller:
         if not roomy:
             self._crowded += 1
             if self._crowded % _SWEEP_EVERY == 1:
-                self._ahead = (moment, scores)
+                self._ahead = moment
         if not e.connected:
             return scores, "offline"
         return scores, "window" if closed else "worthless"
@@ -312,13 +312,8 @@ class Controller:
         """Thinks about the frames to come, once the frame at hand is on its way."""
         if self._ahead is None:
             return
-        moment, scores = self._ahead
-        self._ahead = None
-        best = max(scores, key=lambda s: s.p * s.option.accuracy, default=None)
-        options = [o for o in self._picks if o in self._remote]
-        if best is not None and best.option not in options and best.option is not self._local:
-            options.append(best.option)
-        rows = moment.rows(options)
+        moment, self._ahead = self._ahead, None
+        rows = moment.rows([o for o in self._picks if o in self._remote])
         for _ in range(_FIRST_SWEEPS if self._crowded <= _SWEEP_EVERY else 1):
             self._backlog.sweep(rows, -moment.fine * moment.target)
 
