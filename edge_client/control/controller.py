@@ -142,6 +142,10 @@ class Controller:
         """Whether the round trip should be measured now."""
         return self.estimator.ping_due(now_ns)
 
+    def on_transport(self, *, reliable: bool) -> None:
+        """From now on frames go by a stream, or by datagrams: how late answers come is learnt for each."""
+        self.estimator.set_reliable(reliable)
+
     def set_limit(self, max_in_flight: int) -> None:
         """Frames that may be unanswered by the server's welcome; 0: no limit of its own."""
         self.window.set_limit(max_in_flight)
