@@ -26,7 +26,6 @@ from protos.headtail.v1 import open_inference_pb2 as oip
 from protos.headtail.v1 import open_inference_pb2_grpc as oip_grpc
 from protos.messages import PROTOCOL_VERSION
 from splitters.bundle import Bundle
-from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, hello, opened, picture, session
 from tests.fakes.server_running import running
 
@@ -37,11 +36,6 @@ UNAUTHENTICATED = (grpc.StatusCode.UNAUTHENTICATED, "auth")
 
 def bearer(token: str) -> tuple[tuple[str, str]]:
     return (("authorization", f"Bearer {token}"),)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,6 @@ from tests.fakes.server_running import running
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def device(bundle: Bundle) -> Device:
     return Device(bundle)
 
