@@ -313,7 +313,7 @@ async def test_the_server_drops_a_client_that_vanished_without_a_word(server: Se
         assert len(server._ingress.sessions) == 1
         wire.freeze()
         took_s = await until(lambda: not server._ingress.sessions, "the vanished client's session is gone")
-        assert took_s < 2 * PATIENCE.keepalive_s + 2
+        assert took_s < 2 * PATIENCE.keepalive_s + 20
         await served(server, bundle, device)
 
 

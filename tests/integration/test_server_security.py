@@ -107,7 +107,7 @@ async def test_removing_a_token_ends_its_sessions_and_says_why(bundle: Bundle, d
         token_file.write_text(f"bob {BOB}\n")
         begun = time.monotonic()
         assert await hers.status() == UNAUTHENTICATED
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 30
         assert "withdrawn" in (await hers.call.details())
         assert (await his.frame(device.layers(picture(), 0))).error is None
         async with opened(server.address, bearer(ALICE)) as again:
