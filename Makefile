@@ -1,6 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both make their own virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -12,8 +13,8 @@ help:            ## this list
 demo: $(VENV)/.demo   ## set up, export, and run head and tail in two processes on real photographs
 	$(BIN)/python -m deploy.demo --out build/demo
 
-test: $(VENV)/.dev    ## set up and run all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev    ## set up and run all tests, two files at a time (JOBS=n: n)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-triton: $(VENV)/.dev .venvs/triton/.ok   ## the Open Inference tests with the real tritonclient, in an environment of its own
 	$(BIN)/python -m pytest tests/integration/test_server_open_inference.py

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -200,9 +201,11 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
         ending = _to_its_end((make or App)(config, console), interrupts)
     except HeadtailError:
         raise
-    except Exception:
+    except Exception as error:
         logging.getLogger(__name__).debug("unexpected", exc_info=True)
-        logging.getLogger(__name__).critical("our own fault; --log-level debug shows the traceback")
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}, {error}"
+        logging.getLogger(__name__).critical("our own fault (%s); --log-level debug shows the traceback", what)
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
         return 1

@@ -82,11 +82,20 @@ class ActiveModel:
         if self._predictor is not None:
             self._predictor.reset()
 
-    def on_queued(self, wire_id: int, index: int, encoded: Encoded) -> None:
-        """Frame ``index`` was handed to the session under ``wire_id``."""
+    def on_queued(self, wire_id: int, index: int, encoded: Encoded, *, certain: bool) -> None:
+        """Frame ``index`` was handed to the session under ``wire_id``.
+
+        Args:
+            wire_id: of its answer.
+            index: as captured.
+            encoded: its payloads.
+            certain: the session never holds it back, however long it waits there: the next frame may refer to it at once.
+        """
         if self._predictor is not None and encoded.symbols is not None:
             self._ages.sent(wire_id, index)
             self._predictor.sent(wire_id, encoded.symbols, reference=encoded.reference)
+            if certain:
+                self._predictor.delivered(wire_id, encoded.symbols.layer_count - 1)
 
     def on_sent(self, wire_id: int, layer: int, n_bytes: int, now_ns: int) -> None:
         """The session handed one of its layers to the transport."""

@@ -93,7 +93,8 @@ class Exchange:
         flight.payload_bytes = 0
         wire_id = self.link.send(layers, deadline_ns=flight.deadline_ns, gate=gate)
         self.flights[wire_id], flight.wire_id = flight, wire_id
-        self._pipeline.model.on_queued(wire_id, frame.index, encoded)
+        certain = gate is None and flight.deadline_ns is None and len(payloads) == len(encoded.payloads)
+        self._pipeline.model.on_queued(wire_id, frame.index, encoded, certain=certain)
         self._pipeline.notify()
 
     def forget(self, now_ns: int) -> None:

@@ -6,6 +6,7 @@ model does.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from dataclasses import asdict
@@ -54,6 +55,7 @@ class LiveStrategy:
             self._current = pipeline.take(delivery)
             await self._frame(self._current)
             self._current = None
+            await asyncio.sleep(0)  # the session's writer hands the frame over before the next one is predicted from it
         await self._land()
 
     def waiting(self) -> list[Flight]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LEAVE_S = 1.0  # for the server to close the stream, once there is no more to say
 _NO_MESSAGE = "the server sent bytes that are no message"  # for which gRPC gives None
 
 
@@ -251,6 +252,11 @@ class GrpcLink:
             )
 
     async def _write(self, call: Call) -> None:
+        with suppress(asyncio.InvalidStateError):  # the call is over, of which the reader is told the reason
+            await self._write_until_goodbye(call)
+        await asyncio.sleep(_LEAVE_S)
+
+    async def _write_until_goodbye(self, call: Call) -> None:
         while True:
             while not self._queue:
                 self._wake.clear()
@@ -262,7 +268,6 @@ class GrpcLink:
             await call.write(item)
             if item.WhichOneof("content") == "goodbye":
                 await call.done_writing()
-                await asyncio.sleep(1.0)
                 return
 
     async def _write_frame(self, call: Call, item: _Outgoing) -> None:

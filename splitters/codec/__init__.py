@@ -11,7 +11,8 @@
 Video: the client codes against what the server holds, the server keeps what it decoded::
 
     coded = codec.compress(latents, point_id, *predictor.choose())                 # client
-    predictor.sent(frame_id, coded.symbols, reference=coded.reference)
+    predictor.sent(frame_id, coded.symbols, reference=coded.reference)             # it waits for its turn to go out
+    predictor.delivered(frame_id, layer)                                           # each layer handed to the stream
     symbols = codec.decode(coded.payloads, store); store.add(frame_id, symbols)    # server
     predictor.acknowledged(frame_id, symbols.layers, symbols.crc32())              # client, from the server's result
     predictor.refused(frame_id)                                                    # client, on error `payload`

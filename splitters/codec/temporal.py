@@ -108,7 +108,7 @@ class Predictor:
         return self._best[1], self._best[0]
 
     def sent(self, frame_id: int, symbols: Symbols, *, reference: int | None) -> None:
-        """Notes a frame that goes out with these symbols.
+        """Notes a frame that shall go out with these symbols; until `delivered` is told so, no later one refers to it.
 
         Args:
             frame_id: under which the server will hold them.
@@ -117,8 +117,7 @@ class Predictor:
         """
         self._since_key = 1 if reference is None else self._since_key + 1
         self._since_best += 1
-        # A frame of one layer is there or not; of several, the later ones may be held back.
-        self._sent[frame_id] = _Sent(symbols, reference, delivered=symbols.layer_count == 1)
+        self._sent[frame_id] = _Sent(symbols, reference, delivered=False)  # it may wait its turn, and be held back then
         while len(self._sent) > self._max_frames:
             self._sent.popitem(last=False)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from protos.errors import ConfigError, SourceError
 from splitters.commands.common.model_arguments import add_model_arguments, load_model, model_size
 from splitters.commands.common.progress import Progress
 from splitters.commands.common.serving_arguments import UNKNOWN_LICENCE, add_serving_arguments, described
-from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below, readable
+from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below, readable, shipped_pictures
 from splitters.tasks.preprocess import Frame
 
 if TYPE_CHECKING:
@@ -47,6 +46,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--show", type=Path, metavar="FILE.jpg", help="a photograph with what was found, of ONNX (default: OUT.jpg)"
+    )
+    parser.add_argument(
+        "--allow-nothing-found", action="store_true", help="write a detector of ONNX that finds nothing on the photographs, too"
     )
     parser.add_argument("--local", action="store_true", help="give the device the whole model too, for when no server answers")
     add_serving_arguments(parser)
@@ -154,12 +156,7 @@ def read_photos(folder: Path | None, at_most: int) -> list[Frame]:
         SourceError: none is found.
     """
     if folder is None:
-        try:
-            from skimage import data
-        except ModuleNotFoundError as error:
-            raise SourceError("photographs are needed to choose the codec's scales: give --photos DIR") from error
-        shipped: tuple[Callable[[], Frame], ...] = (data.astronaut, data.chelsea, data.coffee, data.rocket)
-        return [picture()[..., ::-1].copy() for picture in shipped]
+        return shipped_pictures()
     if not folder.is_dir():
         raise SourceError(f"{folder} is no directory of photographs")
     files = [f for f in files_below(folder) if f.suffix.lower() in PICTURE_SUFFIXES or _looks_like_a_picture(f)]

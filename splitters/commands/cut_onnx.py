@@ -5,33 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cv2
-import numpy as np
 
-from protos.errors import ConfigError, StorageError
-from splitters.bundle.manifest import Preprocess
+from protos.errors import StorageError
 from splitters.commands.common.progress import Progress
-from splitters.commands.common.serving_arguments import AUTO, TENSORS, UNKNOWN_LICENCE, read_labels, read_preprocess
+from splitters.commands.common.serving_arguments import UNKNOWN_LICENCE, read_labels, read_preprocess
 from splitters.tasks.base import TASKS
 from splitters.tasks.canvas import Canvas
-from splitters.tasks.decoding import Decoding, Preset
-from splitters.tasks.decoding.guess import Guess, Outputs, fitted, guess, labels_of
-from splitters.tasks.preprocess import Frame, preprocess
+from splitters.tasks.preprocess import Frame
 
 if TYPE_CHECKING:
     from splitters.cutting.onnx.model import OnnxModel
     from splitters.cutting.onnx.write import OnnxWritten
 
 BITS = (14, 12, 8, 6, 4, 3, 2)
-_INTEGERS: Mapping[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "UINT8": ((0.0,) * 3, (1 / 255,) * 3), "INT8": ((128 / 255,) * 3, (1 / 255,) * 3),
-}  # fmt: skip
-_FLOAT_CLASSIFIER: Mapping[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def say(text: str) -> None:
@@ -41,16 +33,23 @@ def say(text: str) -> None:
 
 def run(args: argparse.Namespace, photos: Sequence[Frame], size_px: tuple[int, int] | None) -> int:
     """Cuts and says what was proved, guessed and measured."""
+    from splitters.cutting.onnx.meaning import Asked, understood
     from splitters.cutting.onnx.model import load_onnx_model
     from splitters.cutting.onnx.write import OnnxServing, write_onnx_bundle
 
     path = Path(str(args.model).removeprefix("onnx:"))
     model = load_onnx_model(path, size_px=size_px)
-    task, postprocess, spec, labels = understood(model, args, photos)
+    asked = Asked(
+        output=str(args.output), labels=read_labels(args.labels) if args.labels else {},
+        labels_from=str(args.labels or "the file's metadata"), score_min=args.score_min, iou=args.iou,
+        spec=read_preprocess(args.preprocess, model.picture.size_px) if args.preprocess else None,
+    )  # fmt: skip
+    told = understood(model, asked, photos, say)
     serving = OnnxServing(
-        name=args.name or path.stem, preprocess=spec, task=task, postprocess=postprocess, labels=labels,
+        name=args.name or path.stem, preprocess=told.preprocess, task=told.task, postprocess=told.postprocess, labels=told.labels,
         licence=args.licence or licence_of(model),
         provenance={"model": f"onnx:{path.name}", "weights": path.name}, bits=tuple(args.bits or BITS), local=args.local,
+        may_find_nothing=args.allow_nothing_found,
     )  # fmt: skip
     with Progress("cut", every_s=0.5) as show:
         show(0, len(photos), "proving the pieces against the whole file")
@@ -59,80 +58,6 @@ def run(args: argparse.Namespace, photos: Sequence[Frame], size_px: tuple[int, i
     _draw(written, photos, picture)
     _report(written, args, picture)
     return 0
-
-
-def understood(
-    model: OnnxModel, args: argparse.Namespace, photos: Sequence[Frame]
-) -> tuple[str, Mapping[str, Any], Preprocess, dict[int, str]]:
-    """Task, decoding, preprocessing and labels, as asked for or guessed; says which.
-
-    Raises:
-        ConfigError: a guess is ambiguous, or what was asked for does not fit.
-    """
-    from splitters.cutting.onnx.pieces import whole_outputs
-
-    plain = preprocess_for(model, {"resize": "stretch", "interpolation": "bilinear"})
-    values = whole_outputs(model, preprocess(photos[0], plain))
-    outputs = Outputs(names=model.outputs, values=tuple(values), size_px=model.picture.size_px, metadata=model.metadata)
-    chosen = Guess(preset=str(args.output), why="as asked")
-    if args.output == AUTO:
-        chosen = guess(outputs)
-    labels = read_labels(args.labels) if args.labels else labels_of(model.metadata)
-    if chosen.preset == TENSORS:
-        own = {"resize": "letterbox", "anchor": "centre"} if "stride" in model.metadata else {"resize": "stretch"}
-        task, postprocess, fields = TENSORS, {"names": list(model.outputs)}, own
-    else:
-        preset = fitted({"boxes": "boxes-scores"}.get(chosen.preset, chosen.preset), outputs)
-        changes = {k: v for k, v in (("score_min", args.score_min), ("iou", args.iou)) if v is not None}
-        how = replace(preset.decoding, **changes)
-        _fit_labels(how, labels, outputs, str(args.labels or "the file's metadata"))
-        task, postprocess, fields = how.task, how.to_json(), _preset_fields(preset, how)
-    spec = read_preprocess(args.preprocess, model.picture.size_px) if args.preprocess else preprocess_for(model, fields)
-    if spec.size_px != model.picture.size_px:
-        raise ConfigError(f"--preprocess makes pictures of {spec.size_px}, the model takes {model.picture.size_px} (height, width)")
-    named = labels or task in (TENSORS, "embedding")
-    say(f"outputs {outputs.shapes()} are read as {chosen.preset} ({chosen.why}); input {_words(spec)}"
-        + ("" if named else "; class names are not known, numbers are shown (--labels)"))  # fmt: skip
-    return task, postprocess, spec, labels
-
-
-def _preset_fields(preset: Preset, how: Decoding) -> dict[str, Any]:
-    fields = dict(preset.preprocess)
-    if how.task == "classification":
-        fields = {"resize": "shortest", **(_FLOAT_CLASSIFIER if not fields else {}), **fields}
-    return fields
-
-
-def preprocess_for(model: OnnxModel, fields: Mapping[str, Any]) -> Preprocess:
-    """A preset's preprocessing at the model's size; a model of bytes gets the pixels as they are."""
-    size = model.picture.size_px
-    made: dict[str, Any] = {"resize": "letterbox", "interpolation": "bilinear", **fields, "size_px": size}
-    if made["resize"] == "shortest" and "resize_px" not in made:
-        made["resize_px"] = max(*size, round(min(size) * 8 / 7)) if "mean" in made else max(size)
-    whole_numbers = _INTEGERS.get(model.picture.dtype.name)
-    if whole_numbers is not None:
-        made["mean"], made["std"] = whole_numbers
-    for name in ("mean", "std"):
-        if name in made:
-            made[name] = tuple(made[name])
-    return Preprocess(**made)
-
-
-def _words(spec: Preprocess) -> str:
-    plain = spec.mean == (0.0, 0.0, 0.0)
-    scale = "pixels 0..1" if plain and spec.std == (1.0, 1.0, 1.0) else (
-        "pixels 0..255" if plain and abs(spec.std[0] - 1 / 255) < 1e-6 else f"mean {list(spec.mean)}, deviation {list(spec.std)}"
-    )  # fmt: skip
-    return f"{spec.size_px[0]}x{spec.size_px[1]} {spec.resize} {spec.channel_order.upper()}, {scale}"
-
-
-def _fit_labels(how: Decoding, labels: Mapping[int, str], outputs: Outputs, where: str) -> None:
-    """Class columns and names are as many, where both are known."""
-    if not labels or how.class_id is not None or how.task in ("segmentation", "embedding"):
-        return
-    columns = how.scores.read([np.asarray(v, np.float32) for v in outputs.values]).shape[2] - (how.background != "none")
-    if not how.class_ids and len(labels) != columns:
-        raise ConfigError(f"{where} names {len(labels)} classes, the model's output has {columns}")
 
 
 def _draw(written: OnnxWritten, photos: Sequence[Frame], path: Path) -> None:
@@ -170,12 +95,6 @@ def _report(written: OnnxWritten, args: argparse.Namespace, picture: Path) -> No
     if bundle.manifest.task == "detection":
         print(f"  through the codec at {first.bits:g} bits: {seen.matched} of {seen.found} boxes on {seen.photos} photographs "
               f"found again, within {seen.box_px:.2f} px and {seen.score:.3f} of the score")  # fmt: skip
-        if not seen.found:
-            lowest = bundle.manifest.postprocess["score_min"]
-            print(
-                f"splitters cut: warning: no box scores above {lowest} on {seen.photos} photographs: are --output and "
-                "--preprocess right, and is the model trained? (--score-min, --photos)", file=sys.stderr,
-            )  # fmt: skip
     elif bundle.manifest.task != "classification":
         print(
             f"  through the codec at {first.bits:g} bits: the same answer within 1e-3 on {seen.matched} of {seen.found} photographs"

@@ -20,7 +20,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "sha256. A download that stopped goes on where it stopped. `edge-server --model NAME` does the same on first use.",
     )
     parser.add_argument("name", metavar="NAME", help=", ".join(published()))
-    parser.add_argument("--weights", type=Path, metavar="FILE|DIR", help="take them from here instead (default: $HEADTAIL_WEIGHTS)")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE|DIR",
+        help="take a copy of these instead",
+    )
     parser.add_argument("--mirror", default="", metavar="URL", help="fetch below this address instead (default: $HEADTAIL_MIRROR)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.set_defaults(run=run)
@@ -32,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from splitters.zoo.published import find
 
     wanted = find(args.name)
-    path = fetch(wanted, weights=args.weights, mirror=args.mirror, progress=Progress(wanted.name))
+    path = fetch(wanted, weights=args.weights, mirror=args.mirror, progress=Progress(wanted.name), keep=args.weights is not None)
     print(f"{wanted.name}: {path}\n  licence: {wanted.licence}\n  origin:  {wanted.address}\n  sha256:  {wanted.sha256}")
     if args.json:
         print(json.dumps({"name": wanted.name, "path": str(path), "sha256": wanted.sha256, "licence": wanted.licence}))

@@ -93,7 +93,7 @@ def _measured(args: argparse.Namespace) -> tuple[Profile, str, str]:
 
 def _of_onnx(args: argparse.Namespace) -> tuple[Profile, str, str]:
     """The table of the user's own graph, in ONNX Runtime alone."""
-    from splitters.commands.cut_onnx import preprocess_for
+    from splitters.cutting.onnx.meaning import preprocess_for
     from splitters.cutting.onnx.model import load_onnx_model
     from splitters.profiling.onnx_model import profile_onnx
     from splitters.tasks.preprocess import preprocess

@@ -13,7 +13,7 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, Literal
 
@@ -53,6 +53,22 @@ _TURNS: Final = {
 }  # fmt: skip
 
 Content = Literal["picture", "animation", "other"]
+
+
+def shipped_pictures() -> list[Picture]:
+    """The photographs that scikit-image ships: a person, a cat, a cup, a rocket.
+
+    Raises:
+        SourceError: it is not installed.
+    """
+    try:
+        from skimage import data
+    except ModuleNotFoundError as error:
+        raise SourceError(
+            "photographs are needed to choose the codec's scales: give --photos DIR, or install scikit-image, which ships four"
+        ) from error
+    taken: tuple[Callable[[], Picture], ...] = (data.astronaut, data.chelsea, data.coffee, data.rocket)
+    return [picture()[..., ::-1].copy() for picture in taken]
 
 
 def content_of(path: Path) -> Content:

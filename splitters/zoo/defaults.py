@@ -16,6 +16,7 @@ from protos.errors import BundleError, ConfigError, SourceError, UnknownModelErr
 from splitters.bundle import Bundle, Measure, exported_path, open_bundle, sha256_file
 from splitters.registry import Registry
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
+from splitters.zoo.published import published
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,20 @@ EXPORTERS: Registry[Callable[[Path], Bundle]] = Registry(
 """By the name that ``--model`` takes: writes the model's bundle to a directory that does not exist yet."""
 
 
+def _by_address(name: str) -> Callable[[Path], Bundle]:
+    def write(out: Path) -> Bundle:
+        from splitters.zoo.by_address import export_published
+
+        return export_published(name, out)
+
+    return write
+
+
+for _name, _file in published().items():
+    if _file.serve is not None:
+        EXPORTERS.register(_name)(_by_address(_name))
+
+
 def recalibrate(what: str, photos: Path, *, count: int = 200, seed: int = 0) -> None:
     """Measures the plain codec's scales again, on ``count`` photos drawn from ``photos`` with ``seed``, and writes them.
 
@@ -100,15 +115,21 @@ def recalibrate(what: str, photos: Path, *, count: int = 200, seed: int = 0) -> 
         PLAIN: (efficientnet.calibrate, efficientnet.preprocess(), PLAIN_CODEC),
         DETECTOR_PLAIN: (detector.calibrate, PREPROCESS, detector.PLAIN_CODEC),
     }
-    if what not in plain:
-        raise ConfigError(f"only {PLAIN} and {DETECTOR_PLAIN} have a plain latent to calibrate, not {what!r}")
-    calibrate, preprocess, path = plain[what]
+    served = [name for name, file in published().items() if file.serve is not None]
+    if what not in (*plain, *served):
+        raise ConfigError(f"only {', '.join((*plain, *served))} have a plain latent to calibrate, not {what!r}")
     files = sorted(f for f in photos.rglob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
     random.Random(seed).shuffle(files)  # noqa: S311 - a reproducible draw, no secret
-    frames = (frame for f in files[:count] if (frame := cv2.imread(str(f))) is not None)
-    inputs = [to_input(frame.astype(np.uint8, copy=False), preprocess) for frame in frames]
-    if not inputs:
+    frames = [frame.astype(np.uint8, copy=False) for f in files[:count] if (frame := cv2.imread(str(f))) is not None]
+    if not frames:
         raise SourceError(f"{photos} holds no readable photo")
+    if what in served:
+        from splitters.zoo.by_address import prepare
+
+        prepare(what, frames)
+        return
+    calibrate, preprocess, path = plain[what]
+    inputs = [to_input(frame, preprocess) for frame in frames]
     path.write_text(json.dumps(calibrate(iter(inputs))), encoding="utf-8")
 
 
@@ -184,7 +205,9 @@ def _source_sha256() -> str:
     """Changes with whatever a default bundle is made of: weights, models, codec, exporter."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
-    files = [f for room in ("zoo", "bottleneck", "exporting", "codec", "tasks", "bundle") for f in (root / room).rglob("*")]
+    files = [
+        f for room in ("zoo", "bottleneck", "exporting", "cutting", "codec", "tasks", "bundle") for f in (root / room).rglob("*")
+    ]
     for file in sorted(f for f in files if f.is_file() and "__pycache__" not in f.parts):
         digest.update(sha256_file(file).encode())
     return digest.hexdigest()

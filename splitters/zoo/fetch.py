@@ -34,7 +34,9 @@ _PARTIAL = 206
 Progress = Callable[[int, int], None]
 
 
-def fetch(wanted: Published, *, weights: Path | None = None, mirror: str = "", progress: Progress | None = None) -> Path:
+def fetch(
+    wanted: Published, *, weights: Path | None = None, mirror: str = "", progress: Progress | None = None, keep: bool = False
+) -> Path:
     """Returns the path of the verified file; downloaded unless it is here already.
 
     Args:
@@ -42,6 +44,7 @@ def fetch(wanted: Published, *, weights: Path | None = None, mirror: str = "", p
         weights: the file itself, or a folder that holds it; empty: ``$HEADTAIL_WEIGHTS``.
         mirror: address under which ``repository/commit/path`` lies; empty: ``$HEADTAIL_MIRROR``, else the publisher's own.
         progress: told (bytes here, bytes in all).
+        keep: copy a file that was given to where later calls look, for a machine without a network.
 
     Raises:
         BundleError: what was given or sent is another file.
@@ -50,13 +53,20 @@ def fetch(wanted: Published, *, weights: Path | None = None, mirror: str = "", p
         ConfigError: the mirror is no address.
     """
     given = weights or (Path(os.environ[WEIGHTS_VARIABLE]) if os.environ.get(WEIGHTS_VARIABLE) else None)
-    if given is not None and (found := _given(wanted, given, named=weights is not None)) is not None:
+    found = _given(wanted, given, named=weights is not None) if given is not None else None
+    if found is not None and not keep:
         return found
     target = cache_dir() / "weights" / f"{wanted.sha256}{Path(wanted.path).suffix}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target.with_suffix(".lock")):
-            if not (target.is_file() and sha256_file(target) == wanted.sha256):
+            if target.is_file() and sha256_file(target) == wanted.sha256:
+                return target
+            if found is not None:
+                partial = target.with_suffix(".partial")
+                shutil.copyfile(found, partial)
+                partial.replace(target)
+            else:
                 _download(wanted, _address(wanted, mirror or os.environ.get(MIRROR_VARIABLE, "")), target, progress)
     except OSError as error:
         raise StorageError(f"{wanted.name} cannot be kept at {target.parent}: {error.strerror or error}") from error

@@ -7,13 +7,29 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 from protos.errors import UnknownModelError
 
 TABLE = Path(__file__).with_name("published.toml")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serve:
+    """How a file is served by its name.
+
+    Attributes:
+        output: a preset, or ``auto`` where its shape says all.
+        labels: whose classes it has; empty: none.
+        preprocess: fields of the manifest's ``preprocess`` that are not the preset's.
+    """
+
+    output: str
+    labels: Literal["coco", "imagenet", ""] = ""
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +45,7 @@ class Published:
         sha256: lower-case hex of its bytes.
         licence: of the weights, as their repository states it.
         lfs: the repository holds a pointer, and the file lies at GitHub's media host.
+        serve: how it is served; None: by a recipe of its own, or not.
     """
 
     name: str
@@ -39,6 +56,7 @@ class Published:
     sha256: str
     licence: str
     lfs: bool = False
+    serve: Serve | None = None
 
     @property
     def place(self) -> str:
@@ -56,7 +74,11 @@ class Published:
 def published() -> Mapping[str, Published]:
     """All of them, by name."""
     table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
-    return {name: Published(name=name, **fields) for name, fields in table.items()}
+    return {name: _published(name, **fields) for name, fields in table.items()}
+
+
+def _published(name: str, *, serve: Mapping[str, Any] | None = None, **fields: Any) -> Published:
+    return Published(name=name, serve=None if serve is None else Serve(**serve), **fields)
 
 
 def find(name: str) -> Published:

@@ -17,10 +17,11 @@ from edge_client.control import ControlConfig, Controller, LocalOption
 from edge_client.device.engine import Encoded, Features
 from edge_client.frames import CapturedFrame
 from edge_client.transport.base import Gate, Welcome
-from protos.errors import HeadtailError, OverloadedError, UnreachableError
+from protos.errors import HeadtailError, OverloadedError, PayloadError, UnreachableError
 from protos.messages import Classification, ClassScore, Detection, FrameLayer, Result, ServerTimings
 from splitters.bundle.manifest import Preprocess
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
+from splitters.codec import Symbols
 from splitters.tasks.classification import ClassificationTask
 from tests.fakes.client_loop import VirtualLoop
 
@@ -146,6 +147,22 @@ class FakeEngine:
         return LOCAL_ANSWER, self.local_ms
 
 
+PREDICTED, NO_FRAME = b"predicted", 2**32 - 1
+SYMBOLS = Symbols(point_id="fine", tensors=(np.zeros((1, 1, 1), np.int16),), layers=1, layer_count=1)
+
+
+class PredictingEngine(FakeEngine):
+    """Its payloads say which frame they were predicted from; ``FakeLink`` refuses those whose reference it does not hold."""
+
+    codec = SimpleNamespace(supports_reference=True, prefix=lambda symbols, layers: symbols)
+
+    def encode(self, features: Features, point: OperatingPoint, reference: Any = None) -> Encoded:
+        _, frame = reference
+        payload = PREDICTED + (NO_FRAME if frame is None else frame).to_bytes(4, "big")
+        encoded = super().encode(features, point, reference)
+        return replace(encoded, payloads=(payload + encoded.payloads[0],), symbols=SYMBOLS, reference=frame)
+
+
 class FakeDevice:
     """An executor on virtual time: what a job cost is slept afterwards."""
 
@@ -168,7 +185,7 @@ def fake_controller(engine: Any, fps: float) -> Controller:
 class Fault:
     """From ``at_s`` for ``for_s``: ``down`` (stream broken), ``hang`` (answers are held back), ``lose`` (never answered),
     ``refuse`` (overloaded), ``error`` (a fault of the frame), ``kind`` (another task's answer),
-    ``latents`` (no images), ``drain`` (told to go, then down);
+    ``latents`` (no images), ``drain`` (told to go, then down), ``stuck`` (what is sent waits before it enters the network);
     ``bundle`` (from then on another).
     """
 
@@ -193,12 +210,14 @@ class FakeLink:
     connects: int = 0
     sent: int = 0
     answered: int = 0
+    predicted: int = 0
     _closed: bool = False
     _next_id: int = 0
     _epoch: int = 0
     _busy_s: float = 0.0
     _held: list[tuple[float, int, Result, int]] = field(default_factory=list)
     _order: Any = field(default_factory=itertools.count)
+    _held_symbols: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.welcomed, self.failed = asyncio.Event(), asyncio.Event()
@@ -220,6 +239,7 @@ class FakeLink:
             self.connects += 1
             self._epoch += 1
             self._next_id = 0
+            self._held_symbols.clear()
             changed = [f for f in self.faults if f.kind == "bundle" and f.at_s <= self.loop.time()]
             sha = "b" * 64 if changed else self.sha256
             self.up = True
@@ -267,6 +287,10 @@ class FakeLink:
         if epoch != self._epoch or not self.up:
             return
         now_ns = self.loop.clock()
+        if stuck := self._fault("stuck"):
+            in_turn_s = stuck.at_s + stuck.for_s + wire_id * 1e-9
+            self.loop.call_at(in_turn_s, self._transmit, wire_id, layers, deadline_ns, gate, epoch)
+            return
         if (deadline_ns is not None and now_ns >= deadline_ns) or (gate is not None and not gate(0, len(layers[0].payload))):
             self.events.on_unsent(wire_id)
             return
@@ -279,12 +303,28 @@ class FakeLink:
             error = OverloadedError("busy")
         elif self._fault("error") or (self._fault("latents") and layers[0].payload[:2] == JPEG):
             error = HeadtailError("no")
+        elif not self._holds(wire_id, layers[0].payload):
+            error = PayloadError("the server does not hold the frame that this one was predicted from")
         answer = Detection(boxes=()) if self._fault("kind") else ANSWER
         start_s = max(self.loop.time() + self.rtt_s / 2, self._busy_s)
         self._busy_s = start_s + self.tail_s
         timings = ServerTimings(tail_ns=round(self.tail_s * 1e9), total_ns=round(self.tail_s * 1e9))
-        result = Result(frame_id=wire_id, answer=None if error else answer, error=error, timings=timings, echo_sent_ns=now_ns)
+        held = wire_id in self._held_symbols
+        result = Result(
+            frame_id=wire_id, answer=None if error else answer, error=error, timings=timings, echo_sent_ns=now_ns,
+            layers_decoded=int(held), symbols_crc32=SYMBOLS.crc32() if held else 0,
+        )  # fmt: skip
         self.loop.call_at(self._busy_s + self.rtt_s / 2, self._deliver, result, epoch)
+
+    def _holds(self, wire_id: int, payload: bytes) -> bool:
+        """Whether the reference of a predicted frame is here; then this one is too."""
+        if payload[: len(PREDICTED)] == PREDICTED:
+            reference = int.from_bytes(payload[len(PREDICTED) :][:4], "big")
+            if reference not in (NO_FRAME, *self._held_symbols):
+                return False
+            self._held_symbols.add(wire_id)
+            self.predicted += reference != NO_FRAME
+        return True
 
     def restart(self) -> None:
         self._restarted.set()

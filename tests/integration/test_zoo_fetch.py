@@ -159,6 +159,16 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         find("yolox-femto")
 
 
+def test_a_file_that_was_carried_here_is_found_by_later_calls(tmp_path: Path, own_cache: Path) -> None:
+    (tmp_path / "stick.onnx").write_bytes(CONTENT)
+    kept = fetch(WANTED, weights=tmp_path / "stick.onnx", keep=True)
+    (tmp_path / "stick.onnx").unlink()
+    assert kept.is_relative_to(own_cache)
+    with serving(status(500)) as (mirror, asked):
+        assert fetch(WANTED, mirror=mirror) == kept
+    assert not asked
+
+
 def test_the_table_is_whole() -> None:
     for one in published().values():
         assert len(one.commit) == 40

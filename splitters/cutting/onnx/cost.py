@@ -44,7 +44,9 @@ def compressed_bytes(array: Array) -> int:
     values = array.astype(np.float32)
     if values.ndim and values.shape[0] == 1:
         values = values[0]
-    flat = values.T if values.ndim == 2 else values.reshape(values.shape[0] if values.ndim > 1 else 1, -1)
+    # Of more than three axes the leading ones together: a channel shuffle's (groups, C, H, W) has the channels of its (C, H, W).
+    leading = int(np.prod(values.shape[:-2])) if values.ndim > 2 else 1
+    flat = values.T if values.ndim == 2 else values.reshape(leading, -1)
     if flat.shape[1] < _MIN_VALUES:
         flat = flat.reshape(1, -1)
     low = flat.min(axis=1, keepdims=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,13 @@ from protos.messages import Answer, Box, Classification, Detection, Tensors
 from splitters.codec import LatentCodec
 from splitters.cutting.onnx.model import OnnxModel
 from splitters.cutting.onnx.pieces import whole_outputs
-from splitters.tasks.base import task_of
+from splitters.tasks.base import TASKS, task_of
 from splitters.tasks.decoding.boxes import iou_matrix
 from splitters.tasks.preprocess import Frame
 
 METRIC = "agreement"
 _OVERLAPS = np.arange(0.5, 1.0, 0.05)
+_FINDING = ("detection", "keypoints", "oriented", "instances")
 _FEW = 24  # photographs that points are judged on
 
 Array = np.ndarray[Any, Any]
@@ -66,6 +67,21 @@ class Judge:
     wanted: tuple[Answer, ...]
     outputs: tuple[Sequence[Array], ...]
     sizes_px: tuple[tuple[int, int], ...]
+
+    def check_found(self, task: str, postprocess: Mapping[str, Any]) -> None:
+        """A detector finds something on one photograph at least: else nothing shows that its outputs are read rightly.
+
+        Raises:
+            ConfigError: it finds nothing on any.
+        """
+        kind = TASKS.get(task)
+        if task not in _FINDING or any(kind.classes(answer) for answer in self.wanted):
+            return
+        raise ConfigError(
+            f"the whole model finds nothing above {postprocess.get('score_min')} on {len(self.wanted)} photographs, so that "
+            "nothing shows whether its outputs are read rightly: give --photos DIR with what it is made to find, a lower "
+            "--score-min, another --output or --preprocess, or --allow-nothing-found"
+        )
 
     def point(self, codec: LatentCodec, point_id: str, runs: Sequence[Sequence[Array]]) -> tuple[Agreement, list[Answer]]:
         """Latents of the photographs through the codec, decoded and compared."""

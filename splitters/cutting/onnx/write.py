@@ -38,7 +38,11 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxServing:
-    """What a bundle says of an ONNX model beyond its pieces; see ``splitters.cutting.bundle.Serving``."""
+    """What a bundle says of an ONNX model beyond its pieces; see ``splitters.cutting.bundle.Serving``.
+
+    Attributes:
+        may_find_nothing: whether a bundle is written though nothing is found on any photograph.
+    """
 
     name: str
     preprocess: Preprocess
@@ -49,6 +53,24 @@ class OnnxServing:
     provenance: Mapping[str, Any]
     bits: Sequence[int]
     local: bool = False
+    may_find_nothing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """What was measured of a published file once, so that no photographs are needed to cut it again.
+
+    Attributes:
+        at: the cut.
+        codec: the latent codec's spec.
+        points: operating points, measured.
+        score_min: of a detector, the score from which on boxes are shown.
+    """
+
+    at: str
+    codec: Mapping[str, Any]
+    points: tuple[OperatingPoint, ...]
+    score_min: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +120,8 @@ def write_onnx_bundle(
     codec = codec_from_spec(spec, lambda _path: b"")
     decode = make_task(serving.task, serving.postprocess, serving.preprocess).decode
     judged = judge(model, decode, _tail_runner(tail), photos, images)
+    if not serving.may_find_nothing:
+        judged.check_found(serving.task, serving.postprocess)
     agreements = []
     for number, width in enumerate(serving.bits):
         on_step(number, len(serving.bits), f"comparing answers at {width} bits with the whole file's")
@@ -105,6 +129,31 @@ def write_onnx_bundle(
     on_step(len(serving.bits), len(serving.bits), "writing the bundle")
     agreement, answers = agreements[int(np.argmax(serving.bits))]
     points = _points(head, images, runs, codec, pieces.latents, serving.bits, [a.accuracy for a, _ in agreements])
+    bundle = _written(model, cut, pieces, proof, serving, spec, points, out)
+    notes = [*model.notes, *proof.notes]
+    if asked.free_batch and not proof.free_batch:
+        notes.append("pictures in one batch do not give what each gives alone: the server runs them one by one")
+    return OnnxWritten(
+        bundle=bundle, cut=cut, proof=proof, agreement=agreement, answers=tuple(answers), photos=len(images), notes=tuple(notes)
+    )
+
+
+def write_prepared(model: OnnxModel, prepared: Prepared, serving: OnnxServing, out: Path) -> Bundle:
+    """Cuts and proves a file whose codec and operating points are known; the proof's pictures are noise.
+
+    Raises:
+        CutError: no such cut, or the pieces are not the file.
+        ModelError: a piece cannot be run.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (2, *model.picture.size_px, 3), dtype=np.uint8)
+    model, cut, pieces, proof = _proved(model, prepared.at, [preprocess(picture, serving.preprocess) for picture in noise])
+    return _written(model, cut, pieces, proof, serving, prepared.codec, prepared.points, out, prepared.score_min)
+
+
+def _written(
+    model: OnnxModel, cut: OnnxCut, pieces: Pieces, proof: Proof, serving: OnnxServing, spec: Mapping[str, Any],
+    points: Sequence[OperatingPoint], out: Path, score_min: float | None = None,
+) -> Bundle:  # fmt: skip
     with BundleWriter(out) as writer:
         for path, side, piece in (
             ("device/stem.onnx", "device", pieces.head),
@@ -119,8 +168,8 @@ def write_onnx_bundle(
             local = LocalModel(path="device/local.onnx", preprocess=serving.preprocess, accuracy=1.0, accuracy_metric=METRIC)
         writer.add("device/codec.json", json.dumps(spec).encode(), "device")
         batch = {} if proof.free_batch else {"batch": 1}
-        bundle = writer.finish(
-            points=points, name=serving.name, task=serving.task, preprocess=serving.preprocess,
+        return writer.finish(
+            points=points, name=serving.name, task=serving.task, preprocess=serving.preprocess, score_min=score_min,
             labels=dict(serving.labels),
             latent_shape=tuple(latent.shape for latent in pieces.latents), head=Head(stem="device/stem.onnx"),
             codec="device/codec.json", local=local, postprocess=dict(serving.postprocess), licence=serving.licence,
@@ -132,12 +181,6 @@ def write_onnx_bundle(
                 "sha256": hashlib.sha256(model.path.read_bytes()).hexdigest(),
             },
         )  # fmt: skip
-    notes = [*model.notes, *proof.notes]
-    if asked.free_batch and not proof.free_batch:
-        notes.append("pictures in one batch do not give what each gives alone: the server runs them one by one")
-    return OnnxWritten(
-        bundle=bundle, cut=cut, proof=proof, agreement=agreement, answers=tuple(answers), photos=len(images), notes=tuple(notes)
-    )
 
 
 def _proved(model: OnnxModel, at: str | None, images: Sequence[Array]) -> tuple[OnnxModel, OnnxCut, Pieces, Proof]:

@@ -27,7 +27,7 @@ from protos.errors import BY_CODE, LimitError
 from protos.messages import Answer, Classification, ClassScore, Result, ServerTimings
 from splitters.zoo.defaults import EXPORTERS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
 BASE = DEPLOY / "kubernetes" / "base"
 YAML_FILES = sorted([*DEPLOY.rglob("*.yaml"), *(ROOT / ".github").rglob("*.yml")])

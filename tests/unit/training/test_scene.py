@@ -112,7 +112,7 @@ def test_the_command_writes_the_promise_that_the_client_reads(tmp_path: Path, ca
 def test_a_weak_detectors_misses_are_noticed_where_its_own_scores_are_believed(sure: float, noticed: bool) -> None:
     from dataclasses import replace
 
-    from tests.unit.test_client_gates import PROMISE
+    from tests.unit.client.test_client_gates import PROMISE
 
     gate = InterestGate(replace(PROMISE, sure=sure))
     answer = Detection(boxes=(Box(class_id=1, score=0.35, box_px=(0, 0, 9, 9)),))  # such a detector is never surer

@@ -136,9 +136,9 @@ def test_sources_that_cannot_be_found_say_what_to_write() -> None:
     with pytest.raises(ConfigError, match="must be py:MODULE:FACTORY"):
         load_source("py:module")
     with pytest.raises(ConfigError, match="cannot be found"):
-        load_source("py:tests.unit.test_profiling:absent")
+        load_source("py:tests.unit.profiling.test_profiling:absent")
     with pytest.raises(ConfigError, match=r"must return an nn.Module.*got int"):
-        load_source("py:tests.unit.test_profiling:build_nothing")
+        load_source("py:tests.unit.profiling.test_profiling:build_nothing")
     with pytest.raises(ConfigError, match="does not exist"):
         load_source("onnx:/nowhere/model.onnx")
     with pytest.raises(ConfigError, match="does not exist"):
@@ -168,13 +168,13 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
     save_file({"a.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match="do not fit the model"):
-        load_source("py:tests.unit.test_profiling:build", weights=str(tmp_path / "other.safetensors"))
+        load_source("py:tests.unit.profiling.test_profiling:build", weights=str(tmp_path / "other.safetensors"))
 
 
 def test_the_verb_prints_a_table_draws_a_picture_and_ends_with_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("skimage")
     picture = tmp_path / "deep" / "profile.png"
-    code = main(["profile", "py:tests.unit.test_profiling:build", "--size", "32x32", "--budget-s", "1", "--all",
+    code = main(["profile", "py:tests.unit.profiling.test_profiling:build", "--size", "32x32", "--budget-s", "1", "--all",
                  "--plot", str(picture), "--bitrate-bps", "1e6", "--json"])  # fmt: skip
     printed = capsys.readouterr()
     lines = printed.out.strip().splitlines()
@@ -190,5 +190,5 @@ def test_the_verb_prints_a_table_draws_a_picture_and_ends_with_json(tmp_path: Pa
 def test_the_verb_ends_with_one_clear_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile", "nothing"]) == 2
     assert "names no model; write timm:NAME" in capsys.readouterr().err
-    assert main(["profile", "py:tests.unit.test_profiling:build", "--size", "wide"]) == 2
+    assert main(["profile", "py:tests.unit.profiling.test_profiling:build", "--size", "wide"]) == 2
     assert "--size must be HxW" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from splitters.bundle import open_bundle
 from splitters.cli import main
 from splitters.runtime.head import open_codec
 from tests.fakes.detector_bundle import write_cell_detector
-from tests.unit.test_video_evaluation import frames, write_clip
+from tests.unit.evaluation.test_video_evaluation import frames, write_clip
 
 pytest.importorskip("av")
 

@@ -25,6 +25,7 @@ from splitters.runtime.tail import load_tail
 from splitters.tasks.preprocess import preprocess
 
 SIDE = 32
+SOURCE = f"py:{__name__}:build"
 
 
 class Small(nn.Module):
@@ -82,7 +83,7 @@ def test_the_command_writes_a_bundle_that_answers_like_the_model(
     tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "bundle"
-    arguments = ["cut", "py:tests.unit.test_cut_bundle:build", "--size", f"{SIDE}x{SIDE}", "--at", "branch", "--out", str(out),
+    arguments = ["cut", SOURCE, "--size", f"{SIDE}x{SIDE}", "--at", "branch", "--out", str(out),
                  "--photos", str(photos), "--bits", "8", "4", "--name", "small", "--local", "--json"]  # fmt: skip
     assert main(arguments) == 0
     printed = capsys.readouterr()
@@ -214,7 +215,7 @@ def test_an_onnx_file_with_a_fixed_batch_is_freed_and_cut(tmp_path: Path) -> Non
 def test_without_at_the_fewest_bytes_with_little_work_are_taken_and_named(
     tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["cut", "py:tests.unit.test_cut_bundle:build", "--size", f"{SIDE}x{SIDE}", "--out", str(tmp_path / "bundle"),
+    arguments = ["cut", SOURCE, "--size", f"{SIDE}x{SIDE}", "--out", str(tmp_path / "bundle"),
                  "--photos", str(photos), "--bits", "8", "--json"]  # fmt: skip
     assert main(arguments) == 0
     lines = capsys.readouterr().out.strip().splitlines()

@@ -24,7 +24,7 @@ from edge_client.pipeline.runner import Runner
 from protos.errors import InternalError, StorageError, UnknownModelError, UnreachableError
 from splitters.bundle.operating_point import Quantiles
 from tests.fakes.client_loop import VirtualLoop, run_virtual
-from tests.fakes.client_parts import FakeDevice, FakeEngine, FakeFrames, FakeLink, Fault, fake_controller
+from tests.fakes.client_parts import FakeDevice, FakeEngine, FakeFrames, FakeLink, Fault, PredictingEngine, fake_controller
 
 
 @dataclass
@@ -56,11 +56,12 @@ def run(
     controller: Any = fake_controller,
     point_id: int | None = None,
     temporal: bool = False,
+    make_engine: Any = FakeEngine,
     limit_s: float = 120.0,
 ) -> Run:
     async def main(loop: VirtualLoop) -> Run:
         device = FakeDevice()
-        engine: Any = FakeEngine(device, head_ms=head_ms, local_ms=local_ms, local=local)
+        engine: Any = make_engine(device, head_ms=head_ms, local_ms=local_ms, local=local)
         reports: list[FrameReport] = []
 
         async def fetch(sha256: str) -> Any:
@@ -69,7 +70,7 @@ def run(
                 if len(fetches) <= refuse_fetches:
                     raise StorageError("the disk is full")
             await asyncio.sleep(0.4)
-            return FakeEngine(device, sha256, head_ms=head_ms, local_ms=local_ms, local=local)
+            return make_engine(device, sha256, head_ms=head_ms, local_ms=local_ms, local=local)
 
         parts = Parts(
             frames=FakeFrames(loop, count=frames, fps=fps, live=live), worker=DeviceWorker(device), clock=loop.clock,
@@ -492,3 +493,14 @@ def test_the_controller_is_told_what_payloads_cost_and_how_old_their_reference_w
     assert ages.count(2) >= 5
     assert len(payloads) >= 10
     assert all(n > 0 for n in payloads)
+
+
+def test_no_frame_is_predicted_from_one_that_the_session_may_still_hold_back() -> None:
+    """While a write waits for the network, frames pile up behind it; those that became too late there are never sent."""
+    stuck = [Fault(at_s=at_s, for_s=0.45, kind="stuck") for at_s in (1.0, 2.0, 3.0)]
+    r = run(frames=150, deadline_ms=300, faults=stuck, local=False, temporal=True, make_engine=PredictingEngine, point_id=0)
+    check(r, deadline_ms=300, frames=150)
+    lost = [report for report in r.reports if report.outcome is not Outcome.RESULT]
+    assert lost  # some were held back
+    assert "payload" not in {report.reason for report in lost}
+    assert r.link.predicted > 90

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from protos.errors import PayloadError
 from splitters.codec import Predictor, ReferenceStore, Symbols
-from tests.unit.test_codec_learned import BEFORE, COMPILED, scene, smooth
+from tests.unit.codec.test_codec_learned import BEFORE, COMPILED, scene, smooth
 
 
 def symbols_of(step: int, point: str = "fine") -> Symbols:
@@ -148,6 +148,8 @@ def test_on_a_stream_the_newest_frame_sent_is_the_reference() -> None:
     predictor.delivered(0, 2)
     assert predictor.choose()[1] == 0
     predictor.sent(1, one_layer(1), reference=0)
+    assert predictor.choose()[1] == 0  # it waits in a queue, and may be held back
+    predictor.delivered(1, 0)
     assert predictor.choose()[1] == 1
     assert predictor.acknowledged(0, 3, symbols_of(0).crc32())
     assert predictor.choose()[1] == 1
@@ -160,11 +162,13 @@ def test_a_frame_that_did_not_go_out_takes_what_refers_to_it_along() -> None:
     assert predictor.acknowledged(0, 3, symbols_of(0).crc32())
     for frame in (1, 2, 3):
         predictor.sent(frame, one_layer(frame), reference=frame - 1)
+        predictor.delivered(frame, 0)
     predictor.lost(2)
     assert predictor.choose()[1] == 1
     predictor.refused(3)  # its answer comes later, and changes nothing
     assert predictor.choose()[1] == 1
     predictor.sent(4, one_layer(4), reference=1)
+    predictor.delivered(4, 0)
     predictor.refused(4)  # the server does not hold 1, so neither 4
     assert predictor.choose()[1] == 0
     predictor.sent(5, one_layer(5), reference=0)

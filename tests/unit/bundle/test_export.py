@@ -10,7 +10,7 @@ from protos.errors import StorageError, UnknownModelError
 from splitters import cli
 from splitters.bundle import Bundle, exported_path
 from splitters.zoo import defaults as module
-from tests.unit.test_bundle import write
+from tests.unit.bundle.test_bundle import write
 
 
 @pytest.fixture

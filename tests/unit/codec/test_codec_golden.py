@@ -20,7 +20,7 @@ from protos.errors import PayloadError
 from splitters.codec import LearnedCodec, PlainCodec, ReferenceStore, Symbols, is_predicted
 from tests.golden import make_predicted
 
-FOLDER = Path(__file__).parent.parent / "golden" / "codec"
+FOLDER = Path(__file__).parents[2] / "golden" / "codec"
 INDEX = json.loads((FOLDER / "index.json").read_text(encoding="utf-8"))
 SYMBOLS = dict(np.load(FOLDER / "symbols.npz", allow_pickle=False))
 BLOB = (FOLDER / "payloads.bin").read_bytes()
@@ -118,8 +118,8 @@ def digest() -> str:
 @pytest.mark.parametrize("threads", ["1", "4"])
 def test_another_process_and_thread_count_give_the_same_bytes(threads: str) -> None:
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
-    script = "from tests.unit.test_codec_golden import digest; print(digest())"
-    root = Path(__file__).parent.parent.parent
+    script = "from tests.unit.codec.test_codec_golden import digest; print(digest())"
+    root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, text=True, timeout=60, check=True
     )
@@ -130,9 +130,9 @@ def test_the_codec_runs_where_constriction_is_absent() -> None:
     """No aarch64 Linux wheel exists: the pure coder must take over by itself, and torch must not be needed."""
     script = (
         "import sys; sys.modules['constriction'] = None; sys.modules['torch'] = None\n"
-        "from tests.unit.test_codec_golden import digest, learned\n"
+        "from tests.unit.codec.test_codec_golden import digest, learned\n"
         "assert learned('auto')._coders.name == 'pure'; print(digest())"
     )
-    root = Path(__file__).parent.parent.parent
+    root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == digest()

@@ -345,7 +345,7 @@ def test_prediction_is_fitted_anew_and_key_frames_stay() -> None:
     symbols = COMPILED.quantise([NOW[0]], "fine")
     assert codec.encode(symbols) == COMPILED.encode(symbols)
     assert part != PART
-    old = (Path(__file__).parent.parent / "golden" / "codec" / "tables.bin").read_bytes()
+    old = (Path(__file__).parents[2] / "golden" / "codec" / "tables.bin").read_bytes()
     clips = [np.random.default_rng(i).normal(size=(6, 24, 5, 5)).astype(np.float32) for i in range(3)]
     assert read_tables(old).predicted is None
     assert read_tables(refit_predicted(old, clips, np.ones((2, 24)))).predicted is not None

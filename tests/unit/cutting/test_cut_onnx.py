@@ -293,3 +293,30 @@ def test_an_input_beside_the_picture_is_fed_its_size(tmp_path: Path, photos: Pat
     for a, b in zip(first, second, strict=True):
         assert [s.class_id for s in a.top] == [s.class_id for s in b.top]
         assert [s.score for s in a.top] == pytest.approx([s.score for s in b.top], abs=1e-3)
+
+
+def test_ids_with_gaps_are_the_classes_ids(tmp_path: Path, photos: Path) -> None:
+    """COCO's 80 categories are numbered 1 to 90: the third column of three classes need not be number 2."""
+    (tmp_path / "labels.json").write_text(json.dumps({"1": "person", "3": "car", "90": "toothbrush"}))
+    model = detector(tmp_path / "model.onnx")
+    assert cut(model, tmp_path / "plain", photos) == 0
+    assert cut(model, tmp_path / "named", photos, "--labels", str(tmp_path / "labels.json")) == 0
+    frames = read_photos(photos, 4)
+    plain, named = (served(open_bundle(tmp_path / n), frames, together=False) for n in ("plain", "named"))
+    found = [(b.class_id, c.class_id) for a, b in zip(plain, named, strict=True) for b, c in zip(a.boxes, b.boxes, strict=True)]
+    assert found
+    assert all(other == (1, 3, 90)[one] for one, other in found)
+
+
+def test_a_detector_that_finds_nothing_is_refused_unless_told_otherwise(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = detector(tmp_path / "model.onnx")
+    assert cut(model, tmp_path / "bundle", photos, "--score-min", "1") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "finds nothing above 1.0 on 4 photographs" in said
+    assert "--allow-nothing-found" in said
+    assert not (tmp_path / "bundle").exists()
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+    assert cut(model, tmp_path / "bundle", photos, "--score-min", "1", "--allow-nothing-found") == 0
+    assert open_bundle(tmp_path / "bundle").manifest.postprocess["score_min"] == 1.0

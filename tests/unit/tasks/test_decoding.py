@@ -22,7 +22,7 @@ from splitters.tasks.decoding.guess import Outputs, fitted, guess
 from splitters.tasks.dense import class_map
 from splitters.tasks.objects import mask_of
 from tests.fakes.onnx_models import NAMES, detector
-from tests.unit.test_cut_onnx import cut, photos, read_photos, served  # noqa: F401  (a fixture)
+from tests.unit.cutting.test_cut_onnx import cut, photos, read_photos, served  # noqa: F401  (a fixture)
 
 SPEC = Preprocess(resize="letterbox", size_px=(64, 64), anchor="centre")
 RNG = np.random.default_rng(5)
