@@ -13,7 +13,8 @@ import numpy as np
 from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.bundle.offload import OffloadOption, compress, ladder, pareto_offloads, restore
-from splitters.evaluation.measure import Each, Measured, Photos, nothing, quantiles, run_whole
+from splitters.evaluation.measure import Each, Measured, Photos, nothing, run_whole
+from splitters.runtime.head import quantiles
 from splitters.runtime.local import open_local
 from splitters.runtime.pictures import read_picture
 from splitters.runtime.tail import Tail

@@ -27,20 +27,18 @@ from splitters.evaluation.image_codecs import Setting, ladder
 from splitters.evaluation.judging.agreement import Agreement
 from splitters.evaluation.judging.tasks import AveragePrecision, Judge, Score, list_images, read_labels
 from splitters.evaluation.measure import (
-    Device,
     Each,
     Measured,
     Photos,
     encode_ms,
     load_photos,
-    quantiles,
     run_image_codec,
     run_points,
     run_whole,
 )
 from splitters.evaluation.report import Gap, Jpeg95, Report, dump
 from splitters.evaluation.steps import Steps, Told
-from splitters.runtime.head import open_codec
+from splitters.runtime.head import Head, open_codec, quantiles
 from splitters.runtime.tail import Tail, load_tail
 
 __all__ = ["EvaluateConfig", "Report", "dump", "evaluate", "rewrite"]
@@ -208,7 +206,7 @@ def _measure_points(
 ) -> tuple[list[OperatingPoint], Curve, dict[int, dict[str, float]], tuple[float, float] | None]:
     bundle, photos = bench.bundle, bench.photos
     measured = run_points(bundle, open_codec(bundle), bench.tail, photos, bundle.points, tick=bench.tick, each=bench.each)
-    times = Device(bundle).time_ms(photos.pictures[0], list(dict.fromkeys(p.graphs for p in bundle.points)))
+    times = Head(bundle).times_ms(photos.pictures[0], list(dict.fromkeys(p.graphs for p in bundle.points)))
     scores = {p.id: bench.score(measured[p.id].answers) for p in bundle.points}
     points = [
         replace(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edge_client.device.head import BoundStem, Head
 from protos.errors import BundleError, ModelError
 from splitters.bundle import Bundle
+from splitters.runtime.head import BoundStem, Head
 from splitters.runtime.sessions import open_graph
 from tests.fakes.bundles import write_tiny_bundle
 
@@ -54,9 +53,9 @@ def test_an_input_that_is_not_contiguous_and_another_size_are_run_rightly(bundle
 
 
 def test_latents_outlive_the_frame_they_came_from(bundle: Bundle) -> None:
-    head, shown = Head(bundle, clock=time.monotonic_ns), images(bundle, 4)
-    kept = [head.latents(head.stem(image), bundle.points[0]) for image in shown]
-    alone = [Head(bundle, clock=time.monotonic_ns).latents(head.stem(image), bundle.points[0]) for image in shown]
+    head, shown = Head(bundle), images(bundle, 4)
+    kept = [head.latents(head.stem(image), bundle.points[0].graphs) for image in shown]
+    alone = [Head(bundle).latents(head.stem(image), bundle.points[0].graphs) for image in shown]
     assert all(np.array_equal(a, b) for k, w in zip(kept, alone, strict=True) for a, b in zip(k, w, strict=True))
     assert not np.array_equal(kept[0][0], kept[1][0])
 
