@@ -94,7 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--operating-point", type=int, metavar="ID", help="always send at this operating point instead of choosing")
     add("--group", metavar="NAME", help="cameras of the same group share a link; the server divides it fairly")
     add("--policy", metavar="NAME", help="who chooses what is sent: a registered name or module:Class (default adaptive)")
-    add("--transport", metavar="NAME", help="what carries the frames: a registered name or module:Class (default grpc)")
+    add(
+        "--transport",
+        metavar="NAME",
+        help="what carries the frames: grpc, quic, auto (quic where packets are lost), or module:Class (default grpc)",
+    )
     add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
     add = parser.add_argument_group("which frames need no answer").add_argument
     add(
