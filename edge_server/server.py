@@ -1,7 +1,7 @@
 """The server: open, serve, change models, drain, end. One event loop; nothing forks once it runs.
 
-It leaves what belongs to a process (signals, standard streams, the exit code) to whoever runs it: `edge_server.process` for
-``edge-server``, or a program of somebody else.
+It leaves what belongs to a process (signals, standard streams, the exit code) to its caller: `edge_server.process` for
+``edge-server``, or another program.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Chooses, frame by frame, how much is said to the server.
 
 The objective is the expected accuracy of the frames captured: a frame without an answer before its deadline counts
-zero. P(on time), the local fallback included, should reach the target: what a choice lacks of it is a fine on its value,
-point for point (``miss_price``), so that the target is kept wherever that is not paid for with a bad answer. A choice that
-takes the device or the link longer than a frame interval displaces other frames, and is charged for them: that is how the
-controller turns the frame rate as a knob. See ``scoring``.
+zero. P(on time), the local fallback included, should reach the target. A choice that falls short of the target loses value
+in proportion to the shortfall (``miss_price``), so the target is kept unless keeping it would cost a much worse answer. A
+choice that keeps the device or the link busy for longer than a frame interval displaces other frames, and their value is
+subtracted from its own. So the controller lowers the frame rate where that pays. See ``scoring``.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ class Controller:
         return cheap and score.p_all >= self.config.target_on_time and score.p >= _HOPELESS
 
     def _charge(self, scores: list[Score], moment: Moment, *, overloaded: bool) -> None:
-        """Takes off each value what its choice costs other frames, and what it lacks of the target."""
+        """Subtracts from each value what the choice costs other frames, and the price of falling short of the target."""
         target, price, interval_ns, late_ns = self.config.target_on_time, self._price, self._interval_ns, moment.late_ns
         local_ns, soon = self._local.high_ns if self._local else 0.0, 1.0
         crowded = late_ns + max(self._longest_ns, local_ns) >= 2 * interval_ns

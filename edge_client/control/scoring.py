@@ -2,8 +2,8 @@
 
 The device does one thing at a time. A job of length c that begins d after its frame's capture lets ``floor((d + c) / I) - 1``
 frames of interval I be superseded, and starts the next one late; where even the best choice takes longer than I, device time
-has a price, the slope of the concave hull over (time, value) of all choices at I: so two choices share the device as a linear
-programme would have it, and the frame rate is one more knob.
+has a price: the slope, at I, of the concave hull over (time, value) of all choices. With that price two choices share the
+device as the solution of a linear programme would share it, and the frame rate is adapted as well.
 """
 
 from __future__ import annotations

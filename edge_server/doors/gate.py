@@ -3,7 +3,7 @@
 gRPC counts calls, but reads a unary request for as long as its sender likes, and holds an answer for as long as its receiver
 does not take it: a few thousand such calls would fill the count and lock everybody out. So unary calls are taken as what
 they are on the wire, streams of one message, read and answered here in bounded time. Health, which answers without a token,
-has a count of its own, a small part of it for each host, and crowds out neither the others nor whoever probes.
+has a count of its own, of which each host gets a small part; so no host keeps the others or a probe from being answered.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def decode_image(payload: bytes, size_px: tuple[int, int], max_pixels: int) -> N
 
 _JPEG = b"\xff\xd8"
 _SCAN = b"\xff\xda"  # within a scan's own data 0xff is followed by 0
-_MAX_SCANS = 32  # each goes over all pixels; usual progressive encoders write 10, the thriftiest fewer than 20
+_MAX_SCANS = 32  # each goes over all pixels; usual progressive encoders write 10, the most economical fewer than 20
 _MAX_SEGMENTS = 256  # before the size; a file from a camera has a dozen
 
 

@@ -64,7 +64,7 @@ def clopper_pearson_lower(hits: int, units: int, confidence: float = CONFIDENCE)
     if hits == 0:
         return 0.0
     low, high = 0.0, 1.0
-    for _ in range(60):  # the proportion at which so many hits or more have a chance of 1 - confidence
+    for _ in range(60):  # the proportion at which ``hits`` or more have a chance of 1 - confidence
         middle = (low + high) / 2
         low, high = (middle, high) if _at_least(hits, units, middle) < 1 - confidence else (low, middle)
     return low
