@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs lack it
 
 from edge_server.access.auth import HEALTH, Continuation, caller, refusing
-from edge_server.access.quota import Client
+from edge_server.access.quota import Caller
 from edge_server.config import Limits
 from edge_server.doors import wire
 from edge_server.status import abort
@@ -42,7 +42,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
         on_refused: told the error's code of every call that is turned away.
     """
 
-    def __init__(self, limits: Limits, anyone: Client, on_refused: Callable[[str], None]) -> None:
+    def __init__(self, limits: Limits, anyone: Caller, on_refused: Callable[[str], None]) -> None:
         self._limits = limits
         self._anyone = anyone
         self._on_refused = on_refused

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_server.frames.assembly import Frame
+from edge_server.frames.assembly import ArrivedFrame
 from edge_server.models import Model
 from protos.errors import LimitError, PayloadError
 from protos.messages import PayloadKind
@@ -32,7 +32,7 @@ class Decoded:
     symbols_crc32: int = 0
 
 
-def decode_frame(model: Model, frame: Frame, references: Mapping[int, Symbols], *, max_pixels: int) -> Decoded:
+def decode_frame(model: Model, frame: ArrivedFrame, references: Mapping[int, Symbols], *, max_pixels: int) -> Decoded:
     """Decodes one frame; safe to call from any thread.
 
     Args:

@@ -78,7 +78,7 @@ def _at_least(hits: int, units: int, share: float) -> float:
     return sum(map(exp, logs))
 
 
-def calibrate(positive_scores: Sequence[float] | Array, recall: float) -> Calibration:
+def threshold_for(positive_scores: Sequence[float] | Array, recall: float) -> Calibration:
     """The highest threshold whose bound reaches ``recall``; where none does, the one that promises most.
 
     The threshold is the (m + 1)-th smallest score; the share of future units that reach it then has exactly the distribution that
@@ -122,7 +122,7 @@ def promises(scores: Array, confidence: Array, columns: Sequence[int], recalls: 
     chosen = list(columns)
     positive = confidence[:, chosen].max(axis=1) >= SURE
     best = scores[:, chosen].max(axis=1)[positive]
-    return [calibrate(best, recall) for recall in recalls]
+    return [threshold_for(best, recall) for recall in recalls]
 
 
 def score_at_precision(scores: Array, right: NDArray[np.bool_], precision: float = PRECISION) -> float | None:
