@@ -1,7 +1,7 @@
 """Cameras: the newest frame, a deadline, and never a wait for the network.
 
-Frame by frame: change gate → prefilter → controller → head → send; what the server does not answer in time the local
-model does.
+Each frame: change gate → prefilter → controller → head → send. A frame that the server does not answer in time is answered by
+the local model.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class LiveStrategy:
         due = [
             f
             for f in self._exchange.flights.values()
-            if f.fallback_ns is not None and f.fallback_ns < free_ns and not (f.answering or f.given_up or f.urgent)
+            if f.fallback_ns is not None and f.fallback_ns < free_ns and not (f.answering or f.held or f.given_up or f.urgent)
             if self._pipeline.is_open(f) and self.wants_fallback(f, now_ns)
         ]  # fmt: skip
         for flight in due:

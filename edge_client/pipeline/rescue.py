@@ -54,7 +54,9 @@ class Rescue:
     async def _step_in(self, flight: Flight, now_ns: int) -> None:
         """A flight's turn has come: the local model's, or the end of the wait."""
         strategy = self._exchange.strategy
-        if flight.given_up or not strategy.local_rescue:
+        if flight.held is not None:
+            self._pipeline.settle(flight, Outcome.LOCAL, answer=flight.held)
+        elif flight.given_up or not strategy.local_rescue:
             self._pipeline.settle(flight, Outcome.EXPIRED)
         elif flight.urgent or strategy.wants_fallback(flight, now_ns):
             await self.answer(flight)
@@ -62,12 +64,12 @@ class Rescue:
             flight.given_up = True
 
     def _unanswered_s(self, now_ns: int) -> float | None:
-        """Seconds until a frame without deadline has waited too long; a stream that swallows frames is begun again."""
+        """Seconds until a frame without deadline has waited too long; a stream that swallows frames is started again."""
         oldest_ns = min((f.encoded_ns for f in self._exchange.flights.values()), default=None)
         if oldest_ns is None:
             return None
         if now_ns - oldest_ns >= _UNANSWERED_NS:
-            log.warning("a frame has been unanswered for %.0f s; the stream is begun again", _UNANSWERED_NS / NS_PER_S)
+            log.warning("a frame has been unanswered for %.0f s; the stream is started again", _UNANSWERED_NS / NS_PER_S)
             self._exchange.link.restart()
             return 1.0
         return (oldest_ns + _UNANSWERED_NS - now_ns) / NS_PER_S
@@ -107,5 +109,8 @@ class Rescue:
         flight.stages_ms["local"] = elapsed_ms
         if limit_ns is not None and end_ns > limit_ns:
             pipeline.settle(flight, Outcome.EXPIRED)
+        elif flight.hold and flight.tries and not flight.urgent and end_ns + SCHEDULING_NS < (flight.deadline_ns or 0):
+            flight.held, flight.answering = answer, False
+            pipeline.notify()
         else:
             pipeline.settle(flight, Outcome.LOCAL, answer=answer)

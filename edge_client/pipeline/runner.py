@@ -81,7 +81,7 @@ class Runner:
                 await asyncio.wait_for(session, 1.5)
             await asyncio.gather(main, rescue, return_exceptions=True)
             hopeless = asyncio.get_running_loop().call_later(_LAST_JOB_S, self._abandon)
-            with suppress(TimeoutError):  # a head that does not come back holds nobody up
+            with suppress(TimeoutError):  # the run ends although a head does not return
                 await asyncio.wait_for(self.pipeline.worker.join(), _HEAD_ENDS_S)
             hopeless.cancel()
 
@@ -92,7 +92,10 @@ class Runner:
 
     def _drop_the_rest(self) -> None:
         for flight in [*self._rescue.in_flight(), *self.strategy.waiting()]:
-            self.pipeline.settle(flight, Outcome.DROPPED, "stopped")
+            if flight.held is not None:
+                self.pipeline.settle(flight, Outcome.LOCAL, answer=flight.held)
+            else:
+                self.pipeline.settle(flight, Outcome.DROPPED, "stopped")
 
     def _abandon(self) -> None:
         """The device is at a job that does not end by itself."""

@@ -2,8 +2,8 @@
 
 Principal components keep what varies most, which need not be what matters. Here the crossing channels are first measured in
 the metric of the outputs: the Gauss-Newton matrix G of the loss at the teacher itself, of which random projections of the
-outputs give samples (their gradients' second moment). The components of G^1/2 x then fall in order of what they are worth to
-the answer, and one quantiser step for all of them is the right one (reverse water-filling).
+outputs give samples (their gradients' second moment). The components of G^1/2 x are then ordered by how much they matter to
+the answer, and one quantiser step for all of them is optimal (reverse water-filling).
 
 Shape legend: N batch, F fused channels, fused maps (N, F, h, w).
 """
@@ -15,9 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from protos.messages import Classification
 from splitters.bottleneck.crossing import Gather, Scatter
 from splitters.bottleneck.learned import StagedModel, run_stages
 from splitters.bottleneck.narrow import narrow
+from splitters.tasks.base import form_of
 
 _ROUNDS = 4
 _FLOOR = 0.03  # share of the metric that is plain variance: what these photos do not show may matter on others
@@ -67,7 +69,7 @@ def _weighted(outputs: Sequence[Tensor], base: StagedModel) -> list[Tensor]:
                 weight = confidence / t.detach().var().clamp_min(1e-3)
             found.append(t * weight.sqrt())
         return found
-    if base.task == "classification" and outputs[-1].ndim == 2:
+    if form_of(base.task) is Classification and outputs[-1].ndim == 2:
         p = outputs[-1].detach().softmax(1)
         centred = outputs[-1] - (outputs[-1] * p).sum(1, keepdim=True)
         return [centred * p.sqrt()]
