@@ -2,11 +2,11 @@
 
     python -m tests.bench.datagrams --data DATA --mode relay --out rows.jsonl --picture loss.png        # root; about ten minutes
 
-A server at one end of a link, and for every loss a client by each transport at the other: 10 frames/s, a deadline of 200 ms, round
-trips of 80 ms, 10 Mbit/s, one operating point. The link begins to lose when the client has connected, both ways alike; frames of
-the first seconds after that count too. On time is an answer of the server before the deadline, of all frames captured: what the device
-answers itself is none. Accuracy is that of those answers. ``relay`` is the kernel's own UDP and TCP through network namespaces,
-``shape`` a proxy on loopback whose TCP is a model.
+A server at one end of a link, and for every loss a client by each transport at the other: 10 frames/s, a deadline of 200 ms,
+round trips of 80 ms, 10 Mbit/s, one operating point. The link begins to lose when the client has connected, both ways alike;
+frames of the first seconds after that count too. On time is an answer of the server before the deadline, of all frames
+captured: what the device answers itself is none. Accuracy is that of those answers. ``relay`` is the kernel's own UDP and
+TCP through network namespaces, ``shape`` a proxy on loopback whose TCP is a model.
 """
 
 from __future__ import annotations
