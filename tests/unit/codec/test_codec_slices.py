@@ -42,7 +42,6 @@ def test_whole_slices_are_the_frame_and_both_coders_agree(point: str) -> None:
     for codec in (CODEC, PURE):
         decoded = codec.decode_slices(payload)
         assert decoded.crc32() == symbols.crc32()
-        assert decoded.equals(symbols)
         assert decoded.held == 0
 
 
