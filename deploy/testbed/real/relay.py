@@ -14,7 +14,6 @@ import re
 import struct
 import subprocess
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
