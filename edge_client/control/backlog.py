@@ -22,7 +22,7 @@ from edge_client.control.options import DEVICE_NOISE
 
 CELLS = 8
 _DAMPING = 0.5
-_NARROW = 1.5 * CELLS  # so many spreads fit into an interval: the loss is as good as linear between the points
+_NARROW = 1.5 * CELLS  # an interval this many spreads long: the loss is as good as linear between the points
 
 Row = tuple[float, float, Sequence[float]]
 """A choice: median of its time, p95 less that, and its reward at each of the ``CELLS + 1`` latenesses."""

@@ -1,10 +1,10 @@
 """Chooses, frame by frame, how much is said to the server.
 
 The objective is the expected accuracy of the frames captured: a frame without an answer before its deadline counts
-zero. P(on time), the local fallback included, should reach the target: what a choice lacks of it is a fine on its value,
-point for point (``miss_price``), so that the target is kept wherever that is not paid for with a bad answer. A choice that
-leaves the device busy when the next frame comes is charged for what the frames to come lose by it (``backlog``): that is how the
-controller turns the frame rate as a knob. See ``scoring``.
+zero. P(on time), the local fallback included, should reach the target. A choice that falls short of the target loses value
+in proportion to the shortfall (``miss_price``), so the target is kept unless keeping it would cost a much worse answer. A
+choice that leaves the device busy when the next frame comes is charged for what the frames to come lose by it (``backlog``).
+So the controller lowers the frame rate where that pays. See ``scoring``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from splitters.bundle.operating_point import OperatingPoint, Quantiles
 _WORTHLESS = 0.02
 # What has less hope than this of an answer in time is sent once in a while only, to learn whether that is still so.
 _HOPELESS, _HOPE_INTERVAL_NS = 0.05, 1_000_000_000
-# On a device that may be busy when the next frame comes, the frames to come are thought about once in so many decisions.
+# On a device that may be busy when the next frame comes, the frames to come are thought about at every fourth decision.
 _SWEEP_EVERY, _FIRST_SWEEPS, _PICKS = 4, 8, 2
 # A size that is learnt to differ by less than this share leaves the choices as they are.
 _SAME_SIZE = 0.08

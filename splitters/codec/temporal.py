@@ -3,8 +3,8 @@
 On a reliable stream a frame refers to the newest one sent: the stream delivers it before, or ends. Over anything else it refers
 to the newest that the server has acknowledged, which is several frames older. Either way the payload's checksum starts from the
 reference's symbols, so a frame whose reference the server does not hold exactly is refused (`PayloadError`) and never drifts;
-the client then lets go of that reference and of all that was predicted from it, and goes on from what is left, or with a key
-frame. Both classes are pure state: no clock, no I/O, one session each.
+the client then forgets that reference and all frames predicted from it, and continues from an older one or with a key frame.
+Both classes are pure state: no clock, no I/O, one session each.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Predictor:
 
     Args:
         codec: the bundle's.
-        max_frames: how many frames the server remembers; a reference that has so many successors is not used.
+        max_frames: how many frames the server remembers; a reference this many frames back is not used.
         key_interval_frames: a key frame at least so often, 0: only when needed.
         reliable: whether what is sent arrives, in order, or the session ends; else only acknowledged frames are referred to.
 
@@ -130,8 +130,14 @@ class Predictor:
         if frame is not None and self.reliable and layer == frame.symbols.layer_count - 1:
             frame.delivered = True
 
-    def acknowledged(self, frame_id: int, layers: int, symbols_crc32: int) -> bool:
+    def acknowledged(self, frame_id: int, layers: int, symbols_crc32: int, held: int = 0) -> bool:
         """Takes the server's word for what it decoded.
+
+        Args:
+            frame_id: as it was sent.
+            layers: the prefix decoded.
+            symbols_crc32: of what the server holds now.
+            held: of a frame in slices, those that were there, a bit each; 0: all.
 
         Returns:
             False when the checksum is not that of what was sent; such a frame is never referred to.
@@ -139,11 +145,11 @@ class Predictor:
         frame = self._sent.get(frame_id)
         if frame is None or not 1 <= layers <= frame.symbols.layers:
             return frame is None  # long forgotten is no fault; impossible layers are one
-        exact = self._codec.prefix(frame.symbols, layers)
+        exact = self._codec.with_holes(frame.symbols, held) if held else self._codec.prefix(frame.symbols, layers)
         if exact.crc32() != symbols_crc32:
             self.lost(frame_id)
             return False
-        if layers < frame.symbols.layers:
+        if held or layers < frame.symbols.layers:
             self._drop_children(frame_id)  # what referred to all of it was told of too much
             frame.delivered = False
         if self._best is None or frame_id > self._best[0] or (frame_id == self._best[0] and layers > self._best[1].layers):

@@ -1,8 +1,8 @@
 """Whether a model's outputs are what its postprocess reads: tried on photographs before a bundle is written or trained.
 
-A bundle whose tail returns another shape, probabilities where logits are read, or corners where centres are meant is found out by
-its users: the server ends at its first frame, or answers nonsense. Shapes and ranges are compared with what each postprocess
-expects, then the postprocess itself runs.
+A tail may return another shape than its postprocess reads, probabilities instead of logits, or corners instead of centres.
+Without this check users would notice: the server ends at its first frame, or answers nonsense. So shapes and ranges are compared
+with what the postprocess expects, and then the postprocess itself runs.
 
 Shape legend: N batch, C classes, P positions or candidate boxes.
 """
@@ -18,10 +18,10 @@ import torch.utils._pytree as pytree
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from protos.errors import CutError, HeadtailError
+from protos.errors import CutError, HeadtailError, first_line
 from protos.schema import checked
 from splitters.bundle.manifest import Preprocess
-from splitters.cutting.checks import first_line, run_model
+from splitters.cutting.checks import run_model
 from splitters.tasks.base import make_task
 from splitters.tasks.decoding import Decoding
 from splitters.tasks.preprocess import Frame, preprocess

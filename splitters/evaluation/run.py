@@ -19,7 +19,7 @@ from protos.errors import ConfigError
 from protos.messages import Answer, Detection
 from splitters.bundle import Bundle, rewrite_points
 from splitters.bundle.offload import OffloadOption
-from splitters.bundle.operating_point import OperatingPoint, best_point, mark_pareto
+from splitters.bundle.operating_point import OperatingPoint, Quantiles, best_point, mark_pareto
 from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
 from splitters.evaluation.cache import describe, load, photos_key, store
 from splitters.evaluation.choices import measure_local, measure_offloads, offload_ladder
@@ -38,7 +38,7 @@ from splitters.evaluation.measure import (
 )
 from splitters.evaluation.report import Gap, Jpeg95, Report, dump
 from splitters.evaluation.steps import Steps, Told
-from splitters.runtime.head import Head, open_codec, quantiles
+from splitters.runtime.head import Head, open_codec
 from splitters.runtime.tail import Tail, load_tail
 from splitters.tasks.base import form_of
 
@@ -60,7 +60,7 @@ class EvaluateConfig:
             whole model: the same first class, or F1 of the boxes.
         against: image codecs to compare with.
         qualities: of the image codecs; None for the standard ladder.
-        limit: at most so many photos, evenly spread.
+        limit: at most this many photos, evenly spread.
         draws: of the bootstrap.
         cache: folder in which the image codecs' results are kept between calls.
         score_min: a detector's boxes from this score on count. AP needs the weak ones too; a bundle's own threshold is for viewers.
@@ -211,7 +211,7 @@ def _measure_points(
     scores = {p.id: bench.score(measured[p.id].answers) for p in bundle.points}
     points = [
         replace(
-            p, payload_bytes=quantiles(measured[p.id].sizes), accuracy=scores[p.id].value, accuracy_metric=bench.judge.metric,
+            p, payload_bytes=Quantiles.of(measured[p.id].sizes), accuracy=scores[p.id].value, accuracy_metric=bench.judge.metric,
             head_ms=times[p.graphs],
         )
         for p in bundle.points
