@@ -23,6 +23,7 @@ from edge_client.control import Policy
 from edge_client.device.choices import DeviceTimes, make_controller
 from edge_client.device.engine import Engine
 from edge_client.device.worker import DeviceWorker, ThreadExecutor
+from edge_client.events.sink import EventSink
 from edge_client.extensions import SINKS, TRANSPORTS, make
 from edge_client.frames import Ledger
 from edge_client.gates.interest import InterestGate, open_interest
@@ -205,7 +206,7 @@ class App:
             model=model, deadline_ms=config.effective_deadline_ms(live=live), max_in_flight=config.max_in_flight,
             wait_for_server_s=config.effective_wait_s(live=live), point_id=self._checked_point(engine), group=config.group,
             change_gate=_wanted(config.change_gate, source), floor=config.floor(), temporal=not source.pictures,
-            keep_images=config.display or config.track or config.save_video is not None or page is not None,
+            keep_images=config.shows_pictures,
             client_version=package_version(),
         )  # fmt: skip
         runner = self._runner = Runner(settings, parts, engine, LiveStrategy if live else FileStrategy)
@@ -215,7 +216,7 @@ class App:
             log.info("metrics on port %d", metrics.serve(*config.metrics_address()))
             sinks.add(metrics)
         if page is not None:
-            name = config.camera_id or (source.shown if source.camera else Path(source.shown).name)
+            name = config.camera_id or shown_name(source)
             around = functools.partial(self._circumstances, address)
             view = CameraView(name, self._labels, around, deadline_ms=settings.deadline_ms, draw=page.draw, clock=self._clock)
             page.add(view)
@@ -246,6 +247,8 @@ class App:
         if self._config.operating_point is not None:
             engine.bundle.point(self._config.operating_point)
         self._config.floor().check(engine.bundle)
+        for rule in self._config.events:
+            rule.check_classes(engine.labels.values(), engine.model)
         return self._config.operating_point
 
     def _policy(self, engine: Engine, times: DeviceTimes, fps: float) -> Policy:
@@ -290,6 +293,9 @@ class App:
             sinks.append(PictureLines(self._console.results, self._labels))
         if config.display:
             sinks.append(Window(self._labels))
+        if config.events:
+            name, folder = config.camera_id or shown_name(source), self._store.root / "events"
+            sinks.append(EventSink(config.events, name, self._labels, self._is_up, folder=folder))
         for text in config.sink:
             name, _, where = text.partition("=")
             sinks.append(make(SINKS, name, where, self._labels))
@@ -312,6 +318,9 @@ class App:
         if self._session is not None and not self._session.up:
             notes.append("no server" + (f": {self._session.error.message}" if self._session.error else ""))
         return "; ".join(n for n in notes if n)
+
+    def _is_up(self) -> bool:
+        return self._session is not None and self._session.up
 
     def _circumstances(self, address: str) -> Circumstances:
         session, runner = self._session, self._runner
@@ -383,6 +392,11 @@ class App:
 def _wanted(setting: str, source: Source, *, asked: bool = False) -> bool:
     """What ``auto`` means: gates are for cameras; of a file every frame is wanted, unless something else was asked for."""
     return setting == "on" or (setting == "auto" and (source.camera or asked))
+
+
+def shown_name(source: Source) -> str:
+    """What people call a camera that nobody named: a file by its name alone."""
+    return source.shown if source.camera else Path(source.shown).name
 
 
 def peak_memory_bytes() -> int:

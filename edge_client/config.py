@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_client.events.rules import EventRule
 from edge_client.gates.floor import ScoreFloor, read_floor
 from edge_client.transport.rpc import Endpoint, is_port, token_from_environment
 from protos.errors import ConfigError
@@ -50,6 +51,7 @@ class ClientConfig:
         transport: what carries the frames: the same.
         sink: further places where answers go, each ``NAME`` or ``NAME=WHERE``: the same.
         web: host:port of the live page; None: off. Others than this machine need the token of ``HEADTAIL_WEB_TOKEN``.
+        events: the tables ``[[events]]``: which objects are told of, and to whom; see docs/guides/camera.md.
         metrics_listen: host:port for Prometheus; None: off.
         otel_endpoint: an OTLP collector for traces; None: as OpenTelemetry's own variables say.
         tls_ca, tls_cert, tls_key, tls: see ``rpc.Endpoint``.
@@ -85,6 +87,7 @@ class ClientConfig:
     transport: str = "grpc"
     sink: tuple[str, ...] = ()
     web: str | None = None
+    events: tuple[EventRule, ...] = ()
     metrics_listen: str | None = None
     otel_endpoint: str | None = None
     tls: bool = False
@@ -146,6 +149,12 @@ class ClientConfig:
         if not host or not is_port(port):
             raise ConfigError(f"--metrics-listen must be host:port, for instance 127.0.0.1:9465, got {self.metrics_listen!r}")
         return host.strip("[]"), int(port)
+
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether anybody wants a frame's picture after it was answered."""
+        wanted = (self.display, self.track, self.save_video is not None, self.web is not None)
+        return any(wanted) or any(rule.snapshot for rule in self.events)
 
     def effective_deadline_ms(self, *, live: bool) -> float:
         """The deadline in force; 0: none."""
