@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from edge_client.capture.masking import hide_secrets
 from edge_client.interrupts import Interrupts
@@ -53,6 +53,17 @@ environment: HEADTAIL_TOKEN (bearer token), HEADTAIL_WEB_TOKEN (the live page's)
 _CAMERA_HELP = "device index, /dev/videoN, RTSP/HTTP URL, video file, picture, directory, or synthetic:[fps=30,size=640x480]"
 
 
+class Program(Protocol):
+    """What the command line runs to its end."""
+
+    async def run(self) -> Ending:
+        """Runs; every failure is in the ending."""
+        ...
+
+    def interrupt(self) -> None:
+        """Ends it in order."""
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaints show no camera's password."""
 
@@ -70,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     add = parser.add_argument_group("where frames come from").add_argument
     add("--camera", metavar="SOURCE", help=_CAMERA_HELP)
+    add("--frigate", metavar="ADDRESS", help="no camera: answer Frigate's zmq detector at this address, e.g. tcp://127.0.0.1:5555")
     add("--camera-id", metavar="NAME", help="what results call the camera (default: the source, without a URL's path and password)")
     add("--frames", type=int, metavar="N", help="end after N captured frames (default 0: no limit)")
     add("--loop", action="store_true", help="begin a file again at its end")
@@ -202,7 +214,7 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
         stopping=lambda: interrupts.stopping,
     )
     try:
-        ending = _to_its_end((make or App)(config, console), interrupts)
+        ending = _to_its_end(_program(config, make or App)(config, console), interrupts)
     except HeadtailError:
         raise
     except Exception as error:
@@ -224,7 +236,16 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
     return code
 
 
-def _to_its_end(client: App, interrupts: Interrupts) -> Ending:
+def _program(config: ClientConfig, make: Callable[[ClientConfig, Console], App]) -> Callable[[ClientConfig, Console], Program]:
+    """What this configuration runs."""
+    if config.frigate is None:
+        return make
+    from edge_client.frigate.app import FrigateApp
+
+    return FrigateApp
+
+
+def _to_its_end(client: Program, interrupts: Interrupts) -> Ending:
     """Runs the client in a loop of its own. Threads that do not come back are not waited for."""
     loop = asyncio.new_event_loop()
     interrupts.bind(loop, client.interrupt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class ClientConfig:
         sink: further places where answers go, each ``NAME`` or ``NAME=WHERE``: the same.
         web: host:port of the live page; None: off. Others than this machine need the token of ``HEADTAIL_WEB_TOKEN``.
         events: the tables ``[[events]]``: which objects are told of, and to whom; see docs/guides/camera.md.
+        frigate: answer Frigate's detector protocol at this ZMQ address, instead of a camera of one's own; None: no.
         metrics_listen: host:port for Prometheus; None: off.
         otel_endpoint: an OTLP collector for traces; None: as OpenTelemetry's own variables say.
         tls_ca, tls_cert, tls_key, tls: see ``rpc.Endpoint``.
@@ -88,6 +90,7 @@ class ClientConfig:
     sink: tuple[str, ...] = ()
     web: str | None = None
     events: tuple[EventRule, ...] = ()
+    frigate: str | None = None
     metrics_listen: str | None = None
     otel_endpoint: str | None = None
     tls: bool = False
@@ -117,8 +120,13 @@ class ClientConfig:
             text = getattr(self, name)
             if not text.isprintable() or len(text) > _MAX_NAME_CHARS:
                 raise ConfigError(f"--{name} takes at most {_MAX_NAME_CHARS} printable characters, got {text!r}")
+        self._check_addresses()
+
+    def _check_addresses(self) -> None:
         if self.web is not None:
             token_for(page_address(self.web)[0])
+        if self.frigate is not None and not re.fullmatch(r"(tcp://[^/]+:[0-9*]+|ipc:///?.+)", self.frigate):
+            raise ConfigError(f"--frigate must be tcp://host:port or ipc://path, got {self.frigate!r}")
         if self.metrics_listen is not None:
             self.metrics_address()
         if self.server != EMBEDDED:
@@ -183,6 +191,10 @@ def read_config(path: Path | None, given: Mapping[str, Any]) -> ClientConfig:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what} is not TOML: {error}") from error
     settings = {**from_file, **given}
+    if settings.get("frigate") is not None:
+        if "camera" in settings:
+            raise ConfigError("--frigate answers Frigate's pictures and takes no --camera")
+        settings["camera"] = "frigate"
     if "camera" not in settings:
         raise ConfigError("--camera is required: what frames come from; --help tells more")
     return checked(settings, ClientConfig, what=what, error=ConfigError)
