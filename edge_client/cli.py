@@ -24,6 +24,7 @@ from protos.version import package_version
 
 if TYPE_CHECKING:
     from edge_client.app import App, Console, Ending
+    from edge_client.cameras.tables import CamerasConfig
     from edge_client.config import ClientConfig
 
 _DESCRIPTION = """\
@@ -153,20 +154,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> tuple[ClientConfig, str, str]:
+def parse(argv: Sequence[str] | None) -> tuple[ClientConfig | CamerasConfig, str, str]:
     """The configuration, the log level and the log format.
 
     Raises:
         ConfigError: a setting is wrong.
     """
-    from edge_client.config import read_config
+    from edge_client.cameras.tables import CamerasConfig, read_any
 
     given = vars(build_parser().parse_args(argv))
     level, form = given.pop("log_level"), given.pop("log_format")
     path = given.pop("config", None)
-    config = read_config(Path(path) if path else None, given)
-    for option in ("output", "save_video"):
-        target = getattr(config, option)
+    config = read_any(Path(path) if path else None, given)
+    cameras = config.cameras if isinstance(config, CamerasConfig) else (config,)
+    for option, target in ((o, getattr(c, o)) for c in cameras for o in ("output", "save_video")):
         if path and target not in (None, "-") and Path(target).absolute() == Path(path).absolute():
             raise ConfigError(f"--{option.replace('_', '-')} {target} is the file of --config; give it another name")
     return config, level, form
@@ -183,8 +184,8 @@ def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Consol
     interrupts.install()
     try:
         config, level, form = parse(argv)
-        logging.getLogger("edge_client.explain").setLevel("INFO" if config.explain else "WARNING")
-        if config.output == "-" and was_closed(1):
+        logging.getLogger("edge_client.explain").setLevel("INFO" if getattr(config, "explain", False) else "WARNING")
+        if _on_standard_output(config) and was_closed(1):
             raise ConfigError("--output - is standard output, and standard output is closed")
         # In a terminal a log line replaces the status line, which is then written again below it.
         set_up(level, form, sys.stderr, before="\r\x1b[2K" if sys.stderr.isatty() else "")
@@ -196,7 +197,9 @@ def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Consol
         interrupts.restore()
 
 
-def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console], App] | None, interrupts: Interrupts) -> int:
+def _run(
+    config: ClientConfig | CamerasConfig, form: str, make: Callable[[ClientConfig, Console], App] | None, interrupts: Interrupts
+) -> int:
     # FFmpeg's and OpenCV's own complaints would stand beside our one clear sentence; both read this when they are loaded.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -214,7 +217,7 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
         stopping=lambda: interrupts.stopping,
     )
     try:
-        ending = _to_its_end(_program(config, make or App)(config, console), interrupts)
+        ending = _to_its_end(_program(config, console, make or App), interrupts)
     except HeadtailError:
         raise
     except Exception as error:
@@ -227,7 +230,7 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
         return 1
     code = ending.error.exit_code if ending.error else 0
     if ending.summary.get("frames"):
-        consoles.say(sys.stderr if config.output == "-" else sys.stdout, ending.text)
+        consoles.say(sys.stderr if _on_standard_output(config) else sys.stdout, ending.text)
     if ending.error is not None:
         facts = {"code": ending.error.code, "exit_code": code}
         say(f"edge-client: {ending.error.message}", form, sys.stderr, logger="edge_client", extra=facts)
@@ -236,13 +239,19 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
     return code
 
 
-def _program(config: ClientConfig, make: Callable[[ClientConfig, Console], App]) -> Callable[[ClientConfig, Console], Program]:
+def _program(config: ClientConfig | CamerasConfig, console: Console, make: Callable[[ClientConfig, Console], App]) -> Program:
     """What this configuration runs."""
-    if config.frigate is None:
-        return make
+    from edge_client.cameras.fleet import Fleet
+    from edge_client.cameras.tables import CamerasConfig
     from edge_client.frigate.app import FrigateApp
 
-    return FrigateApp
+    if isinstance(config, CamerasConfig):
+        return Fleet(config, console)
+    return make(config, console) if config.frigate is None else FrigateApp(config, console)
+
+
+def _on_standard_output(config: ClientConfig | CamerasConfig) -> bool:
+    return getattr(config, "output", None) == "-"
 
 
 def _to_its_end(client: Program, interrupts: Interrupts) -> Ending:

@@ -134,10 +134,10 @@ class ClientConfig:
 
     def endpoint(self, address: str) -> Endpoint:
         """The server at ``address`` with this configuration's certificates and token."""
-        paths = {n: Path(v) if (v := getattr(self, n)) else None for n in ("tls_ca", "tls_cert", "tls_key")}
+        ca, cert, key = (Path(v) if v else None for v in (self.tls_ca, self.tls_cert, self.tls_key))
         if self.server == EMBEDDED:
             return Endpoint(address=address)
-        return Endpoint(address=address, tls=self.tls, token=token_from_environment(), **paths)
+        return Endpoint(address=address, tls=self.tls, token=token_from_environment(), tls_ca=ca, tls_cert=cert, tls_key=key)
 
     def floor(self) -> ScoreFloor:
         """From which score on a box counts.
@@ -183,18 +183,35 @@ def read_config(path: Path | None, given: Mapping[str, Any]) -> ClientConfig:
     Raises:
         ConfigError: unreadable, not TOML, a key that is no option, or a value of another type or out of range.
     """
+    what, from_file = read_settings(path)
+    return make_config({**from_file, **given}, what=what)
+
+
+def read_settings(path: Path | None) -> tuple[str, dict[str, Any]]:
+    """What the settings are called in an error, and those of the file.
+
+    Raises:
+        ConfigError: unreadable, or not TOML.
+    """
     what = f"--config {path}" if path else "the command line"
     try:
-        from_file = read_toml(path.read_text(encoding="utf-8"), what=what) if path else {}
+        return what, read_toml(path.read_text(encoding="utf-8"), what=what) if path else {}
     except OSError as error:
         raise ConfigError(f"{what} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what} is not TOML: {error}") from error
-    settings = {**from_file, **given}
+
+
+def make_config(settings: Mapping[str, Any], *, what: str) -> ClientConfig:
+    """Checked settings of one camera.
+
+    Raises:
+        ConfigError: no camera, a name that is no option, or a value of another type or out of range.
+    """
     if settings.get("frigate") is not None:
         if "camera" in settings:
             raise ConfigError("--frigate answers Frigate's pictures and takes no --camera")
-        settings["camera"] = "frigate"
+        settings = {**settings, "camera": "frigate"}
     if "camera" not in settings:
         raise ConfigError("--camera is required: what frames come from; --help tells more")
     return checked(settings, ClientConfig, what=what, error=ConfigError)
