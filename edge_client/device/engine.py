@@ -62,7 +62,7 @@ class LocalModel:
         if spec is None:
             raise ConfigError(f"bundle {bundle.manifest.name!r} carries no local model")
         self._preprocess = spec.preprocess
-        self._graph = open_graph(bundle.part_path(spec.path), threads=threads, options=options)
+        self._graph = open_graph(bundle.part_path(spec.path), threads=threads, bounded=True, options=options)
         self._task = open_task(bundle.manifest, local=True)
         self._clock = clock
 
