@@ -13,8 +13,8 @@ import numpy as np
 from protos.messages import Answer, Detection
 from splitters.bundle import Bundle
 from splitters.bundle.offload import OffloadOption, compress, ladder, pareto_offloads, restore
+from splitters.bundle.operating_point import Quantiles
 from splitters.evaluation.measure import Each, Measured, Photos, nothing, run_whole
-from splitters.runtime.head import quantiles
 from splitters.runtime.local import open_local
 from splitters.runtime.pictures import read_picture
 from splitters.runtime.tail import Tail
@@ -57,8 +57,8 @@ def measure_offloads(
         found.append(
             OffloadOption(
                 format=image_format, quality=quality, size_px=0 if side >= photos.input_px else side,
-                payload_bytes=quantiles(measured.sizes), accuracy=value(measured.answers),
-                encode_ms=quantiles(np.array(taken[2:] or taken)),
+                payload_bytes=Quantiles.of(measured.sizes), accuracy=value(measured.answers),
+                encode_ms=Quantiles.of(np.array(taken[2:] or taken)),
             )
         )  # fmt: skip
         tick(f"offload {image_format} q{quality} {side} px")
