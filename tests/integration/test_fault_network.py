@@ -31,7 +31,6 @@ HALF_HEADERS = b"\x00\x00\x04\x01\x00\x00\x00\x00\x01\x82\x86\x84\x41"  # HEADER
 PATIENCE = Limits(handshake_s=1.0, keepalive_s=1.5, idle_s=1.0, write_s=1.5, hello_s=1.0)
 
 
-
 @pytest.fixture(scope="module")
 def device(bundle: Bundle) -> Device:
     return Device(bundle)
