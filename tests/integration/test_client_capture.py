@@ -57,7 +57,8 @@ async def test_a_camera_gives_the_newest_frame_only_and_none_twice() -> None:
     capture = Capture(CaptureConfig(source=DEVICE), opener=lambda s: FakeCamera(read))
     await capture.start()
     seen, captured = [], 0
-    for _ in range(8):
+    while (superseded := captured - len(seen)) < 10 or len(seen) < 8:
+        assert len(seen) < 300, f"only {superseded} frames were superseded"
         delivery = await capture.next()
         assert delivery is not None
         captured += 1 + len(delivery.superseded)
@@ -67,7 +68,6 @@ async def test_a_camera_gives_the_newest_frame_only_and_none_twice() -> None:
     left = capture.close()
     assert seen == sorted(set(seen)), "a frame came twice"
     assert captured + len(left) >= seen[-1] + 1
-    assert captured > 16
     assert await capture.next() is None
 
 

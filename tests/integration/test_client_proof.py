@@ -215,7 +215,7 @@ async def test_a_client_whose_head_hangs_ends_at_the_second_interrupt(tmp_path: 
             for _ in range(2):
                 process.process.send_signal(signal.SIGINT)
                 await asyncio.sleep(0.5)
-            finished = await asyncio.to_thread(process.finish, timeout_s=60)
+            finished = await asyncio.to_thread(process.finish, timeout_s=300)
     assert finished.code == 130
     assert not finished.lines or finished.lines[0]["outcome"] == "dropped"
 
@@ -223,7 +223,7 @@ async def test_a_client_whose_head_hangs_ends_at_the_second_interrupt(tmp_path: 
 def _until_asleep_in_the_loop(pid: int) -> None:
     """Until a thread of the client has computed for two seconds: nothing but the loop does."""
     threads = Path(f"/proc/{pid}/task")
-    until_s = time.monotonic() + 60
+    until_s = time.monotonic() + 300
     while time.monotonic() < until_s:
         time.sleep(0.2)
         for stat in threads.glob("*/stat"):
