@@ -235,7 +235,7 @@ class App:
             client_version=package_version(),
         )  # fmt: skip
         runner = self._runner = Runner(settings, parts, engine, LiveStrategy if live else FileStrategy)
-        self._session = make(TRANSPORTS, config.transport, endpoint, runner.exchange, clock=self._clock)
+        self._session = make(TRANSPORTS, Link, config.transport, endpoint, runner.exchange, clock=self._clock)
         if self._shared is not None and self._shared.metrics is not None:
             sinks.add(self._shared.metrics(config.camera_id, self._session))
         if config.metrics_listen is not None:
@@ -325,7 +325,7 @@ class App:
             sinks.append(EventSink(config.events, name, self._labels, self._is_up, folder=folder))
         for text in config.sink:
             name, _, where = text.partition("=")
-            sinks.append(make(SINKS, name, where, self._labels))
+            sinks.append(make(SINKS, Sink, name, where, self._labels))
         return sinks
 
     def _status(self, *, summary_sink: InOrder) -> Status:

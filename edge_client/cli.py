@@ -106,7 +106,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--operating-point", type=int, metavar="ID", help="always send at this operating point instead of choosing")
     add("--group", metavar="NAME", help="cameras of the same group share a link; the server divides it fairly")
-    add("--policy", metavar="NAME", help="who chooses what is sent: a registered name or module:Class (default adaptive)")
+    add(
+        "--policy",
+        metavar="NAME",
+        help="who chooses what is sent in real time: a registered name or module:Class (default adaptive)",
+    )
     add(
         "--transport",
         metavar="NAME",

@@ -41,6 +41,7 @@ from edge_client.pipeline.parts import Parts, PipelineConfig
 from edge_client.pipeline.runner import Runner
 from edge_client.sinks import InOrder
 from edge_client.sinks.answers import Answers, Inference
+from edge_client.transport.base import Link
 from edge_client.transport.embedded import EmbeddedServer
 from protos.errors import ConfigError, HeadtailError
 from protos.version import package_version
@@ -171,7 +172,7 @@ class Client:
         return inference
 
     async def _drive(self, runner: Runner) -> None:
-        link = make(TRANSPORTS, self._options.transport, self._endpoint, runner.exchange, clock=self._clock)
+        link = make(TRANSPORTS, Link, self._options.transport, self._endpoint, runner.exchange, clock=self._clock)
         await runner.run(link)
         if runner.strategy.failure is not None:
             raise runner.strategy.failure

@@ -29,15 +29,20 @@ SINKS: Registry[Callable[[str, Callable[[], Mapping[int, str]]], Any]] = Registr
 """Called with what stands behind ``=`` on the command line and a function that gives the labels; gives a ``sinks.Sink``."""
 
 
-def make(registry: Registry[Callable[..., Any]], name: str, *given: Any, **named: Any) -> Any:
-    """Makes the part that ``name`` stands for.
+def make(registry: Registry[Callable[..., Any]], contract: type[Any], name: str, *given: Any, **named: Any) -> Any:
+    """Makes the part that ``name`` stands for; ``contract`` is the protocol that it must fulfil.
 
     Raises:
-        ConfigError: there is none of that name, or it does not take what it is given.
+        ConfigError: there is none of that name, it does not take what it is given, or it lacks methods that it will be asked for.
     """
     factory = registry.find(name)
     try:
         signature(factory).bind(*given, **named)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} cannot be used here: {error}") from error
-    return factory(*given, **named)
+    lacking = sorted(getattr(factory, "__abstractmethods__", ()))  # of a class that derives from the contract
+    made = None if lacking else factory(*given, **named)
+    lacking = lacking or [n for n in vars(contract) if not n.startswith("_") and not hasattr(made, n)]
+    if lacking:
+        raise ConfigError(f"{name} lacks {', '.join(lacking)}; {contract.__module__}.{contract.__name__} says what each does")
+    return made

@@ -27,7 +27,8 @@ class ClientOptions:
         recall: the prefilter's; None: the bundle's.
         fps: how many frames a second ``infer`` is going to be given; with a deadline the controller paces itself by it.
         group: clients with the same name share a link; the server divides it among them.
-        policy: who chooses: a registered name, or ``module:Class``.
+        policy: who chooses: a registered name, or ``module:Class``. It is asked for frames of cameras, of ``run`` with
+            ``realtime``, and of ``infer`` with a deadline; all others take the most accurate operating point.
         transport: what carries the frames: the same.
         cache: where bundles are kept; None: ``HEADTAIL_CACHE``, or ``~/.cache/headtail``.
         tls, tls_ca, tls_cert, tls_key: see ``rpc.Endpoint``.

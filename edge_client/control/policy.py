@@ -1,11 +1,13 @@
 """What the client asks of a policy, which decides frame by frame what is sent to the server, and what it tells it.
 
-``Controller`` is ours. Another one needs these methods and nothing else; all times are nanoseconds of the client's monotonic
-clock, and no method may block or read a clock itself.
+``Controller`` is ours. Another one needs these methods and nothing else; one that derives from `Policy` needs those that are
+asked, since what is told does nothing by default. All times are nanoseconds of the client's monotonic clock, and no method may
+block or read a clock itself.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Protocol
 
 from edge_client.control.decision import Decision
@@ -16,28 +18,34 @@ class Policy(Protocol):
     """Decides for one bundle; a new bundle gets a new one."""
 
     @property
+    @abstractmethod
     def granted_in_flight(self) -> int:
         """Frames that may be unanswered by the server's last grant; 0: no limit."""
         ...
 
     # ------------------------------------------------------------------ asked
 
+    @abstractmethod
     def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision:
         """What to do with this frame; ``now_ns`` is when the device is free to begin."""
         ...
 
+    @abstractmethod
     def may_send(self, frame_id: int, n_bytes: int, now_ns: int, deadline_ns: int, *, layer: int = 0) -> bool:
         """Whether this layer may enter the network now; of a frame whose base (layer 0) may not, nothing is sent."""
         ...
 
+    @abstractmethod
     def allows(self) -> bool:
         """Whether any frame may enter the network now; asked where the operating point was set by hand."""
         ...
 
+    @abstractmethod
     def wants_fallback(self, frame_id: int, now_ns: int, deadline_ns: int) -> bool:
         """Whether the local model should answer this frame now: its ``fallback_ns`` has come, and no answer."""
         ...
 
+    @abstractmethod
     def ping_due(self, now_ns: int) -> bool:
         """Whether the round trip should be measured now."""
         ...
@@ -88,6 +96,7 @@ class Policy(Protocol):
     def set_device_ms(self, decision: Decision, ms: Quantiles) -> None:
         """What is now believed of a choice's time on the device."""
 
+    @abstractmethod
     def withdraw_offloads(self) -> bool:
         """The server runs no whole model: pictures are no choice any more. Whether they were one."""
         ...

@@ -184,7 +184,7 @@ def make_controller(
         fps=min(max(fps, 1.0), 1000.0) if fps else 30.0, initial_bps=_INITIAL_BPS, learn_sizes=learn_sizes, explain=explain
     )
     offloads = [replace(o, encode_ms=times.offload_ms.get(name_of(o), o.encode_ms)) for o in engine.bundle.offloads]
-    made: Policy = make(POLICIES, policy, config, points, local=option, offloads=offloads, head_ms=times.head_ms)
+    made: Policy = make(POLICIES, Policy, policy, config, points, local=option, offloads=offloads, head_ms=times.head_ms)
     return made
 
 

@@ -23,7 +23,7 @@ from protos.schema import checked
 from splitters.bundle.manifest import Preprocess
 from splitters.cutting.checks import run_model
 from splitters.tasks.base import make_task
-from splitters.tasks.decoding import Decoding
+from splitters.tasks.decoding import DECODED, Decoding
 from splitters.tasks.preprocess import Frame, preprocess
 
 PHOTOS = 4
@@ -86,7 +86,7 @@ def check_answers(
     """
     kind = str(postprocess.get("kind", "softmax"))
     outputs = raw_outputs(model, photos, preprocess)
-    classes = count_classes(postprocess, outputs, preprocess)
+    classes = count_classes(postprocess, outputs, preprocess) if task in DECODED else 0
     ids = list(postprocess.get("class_ids") or range(classes))
     if classes and len(ids) != classes:
         raise CutError(f"the model tells {classes} classes apart, and there are {len(ids)} class ids{_seen(outputs)}")
@@ -100,7 +100,10 @@ def check_answers(
     except HeadtailError as error:
         raise CutError(f"{error.message}{_seen(outputs)}") from error
     except Exception as error:
-        raise CutError(f"the postprocess {kind} fails on the model's outputs: {first_line(error)}{_seen(outputs)}") from error
+        what = f"postprocess {kind}" if task in DECODED else f"task {task}"
+        raise CutError(
+            f"the {what} fails on the model's outputs: {type(error).__name__}: {first_line(error)}{_seen(outputs)}"
+        ) from error
 
 
 def _span(ids: Sequence[int]) -> str:

@@ -52,7 +52,7 @@ class Serving:
 
     Attributes:
         name: the bundle's name.
-        task: ``classification`` or ``detection``.
+        task: its registered name.
         preprocess: from a frame to the model's input.
         postprocess: the manifest's ``postprocess``, e.g. ``{"kind": "softmax"}``.
         labels: class id → name.

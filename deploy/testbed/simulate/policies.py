@@ -163,5 +163,5 @@ def make_policy(name: str, workload: Workload, config: ControlConfig) -> Policy:
     given = {"local": workload.local, "offloads": workload.offloads, "head_ms": {p.id: p.head_ms for p in workload.points}}
     if name in POLICIES:
         return POLICIES[name](config, workload.points, **given)
-    made: Policy = extensions.make(extensions.POLICIES, name, config, workload.points, **given)
+    made: Policy = extensions.make(extensions.POLICIES, Policy, name, config, workload.points, **given)
     return made

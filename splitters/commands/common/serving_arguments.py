@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from protos.errors import BundleError, ConfigError
 from splitters.bundle.manifest import Preprocess
 from splitters.commands.common.model_arguments import assume, default_preprocess
-from splitters.tasks.decoding import Preset, preset_names, read_preset
+from splitters.tasks.decoding import DECODED, Preset, preset_names, read_other_task, read_preset
 from splitters.tasks.labels.imagenet import imagenet_labels
 from splitters.tasks.preprocess import Frame, preprocess
 
@@ -31,7 +31,7 @@ class Described:
     """A manifest's fields on both ends of a model.
 
     Attributes:
-        task: ``classification`` or ``detection``.
+        task: its registered name.
         preprocess: from a frame to the model's input.
         postprocess: the manifest's ``postprocess``.
         labels: class id → name.
@@ -54,8 +54,9 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
     """--output, --score-min, --iou, --preprocess, --labels and --licence."""
     parser.add_argument(
         "--output", default=AUTO, metavar="PRESET|FILE.json|auto|tensors",
-        help=f"what the model returns: {', '.join(preset_names())}; a declaration of your own; or tensors, the outputs as "
-        "they are. auto guesses it of an ONNX file and says so; other models are taken for classifiers (default: %(default)s)",
+        help=f"what the model returns: {', '.join(preset_names())}; a declaration of your own, also of a task of your own; or "
+        "tensors, the outputs as they are. auto guesses it of an ONNX file and says so; other models are taken for classifiers "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--score-min", type=float, help="detectors: lowest score reported (default: the preset's)")
     parser.add_argument("--iou", type=float, help="detectors: overlap above which the lesser box goes (default: the preset's)")
@@ -82,7 +83,8 @@ def described(source: ModelSource, args: argparse.Namespace, photos: Sequence[Fr
     source.check_takes_pictures()
     photos = photos[:PHOTOS]
     output = "softmax" if args.output == AUTO else str(args.output)
-    preset = None if output in _KINDS else read_preset(output)
+    other = (TENSORS, {}) if output == TENSORS else read_other_task(output)
+    preset = None if output in _KINDS or other is not None else read_preset(output)
     spec = _preprocess(source, args.preprocess, output, preset)
     if source.check is not None:
         source.check([preprocess(photo, spec) for photo in photos])
@@ -91,9 +93,13 @@ def described(source: ModelSource, args: argparse.Namespace, photos: Sequence[Fr
     postprocess: dict[str, Any] = {"kind": _KINDS.get(output, "declared")}
     if preset is not None:
         task, postprocess = preset.decoding.task, replace(preset.decoding, **limits).to_json()
+    if other is not None:
+        task, postprocess = other[0], {**other[1], **limits}
     model = source.module()
     outputs = raw_outputs(model, photos, spec)
-    labels = _labels(source, args.labels, count_classes(postprocess, outputs, spec))
+    if task == TENSORS:
+        postprocess = {"names": [f"output_{i}" for i in range(len(outputs))], **postprocess}
+    labels = _labels(source, args.labels, count_classes(postprocess, outputs, spec) if task in DECODED else 0)
     if output in ("yolox", "boxes"):
         postprocess |= {"class_ids": sorted(labels), "score_min": 0.05, "iou": 0.65, **limits}
     check_answers(model, photos, preprocess=spec, postprocess=postprocess, labels=labels, task=task)

@@ -37,8 +37,8 @@ class Split:
         dynamic_batch: whether any batch size works; else only the example's.
     """
 
-    head: fx.GraphModule
-    tail: fx.GraphModule
+    head: fx.GraphModule = field(repr=False)
+    tail: fx.GraphModule = field(repr=False)
     at: str
     latent_names: tuple[str, ...]
     latent_shapes: tuple[tuple[int, ...], ...]

@@ -12,7 +12,7 @@ from protos.errors import ConfigError
 from splitters.bundle.manifest import Preprocess
 from splitters.cutting.onnx.model import OnnxModel
 from splitters.cutting.onnx.pieces import whole_outputs
-from splitters.tasks.decoding import Decoding, Preset
+from splitters.tasks.decoding import Decoding, Preset, read_other_task
 from splitters.tasks.decoding.guess import Guess, Outputs, fitted, guess, labels_of
 from splitters.tasks.preprocess import Frame, preprocess
 
@@ -70,11 +70,12 @@ def understood(model: OnnxModel, asked: Asked, photos: Sequence[Frame], say: Cal
     plain = preprocess_for(model, {"resize": "stretch", "interpolation": "bilinear"})
     values = whole_outputs(model, preprocess(photos[0], plain))
     outputs = Outputs(names=model.outputs, values=tuple(values), size_px=model.picture.size_px, metadata=model.metadata)
+    other = read_other_task(asked.output)
     chosen = guess(outputs) if asked.output == AUTO else Guess(preset=asked.output, why="as asked")
     labels = dict(asked.labels) or labels_of(model.metadata)
-    if chosen.preset == TENSORS:
-        own = {"resize": "letterbox", "anchor": "centre"} if "stride" in model.metadata else {"resize": "stretch"}
-        task, postprocess, fields = TENSORS, {"names": list(model.outputs)}, own
+    if chosen.preset == TENSORS or other is not None:
+        fields = {"resize": "letterbox", "anchor": "centre"} if "stride" in model.metadata else {"resize": "stretch"}
+        task, postprocess = other or (TENSORS, {"names": list(model.outputs)})
     else:
         preset = fitted({"boxes": "boxes-scores"}.get(chosen.preset, chosen.preset), outputs)
         changes: dict[str, Any] = {k: v for k, v in (("score_min", asked.score_min), ("iou", asked.iou)) if v is not None}
@@ -83,7 +84,7 @@ def understood(model: OnnxModel, asked: Asked, photos: Sequence[Frame], say: Cal
     spec = asked.spec or preprocess_for(model, {**fields, **asked.preprocess})
     if spec.size_px != model.picture.size_px:
         raise ConfigError(f"--preprocess makes pictures of {spec.size_px}, the model takes {model.picture.size_px} (height, width)")
-    named = labels or task in (TENSORS, "embedding")
+    named = labels or task in (TENSORS, "embedding") or other is not None
     say(f"outputs {outputs.shapes()} are read as {chosen.preset} ({chosen.why}); input {_words(spec)}"
         + ("" if named else "; class names are not known, numbers are shown (--labels)"))  # fmt: skip
     return Understood(task=task, postprocess=postprocess, preprocess=spec, labels=labels)

@@ -5,10 +5,18 @@ A declaration is JSON: one of the presets that ship with the package, or a user'
 
 from splitters.tasks.decoding.box_form import BoxForm, grid
 from splitters.tasks.decoding.columns import Columns, activate
-from splitters.tasks.decoding.declaration import Decoding, Preset, declared_decoding, preset_names, read_preset
+from splitters.tasks.decoding.declaration import (
+    DECODED,
+    Decoding,
+    Preset,
+    declared_decoding,
+    preset_names,
+    read_other_task,
+    read_preset,
+)
 from splitters.tasks.decoding.declared import MAX_CANDIDATES, Declared, Kept, declared
 
 __all__ = [
-    "MAX_CANDIDATES", "BoxForm", "Columns", "Declared", "Decoding", "Kept", "Preset",
-    "activate", "declared", "declared_decoding", "grid", "preset_names", "read_preset",
+    "DECODED", "MAX_CANDIDATES", "BoxForm", "Columns", "Declared", "Decoding", "Kept", "Preset",
+    "activate", "declared", "declared_decoding", "grid", "preset_names", "read_other_task", "read_preset",
 ]  # fmt: skip

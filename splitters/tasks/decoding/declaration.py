@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from protos.errors import BundleError, ConfigError, HeadtailError
 from protos.schema import checked, read_json
+from splitters.tasks.base import TASKS
 from splitters.tasks.decoding.box_form import BoxForm
 from splitters.tasks.decoding.columns import Columns
+
+Decoded = Literal["classification", "detection", "keypoints", "oriented", "instances", "segmentation", "embedding"]
+DECODED: tuple[str, ...] = get_args(Decoded)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +40,7 @@ class Decoding:
         prototypes: the output (N, coefficients, h, w) whose weighted sums are masks.
     """
 
-    task: Literal["classification", "detection", "keypoints", "oriented", "instances", "segmentation", "embedding"]
+    task: Decoded
     scores: Columns = field(default_factory=Columns)
     boxes: Columns | None = None
     box: BoxForm = field(default_factory=BoxForm)
@@ -117,6 +121,34 @@ def read_preset(name: str) -> Preset:
         raise ConfigError(f"--output {name!r} is unknown; it is auto, a FILE.json, or one of {', '.join(preset_names())}")
     text = (resources.files("splitters.tasks") / "presets" / f"{name}.json").read_bytes()
     return read_json(text, Preset, what=f"preset {name}", error=ConfigError)
+
+
+def read_other_task(output: str) -> tuple[str, dict[str, Any]] | None:
+    """A task that no declaration describes, as ``--output FILE.json`` names it: ``{"task": "mine", …}``, and its settings.
+
+    Returns:
+        The task's name and the manifest's ``postprocess``, which is the rest of the file; None of any other ``--output``.
+
+    Raises:
+        ConfigError: nobody registered the task, or the file cannot be read.
+    """
+    if not output.endswith(".json"):
+        return None
+    try:
+        raw = json.loads(Path(output).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be read: {error.strerror}") from error
+    except ValueError:
+        return None  # `read_preset` says what is wrong with it
+    task = raw.get("task") if isinstance(raw, dict) else None
+    if not isinstance(task, str) or task in DECODED:
+        return None
+    if task not in TASKS:
+        raise ConfigError(
+            f"{output}: task {task[:100]!r} is unknown; there are {', '.join(TASKS)}; an installed package can add one by an "
+            f"entry point of the group {TASKS.group}"
+        )
+    return task, {k: v for k, v in raw.items() if k != "task"}
 
 
 def declared_decoding(spec: Mapping[str, Any]) -> Decoding:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from edge_client.control import Decision, Skip, Split
-from splitters.bundle.operating_point import OperatingPoint, Quantiles
+from edge_client.control import Decision, Policy, Skip, Split
+from splitters.bundle.operating_point import OperatingPoint
 
 
-class Smallest:
+class Smallest(Policy):
     def __init__(self, config: Any, points: Iterable[OperatingPoint], **options: Any) -> None:
         self._point = min(points, key=lambda p: p.payload_bytes.p50).id
         self._connected = False
         self._in_flight: set[int] = set()
-        self.granted_in_flight = 0
+
+    @property
+    def granted_in_flight(self) -> int:
+        return 0  # no limit of the server is heeded but its refusals
 
     def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Decision:
         return Split(point_id=self._point) if self.allows() else Skip(reason="window")
@@ -34,15 +37,9 @@ class Smallest:
     def on_connect(self, now_ns: int) -> None:
         self._connected = True
 
-    def on_transport(self, *, reliable: bool) -> None: ...
-
     def on_disconnect(self, now_ns: int) -> None:
         self._connected = False
         self._in_flight.clear()
-
-    def set_limit(self, max_in_flight: int) -> None: ...
-
-    def on_grant(self, now_ns: int, **grant: float) -> None: ...
 
     def on_sent(self, frame_id: int, n_bytes: int, now_ns: int) -> None:
         self._in_flight.add(frame_id)
@@ -55,14 +52,6 @@ class Smallest:
 
     def on_lost(self, frame_id: int, now_ns: int) -> None:
         self._in_flight.discard(frame_id)
-
-    def on_pong(self, rtt_ns: int, now_ns: int) -> None: ...
-
-    def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None: ...
-    def on_reference(self, age: int) -> None: ...
-    def on_payload(self, decision: Decision, n_bytes: int, now_ns: int) -> None: ...
-
-    def set_device_ms(self, decision: Decision, ms: Quantiles) -> None: ...
 
     def withdraw_offloads(self) -> bool:
         return False
