@@ -96,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--policy", metavar="NAME", help="who chooses what is sent: a registered name or module:Class (default adaptive)")
     add("--transport", metavar="NAME", help="what carries the frames: a registered name or module:Class (default grpc)")
     add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
+    add("--h264-encoder", metavar="NAME", help="FFmpeg's encoder for offloaded video, auto or off (default auto: the device's own)")
     add = parser.add_argument_group("which frames need no answer").add_argument
     add(
         "--change-gate",

@@ -39,7 +39,7 @@ from protos.errors import (
     VersionMismatchError,
 )
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.messages import PROTOCOL_VERSION, FrameLayer, Result
+from protos.messages import PROTOCOL_VERSION, FrameLayer, PayloadKind, Result
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Session:
         self._client_sha256 = ""
         self._max_in_flight = _DEFAULT_IN_FLIGHT
         self._assembler = self._new_assembler()
-        self._history = History()
+        self._history = services.answerer.history()
         self._tasks: set[asyncio.Task[None]] = set()
         self._owed: set[int] = set()  # ids of frames taken and not answered
         self._out: deque[pb.ServerMessage] = deque()
@@ -133,6 +133,7 @@ class Session:
                 task.cancel()
             if self._timer is not None:
                 self._timer.cancel()
+            self._history.close()
             self._s.bandwidth.close(self.id)
             self._s.metrics.on_session(name, -1)
             await asyncio.wait({reader, *self._tasks}, timeout=_LEAVE_S)
@@ -198,7 +199,8 @@ class Session:
         self.model = model
         self._client_sha256 = hello.bundle_sha256
         self._max_in_flight = min(hello.max_in_flight or _DEFAULT_IN_FLIGHT, self._s.limits.max_in_flight)
-        self._history = History()
+        self._history.close()
+        self._history = self._s.answerer.history()
         points = [(p.payload_bytes.p50, p.accuracy) for p in model.bundle.points if p.payload_bytes.p50 > 0 and p.accuracy > 0]
         fps = hello.fps if 0 < hello.fps < 10_000 else 0.0
         owner = self._quota.name if self._quota is not None else ""
@@ -207,9 +209,13 @@ class Session:
             welcome=pb.Welcome(
                 protocol_version=PROTOCOL_VERSION, session_id=self.id, model=model.name, bundle_sha256=model.sha256,
                 max_in_flight=self._max_in_flight, max_payload_bytes=self._s.limits.max_payload_bytes,
-                server_version=self._s.version,
+                server_version=self._s.version, payload_kinds=self._payload_kinds(),
             )
         )  # fmt: skip
+
+    def _payload_kinds(self) -> list[pb.PayloadKind]:
+        video = self._s.limits.max_video_streams > 0
+        return [kind.value for kind in PayloadKind if video or kind is not PayloadKind.VIDEO]
 
     # ------------------------------------------------------------ in
 
