@@ -25,6 +25,7 @@ class Welcome:
     max_in_flight: int
     max_payload_bytes: int
     takes_video: bool = False
+    datagrams: pb.DatagramOffer | None = None
 
 
 class SessionEvents(Protocol):
@@ -48,6 +49,12 @@ class SessionEvents(Protocol):
 
     def on_unsent(self, frame_id: int) -> None:
         """The frame's base layer was held back (too late, or no grant for it): no answer will come."""
+
+    def on_lost(self, frame_id: int, now_ns: int) -> None:
+        """The frame was sent, and no answer will come: its datagrams or those of its answer were lost."""
+
+    def on_reliable(self, reliable: bool) -> None:
+        """Whether what is handed over from now on arrives, in order, or the session ends; true until said otherwise."""
 
     def on_grant(self, grant: Grant, now_ns: int) -> None:
         """The server allows more or less."""

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from protos.messages import Answer
+from protos.messages import Answer, Detection
 from splitters.bundle import Bundle
 from splitters.bundle.offload import VIDEO, OffloadOption, compress, ladder, pareto_offloads, restore, video_ladder
 from splitters.evaluation.measure import Each, Measured, Photos, nothing, run_whole
@@ -26,6 +26,7 @@ from splitters.runtime.head import quantiles
 from splitters.runtime.local import open_local
 from splitters.runtime.pictures import read_picture
 from splitters.runtime.tail import Tail
+from splitters.tasks.base import form_of
 
 Value = Callable[[Sequence[Answer]], float]
 Remember = Callable[[Mapping[str, object], Callable[[], Measured]], Measured]
@@ -138,7 +139,7 @@ def size_of(photos: Photos) -> tuple[int, int]:
 def offload_ladder(tail: Tail, photos: Photos) -> list[tuple[str, int, int]]:
     """A detector takes seconds a setting and needs its resolution: the coarse half of the ladder is left out."""
     settings = ladder(photos.input_px)
-    if tail.bundle.manifest.task != "detection":
+    if form_of(tail.bundle.manifest.task) is not Detection:
         return settings
     sides = sorted({side for _, _, side in settings})
     return [s for s in settings if s[1] >= _DETECTOR_QUALITY and s[2] in (sides[1], sides[-1])]

@@ -25,11 +25,6 @@ from tests.fakes.client_loop import VirtualLoop
 from tests.fakes.detector_bundle import write_cell_detector
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
-
-
 def chunks(bundle: Bundle, size: int = 700) -> list[pb.BundleChunk]:
     out = [pb.BundleChunk(manifest_json=(bundle.path / MANIFEST).read_bytes())]
     for part in bundle.manifest.device_parts():

@@ -186,6 +186,31 @@ def test_a_fallback_begins_when_the_controller_said_and_only_if_it_says_so_again
         assert report.stages_ms["total"] == pytest.approx(165 if wanted else 500, abs=1.5)
 
 
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_held_local_answer_waits_for_the_servers_and_no_longer_than_the_deadline(silent: bool) -> None:
+    class Held(Told):
+        def decide(self, frame_id: int, now_ns: int, deadline_ns: int) -> Split:
+            return Split(point_id=0, fallback_ns=now_ns, hold=True)
+
+    asked: list[tuple[int, int]] = []
+
+    def make(engine: Any, fps: float) -> Controller:
+        local = LocalOption(accuracy=0.6, ms=Quantiles(p50=20, p95=24))
+        controller = Held(ControlConfig(fps=fps or 30.0, initial_bps=20e6), engine.bundle.points, local=local)
+        controller.asked = asked
+        return controller
+
+    faults = [Fault(at_s=0.5, for_s=1.0, kind="lose")] if silent else []
+    r = run(fps=5, frames=20, faults=faults, controller=make, rtt_s=0.2)
+    check(r, frames=20)
+    assert all("local" in report.stages_ms for report in r.reports), "the local model did answer each, long before the server"
+    local = [report for report in r.reports if report.outcome is Outcome.LOCAL]
+    assert len(local) == (5 if silent else 0)
+    for report in local:
+        assert report.answer is not None
+        assert 490 <= report.stages_ms["total"] <= 500
+
+
 def test_a_point_set_by_hand_has_its_frames_answered_just_in_time_whatever_the_controller_thinks() -> None:
     make, asked = told(wanted=False)
     r = run(fps=10, frames=40, faults=[Fault(at_s=0.5, for_s=1.0, kind="lose")], controller=make, point_id=0)

@@ -23,8 +23,6 @@ from edge_client.control import (
     Skip,
     Split,
 )
-from edge_client.control.options import Option
-from edge_client.control.scoring import Score, device_price
 from protos.errors import ConfigError
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 
@@ -223,17 +221,38 @@ def test_a_choice_longer_than_an_interval_pays_for_the_frames_it_displaces() -> 
     assert late.point_id == 0
 
 
-def test_device_time_is_priced_at_the_hulls_slope() -> None:
-    def score(ms: float, value: float) -> Score:
-        return Score(Option(Local(), value, q(0), q(ms)), device_ns=ms * MS, value=value)
+def crowded(local_ms: float, *, deadline_ms: float, frames: int = 40) -> list[object]:
+    """A device whose local model takes that long, and a link over which a better answer comes after 175 ms, or too late."""
+    point = OperatingPoint(id=0, channels=8, bits=4, payload_bytes=q(500), accuracy=0.72, head_ms=q(4))
+    c = Controller(ControlConfig(fps=10.0), [point], local=LocalOption(accuracy=0.66, ms=q(local_ms)))
+    c.estimator.on_connect(0)
+    found: list[object] = []
+    for i in range(frames):
+        now = i * 100 * MS
+        found.append(d := c.decide(i, now, now + int(deadline_ms * MS)))
+        if isinstance(d, Split) and c.may_send(i, 500, now + 4 * MS, now + int(deadline_ms * MS)):
+            c.on_sent(i, 500, now + 4 * MS)
+            late = 60 if i % 6 == 5 else 0  # one in six comes too late
+            c.on_ack(i, now + (175 + late) * MS, 5 * MS)
+            c.on_pong(164 * MS, now + (175 + late) * MS)
+    return found
 
-    assert device_price([score(10, 0.5), score(30, 0.7)], 33 * MS) == (0, False), "even the best fits"
-    price, overloaded = device_price([score(20, 0.5), score(40, 0.7), score(40, 0.55)], 30 * MS)
-    assert price == pytest.approx(0.2 / (20 * MS))
-    assert not overloaded, "two choices share the device"
-    price, overloaded = device_price([score(60, 0.6)], 30 * MS)
-    assert price == pytest.approx(0.6 / (60 * MS))
-    assert overloaded
+
+def test_on_a_device_that_a_fallback_fills_it_starts_at_once_and_its_answer_waits_for_the_servers() -> None:
+    last = [d for d in crowded(95, deadline_ms=200, frames=120)[-12:] if isinstance(d, Split)]
+    assert last
+    for d in last:
+        assert d.fallback_ns is not None
+        assert d.hold
+    starts = [(d.fallback_ns or 0) % (100 * MS) for d in last]
+    assert max(starts) < 10 * MS, "95 ms of local model beside 4 ms of head: later it would hold up the next frame"
+
+
+def test_a_fallback_that_fits_between_the_frames_waits_until_it_must_start() -> None:
+    last = [d for d in crowded(20, deadline_ms=200)[-12:] if isinstance(d, Split)]
+    assert last
+    assert all(d.fallback_ns is not None and d.hold for d in last)
+    assert all((d.fallback_ns or 0) % (100 * MS) > 50 * MS for d in last), "as late as it can"
 
 
 def test_on_a_lossy_link_the_window_covers_a_repair() -> None:

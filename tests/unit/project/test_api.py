@@ -37,11 +37,6 @@ def with_example() -> tuple[nn.Module, torch.Tensor]:
     return build(), torch.zeros(1, 3, 64, 64)
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
-
-
 def test_importing_splitters_imports_neither_torch_nor_onnx_runtime() -> None:
     code = "import sys, splitters, splitters.api; splitters.load; assert not {'torch', 'onnxruntime', 'cv2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

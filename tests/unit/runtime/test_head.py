@@ -11,12 +11,6 @@ from protos.errors import BundleError, ModelError
 from splitters.bundle import Bundle
 from splitters.runtime.head import BoundStem, Head
 from splitters.runtime.sessions import open_graph
-from tests.fakes.bundles import write_tiny_bundle
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 def images(bundle: Bundle, count: int) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:

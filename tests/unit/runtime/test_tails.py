@@ -1,7 +1,6 @@
 """What `load_tail` leaves for later runs slower until then, never wrongly."""
 
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,18 +45,16 @@ def test_the_plain_form_answers_until_the_other_is_made() -> None:
     go = threading.Event()
 
     def make() -> Runner:
-        assert go.wait(5)
+        assert go.wait(60)
         return adds(2)
 
     later = Later(make, adds(1))
     assert later(ZERO)[0][0] == 1
     thread = threading.Thread(target=later.prepare)
     thread.start()
-    begun = time.monotonic()
-    assert later(ZERO)[0][0] == 1  # while it is being made
-    assert time.monotonic() - begun < 1
+    assert later(ZERO)[0][0] == 1  # while it is being made, and waits for us
     go.set()
-    thread.join(5)
+    thread.join(60)
     assert later(ZERO)[0][0] == 2
 
 
