@@ -3,10 +3,10 @@
 Every cell either keeps the reference's symbols, at next to no cost, or is coded from the best of its modes; in a coded cell
 every symbol either stays as predicted or moves, whichever costs less of error + price * bits (rate-distortion optimised
 quantisation, Sullivan & Wiegand 1998). The error is counted in squared quantiser steps: a bottleneck's channels are scaled so
-that a step of each costs the model's outputs the same (`splitters.models.sensitivity`), and the gains of a tier keep that.
+that a step of each costs the model's outputs the same (`splitters.bottleneck.sensitivity`), and the gains of a tier keep that.
 
-What a decision leaves out is bounded: a cell is skipped only where its error is below what coding it would cost, and in turn
-(one in `TURNS` cells a frame) cells are held to half of that, so that a still scene settles on its finest form.
+What a decision leaves out is bounded: a cell is skipped only where its error is below what coding it would cost. One in
+`TURNS` cells a frame, each in its turn, is held to half of that bound, so that a still scene reaches its finest form.
 
 Shape legend: C channels, H x W cells, K cells that are looked at, M modes.
 """
@@ -30,7 +30,7 @@ _MODE_BITS = np.full((MODES, 1), 4.0, np.float32)
 _MODE_BITS[STILL] = 1.0
 _MORE_BITS = 1.5  # for every doubling of a difference
 _WORTH_BITS = 6.0  # a cell that could save less than the price of these is not looked at
-_LEADING = 3  # modes are compared on the leading one in so many of the channels, which hold most of what changes
+_LEADING = 3  # modes are compared on the first third of the channels, which hold most of what changes
 _TURN_SHARE = 0.5
 
 

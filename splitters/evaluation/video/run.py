@@ -49,7 +49,7 @@ class VideoConfig:
         crfs: of the video codecs; None for the standard ladder.
         fps: frames a second that are taken of a clip.
         part: of each clip.
-        limit: at most so many frames of each clip, from the part's start; None: all.
+        limit: at most this many frames of each clip, from the part's start; None: all.
         ages: how many frames back the reference lies, each judged for itself; the first is the headline.
         points: ids of operating points; None: all those of the largest encoder.
         segment_s: of the bootstrap.

@@ -26,7 +26,13 @@ def q(value: float) -> Quantiles:
 
 def video(quality: int, size_px: int, n_bytes: float, accuracy: float, key: float = 12_000) -> OffloadOption:
     return OffloadOption(
-        format="h264", quality=quality, size_px=size_px, payload_bytes=q(n_bytes), key_bytes=q(key), accuracy=accuracy, encode_ms=q(2)
+        format="h264",
+        quality=quality,
+        size_px=size_px,
+        payload_bytes=q(n_bytes),
+        key_bytes=q(key),
+        accuracy=accuracy,
+        encode_ms=q(2),
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from edge_server.config import Limits
 from edge_server.doors.answering import Answerer, History
-from edge_server.frames.assembly import Frame
+from edge_server.frames.assembly import ArrivedFrame
 from edge_server.frames.video import VideoSlots, VideoStream
 from edge_server.observe.metrics import NoMetrics
 from protos.errors import LimitError, OverloadedError, PayloadError
@@ -53,8 +53,8 @@ def sent(count: int, keys: tuple[int, ...] = (0,), size: tuple[int, int] = (64, 
     return payloads, seen
 
 
-def frame(number: int, payload: bytes, *, deadline_ns: int | None = None) -> Frame:
-    return Frame(
+def frame(number: int, payload: bytes, *, deadline_ns: int | None = None) -> ArrivedFrame:
+    return ArrivedFrame(
         frame_id=number, kind=PayloadKind.VIDEO, layers=(payload,), size_px=(64, 48), deadline_ns=deadline_ns, arrived_ns=1
     )
 
