@@ -1,4 +1,4 @@
-"""H.264 on the device: when a frame may depend on the one before, what each choice then costs, and what happens without an encoder."""
+"""H.264 on the device: when a frame may depend on the one before, what each choice then costs, and a device without an encoder."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_without_any_encoder_there_is_no_video(monkeypatch: pytest.MonkeyPatch, 
     sender = VideoSender((48, 64))
     assert sender.name == ""
     assert "no H.264 encoder works on this device (tried h264_not_there)" in caplog.text
-    with pytest.raises(ModelError, match="no H.264 encoder"):
+    with pytest.raises(ModelError, match=r"no H\.264 encoder"):
         sender.encode(picture(), 30, 0, None, 0)
     assert VideoSender((48, 64), "off").name == ""
 

@@ -1,4 +1,4 @@
-"""Offloaded H.264 at the server: exactly the pictures that were coded, in their order, or a plain error; and a bound on decoders."""
+"""Offloaded H.264 at the server: exactly the pictures that were coded, in order, or a plain error; and a bound on decoders."""
 
 from __future__ import annotations
 
