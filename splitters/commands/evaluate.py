@@ -129,7 +129,7 @@ def _video(bundle: Bundle, args: argparse.Namespace) -> int:
         clips=tuple(args.video), against=_names(args.against, "h264,h265"), fps=args.fps, part=_part(args.part),
         limit=args.limit or 240,
         ages=_numbers(args.references, "--references"), points=_numbers(args.points, "--points") if args.points else None,
-        draws=args.draws or 200, score_min=args.score_min,
+        draws=args.draws or 200, score_min=args.score_min, cache=cache_dir() / "evaluations",
     )  # fmt: skip
     report = evaluate_video(bundle, config, tick=lambda what: print(f"  {what}", flush=True))
     _tell_video(report)
