@@ -3,8 +3,8 @@
     python -m tests.bench.video_real --data DATA [--bundle NAME_OR_PATH ...] [--clips vtest ...] --out rows.jsonl
 
 Every run is one client process at one fixed choice (``split N``, or ``h264 Q`` for a rate factor, at the model's input size) on a
-clip's second half at 10 fps, 80 ms of round trip, 10 Mbit/s, 300 ms deadline, without loss and with 2 % of the packets lost each way
-(TCP). Accuracy is AP50 against the uncut model's own boxes on the frames as captured: of all frames, where one without an answer in
+clip's second half at 10 fps, 80 ms of round trip, 10 Mbit/s, 300 ms deadline, without loss and with 2 % of packets lost each way (TCP).
+Accuracy is AP50 against the uncut model's own boxes on the frames as captured: of all frames, where one without an answer in
 time has no boxes, and of the answered ones alone. H.264 at equal bytes is read off between its two neighbouring settings, along the
 logarithm of bytes; where ours lies outside of them there is none. The device is this machine. Runs whose line stands in ``--out``
 already are not done again. The last line is one JSON object.
@@ -181,7 +181,7 @@ async def measure(args: argparse.Namespace, done: set[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             bundle = prepared(Path(name) if Path(name).is_dir() else ensure_exported(name), Path(folder) / "bundle")
             graphs = bundle.points[0].graphs
-            points = [p.id for p in bundle.points if p.graphs == graphs][1::2][: args.points]
+            points = [p.id for p in bundle.points if p.graphs == graphs][4::2][: args.points]
             choices = [*(f"split {i}" for i in points), *(f"{VIDEO} {q}" for q in QUALITIES)]
             async with ClipStage("shape", str(bundle.path)) as stage:
                 for clip in args.clips:
