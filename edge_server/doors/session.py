@@ -211,7 +211,7 @@ class Session:
         points = [(p.payload_bytes.p50, p.accuracy) for p in model.bundle.points if p.payload_bytes.p50 > 0 and p.accuracy > 0]
         fps = hello.fps if 0 < hello.fps < 10_000 else 0.0
         owner = self._quota.name if self._quota is not None else ""
-        self._s.bandwidth.open(self.id, hello.group[:64], owner=owner, fps=fps, points=points)
+        self._s.bandwidth.open(self.id, hello.group[:64], owner=owner, fps=fps, points=points, model=model.sha256)
         return pb.ServerMessage(
             welcome=pb.Welcome(
                 protocol_version=PROTOCOL_VERSION, session_id=self.id, model=model.name, bundle_sha256=model.sha256,
@@ -292,6 +292,9 @@ class Session:
             self._s.metrics.on_result(self._greeted().name, result, frame.payload_bytes)
             self._send_result(result)
             return
+        if frame.kind is PayloadKind.LATENT:
+            said = {p.id: p.payload_bytes.p50 for p in self._greeted().bundle.points}.get(frame.operating_point, 0.0)
+            self._s.bandwidth.on_payload(self.id, said, frame.payload_bytes)
         task = asyncio.create_task(self._answer(self._greeted(), frame, self._history))
         self._tasks.add(task)
         self._owed.add(frame.frame_id)

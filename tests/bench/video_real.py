@@ -2,12 +2,12 @@
 
     python -m tests.bench.video_real --data DATA [--bundle NAME_OR_PATH ...] [--clips vtest ...] --out rows.jsonl
 
-Every run is one client process at one fixed choice (``split N``, or ``h264 Q`` for a rate factor, at the model's input size) on a
-clip's second half at 10 fps, 80 ms of round trip, 10 Mbit/s, 300 ms deadline, without loss and with 2 % of packets lost each way (TCP).
-Accuracy is AP50 against the uncut model's own boxes on the frames as captured: of all frames, where one without an answer in
-time has no boxes, and of the answered ones alone. H.264 at equal bytes is read off between its two neighbouring settings, along the
-logarithm of bytes; where ours lies outside of them there is none. The device is this machine. Runs whose line stands in ``--out``
-already are not done again. The last line is one JSON object.
+Every run is one client process at one fixed choice (``split N``, or ``h264 Q`` for a rate factor, at the model's input size) on
+a clip's second half at 10 fps, 80 ms of round trip, 10 Mbit/s, 300 ms deadline, without loss and with 2 % of packets lost each
+way (TCP). Accuracy is AP50 against the uncut model's own boxes on the frames as captured: of all frames, where one without an
+answer in time has no boxes, and of the answered ones alone. H.264 at equal bytes is read off between its two neighbouring
+settings, along the logarithm of bytes; where ours lies outside of them there is none. The device is this machine. Runs whose
+line stands in ``--out`` already are not done again. The last line is one JSON object.
 """
 
 from __future__ import annotations
