@@ -182,3 +182,9 @@ def from_peer(code: str, message: str, *, retryable: bool | None = None) -> Head
 def from_code(code: str, message: str, *, retryable: bool | None = None) -> HeadtailError:
     """Rebuilds the error a peer reported; an unknown code becomes the root class."""
     return BY_CODE.get(code, HeadtailError)(message, retryable=retryable)
+
+
+def first_line(error: BaseException | None, limit: int = 240) -> str:
+    """The first line that says something of an exception's text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:limit] if lines else type(error).__name__

@@ -22,6 +22,7 @@ from protos.headtail.v1 import headtail_pb2 as pb
 
 PROTOCOL_VERSION: Final = 1
 MAX_LAYERS: Final = 16
+SLICES: Final = 4
 MAX_PAYLOAD_BYTES: Final = 8 << 20
 MAX_SIDE_PX: Final = 32768
 CHUNK_BYTES: Final = 256 << 10
@@ -82,6 +83,7 @@ class FrameLayer:
     payload: bytes
     sent_ns: int = 0
     traceparent: str = ""
+    slices: int = 0
 
     def to_proto(self) -> pb.FrameLayer:
         """As protobuf, with the payload's CRC-32."""
@@ -90,7 +92,7 @@ class FrameLayer:
             operating_point=self.operating_point, deadline_remaining_ns=self.deadline_remaining_ns,
             captured_unix_ns=self.captured_unix_ns, source_width_px=self.source_width_px,
             source_height_px=self.source_height_px, payload_crc32=zlib.crc32(self.payload), payload=self.payload,
-            sent_ns=self.sent_ns, traceparent=self.traceparent,
+            sent_ns=self.sent_ns, traceparent=self.traceparent, slices=self.slices,
         )  # fmt: skip
 
     @classmethod
@@ -110,6 +112,9 @@ class FrameLayer:
             raise ProtocolError(f"payload kind {message.kind} is unknown")
         if not (1 <= message.source_width_px <= MAX_SIDE_PX and 1 <= message.source_height_px <= MAX_SIDE_PX):
             raise ProtocolError(f"source frame {message.source_width_px}x{message.source_height_px} px is out of range")
+        latent = message.kind == pb.PAYLOAD_KIND_LATENT and message.layer_count == 1
+        if message.slices and not (latent and message.slices == SLICES):
+            raise ProtocolError(f"{message.slices} slices are not possible: only a latent in one layer has them, and then {SLICES}")
         if message.operating_point > 0xFFFF:
             raise ProtocolError(f"operating point {message.operating_point} is out of range")
         if zlib.crc32(message.payload) != message.payload_crc32:
@@ -121,6 +126,7 @@ class FrameLayer:
             source_width_px=message.source_width_px, source_height_px=message.source_height_px,
             payload=message.payload, sent_ns=message.sent_ns,
             traceparent=message.traceparent if len(message.traceparent) <= MAX_TRACEPARENT_CHARS else "",
+            slices=message.slices,
         )  # fmt: skip
 
 
@@ -216,13 +222,14 @@ class Result:
     layers_decoded: int = 0
     symbols_crc32: int = 0
     echo_sent_ns: int = 0
+    slices_held: int = 0
 
     def to_proto(self) -> pb.Result:
         """As protobuf."""
         t = self.timings
         message = pb.Result(
             frame_id=self.frame_id, layers_decoded=self.layers_decoded, symbols_crc32=self.symbols_crc32,
-            echo_sent_ns=self.echo_sent_ns,
+            echo_sent_ns=self.echo_sent_ns, slices_held=self.slices_held,
             timings=pb.ServerTimings(
                 decode_ns=t.decode_ns, queue_ns=t.queue_ns, tail_ns=t.tail_ns, total_ns=t.total_ns, batch_size=t.batch_size
             ),
@@ -249,13 +256,13 @@ class Result:
         try:
             answer, error = _outcome_from_proto(message)
             _check_durations(t.decode_ns, t.queue_ns, t.tail_ns, t.total_ns)
-            if message.layers_decoded > MAX_LAYERS or t.batch_size > MAX_BATCH:
+            if message.slices_held >= 1 << SLICES or message.layers_decoded > MAX_LAYERS or t.batch_size > MAX_BATCH:
                 raise ProtocolError(f"a result speaks of {message.layers_decoded} layers in a batch of {t.batch_size}")
         except (ProtocolError, LimitError) as failure:
             return cls(frame_id=message.frame_id, error=failure)
         return cls(
             frame_id=message.frame_id, answer=answer, error=error, layers_decoded=message.layers_decoded,
-            symbols_crc32=message.symbols_crc32, echo_sent_ns=message.echo_sent_ns,
+            symbols_crc32=message.symbols_crc32, echo_sent_ns=message.echo_sent_ns, slices_held=message.slices_held,
             timings=ServerTimings(
                 decode_ns=t.decode_ns, queue_ns=t.queue_ns, tail_ns=t.tail_ns, total_ns=t.total_ns, batch_size=t.batch_size
             ),

@@ -138,11 +138,11 @@ def _measure(engine: Engine, clock: Clock) -> DeviceTimes:
         if clock() > until_ns:
             break
     offloads |= _measure_video(engine, clock)
-    head = {p.id: _quantiles(samples[p.graphs]) for p in engine.bundle.points if samples[p.graphs]}
+    head = {p.id: Quantiles.of(samples[p.graphs]) for p in engine.bundle.points if samples[p.graphs]}
     return DeviceTimes(
         head_ms=head,
-        local_ms=_quantiles(local) if local else None,
-        offload_ms={name: _quantiles(values) for name, values in offloads.items() if values},
+        local_ms=Quantiles.of(local) if local else None,
+        offload_ms={name: Quantiles.of(values) for name, values in offloads.items() if values},
     )
 
 
@@ -169,10 +169,6 @@ def _measure_video(engine: Engine, clock: Clock) -> dict[str, list[float]]:
 def name_of(o: OffloadOption) -> str:
     """The name of the controller's choice that an option is offered as."""
     return Offload(format=o.format, quality=o.quality, size_px=o.size_px).name
-
-
-def _quantiles(values: list[float]) -> Quantiles:
-    return Quantiles(p50=float(np.median(values)), p95=float(np.quantile(values, 0.95)))
 
 
 def make_controller(

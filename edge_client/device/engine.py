@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edge_client.device.video import AUTO, VideoSender, bitrate_of
 from edge_client.frames import NS_PER_MS, Clock
+from protos.datagrams.pieces import BODY_BYTES
 from protos.errors import ConfigError, ModelError, PayloadError
-from protos.messages import Answer, PayloadKind, Result
+from protos.messages import SLICES, Answer, PayloadKind, Result
 from splitters.bundle import Bundle
 from splitters.bundle.offload import OffloadOption, compress
 from splitters.bundle.operating_point import OperatingPoint
@@ -43,6 +44,7 @@ class Encoded:
         reference: the frame they were predicted from; None for a key frame.
         stages_ms: preprocess, head and codec.
         kind: what the payloads are.
+        slices: of the only payload; 0: it is not in slices.
     """
 
     payloads: tuple[bytes, ...]
@@ -50,6 +52,7 @@ class Encoded:
     stages_ms: Mapping[str, float]
     reference: int | None = None
     kind: PayloadKind = PayloadKind.LATENT
+    slices: int = 0
 
     @property
     def payload_bytes(self) -> int:
@@ -146,6 +149,17 @@ class Engine:
         }
         return Encoded(payloads=coded.payloads, symbols=coded.symbols, stages_ms=stages, reference=coded.reference)
 
+    def in_slices(self, encoded: Encoded) -> Encoded:
+        """The same key frame in slices, where it is larger than a datagram and each slice is not; else as it is."""
+        if encoded.symbols is None or encoded.symbols.history is not None or encoded.payload_bytes <= BODY_BYTES:
+            return encoded
+        start_ns = self._clock()
+        payload = self.codec.encode_slices(encoded.symbols)
+        if payload is None or len(payload) > SLICES * BODY_BYTES:
+            return encoded
+        stages = {**encoded.stages_ms, "codec": encoded.stages_ms["codec"] + (self._clock() - start_ns) / NS_PER_MS}
+        return replace(encoded, payloads=(payload,), slices=SLICES, stages_ms=stages)
+
     def compress(self, features: Features, image_format: str, quality: int, size_px: int = 0) -> Encoded:
         """The model's own input as a JPEG or WebP, for a server that runs the whole model."""
         start_ns = self._clock()
@@ -179,7 +193,7 @@ class Engine:
 def learn_reference(predictor: Predictor, result: Result) -> None:
     """What a result says of the symbols the server holds for temporal prediction; a refused frame may have been decoded too."""
     if result.layers_decoded:
-        predictor.acknowledged(result.frame_id, result.layers_decoded, result.symbols_crc32)
+        predictor.acknowledged(result.frame_id, result.layers_decoded, result.symbols_crc32, result.slices_held)
     elif isinstance(result.error, PayloadError):
         predictor.refused(result.frame_id)
     elif result.error is not None:

@@ -38,6 +38,7 @@ class ActiveModel:
 
     def __init__(self, engine: Engine, parts: Parts, *, temporal: bool, fps: float = 0.0, lenient: bool = False) -> None:
         self.engine = engine
+        self.reliable = True  # whether what is sent arrives, in order, or the session ends
         self.controller = parts.controller(engine, fps)
         self.interest = self._open_interest(parts, lenient=lenient)
         self._make_controller = parts.controller
@@ -121,6 +122,7 @@ class ActiveModel:
 
     def set_reliable(self, reliable: bool) -> None:
         """Whether what is sent from now on arrives, in order, or the session ends."""
+        self.reliable = reliable
         if self._predictor is not None:
             self._predictor.reliable = reliable
 

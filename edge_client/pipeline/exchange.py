@@ -85,7 +85,7 @@ class Exchange:
                 frame_id=0, layer=i, layer_count=len(payloads), kind=encoded.kind, operating_point=flight.point_id or 0,
                 payload=payload,
                 captured_unix_ns=frame.captured_unix_ns, source_width_px=frame.width_px, source_height_px=frame.height_px,
-                traceparent="" if i else trace,
+                traceparent="" if i else trace, slices=encoded.slices,
             )
             for i, payload in enumerate(payloads)
         ]  # fmt: skip

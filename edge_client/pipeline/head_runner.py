@@ -33,7 +33,9 @@ class HeadRunner:
         """Head and codec at an operating point."""
         reference = self._pipeline.model.reference()
         flight.point_id = point.id
-        return await self._run(flight, lambda e, f: e.encode(f, point, reference))
+        if self._pipeline.model.reliable:
+            return await self._run(flight, lambda e, f: e.encode(f, point, reference))
+        return await self._run(flight, lambda e, f: e.in_slices(e.encode(f, point, reference)))
 
     async def compress(self, flight: Flight, choice: Offload) -> Shot:
         """The picture itself, as JPEG, WebP or a frame of video; no head runs."""

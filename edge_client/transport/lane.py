@@ -23,7 +23,7 @@ from edge_client.transport.base import Gate, SessionEvents
 from protos.datagrams.channel import Channel, Item, client_configuration
 from protos.datagrams.loss import extra_for
 from protos.datagrams.parity import MAX_DATA
-from protos.datagrams.pieces import Cut, Gathered, cut, pieces_of, read_piece
+from protos.datagrams.pieces import BODY_BYTES, Cut, Gathered, cut, pieces_of, read_piece
 from protos.errors import ProtocolError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import MAX_ANSWER_BYTES, FrameLayer, PayloadKind
@@ -213,7 +213,10 @@ class Lane:
         self._watch()
         if not self.open_now or deadline_ns is None or layers[0].kind not in (PayloadKind.LATENT, PayloadKind.IMAGE):
             return False
-        return all(pieces_of(len(layer.payload)) <= MAX_DATA for layer in layers)
+        return all(
+            len(layer.payload) <= layer.slices * BODY_BYTES if layer.slices else pieces_of(len(layer.payload)) <= MAX_DATA
+            for layer in layers
+        )
 
     def send(self, layers: list[FrameLayer], deadline_ns: int, gate: Gate | None) -> None:
         """Sends a frame; what an older one still had to say is dropped.
@@ -256,15 +259,18 @@ class Lane:
     def _cuts(self, channel: Channel, layers: list[FrameLayer], left_ns: int) -> list[Cut]:
         """Pieces and parity of each layer: as much as the path's losses ask for and the time to the deadline allows."""
         lost = channel.control.losses.channel()
-        extras = [extra_for(pieces_of(len(layer.payload)), lost, _GOALS[0] if layer.layer == 0 else _GOALS[1]) for layer in layers]
+        extras = [
+            extra_for(layer.slices or pieces_of(len(layer.payload)), lost, _GOALS[0] if layer.layer == 0 else _GOALS[1])
+            for layer in layers
+        ]
         most_bytes = channel.control.pace_bytes_per_s * _MOST_RATIO * left_ns / NS_PER_S
         spent = float(sum(len(layer.payload) for layer in layers))
         cuts = []
         for layer, extra in zip(layers, extras, strict=True):
-            size = len(layer.payload) / pieces_of(len(layer.payload))
+            size = len(layer.payload) / (layer.slices or pieces_of(len(layer.payload)))
             allowed = max(0, min(extra, int((most_bytes - spent) / max(1.0, size))))
             spent += allowed * size
-            cuts.append(cut(layer.payload, allowed))
+            cuts.append(cut(layer.payload, allowed, layer.slices))
         return cuts
 
     def _on_out(self, leaving: _Leaving, layer: int) -> Callable[[bool], None]:

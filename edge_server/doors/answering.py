@@ -181,7 +181,7 @@ class Answerer:
         )  # fmt: skip
         return Result(
             frame_id=frame.frame_id, answer=done.answer, layers_decoded=decoded.layers, symbols_crc32=decoded.symbols_crc32,
-            echo_sent_ns=frame.echo_sent_ns,
+            slices_held=decoded.held, echo_sent_ns=frame.echo_sent_ns,
             timings=ServerTimings(
                 decode_ns=decode_ns, queue_ns=done.queue_ns, tail_ns=done.tail_ns, total_ns=self._clock() - frame.arrived_ns,
                 batch_size=done.batch_size,
@@ -203,5 +203,6 @@ def failed(frame: ArrivedFrame, error: HeadtailError, now_ns: int, decoded: Deco
     return Result(
         frame_id=frame.frame_id, error=error, echo_sent_ns=frame.echo_sent_ns,
         layers_decoded=decoded.layers if decoded else 0, symbols_crc32=decoded.symbols_crc32 if decoded else 0,
+        slices_held=decoded.held if decoded else 0,
         timings=ServerTimings(total_ns=max(0, now_ns - frame.arrived_ns) if frame.arrived_ns else 0),
     )  # fmt: skip

@@ -27,6 +27,7 @@ class ArrivedFrame:
         begun_ns, arrived_ns: when the first and the last layer were read, the server's monotonic clock.
         echo_sent_ns: the device's send time of the last layer.
         error: why the frame cannot be answered.
+        slices: of its only layer; 0: it is in none.
         traceparent: what the device says of the frame's trace; see the schema.
     """
 
@@ -41,6 +42,7 @@ class ArrivedFrame:
     echo_sent_ns: int = 0
     error: HeadtailError | None = None
     traceparent: str = ""
+    slices: int = 0
 
     @property
     def payload_bytes(self) -> int:
@@ -60,7 +62,7 @@ def frame_of(layers: list[FrameLayer], begun_ns: int, now_ns: int, deadline_ns: 
         frame_id=first.frame_id, kind=first.kind, layers=tuple(layer.payload for layer in layers),
         size_px=(first.source_width_px, first.source_height_px), operating_point=first.operating_point,
         deadline_ns=deadline_ns, begun_ns=begun_ns, arrived_ns=now_ns, echo_sent_ns=last.sent_ns,
-        traceparent=first.traceparent,
+        traceparent=first.traceparent, slices=first.slices,
     )  # fmt: skip
 
 

@@ -31,6 +31,11 @@ class Decoded:
     symbols: Symbols | None = None
     symbols_crc32: int = 0
 
+    @property
+    def held(self) -> int:
+        """Of a frame in slices with holes, the slices that were there, a bit each; else 0."""
+        return self.symbols.held if self.symbols is not None else 0
+
 
 def decode_frame(model: Model, frame: ArrivedFrame, references: Mapping[int, Symbols], *, max_pixels: int) -> Decoded:
     """Decodes one frame; safe to call from any thread.
@@ -49,7 +54,7 @@ def decode_frame(model: Model, frame: ArrivedFrame, references: Mapping[int, Sym
         raise PayloadError("video is decoded where a session holds what its frames depend on: open a session")
     if frame.kind is PayloadKind.IMAGE:
         return Decoded(arrays=(decode_image(b"".join(frame.layers), model.bundle.manifest.preprocess.size_px, max_pixels),))
-    symbols = model.codec.decode(frame.layers, references)
+    symbols = model.codec.decode_slices(frame.layers[0]) if frame.slices else model.codec.decode(frame.layers, references)
     said = {point.id: point.codec_point for point in model.bundle.points}.get(frame.operating_point)
     if said != symbols.point_id:
         held = "which this bundle does not have" if said is None else f"whose payloads are of {said!r}"

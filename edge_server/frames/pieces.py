@@ -5,6 +5,7 @@ Pieces come in any order, twice, or never; those of several frames may be mixed.
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -28,10 +29,14 @@ class _Partial:
     deadline_ns: int | None = None
     whole: dict[int, FrameLayer] = field(default_factory=dict)
     parts: dict[int, Gathered] = field(default_factory=dict)
+    said: pb.FrameLayer | None = None  # of a frame in slices
 
     def frame(self) -> ArrivedFrame | None:
         """With the gapless prefix of layers that is there; None: its base is not."""
         layers: list[FrameLayer] = []
+        if self.said is not None and not self.whole and (payload := self.parts[0].with_holes()) is not None:
+            part = _layer(self.said, payload, zlib.crc32(payload))
+            return frame_of([part], self.begun_ns, self.last_ns, self.deadline_ns)
         while (layer := self.whole.get(len(layers))) is not None:
             layers.append(layer)
         return frame_of(layers, self.begun_ns, self.last_ns, self.deadline_ns) if layers else None
@@ -59,7 +64,7 @@ class Gatherer:
             waited_ns: how much longer it was on its way than the fastest lately.
         """
         said = piece.layer
-        if said.frame_id in self._done or said.frame_id < min(self._done, default=0) or len(piece.layer.payload) == 0:
+        if said.frame_id in self._done or said.frame_id < min(self._done, default=0):
             return []
         if not 1 <= said.layer_count <= MAX_LAYERS or said.layer >= said.layer_count:
             self.refused += 1
@@ -83,17 +88,18 @@ class Gatherer:
             raise ProtocolError("a piece says another number of layers than the pieces before it")
         if number in partial.whole:
             return
+        if said.slices and (said.slices != piece.part.count or said.layer_count != 1):
+            raise ProtocolError("a frame in slices has a piece for each")
         gathered = partial.parts.get(number) or Gathered(piece.part, MAX_LAYER_BYTES)
         whole = gathered.add(piece.part, said.payload)
         partial.parts[number] = gathered
         partial.last_ns = now_ns
-        if whole is None:
-            return
-        del partial.parts[number]
-        message = pb.FrameLayer()
-        message.CopyFrom(said)
-        message.payload = whole
-        layer = partial.whole[number] = FrameLayer.from_proto(message, max_payload_bytes=MAX_LAYER_BYTES)
+        if said.slices:
+            partial.said = said
+        layer = _layer(said, b"", zlib.crc32(b"")) if whole is None else _layer(said, whole, said.payload_crc32)
+        if whole is not None:
+            del partial.parts[number]
+            partial.whole[number] = layer
         later_ns = deadline_of(layer, now_ns, waited_ns)
         if later_ns is not None:
             partial.deadline_ns = later_ns if partial.deadline_ns is None else min(partial.deadline_ns, later_ns)
@@ -125,3 +131,11 @@ class Gatherer:
         while len(self._done) > _REMEMBERED:
             del self._done[min(self._done)]
         return [frame] if frame is not None else []
+
+
+def _layer(said: pb.FrameLayer, payload: bytes, crc32: int) -> FrameLayer:
+    """What a piece says of its layer, with a payload and its checksum, read and checked."""
+    message = pb.FrameLayer()
+    message.CopyFrom(said)
+    message.payload, message.payload_crc32 = payload, crc32
+    return FrameLayer.from_proto(message, max_payload_bytes=MAX_LAYER_BYTES)

@@ -22,7 +22,7 @@ class Cut:
     """A message in pieces.
 
     Attributes:
-        bodies: data, then parity; all of one length.
+        bodies: data, without the zeros at their ends, then parity.
         count: of data.
         whole_bytes: of the message.
     """
@@ -41,22 +41,24 @@ def pieces_of(n_bytes: int) -> int:
     return max(1, -(-n_bytes // BODY_BYTES))
 
 
-def cut(message: bytes, extra: int) -> Cut:
+def cut(message: bytes, extra: int, count: int = 0) -> Cut:
     """Cuts a message and adds parity.
 
     Args:
         message: at most ``MAX_DATA`` bodies long.
         extra: pieces of parity.
+        count: pieces of data, where the message says where it is to be cut; 0: as few as possible.
 
     Raises:
         ValueError: it is longer.
     """
-    count = pieces_of(len(message))
+    count = count or pieces_of(len(message))
     if count > MAX_DATA:
         raise ValueError(f"a message of {len(message)} bytes is too long for datagrams")
     size = max(1, -(-len(message) // count))
     data = np.frombuffer(message.ljust(count * size, b"\0"), np.uint8).reshape(count, size)
-    bodies = [row.tobytes() for row in data] + [row.tobytes() for row in parity(data, min(extra, MAX_PARITY))]
+    # What fills up data is not sent.
+    bodies = [row.tobytes().rstrip(b"\0") for row in data] + [row.tobytes() for row in parity(data, min(extra, MAX_PARITY))]
     return Cut(bodies=tuple(bodies), count=count, whole_bytes=len(message))
 
 
@@ -85,19 +87,26 @@ class Gathered:
         """Of all pieces held."""
         return len(self._pieces) * self._size
 
+    def with_holes(self) -> bytes | None:
+        """The message as far as it is there, zeros where it is not; None: nothing of it is."""
+        if not any(index < self._count for index in self._pieces):
+            return None
+        hole = bytes(self._size)
+        return b"".join(self._pieces.get(index, hole) for index in range(self._count))[: self._whole_bytes]
+
     def add(self, part: pb.Part, body: bytes) -> bytes | None:
         """Takes a piece; the message, where it is the last that was needed. One held already changes nothing.
 
         Raises:
             ProtocolError: it is no piece of this message.
         """
-        if (part.count, part.whole_bytes) != (self._count, self._whole_bytes) or len(body) != self._size:
+        if (part.count, part.whole_bytes) != (self._count, self._whole_bytes) or len(body) > self._size:
             raise ProtocolError("a piece belongs to another message than the pieces before it")
         if part.index >= self._count + MAX_PARITY:
             raise ProtocolError(f"piece {part.index} of {self._count} is not possible")
         if part.index in self._pieces or len(self._pieces) >= self._count:
             return None
-        self._pieces[part.index] = body
+        self._pieces[part.index] = body.ljust(self._size, b"\0")
         whole = restore(self._pieces, self._count)
         return whole[: self._whole_bytes] if whole is not None else None
 

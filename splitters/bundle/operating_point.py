@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
+from numpy.typing import ArrayLike
 
 from protos.errors import BundleError
 from protos.schema import checked, read_json
@@ -28,6 +30,12 @@ class Quantiles:
     def __post_init__(self) -> None:
         if not (0 <= self.p50 <= _MAX_QUANTITY and 0 <= self.p95 <= _MAX_QUANTITY):
             raise BundleError(f"quantiles must lie in 0..{_MAX_QUANTITY:g}, got p50={self.p50}, p95={self.p95}")
+
+    @classmethod
+    def of(cls, values: ArrayLike) -> Quantiles:
+        """Of measured values, at least one."""
+        p50, p95 = np.percentile(np.asarray(values, np.float64), (50, 95))
+        return cls(p50=float(p50), p95=float(p95))
 
 
 UNMEASURED = Quantiles(p50=0.0, p95=0.0)

@@ -107,6 +107,25 @@ class LatentCodec(ABC):
         symbols = self.quantise(latents, point_id)
         return Coded(symbols=symbols, payloads=tuple(self.encode(symbols)))
 
+    def encode_slices(self, symbols: Symbols) -> bytes | None:
+        """A key frame's payload in slices that decode alone (`codec.slices`); None: this codec or latent has none."""
+        del symbols
+        return None
+
+    def decode_slices(self, payload: bytes) -> Symbols:
+        """The symbols of a payload of slices, holes filled.
+
+        Raises:
+            PayloadError: no slice is whole, or this codec has none.
+        """
+        del payload
+        raise PayloadError(f"a payload of slices came to a bundle whose codec is {self.kind}")
+
+    def with_holes(self, symbols: Symbols, held: int) -> Symbols:
+        """What a receiver has of a frame in slices who holds those of ``held``, a bit each."""
+        del held
+        return symbols
+
     @abstractmethod
     def decode(self, layers: Sequence[bytes], references: References | None = None, *, strict: bool = False) -> Symbols:
         """Returns exactly the symbols that were encoded, of the complete layers that arrived.

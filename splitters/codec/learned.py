@@ -37,6 +37,7 @@ from splitters.codec.predicted.change import DENSITIES, History, density, get_ch
 from splitters.codec.predicted.choice import DEFAULT_PRICE, Choice, choose_symbols, match
 from splitters.codec.predicted.motion import neighbours, predicted
 from splitters.codec.predicted.renewal import Cells, get_cells, put_cells
+from splitters.codec.slices import ALL, Coding, Slicer
 from splitters.codec.stages import MAX_SYMBOL, decode_layers, encode_layers
 from splitters.codec.symbols import SymbolArray, Symbols
 from splitters.codec.tables import Predicted, finest_tier, read_tables
@@ -171,9 +172,9 @@ class LearnedCodec(LatentCodec):
             groups = sum(start < kept for start in (0, *self._tables.layers[:-1]))
             ends = (groups,) if single else tuple(range(1, groups + 1))
             self._points[name] = _Point(tier=tier, channels=kept, ends=ends, price=price)
-        self.point_ids = tuple(self._points)
-        self.shapes = ((channels, height, width),)
+        self.point_ids, self.shapes = tuple(self._points), ((channels, height, width),)
         self._geometry = Geometry(height, width)
+        self._slicer = Slicer(height, width, self._tables, self._coders)
         self._near = neighbours(height, width)
         predicts = self._tables.predicted
         if predicts is not None and predicts.scene is not None and predicts.scene.shape != self.shapes[0]:
@@ -280,6 +281,30 @@ class LearnedCodec(LatentCodec):
         choice = match(values.reshape(base.values.shape), base.values, self._near)
         payload, _ = self._predict(choice, base, symbols.point_id)
         return [payload] if len(payload) < sum(map(len, alone)) else alone
+
+    def encode_slices(self, symbols: Symbols) -> bytes | None:
+        """See `LatentCodec.encode_slices`."""
+        self._check_symbols(symbols)
+        return self._slicer.encode(symbols.tensors[0], self._coding(symbols.point_id))
+
+    def decode_slices(self, payload: bytes) -> Symbols:
+        """See `LatentCodec.decode_slices`."""
+        slices, header = self._slicer.open(payload)
+        point_id = self._point_of(header.kind, header.point_index)
+        return self._whole(point_id, *self._slicer.decode(slices, self._coding(point_id)))
+
+    def with_holes(self, symbols: Symbols, held: int) -> Symbols:
+        """See `LatentCodec.with_holes`."""
+        found = self._slicer.with_holes(symbols.tensors[0], held, self._coding(symbols.point_id))
+        return self._whole(symbols.point_id, found, held)
+
+    def _whole(self, point_id: str, values: SymbolArray, held: int) -> Symbols:
+        n = self.layer_count(point_id)
+        return Symbols(point_id=point_id, tensors=(values,), layers=n, layer_count=n, held=held % ALL)
+
+    def _coding(self, point_id: str) -> Coding:
+        p, header = self._point(point_id), Header(kind=self.kind, point_index=self.point_ids.index(point_id), layer_count=1)
+        return Coding(header=header, groups=p.ends[-1], tier=p.tier, channels=p.channels)
 
     def _base(self, reference: Symbols, point: _Point, frame: int) -> _Base:
         self._check_symbols(reference)

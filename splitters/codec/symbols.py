@@ -23,6 +23,7 @@ class Symbols:
         tensors: one int16 array per latent tensor; cells of layers that are missing are zero.
         layers: how many complete layers are held, base first.
         layer_count: how many layers the frame has.
+        held: which slices it was decoded from, a bit each; 0: it was not in slices, or is whole.
         history: when and how every cell last changed, (H, W) bytes as `codec.predicted.change` reads them; None for a key frame.
     """
 
@@ -30,6 +31,7 @@ class Symbols:
     tensors: tuple[SymbolArray, ...]
     layers: int
     layer_count: int
+    held: int = 0
     history: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:

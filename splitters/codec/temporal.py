@@ -130,8 +130,14 @@ class Predictor:
         if frame is not None and self.reliable and layer == frame.symbols.layer_count - 1:
             frame.delivered = True
 
-    def acknowledged(self, frame_id: int, layers: int, symbols_crc32: int) -> bool:
+    def acknowledged(self, frame_id: int, layers: int, symbols_crc32: int, held: int = 0) -> bool:
         """Takes the server's word for what it decoded.
+
+        Args:
+            frame_id: as it was sent.
+            layers: the prefix decoded.
+            symbols_crc32: of what the server holds now.
+            held: of a frame in slices, those that were there, a bit each; 0: all.
 
         Returns:
             False when the checksum is not that of what was sent; such a frame is never referred to.
@@ -139,11 +145,11 @@ class Predictor:
         frame = self._sent.get(frame_id)
         if frame is None or not 1 <= layers <= frame.symbols.layers:
             return frame is None  # long forgotten is no fault; impossible layers are one
-        exact = self._codec.prefix(frame.symbols, layers)
+        exact = self._codec.with_holes(frame.symbols, held) if held else self._codec.prefix(frame.symbols, layers)
         if exact.crc32() != symbols_crc32:
             self.lost(frame_id)
             return False
-        if layers < frame.symbols.layers:
+        if held or layers < frame.symbols.layers:
             self._drop_children(frame_id)  # what referred to all of it was told of too much
             frame.delivered = False
         if self._best is None or frame_id > self._best[0] or (frame_id == self._best[0] and layers > self._best[1].layers):

@@ -18,10 +18,10 @@ import torch.utils._pytree as pytree
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from protos.errors import CutError, HeadtailError
+from protos.errors import CutError, HeadtailError, first_line
 from protos.schema import checked
 from splitters.bundle.manifest import Preprocess
-from splitters.cutting.checks import first_line, run_model
+from splitters.cutting.checks import run_model
 from splitters.tasks.base import make_task
 from splitters.tasks.decoding import Decoding
 from splitters.tasks.preprocess import Frame, preprocess

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,14 @@ from protos.errors import CutError, SourceError
 from protos.messages import Classification
 from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, LocalModel, Preprocess
-from splitters.bundle.operating_point import OperatingPoint, Quantiles
+from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import calibrate_plain, codec_from_spec
 from splitters.cutting.answers import check_answers
 from splitters.cutting.checks import OnStep, inference, silent
 from splitters.cutting.graph.split import Cutter, Split
 from splitters.cutting.graph.verify import PICTURES, Verification
 from splitters.cutting.onnx_export import export_onnx
+from splitters.cutting.points import channel_axis, measure_points
 from splitters.runtime.sessions import open_session
 from splitters.runtime.table import few, measure_table
 from splitters.tasks.base import form_of
@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 
 BITS = (8, 6, 4, 3, 2)
 ONNX_TOLERANCE = 1e-3
-_TIMED_RUNS = 20
 _STEPS = 6
 
 Floats = NDArray[np.float32]
@@ -90,13 +89,6 @@ class Written:
     verification: Verification
     onnx_difference: float
     photos: int
-
-
-def channel_axis(shape: Sequence[int]) -> int:
-    """Which axis of a latent (without batch) holds channels: first of (C, H, W), last of (L, C) and of (H, W, C)."""
-    if len(shape) == 2 or (len(shape) == 3 and shape[0] == shape[1] != shape[2]):
-        return len(shape) - 1
-    return 0
 
 
 def write_bundle(
@@ -265,16 +257,4 @@ def calibrate(
         samples, bits, channel_axes=[channel_axis(s) for s in split.latent_shapes], point_ids=[str(i) for i in range(len(bits))]
     )
     codec = codec_from_spec(spec, lambda _path: b"")
-    spent = []
-    for number in range(_TIMED_RUNS):
-        start = time.perf_counter_ns()
-        head.run(None, {"image": images[number % len(images)]})
-        spent.append((time.perf_counter_ns() - start) / 1e6)
-    head_ms = Quantiles(p50=float(np.median(spent)), p95=float(np.percentile(spent, 95)))
-    channels = sum(shape[channel_axis(shape)] if shape else 1 for shape in split.latent_shapes)
-    points = []
-    for number, width in enumerate(bits):
-        sizes = [sum(map(len, codec.encode(codec.quantise([t[0] for t in run], str(number))))) for run in runs]
-        measured = Quantiles(p50=float(np.median(sizes)), p95=float(np.percentile(sizes, 95)))
-        points.append(OperatingPoint(id=number, channels=channels, bits=width, payload_bytes=measured, head_ms=head_ms))
-    return spec, points
+    return spec, measure_points(lambda image: head.run(None, {"image": image}), images, runs, codec, split.latent_shapes, bits)

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from protos.errors import CutError, HeadtailError
+from protos.errors import CutError, HeadtailError, first_line
 
 OnStep = Callable[[int, int, str], None]
 """Told how many of how many steps are done, and what is done next."""
@@ -98,9 +98,3 @@ def run_model(model: nn.Module, inputs: Sequence[Any]) -> Any:
                 f"the model does not run on the example input {shapes}: {tracker.where()} raised {type(error).__name__}: "
                 f"{first_line(error)}; give an example of the shape the model is used with"
             ) from error
-
-
-def first_line(error: BaseException, limit: int = 240) -> str:
-    """The first line that says something of an exception's text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:limit] if lines else type(error).__name__

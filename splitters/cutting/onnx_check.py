@@ -15,8 +15,8 @@ import torch.utils._pytree as pytree
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from protos.errors import ModelError
-from splitters.cutting.checks import first_line, inference
+from protos.errors import ModelError, first_line
+from splitters.cutting.checks import inference
 from splitters.runtime.sessions import open_session
 
 TOLERANCE = 1e-3  # of an output's standard deviation over all pictures

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from protos.errors import ConfigError, MissingDependencyError, ModelError
-from splitters.cutting.checks import first_line
+from protos.errors import ConfigError, MissingDependencyError, ModelError, first_line
 from splitters.cutting.onnx_check import check_conversion, probes
 
 log = logging.getLogger(__name__)

@@ -20,9 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from protos.errors import ConfigError, MissingDependencyError, ModelError
+from protos.errors import ConfigError, MissingDependencyError, ModelError, first_line
 from splitters.bundle.manifest import Preprocess
-from splitters.cutting.checks import first_line
 from splitters.tasks.labels.imagenet import imagenet_labels
 
 FORMS = "timm:NAME, torchvision:NAME, onnx:PATH, py:MODULE:FACTORY or a .pt2 file"

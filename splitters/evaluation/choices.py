@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from protos.messages import Answer, Detection
 from splitters.bundle import Bundle
 from splitters.bundle.offload import VIDEO, OffloadOption, compress, ladder, pareto_offloads, restore, video_ladder
+from splitters.bundle.operating_point import Quantiles
 from splitters.evaluation.measure import Each, Measured, Photos, nothing, run_whole
 from splitters.runtime.h264 import SOFTWARE, H264Decoder, H264Encoder, find_encoder, padded_pixels, reduced, video_size
 from splitters.runtime.h264_stream import VideoPayload
-from splitters.runtime.head import quantiles
 from splitters.runtime.local import open_local
 from splitters.runtime.pictures import read_picture
 from splitters.runtime.tail import Tail
@@ -66,8 +66,8 @@ def measure_offloads(
         found.append(
             OffloadOption(
                 format=image_format, quality=quality, size_px=0 if side >= photos.input_px else side,
-                payload_bytes=quantiles(measured.sizes), accuracy=value(measured.answers),
-                encode_ms=quantiles(np.array(taken[2:] or taken)),
+                payload_bytes=Quantiles.of(measured.sizes), accuracy=value(measured.answers),
+                encode_ms=Quantiles.of(np.array(taken[2:] or taken)),
             )
         )  # fmt: skip
         tick(f"offload {image_format} q{quality} {side} px")
@@ -91,8 +91,8 @@ def _measure_video(
         found.append(
             OffloadOption(
                 format=VIDEO, quality=quality, size_px=0 if side >= photos.input_px else side,
-                payload_bytes=quantiles(measured.sizes), key_bytes=quantiles(keys[:_CLOCKED]), accuracy=value(measured.answers),
-                encode_ms=quantiles(np.array(taken)),
+                payload_bytes=Quantiles.of(measured.sizes), key_bytes=Quantiles.of(keys[:_CLOCKED]),
+                accuracy=value(measured.answers), encode_ms=Quantiles.of(taken),
             )
         )  # fmt: skip
         tick(f"offload {VIDEO} q{quality} {side} px")

@@ -6,12 +6,11 @@ Shape legend: N frames or photos, U units.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from protos.errors import ConfigError, MissingDependencyError
+from protos.errors import ConfigError
 
 Array = NDArray[np.float64]
 
@@ -72,29 +71,3 @@ def roc_auc(scores: Array, positive: NDArray[np.bool_]) -> float:
         raise ConfigError("a ROC curve needs frames of both kinds")
     false_share, recall, _ = roc(scores, positive)
     return float(np.trapezoid(np.append(0, recall), np.append(0, false_share)))
-
-
-def draw_curves(curves: dict[str, tuple[Array, NDArray[np.bool_]]], path: Path) -> None:
-    """ROC and precision–recall of several sets, side by side, as a picture."""
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib is not installed; run: pip install 'headtail[train]'") from error
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), constrained_layout=True)
-    for name, (scores, positive) in curves.items():
-        false_share, recall, precision = roc(scores, positive)
-        label = f"{name} (AUC {roc_auc(scores, positive):.3f})"
-        left.step(np.append(0, false_share), np.append(0, recall), where="post", label=label)
-        right.step(recall, precision, where="post", label=f"{name} ({positive.mean():.0%} positive)")
-    left.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle="--")
-    left.set(xlabel="empty frames sent", ylabel="recall", title="ROC", xlim=(0, 1), ylim=(0, 1.01))
-    right.set(xlabel="recall", ylabel="precision", title="Precision and recall", xlim=(0, 1), ylim=(0, 1.02))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right" if axes is left else "lower left", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -19,7 +19,7 @@ from protos.errors import ConfigError
 from protos.messages import Answer, Detection
 from splitters.bundle import Bundle, rewrite_points
 from splitters.bundle.offload import OffloadOption
-from splitters.bundle.operating_point import OperatingPoint, best_point, mark_pareto
+from splitters.bundle.operating_point import OperatingPoint, Quantiles, best_point, mark_pareto
 from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
 from splitters.evaluation.cache import describe, load, photos_key, store
 from splitters.evaluation.choices import measure_local, measure_offloads, offload_ladder, video_settings
@@ -38,7 +38,7 @@ from splitters.evaluation.measure import (
 )
 from splitters.evaluation.report import Gap, Jpeg95, Report, dump
 from splitters.evaluation.steps import Steps, Told
-from splitters.runtime.head import Head, open_codec, quantiles
+from splitters.runtime.head import Head, open_codec
 from splitters.runtime.tail import Tail, load_tail
 from splitters.tasks.base import form_of
 
@@ -211,7 +211,7 @@ def _measure_points(
     scores = {p.id: bench.score(measured[p.id].answers) for p in bundle.points}
     points = [
         replace(
-            p, payload_bytes=quantiles(measured[p.id].sizes), accuracy=scores[p.id].value, accuracy_metric=bench.judge.metric,
+            p, payload_bytes=Quantiles.of(measured[p.id].sizes), accuracy=scores[p.id].value, accuracy_metric=bench.judge.metric,
             head_ms=times[p.graphs],
         )
         for p in bundle.points

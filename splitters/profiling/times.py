@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from protos.errors import ModelError
-from splitters.cutting.checks import OnStep, first_line, inference, silent
+from protos.errors import ModelError, first_line
+from splitters.cutting.checks import OnStep, inference, silent
 from splitters.cutting.graph.partition import Cut
 from splitters.cutting.graph.split import Cutter
 from splitters.runtime.sessions import open_session

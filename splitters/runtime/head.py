@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from protos.errors import BundleError, ModelError
 from protos.schema import read_json
@@ -167,10 +166,4 @@ class Head:
                 start_ns = time.perf_counter_ns()
                 self.latents(self.stem(image), graphs)
                 taken[graphs].append((time.perf_counter_ns() - start_ns) / 1e6)
-        return {s: quantiles(ms[_WARM:]) for s, ms in taken.items()}
-
-
-def quantiles(values: ArrayLike) -> Quantiles:
-    """Median and 95th percentile."""
-    p50, p95 = np.percentile(np.asarray(values, np.float64), (50, 95))
-    return Quantiles(p50=float(p50), p95=float(p95))
+        return {s: Quantiles.of(ms[_WARM:]) for s, ms in taken.items()}

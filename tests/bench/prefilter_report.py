@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from edge_client.gates.interest import InterestGate, Promise, read_promise
 from protos.messages import Box, Detection
 from splitters.bundle import Bundle, open_bundle
 from splitters.evaluation.judging.detection import load_truth
-from splitters.evaluation.prefilter import Array, draw_curves, roc_auc
+from splitters.evaluation.prefilter import Array, roc, roc_auc
 from splitters.evaluation.scene import UNSURE, Scene, examine, fit, interesting, read_video, watch
 from splitters.tasks.decoding.boxes import Pixels, read_rgb
 from splitters.tasks.preprocess import preprocess
@@ -126,6 +127,30 @@ def car_park(data: Path, bundle: Bundle, recall: float, sures: list[float]) -> t
         "car park, second half, the teacher's sure frames": (scores[half:], certain),
     }
     return report, curves
+
+
+def draw_curves(curves: dict[str, tuple[Array, NDArray[np.bool_]]], path: Path) -> None:
+    """ROC and precision–recall of several sets, side by side, as a picture."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), constrained_layout=True)
+    for name, (scores, positive) in curves.items():
+        false_share, recall, precision = roc(scores, positive)
+        label = f"{name} (AUC {roc_auc(scores, positive):.3f})"
+        left.step(np.append(0, false_share), np.append(0, recall), where="post", label=label)
+        right.step(recall, precision, where="post", label=f"{name} ({positive.mean():.0%} positive)")
+    left.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle="--")
+    left.set(xlabel="empty frames sent", ylabel="recall", title="ROC", xlim=(0, 1), ylim=(0, 1.01))
+    right.set(xlabel="recall", ylabel="precision", title="Precision and recall", xlim=(0, 1), ylim=(0, 1.02))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right" if axes is left else "lower left", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:

@@ -46,6 +46,7 @@ class LinkConfig:
         jitter_ns: standard deviation of a half-normal extra delay; packets never overtake each other.
         queue_bytes: what may wait; more is dropped. 0: 200 ms of the mean capacity, at least 30 kB.
         loss: the channel's.
+        loss_from_ns: nothing is lost before.
     """
 
     trace: Trace = field(default_factory=lambda: constant(10e6))
@@ -53,6 +54,7 @@ class LinkConfig:
     jitter_ns: int = 0
     queue_bytes: int = 0
     loss: LossModel = field(default_factory=LossModel)
+    loss_from_ns: int = 0
 
     def __post_init__(self) -> None:
         if self.delay_ns < 0 or self.jitter_ns < 0 or self.queue_bytes < 0:
@@ -69,7 +71,7 @@ class Link:
 
     __slots__ = (
         "_bad", "_bad_to_good", "_busy_until", "_delay", "_fastest", "_good_to_bad", "_jitter", "_last_arrival", "_loss",
-        "_loss_in_bad", "_queue_bits", "_rng", "bytes_carried", "dropped", "lost", "trace",
+        "_loss_from", "_loss_in_bad", "_queue_bits", "_rng", "bytes_carried", "dropped", "lost", "trace",
     )  # fmt: skip
 
     def __init__(self, config: LinkConfig, seed: int | str) -> None:
@@ -82,6 +84,7 @@ class Link:
         m = config.loss
         self._loss = m.loss
         self._loss_in_bad = m.loss_in_bad
+        self._loss_from = config.loss_from_ns
         self._bad = False
         self._bad_to_good = 1 / m.burst_packets
         share_bad = m.loss / m.loss_in_bad
@@ -121,7 +124,7 @@ class Link:
             self.dropped += 1
             return LOST
         self._busy_until = done
-        if self._loss and self._loses():
+        if self._loss and now_ns >= self._loss_from and self._loses():
             self.lost += 1  # after the bottleneck: a lost packet has cost its capacity
             return LOST
         self.bytes_carried += n_bytes

@@ -68,7 +68,32 @@ def discipline(config: LinkConfig, bps: float) -> list[str]:
     return [*words, "limit", str(max(2, math.ceil((queue_bytes + under_way_bytes) / _PACKET_BYTES)))]
 
 
-class NetemRelay:
+class TwoEnds:
+    """The two namespaces at the ends of a link, and the link's clock.
+
+    Args:
+        tag: what their names begin with.
+    """
+
+    def __init__(self, tag: str) -> None:
+        self._tag = tag
+        self._spaces = (f"{tag}c", f"{tag}s")
+        self._made: list[str] = []
+        self._running: RealTime | None = None
+
+    @property
+    def time(self) -> RealTime:
+        """The link's clock, which began when the context was entered."""
+        if self._running is None:
+            raise ConfigError("the relay has not been entered")
+        return self._running
+
+    def command(self, end: str, program: Sequence[str]) -> list[str]:
+        """``program`` run at ``end``, ``client`` or ``server``."""
+        return ["ip", "netns", "exec", self._spaces[end == "server"], *program]
+
+
+class NetemRelay(TwoEnds):
     """Like ``Relay``, by the kernel. An async context manager; ``command`` prefixes what runs at one end of the link.
 
     Args:
@@ -97,23 +122,9 @@ class NetemRelay:
         self._links = (up, down)
         self._addresses = addresses
         self._congestion = congestion
-        tag = f"ht{os.getpid() % 100_000}"
-        self._spaces = (f"{tag}c", f"{tag}s")
-        self._devices = (f"{tag}a", f"{tag}b")
-        self._made: list[str] = []
+        super().__init__(f"ht{os.getpid() % 100_000}")
+        self._devices = (f"{self._tag}a", f"{self._tag}b")
         self._tasks: list[asyncio.Task[None]] = []
-        self._running: RealTime | None = None
-
-    @property
-    def time(self) -> RealTime:
-        """The link's clock, which began when the context was entered."""
-        if self._running is None:
-            raise ConfigError("the relay has not been entered")
-        return self._running
-
-    def command(self, end: str, program: Sequence[str]) -> list[str]:
-        """``program`` run at ``end``, ``client`` or ``server``."""
-        return ["ip", "netns", "exec", self._spaces[end == "server"], *program]
 
     async def __aenter__(self) -> Self:
         try:

@@ -14,14 +14,13 @@ import re
 import struct
 import subprocess
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from deploy.testbed.link.model import LOST, Link, LinkConfig
-from deploy.testbed.real.netem import NetemRelay, has_netem, ip
+from deploy.testbed.real.netem import NetemRelay, TwoEnds, has_netem, ip
 from deploy.testbed.real.realtime import RealTime
 from protos.errors import ConfigError
 
@@ -46,7 +45,7 @@ def why_not() -> str:
     return ""
 
 
-class Relay:
+class Relay(TwoEnds):
     """An async context manager; inside it ``command`` prefixes programs so that they run at one end of the link.
 
     Args:
@@ -65,23 +64,9 @@ class Relay:
         self._configs, self._seed = (up, down), seed
         self.up, self.down = Link(up, f"up/{seed}"), Link(down, f"down/{seed}")
         self._congestion = congestion
-        self._tag = f"ht{os.getpid() % 100_000}"
-        self._spaces = (f"{self._tag}c", f"{self._tag}s")
+        super().__init__(f"ht{os.getpid() % 100_000}")
         self._fds: list[int] = []
-        self._running: RealTime | None = None
-        self._made: list[str] = []
         self.late_ns: deque[int] = deque(maxlen=20_000)  # how much later than the link says packets lately left here
-
-    @property
-    def time(self) -> RealTime:
-        """The link's clock, which began when the context was entered."""
-        if self._running is None:
-            raise ConfigError("the relay has not been entered")
-        return self._running
-
-    def command(self, end: str, program: Sequence[str]) -> list[str]:
-        """``program`` run at ``end``, ``client`` or ``server``."""
-        return ["ip", "netns", "exec", self._spaces[end == "server"], *program]
 
     async def __aenter__(self) -> Self:
         reason = why_not()

@@ -105,7 +105,7 @@ class PartChunk(_message.Message):
     def __init__(self, path: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class FrameLayer(_message.Message):
-    __slots__ = ("frame_id", "layer", "layer_count", "kind", "operating_point", "deadline_remaining_ns", "captured_unix_ns", "source_width_px", "source_height_px", "payload_crc32", "payload", "sent_ns", "traceparent")
+    __slots__ = ("frame_id", "layer", "layer_count", "kind", "operating_point", "deadline_remaining_ns", "captured_unix_ns", "source_width_px", "source_height_px", "payload_crc32", "payload", "sent_ns", "traceparent", "slices")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,7 @@ class FrameLayer(_message.Message):
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     SENT_NS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     layer: int
     layer_count: int
@@ -132,10 +133,11 @@ class FrameLayer(_message.Message):
     payload: bytes
     sent_ns: int
     traceparent: str
-    def __init__(self, frame_id: _Optional[int] = ..., layer: _Optional[int] = ..., layer_count: _Optional[int] = ..., kind: _Optional[_Union[PayloadKind, str]] = ..., operating_point: _Optional[int] = ..., deadline_remaining_ns: _Optional[int] = ..., captured_unix_ns: _Optional[int] = ..., source_width_px: _Optional[int] = ..., source_height_px: _Optional[int] = ..., payload_crc32: _Optional[int] = ..., payload: _Optional[bytes] = ..., sent_ns: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    slices: int
+    def __init__(self, frame_id: _Optional[int] = ..., layer: _Optional[int] = ..., layer_count: _Optional[int] = ..., kind: _Optional[_Union[PayloadKind, str]] = ..., operating_point: _Optional[int] = ..., deadline_remaining_ns: _Optional[int] = ..., captured_unix_ns: _Optional[int] = ..., source_width_px: _Optional[int] = ..., source_height_px: _Optional[int] = ..., payload_crc32: _Optional[int] = ..., payload: _Optional[bytes] = ..., sent_ns: _Optional[int] = ..., traceparent: _Optional[str] = ..., slices: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("frame_id", "classification", "detection", "error", "tensors", "timings", "layers_decoded", "symbols_crc32", "echo_sent_ns")
+    __slots__ = ("frame_id", "classification", "detection", "error", "tensors", "timings", "layers_decoded", "symbols_crc32", "echo_sent_ns", "slices_held")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     CLASSIFICATION_FIELD_NUMBER: _ClassVar[int]
     DETECTION_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +147,7 @@ class Result(_message.Message):
     LAYERS_DECODED_FIELD_NUMBER: _ClassVar[int]
     SYMBOLS_CRC32_FIELD_NUMBER: _ClassVar[int]
     ECHO_SENT_NS_FIELD_NUMBER: _ClassVar[int]
+    SLICES_HELD_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     classification: Classification
     detection: Detection
@@ -154,7 +157,8 @@ class Result(_message.Message):
     layers_decoded: int
     symbols_crc32: int
     echo_sent_ns: int
-    def __init__(self, frame_id: _Optional[int] = ..., classification: _Optional[_Union[Classification, _Mapping]] = ..., detection: _Optional[_Union[Detection, _Mapping]] = ..., error: _Optional[_Union[FrameError, _Mapping]] = ..., tensors: _Optional[_Union[Tensors, _Mapping]] = ..., timings: _Optional[_Union[ServerTimings, _Mapping]] = ..., layers_decoded: _Optional[int] = ..., symbols_crc32: _Optional[int] = ..., echo_sent_ns: _Optional[int] = ...) -> None: ...
+    slices_held: int
+    def __init__(self, frame_id: _Optional[int] = ..., classification: _Optional[_Union[Classification, _Mapping]] = ..., detection: _Optional[_Union[Detection, _Mapping]] = ..., error: _Optional[_Union[FrameError, _Mapping]] = ..., tensors: _Optional[_Union[Tensors, _Mapping]] = ..., timings: _Optional[_Union[ServerTimings, _Mapping]] = ..., layers_decoded: _Optional[int] = ..., symbols_crc32: _Optional[int] = ..., echo_sent_ns: _Optional[int] = ..., slices_held: _Optional[int] = ...) -> None: ...
 
 class Classification(_message.Message):
     __slots__ = ("top",)

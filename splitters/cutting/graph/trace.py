@@ -16,8 +16,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from protos.errors import CutError
-from splitters.cutting.checks import ModuleTracker, check_devices, first_line, inference, run_model
+from protos.errors import CutError, first_line
+from splitters.cutting.checks import ModuleTracker, check_devices, inference, run_model
 from splitters.cutting.graph.functional import drop_checks, drop_write_backs, inline_regions, make_functional
 
 Method = Literal["export", "fx"]

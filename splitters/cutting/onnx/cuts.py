@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -43,14 +43,6 @@ class OnnxCut:
     crossing: tuple[str, ...]
     work: float
     macs: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
-    """What one run of the graph showed of a tensor."""
-
-    shape: tuple[int, ...]
-    value: np.ndarray[Any, Any] | None = field(repr=False, default=None)
 
 
 class Cuts:

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from protos.errors import ConfigError, ModelError
-from splitters.cutting.onnx.runtime import Arrays, Session, first_line
+from protos.errors import ConfigError, ModelError, first_line
+from splitters.cutting.onnx.runtime import Arrays, Session
 
 log = logging.getLogger(__name__)
 

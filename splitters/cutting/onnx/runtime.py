@@ -9,16 +9,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from protos.errors import BundleError, ModelError
+from protos.errors import BundleError, ModelError, first_line
 from splitters.runtime.sessions import open_session
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-
-
-def first_line(error: BaseException | None, limit: int = 240) -> str:
-    """The first line that says something of an exception's text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:limit] if lines else type(error).__name__
 
 
 class Session:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from protos.errors import SourceError
 from protos.messages import Answer
 from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, LocalModel, Preprocess
-from splitters.bundle.operating_point import OperatingPoint, Quantiles
-from splitters.codec import LatentCodec, calibrate_plain, codec_from_spec
+from splitters.bundle.operating_point import OperatingPoint
+from splitters.codec import calibrate_plain, codec_from_spec
 from splitters.cutting.checks import OnStep, silent
 from splitters.cutting.onnx.cost import best_cut, crossing_costs
 from splitters.cutting.onnx.cuts import Cuts, OnnxCut
@@ -27,11 +26,10 @@ from splitters.cutting.onnx.model import OnnxModel, at_batch_one, to_bytes
 from splitters.cutting.onnx.pieces import IMAGE, Latent, Pieces, divide, latent_name
 from splitters.cutting.onnx.proof import Proof, prove
 from splitters.cutting.onnx.runtime import Session
+from splitters.cutting.points import channel_axis, measure_points
 from splitters.runtime.tail import batched
 from splitters.tasks.base import make_task
 from splitters.tasks.preprocess import Frame, preprocess
-
-_TIMED_RUNS = 20
 
 Array = np.ndarray[Any, Any]
 
@@ -128,7 +126,10 @@ def write_onnx_bundle(
         agreements.append(judged.point(codec, str(number), runs))
     on_step(len(serving.bits), len(serving.bits), "writing the bundle")
     agreement, answers = agreements[int(np.argmax(serving.bits))]
-    points = _points(head, images, runs, codec, pieces.latents, serving.bits, [a.accuracy for a, _ in agreements])
+    points = measure_points(
+        lambda image: head.run({IMAGE: image}), images, runs, codec, [latent.shape for latent in pieces.latents], serving.bits,
+        accuracy=[a.accuracy for a, _ in agreements], metric=METRIC,
+    )  # fmt: skip
     bundle = _written(model, cut, pieces, proof, serving, spec, points, out)
     notes = [*model.notes, *proof.notes]
     if asked.free_batch and not proof.free_batch:
@@ -212,13 +213,6 @@ def _tail_runner(session: Session) -> Any:
     return batched(run, 1)
 
 
-def channel_axis(shape: Sequence[int]) -> int:
-    """Which axis of a latent (without batch) holds channels: first of (C, H, W), last of (L, C) and of (H, W, C)."""
-    if len(shape) == 2 or (len(shape) == 3 and shape[0] == shape[1] != shape[2]):
-        return len(shape) - 1
-    return 0
-
-
 def _calibrated(latents: Sequence[Latent], runs: Sequence[Sequence[Array]], bits: Sequence[int]) -> dict[str, Any]:
     """The codec's spec; bytes of the graph travel as they are at 8 bits."""
     samples = [np.concatenate([run[i] for run in runs]) for i in range(len(latents))]
@@ -234,28 +228,3 @@ def _calibrated(latents: Sequence[Latent], runs: Sequence[Sequence[Array]], bits
             entry["low"] = [low] * len(entry["low"])
             entry["step"] = [max(levels / (2 ** point["bits"] - 1), 1.0)] * len(entry["step"])
     return spec
-
-
-def _points(
-    head: Session, images: Sequence[Array], runs: Sequence[Sequence[Array]], codec: LatentCodec, latents: Sequence[Latent],
-    bits: Sequence[int], accuracy: Sequence[float],
-) -> list[OperatingPoint]:  # fmt: skip
-    """Operating points with payload bytes and head times measured on the photographs, and the agreement with the whole file."""
-    spent = []
-    for number in range(_TIMED_RUNS):
-        start = time.perf_counter_ns()
-        head.run({IMAGE: images[number % len(images)]})
-        spent.append((time.perf_counter_ns() - start) / 1e6)
-    head_ms = Quantiles(p50=float(np.median(spent)), p95=float(np.percentile(spent, 95)))
-    channels = sum(latent.shape[channel_axis(latent.shape)] if latent.shape else 1 for latent in latents)
-    points = []
-    for number, width in enumerate(bits):
-        sizes = [sum(map(len, codec.encode(codec.quantise([t[0] for t in run], str(number))))) for run in runs]
-        measured = Quantiles(p50=float(np.median(sizes)), p95=float(np.percentile(sizes, 95)))
-        points.append(
-            OperatingPoint(
-                id=number, channels=channels, bits=width, payload_bytes=measured, head_ms=head_ms,
-                accuracy=accuracy[number], accuracy_metric=METRIC,
-            )
-        )  # fmt: skip
-    return points

@@ -14,11 +14,12 @@ from protos.errors import BundleError, CutError
 from protos.messages import Detection
 from splitters.bundle import Bundle
 from splitters.cutting.rcnn.bundle import detector_preprocess, write_detector_bundle
-from splitters.cutting.rcnn.detectors import DetectorSplit, build_detector, build_tail, is_detector, match, resized_size
+from splitters.cutting.rcnn.detectors import build_detector, build_tail, is_detector, resized_size
 from splitters.cutting.sources import ModelSource
 from splitters.runtime.tail import load_tail
 from splitters.tasks.preprocess import preprocess
 from tests.bench.cut_detectors import build, read_photo
+from tests.fakes.detector_split import DetectorSplit, match
 
 NAME, AT = "ssdlite320_mobilenet_v3_large", "backbone.features.0.6.block.1"
 SMALL = {"min_size": 160, "max_size": 224}

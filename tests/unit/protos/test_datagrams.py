@@ -79,7 +79,7 @@ def test_a_piece_of_another_message_is_refused() -> None:
     gathered = Gathered(whole.part(0), 1 << 20)
     for part, body in (
         (pb.Part(count=2, whole_bytes=100), whole.bodies[0]),
-        (whole.part(1), b"x"),
+        (whole.part(1), bytes(101)),
         (whole.part(200), whole.bodies[0]),
     ):
         with pytest.raises(ProtocolError):
@@ -167,6 +167,20 @@ def test_at_the_last_moment_a_frame_runs_with_the_layers_that_are_there() -> Non
     (frame,) = gatherer.overdue(80 * MS, 30 * MS)
     assert [len(layer) for layer in frame.layers] == [200]
     assert gatherer.add(rest[0], 90 * MS) == []  # too late
+
+
+def test_a_frame_in_slices_runs_with_its_holes() -> None:
+    gatherer, payload = Gatherer(wait_ns=10**9), bytes(range(1, 101))
+    layer = FrameLayer(frame_id=1, source_width_px=4, source_height_px=4, payload=payload, deadline_remaining_ns=100 * MS, slices=4)
+    whole = cut(payload, 0, 4)
+    for index in (0, 1, 3):
+        said = layer.to_proto()
+        said.payload = whole.bodies[index]
+        assert gatherer.add(pb.FramePiece(layer=said, part=whole.part(index)), MS) == []
+    assert gatherer.due_ns(20 * MS) == 81 * MS
+    (frame,) = gatherer.overdue(81 * MS, 20 * MS)
+    assert frame.slices == 4
+    assert frame.layers == (payload[:50] + bytes(25) + payload[75:],)
 
 
 def test_a_frame_without_its_base_is_nobodys() -> None:

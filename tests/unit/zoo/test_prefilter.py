@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from protos.errors import ConfigError, ModelError
-from splitters.evaluation.prefilter import draw_curves, passage_scores, passages, roc, roc_auc
+from splitters.evaluation.prefilter import passage_scores, passages, roc, roc_auc
 from splitters.training.prefilter.loop import heat_targets, held_out, prefilter_loss
 from splitters.zoo.prefilter.network import CATEGORY_IDS, WEIGHTS, InterestScore, Prefilter, columns_of, load_prefilter
 from splitters.zoo.prefilter.promise import RECALLS, clopper_pearson_lower, promises, threshold_for
+from tests.bench.prefilter_report import draw_curves
 
 
 def test_shapes_and_the_interest_column() -> None:
