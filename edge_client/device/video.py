@@ -72,10 +72,12 @@ class VideoSender:
 
     def _encode(self, picture: Frame, quality: int, size: tuple[int, int], reference: int | None, bitrate_bps: int) -> VideoPayload:
         stream = self._stream
-        if self.name != SOFTWARE and (reference is None or (stream is not None and stream.bitrate_bps != bitrate_bps)):
-            stream = None  # a device's own encoder begins anew for a key frame and for another bitrate
-        if stream is None or stream.size != size:
-            stream = self._stream = H264Encoder(self.name, size, bitrate_bps)
+        if stream is not None and self.name == SOFTWARE:
+            again = reference is None and stream.quality != quality
+        else:  # a device's own encoder begins again for a key frame and for another bitrate
+            again = reference is None or stream is None or stream.bitrate_bps != bitrate_bps
+        if stream is None or again or stream.size != size:
+            stream = self._stream = H264Encoder(self.name, size, quality, bitrate_bps)
         units, key = stream.encode(reduced(picture, size), quality, key=reference is None)
         return VideoPayload(units=units, reference=None if key else reference)
 

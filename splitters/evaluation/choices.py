@@ -109,7 +109,7 @@ def _code(picture: NDArray[np.uint8], quality: int, side: int) -> tuple[list[int
     """Payload bytes and thread milliseconds of a photo's past and itself, and what the server sees of the photo."""
     height, width = picture.shape[:2]
     size = video_size((height, width), side)
-    encoder, decoder = H264Encoder(SOFTWARE, size), H264Decoder(padded_pixels((height, width)))
+    encoder, decoder = H264Encoder(SOFTWARE, size, quality), H264Decoder(padded_pixels((height, width)))
     sizes, taken, seen = [], [], picture
     for number, frame in enumerate(past(picture, np.random.default_rng(0))):
         start = time.thread_time_ns()

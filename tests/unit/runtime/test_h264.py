@@ -165,4 +165,4 @@ def test_the_first_encoder_that_works_is_found_and_the_others_are_named(caplog: 
     assert "h264_not_there" in caplog.text
     assert find_encoder(SIZE, ("h264_not_there",)) == ""
     with pytest.raises(MissingDependencyError, match="h264_not_there"):
-        H264Encoder("h264_not_there", SIZE, 100_000)
+        H264Encoder("h264_not_there", SIZE, bitrate_bps=100_000)
