@@ -1,12 +1,12 @@
 """H.264 for offload: one picture in, one packet out, and back. Device, server and measurement all code with what is here.
 
-**Quality, frame by frame.** FFmpeg lets nothing of a running libx264 be set but its mean bitrate, and x264 follows a new mean only
-after many frames (measured: 1,232 bytes a frame at 160 kbit/s, 1,697 after going down to 40). What works at once is a region of
-interest that covers the picture: its offset is added to every block's quantiser. So a stream is opened at one constant rate factor, and
-a frame may have another. Neither a key frame nor a second encoder is needed. Which blocks are skipped goes by the first: a stream opened
-at 40 and asked for 38 kept a detector's AP50 at .970 with 167 bytes a frame, where one opened at 36 kept .996 with 235 (YOLOX-nano,
-vtest). So each key frame opens the stream at the quality that is wanted then. A device's own encoder knows no regions: it is opened at
-a bitrate and opened again for another one, with a key frame.
+**Quality, frame by frame.** FFmpeg lets nothing of a running libx264 be set but its mean bitrate, and x264 follows a new mean
+only after many frames (measured: 1,232 bytes a frame at 160 kbit/s, 1,697 after going down to 40). What works at once is a
+region of interest that covers the picture: its offset is added to every block's quantiser. So a stream is opened at one
+constant rate factor, and a frame may have another. Neither a key frame nor a second encoder is needed. Which blocks are skipped
+goes by the first: a stream opened at 40 and asked for 38 kept a detector's AP50 at .970 with 167 bytes a frame, where one
+opened at 36 kept .996 with 235 (YOLOX-nano, vtest). So each key frame opens the stream at the quality that is wanted then. A
+device's own encoder knows no regions: it is opened at a bitrate and opened again for another one, with a key frame.
 
 Shape legend: pictures are (h, w, 3) uint8 BGR with even sides.
 """
