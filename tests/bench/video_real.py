@@ -26,8 +26,9 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-import cv2
+import av
 import numpy as np
+from numpy.typing import NDArray
 
 from deploy.testbed.real.run import Stage, answered_in_time
 from deploy.testbed.scenario import Direction, Scenario
@@ -78,9 +79,9 @@ class ClipStage(Stage):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Half:
-    """A clip's second half as files, and the uncut model's judge of it."""
+    """A clip's second half as a video of its own, and the uncut model's judge of it."""
 
-    folder: Path
+    video: Path
     judge: Fidelity
 
     def __len__(self) -> int:
@@ -106,20 +107,31 @@ def prepared(source: Path, folder: Path) -> Bundle:
     return rewrite_points(bundle, bundle.points, offloads=offloads)
 
 
-def second_half(clip: Path, bundle: Bundle, folder: Path, limit: int) -> Half:
+def second_half(clip: Path, bundle: Bundle, video: Path, limit: int) -> Half:
     """Frames of the half at 10 fps, without loss, and what the uncut model sees in them."""
-    folder.mkdir()
     frames, tick = [], 0
     for time_s, frame in decoded(clip):
         if time_s * FPS >= tick - 0.25:
             frames.append(frame)
             tick = max(tick + 1, int(time_s * FPS) + 1)
     tail, wanted = load_tail(bundle, threads=1), []
-    for number, frame in enumerate(frames[len(frames) // 2 :][:limit]):
-        cv2.imwrite(str(folder / f"{number:05d}.bmp"), frame)
+    frames = frames[len(frames) // 2 :][:limit]
+    write_lossless(frames, video)
+    for frame in frames:
         picture = input_image(frame, bundle.manifest.preprocess)
         wanted += tail.run_images([picture], [(frame.shape[1], frame.shape[0])])
-    return Half(folder=folder, judge=Fidelity.to(wanted))
+    return Half(video=video, judge=Fidelity.to(wanted))
+
+
+def write_lossless(frames: Sequence[NDArray[np.uint8]], video: Path) -> None:
+    """A video whose frames are exactly these."""
+    with av.open(str(video), "w") as container:
+        stream = container.add_stream("libx264rgb", rate=int(FPS), options={"qp": "0", "preset": "ultrafast"})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "bgr24"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="bgr24")))
+        container.mux(stream.encode(None))
 
 
 def row_of(lines: Sequence[Mapping[str, Any]], half: Half) -> dict[str, Any]:
@@ -188,7 +200,7 @@ async def measure(args: argparse.Namespace, done: set[str]) -> None:
                     todo = [(loss, c) for loss in LOSSES for c in choices if key(bundle, clip, loss, c) not in done]
                     if not todo:
                         continue
-                    half = second_half(args.data / "video" / clip, bundle, Path(folder) / Path(clip).stem, args.frames)
+                    half = second_half(args.data / "video" / clip, bundle, Path(folder) / f"{Path(clip).stem}.mkv", args.frames)
                     for loss, choice in todo:
                         await one(args, stage, bundle, (clip, half), loss, choice)
 
@@ -209,7 +221,7 @@ async def one(args: argparse.Namespace, stage: Stage, bundle: Bundle, clip: tupl
     )
     os.environ[_CHOICE] = choice
     before = os.getloadavg()[0]
-    lines, _ = await stage.run(scenario, str(half.folder), _POLICY)
+    lines, _ = await stage.run(scenario, str(half.video), _POLICY)
     row = {
         "key": key(bundle, name, loss, choice), "model": bundle.manifest.name, "clip": name, "loss_percent": loss, "choice": choice,
         "load": round((before + os.getloadavg()[0]) / 2, 1), **row_of(lines, half),
