@@ -73,16 +73,7 @@ class Controller:
         own = head_ms or {}
         remote = [
             Option(Split(point_id=p.id), p.accuracy, p.payload_bytes, own.get(p.id, p.head_ms)) for p in points if p.pareto
-        ] + [
-            Option(
-                Offload(format=o.format, quality=o.quality, size_px=o.size_px),
-                o.accuracy,
-                o.payload_bytes,
-                o.encode_ms,
-                o.key_bytes,
-            )
-            for o in offloads
-        ]
+        ] + [Option.of(o) for o in offloads]
         self._local = Option(Local(), local.accuracy, _NOTHING, local.ms) if local else None
         if not remote and self._local is None:
             raise ConfigError("the controller has nothing to choose from: give it operating points, offloads or a local model")

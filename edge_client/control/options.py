@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edge_client.control.decision import Decision
+from edge_client.control.decision import Decision, Offload
 from edge_client.control.quantile import SlidingQuantile
+from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import Quantiles
 
 _SEGMENT_BYTES = 1448
@@ -47,6 +48,12 @@ class Option:
         self._samples: SlidingQuantile | None = None  # most are never chosen
         self.mid_ns = self.high_ns = 0.0
         self.set_ms(ms)
+
+    @classmethod
+    def of(cls, o: OffloadOption) -> Option:
+        """A picture or video to send instead."""
+        decision = Offload(format=o.format, quality=o.quality, size_px=o.size_px)
+        return cls(decision, o.accuracy, o.payload_bytes, o.encode_ms, o.key_bytes)
 
     def set_bytes(self, payload: Quantiles) -> None:
         """What a payload is believed to cost."""

@@ -78,8 +78,10 @@ class Answerer:
         self._pending_bytes = 0
         self._pending: Counter[str] = Counter()
 
-    def history(self) -> History:
-        """For a new session; to be closed at its end."""
+    def history(self, *, after: History | None = None) -> History:
+        """For a new session, or for one that says hello again and had another; to be closed at its end."""
+        if after is not None:
+            after.close()
         return History(video=VideoStream(self.video_slots))
 
     @property

@@ -27,7 +27,8 @@ from edge_server.doors.answering import Answerer, History, failed
 from edge_server.doors.datagrams import MARGIN_NS, DatagramPath, Datagrams
 from edge_server.doors.wire import checked
 from edge_server.frames.assembly import ArrivedFrame, Assembler
-from edge_server.models import Model, ModelStore
+from edge_server.frames.video import payload_kinds
+from edge_server.models import Model, ModelStore, said_bytes
 from edge_server.observe.metrics import Metrics
 from edge_server.observe.tracing import NoTracing, Tracing
 from protos.errors import (
@@ -206,8 +207,7 @@ class Session:
         self.model = model
         self._client_sha256 = hello.bundle_sha256
         self._max_in_flight = min(hello.max_in_flight or _DEFAULT_IN_FLIGHT, self._s.limits.max_in_flight)
-        self._history.close()
-        self._history = self._s.answerer.history()
+        self._history = self._s.answerer.history(after=self._history)
         points = [(p.payload_bytes.p50, p.accuracy) for p in model.bundle.points if p.payload_bytes.p50 > 0 and p.accuracy > 0]
         fps = hello.fps if 0 < hello.fps < 10_000 else 0.0
         owner = self._quota.name if self._quota is not None else ""
@@ -216,14 +216,10 @@ class Session:
             welcome=pb.Welcome(
                 protocol_version=PROTOCOL_VERSION, session_id=self.id, model=model.name, bundle_sha256=model.sha256,
                 max_in_flight=self._max_in_flight, max_payload_bytes=self._s.limits.max_payload_bytes,
-                server_version=self._s.version, payload_kinds=self._payload_kinds(),
+                server_version=self._s.version, payload_kinds=payload_kinds(self._s.limits.max_video_streams),
                 datagrams=self._path.offer(wanted=hello.datagrams),
             )
         )  # fmt: skip
-
-    def _payload_kinds(self) -> list[pb.PayloadKind]:
-        video = self._s.limits.max_video_streams > 0
-        return [kind.value for kind in PayloadKind if video or kind is not PayloadKind.VIDEO]
 
     def _begin_other(self, frame: ArrivedFrame) -> None:
         """A frame that came as datagrams; ids that the stream uses are not for it."""
@@ -293,8 +289,7 @@ class Session:
             self._send_result(result)
             return
         if frame.kind is PayloadKind.LATENT:
-            said = {p.id: p.payload_bytes.p50 for p in self._greeted().bundle.points}.get(frame.operating_point, 0.0)
-            self._s.bandwidth.on_payload(self.id, said, frame.payload_bytes)
+            self._s.bandwidth.on_payload(self.id, said_bytes(self._greeted(), frame.operating_point), frame.payload_bytes)
         task = asyncio.create_task(self._answer(self._greeted(), frame, self._history))
         self._tasks.add(task)
         self._owed.add(frame.frame_id)

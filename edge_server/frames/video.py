@@ -13,11 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import LimitError, PayloadError
+from protos.headtail.v1 import headtail_pb2 as pb
+from protos.messages import PayloadKind
 from splitters.bundle.offload import restorable, restore
 from splitters.runtime.h264 import H264Decoder, padded_pixels
 from splitters.runtime.h264_stream import VideoPayload
 
 _IDLE_NS = 10_000_000_000  # a decoder unused for so long makes room for another session's
+
+
+def payload_kinds(max_video_streams: int) -> list[pb.PayloadKind]:
+    """What a server takes, as its welcome says it."""
+    return [kind.value for kind in PayloadKind if max_video_streams > 0 or kind is not PayloadKind.VIDEO]
 
 
 class VideoSlots:

@@ -60,7 +60,7 @@ async def opened(answer: Answer) -> Any:
 
     store: Any = SimpleNamespace(get=lambda _name: MODEL)
     backend: Any = SimpleNamespace(load_now=lambda: Load(waiting=0, queue_ns=0, tail_ns=0))
-    answerer: Any = SimpleNamespace(answer=answers, history=History)
+    answerer: Any = SimpleNamespace(answer=answers, history=lambda after=None: History())
     services = Services(
         store=store, backend=backend, answerer=answerer, bandwidth=BandwidthManager(), limits=Limits(), metrics=NoMetrics(),
         clock=time.monotonic_ns, version="test",
