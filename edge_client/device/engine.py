@@ -111,8 +111,11 @@ class Engine:
         return Encoded(payloads=coded.payloads, symbols=coded.symbols, stages_ms=stages, reference=coded.reference)
 
     def in_slices(self, encoded: Encoded) -> Encoded:
-        """The same key frame in slices, where it is larger than a datagram and each slice is not; else as it is."""
-        if encoded.symbols is None or encoded.symbols.history is not None or encoded.payload_bytes <= BODY_BYTES:
+        """The same key frame in slices, where it takes more than two datagrams and each slice is one; else as it is.
+
+        Coding four small planes takes several times as long as one, so that frames for which parity is enough stay as they are.
+        """
+        if encoded.symbols is None or encoded.symbols.history is not None or encoded.payload_bytes <= 2 * BODY_BYTES:
             return encoded
         start_ns = self._clock()
         payload = self.codec.encode_slices(encoded.symbols)
