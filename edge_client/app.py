@@ -123,7 +123,7 @@ class App:
         self._runner: Runner | None = None
         self._session: Link | None = None
         self._capture: Capture | None = None
-        self._load = load or loads_here(self._store, clock=self._clock, threads=config.threads)
+        self._load = load or loads_here(self._store, clock=self._clock, threads=config.threads, encoder=config.h264_encoder)
         self._make_policy = policy or self._policy
         self._loader: ModelLoader | None = None
         self._follower: Follower | None = None

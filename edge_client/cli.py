@@ -113,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what carries the frames: grpc, quic, auto (quic where packets are lost), or module:Class (default grpc)",
     )
     add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
+    add("--h264-encoder", metavar="NAME", help="FFmpeg's encoder for offloaded video, auto or off (default auto: the device's own)")
     add = parser.add_argument_group("which frames need no answer").add_argument
     add(
         "--change-gate",
