@@ -3,16 +3,18 @@
 The stem's map is the largest tensor a device makes. It is written into a buffer that is used again and again, since a fresh
 one costs page faults and a copy: up to a fifth of the cheapest encoder's time.
 
-Shape legend: input (1, 3, h, w); the stem's outputs and every latent carry a batch axis of 1 until they are coded.
+Shape legend: a picture (1, 3, h, w); the stem's outputs and every latent carry a batch axis of 1 until they are coded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_client.frames import Clock
 from protos.errors import BundleError, ModelError
@@ -48,7 +50,7 @@ class Maps(list[Floats]):
 
 
 class BoundStem:
-    """A graph of one input whose outputs land in buffers that are used again once the caller has let go of them.
+    """A graph whose outputs land in buffers that are used again once the caller has let go of them.
 
     Args:
         path: the ONNX file.
@@ -62,27 +64,29 @@ class BoundStem:
     def __init__(self, path: Path, *, threads: int = 1, options: ort.RunOptions | None = None) -> None:
         self._options = options
         self._session, self._path = open_session(path, threads=threads), path
-        self._input = self._session.get_inputs()[0].name
+        self._inputs = [i.name for i in self._session.get_inputs()]
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._binding = self._session.io_binding()
         self._free: list[list[Floats]] = []
-        self._shape: tuple[int, ...] = ()
+        self._shapes: list[tuple[int, ...]] = []
         self._sizes: list[tuple[int, ...]] = []
 
-    def __call__(self, image: Floats) -> Maps:
-        """Outputs of (1, 3, h, w); they stay as they are for as long as the returned list lives.
+    def __call__(self, given: Sequence[NDArray[Any]]) -> Maps:
+        """Outputs of the inputs, in their order; they stay as they are for as long as the returned list lives.
 
         Raises:
             ModelError: the run failed.
         """
         try:
-            if image.shape != self._shape:  # the first frame tells the outputs' shapes
-                buffers = list(self._session.run(None, {self._input: image}, self._options))
-                self._shape, self._free, self._sizes = image.shape, [], [b.shape for b in buffers]
+            named = dict(zip(self._inputs, map(np.ascontiguousarray, given), strict=True))
+            shapes = [array.shape for array in named.values()]
+            if shapes != self._shapes:  # the first frame tells the outputs' shapes
+                buffers = list(self._session.run(None, named, self._options))
+                self._shapes, self._free, self._sizes = shapes, [], [b.shape for b in buffers]
                 return Maps(buffers, self._free)
             buffers = self._free.pop() if self._free else [np.empty(size, np.float32) for size in self._sizes]
-            given = np.ascontiguousarray(image, dtype=np.float32)
-            self._binding.bind_cpu_input(self._input, given)
+            for name, array in named.items():
+                self._binding.bind_cpu_input(name, array)
             for name, buffer in zip(self._outputs, buffers, strict=True):
                 self._binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
             self._session.run_with_iobinding(self._binding, self._options)
@@ -113,9 +117,9 @@ class Head:
                 if name not in self._graphs:
                     raise BundleError(f"operating point {point.id} needs the graph {name!r}, which the manifest does not list")
 
-    def stem(self, image: Floats) -> list[Floats]:
-        """The stem's feature maps, shared by encoders and prefilter. ``image``: (1, 3, h, w), normalised."""
-        return self._stem(image)
+    def stem(self, given: Sequence[NDArray[Any]]) -> list[Floats]:
+        """The stem's feature maps, shared by encoders and prefilter, of its inputs as `FrameInputs` makes them."""
+        return self._stem(given)
 
     def prefilter_scores(self, features: list[Floats]) -> list[float]:
         """The prefilter's scores on the stem's first feature map, one a class; empty where the bundle has none."""

@@ -37,6 +37,7 @@ class Source:
         name: short, fit for a bundle's name.
         model: in evaluation mode; a module or, of a ``.pt2``, an exported program.
         example: an input of the right shape (zeros).
+        inputs: a factory's own example, where it is no float32 picture: a tensor, a tuple, or a dict of keyword arguments.
         preprocess: how a picture becomes that input; None where the source does not say.
         labels: class id → name; empty where unknown.
         weights: what its weights are, in words.
@@ -50,6 +51,7 @@ class Source:
     preprocess: Preprocess | None
     labels: Mapping[int, str] = field(default_factory=dict)
     weights: str
+    inputs: Any = None
     check: Callable[[Sequence[NDArray[np.float32]]], float] | None = None
 
     def module(self) -> nn.Module:
@@ -233,11 +235,16 @@ def _python(text: str, weights: str, size_px: tuple[int, int] | None) -> Source:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{factory_name}() must return an nn.Module, or one with an example input; got {type(model).__name__}")
     what = _fill(model, weights) if weights not in {"random", "hub"} else "the factory's"
+    inputs = None
+    if example is not None and not (
+        isinstance(example, Tensor) and example.ndim == 4 and example.shape[1] in (1, 3) and example.dtype == torch.float32
+    ):
+        inputs = example
     if not isinstance(example, Tensor):
         example = _example(size_px or (224, 224))
     elif size_px is not None and example.ndim == 4:
         example = example.new_zeros((*example.shape[:2], *size_px))
-    return Source(name=factory_name, model=model.eval(), example=example, preprocess=None, weights=what)
+    return Source(name=factory_name, model=model.eval(), example=example, inputs=inputs, preprocess=None, weights=what)
 
 
 def _pt2(path: Path) -> Source:

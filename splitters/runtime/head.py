@@ -12,8 +12,9 @@ import numpy as np
 
 from splitters.bundle import Bundle
 from splitters.codec import LatentCodec, codec_from_spec
+from splitters.runtime.inputs import FrameInputs, Raw
 from splitters.runtime.sessions import Floats, open_graph
-from splitters.tasks.preprocess import Frame, normalise
+from splitters.tasks.preprocess import Frame
 
 
 def open_codec(bundle: Bundle) -> LatentCodec:
@@ -26,13 +27,13 @@ class Head:
 
     def __init__(self, bundle: Bundle) -> None:
         head = bundle.manifest.head
-        self._spec = bundle.manifest.preprocess
+        self._inputs = FrameInputs(bundle.manifest.inputs, bundle.manifest.preprocess)
         self._stem = open_graph(bundle.part_path(head.stem))
         self._graphs = {name: open_graph(bundle.part_path(path)) for name, path in head.graphs.items()}
 
-    def stem(self, picture: Frame) -> list[Floats]:
-        """The stem's outputs, batch of one."""
-        return self._stem([normalise(picture, self._spec)])
+    def stem(self, picture: Frame, raw: Raw | None = None) -> list[Floats]:
+        """The stem's outputs, batch of one, of a picture of the input's size and the arrays that came with it."""
+        return self._stem(self._inputs(picture, raw))
 
     def latents(self, stem_map: Sequence[Floats], graphs: Sequence[str]) -> list[Floats]:
         """The stem's outputs, or the graphs' sum, batch of one."""
