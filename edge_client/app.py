@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from edge_client.bundles.loader import Load, ModelLoader, loads_here
 from edge_client.bundles.store import BundleStore
@@ -40,11 +40,16 @@ from edge_client.sinks.jsonl import is_pipe, open_pipe
 from edge_client.sinks.output_file import refuse_overwriting
 from edge_client.transport.base import Link
 from edge_client.transport.embedded import EmbeddedServer
+from edge_client.web.opening import link_estimate, open_page
+from edge_client.web.view import CameraView, Circumstances
 from protos.errors import ConfigError, HeadtailError, SourceError
 from protos.messages import Detection
 from protos.text import printable
 from protos.tracing import open_spans
 from protos.version import package_version
+
+if TYPE_CHECKING:
+    from edge_client.web.page import LivePage
 
 log = logging.getLogger(__name__)
 
@@ -111,12 +116,16 @@ class App:
         sampler = JpegSampler(clock=self._clock, every_s=0.0)
         summary = Summary(lambda: self._runner.pipeline.ledger if self._runner else Ledger(), sampler, self._labels)
         server: EmbeddedServer | None = None
+        page: LivePage | None = None
         try:
             source = parse_source(self._config.camera)
             self._spare_files(source)
+            if self._config.web is not None:
+                page = open_page(self._config.web)
+                await page.start()
             if self._config.server == EMBEDDED:
                 server = EmbeddedServer(self._config.model)
-            self._task = asyncio.create_task(self._everything(source, server, summary, sampler))
+            self._task = asyncio.create_task(self._everything(source, server, summary, sampler, page))
             if self._ending.interrupted:
                 self._task.cancel()
             await self._task
@@ -126,6 +135,8 @@ class App:
             if not self._ending.interrupted:
                 raise
         finally:
+            if page is not None:
+                await page.close()
             if server is not None:
                 await loop.run_in_executor(None, server.stop)
             sampler.close()
@@ -151,7 +162,9 @@ class App:
 
     # ------------------------------------------------------------------ the parts
 
-    async def _everything(self, source: Source, server: EmbeddedServer | None, summary: Summary, sampler: JpegSampler) -> None:
+    async def _everything(
+        self, source: Source, server: EmbeddedServer | None, summary: Summary, sampler: JpegSampler, page: LivePage | None
+    ) -> None:
         config = self._config
         address = await server.start() if server is not None else config.server
         endpoint = config.endpoint(address)
@@ -192,7 +205,8 @@ class App:
             model=model, deadline_ms=config.effective_deadline_ms(live=live), max_in_flight=config.max_in_flight,
             wait_for_server_s=config.effective_wait_s(live=live), point_id=self._checked_point(engine), group=config.group,
             change_gate=_wanted(config.change_gate, source), floor=config.floor(), temporal=not source.pictures,
-            keep_images=config.display or config.track or config.save_video is not None, client_version=package_version(),
+            keep_images=config.display or config.track or config.save_video is not None or page is not None,
+            client_version=package_version(),
         )  # fmt: skip
         runner = self._runner = Runner(settings, parts, engine, LiveStrategy if live else FileStrategy)
         self._session = make(TRANSPORTS, config.transport, endpoint, runner.exchange, clock=self._clock)
@@ -200,6 +214,12 @@ class App:
             metrics = Metrics(self._session)
             log.info("metrics on port %d", metrics.serve(*config.metrics_address()))
             sinks.add(metrics)
+        if page is not None:
+            name = config.camera_id or (source.shown if source.camera else Path(source.shown).name)
+            around = functools.partial(self._circumstances, address)
+            view = CameraView(name, self._labels, around, deadline_ms=settings.deadline_ms, draw=page.draw, clock=self._clock)
+            page.add(view)
+            sinks.add(view)
         status = self._status(summary_sink=sinks)
         shower = asyncio.create_task(self._show(status))
         try:
@@ -292,6 +312,17 @@ class App:
         if self._session is not None and not self._session.up:
             notes.append("no server" + (f": {self._session.error.message}" if self._session.error else ""))
         return "; ".join(n for n in notes if n)
+
+    def _circumstances(self, address: str) -> Circumstances:
+        session, runner = self._session, self._runner
+        assert session is not None  # noqa: S101 - both are there before the page's camera
+        assert runner is not None  # noqa: S101
+        notes = (self._capture.note if self._capture else "", runner.note)
+        return Circumstances(
+            server=address, up=session.up, error=session.error.message if session.error and not session.up else "",
+            reconnects=session.reconnects, note="; ".join(n for n in notes if n),
+            link=link_estimate(runner.pipeline.model.controller),
+        )  # fmt: skip
 
     async def _show(self, status: Status) -> None:
         while True:

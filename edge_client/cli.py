@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -46,7 +47,7 @@ exit codes: 0 done or stopped by SIGINT/SIGTERM; 1 our own fault; 2 wrong option
 4 bundle absent or altered; 5 unknown model; 6 version mismatch; 7 no headtail server there; 8 broken protocol;
 9 a limit; 10 not authorised; 11 the model failed; 12 a disk is full, or standard output closed; 130 interrupted twice.
 
-environment: HEADTAIL_TOKEN (bearer token), HEADTAIL_CACHE (default ~/.cache/headtail).
+environment: HEADTAIL_TOKEN (bearer token), HEADTAIL_WEB_TOKEN (the live page's), HEADTAIL_CACHE (default ~/.cache/headtail).
 """
 
 _CAMERA_HELP = "device index, /dev/videoN, RTSP/HTTP URL, video file, picture, directory, or synthetic:[fps=30,size=640x480]"
@@ -93,7 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--operating-point", type=int, metavar="ID", help="always send at this operating point instead of choosing")
     add("--group", metavar="NAME", help="cameras of the same group share a link; the server divides it fairly")
     add("--policy", metavar="NAME", help="who chooses what is sent: a registered name or module:Class (default adaptive)")
-    add("--transport", metavar="NAME", help="what carries the frames: a registered name or module:Class (default grpc)")
+    add(
+        "--transport",
+        metavar="NAME",
+        help="what carries the frames: grpc, quic, auto (quic where packets are lost), or module:Class (default grpc)",
+    )
     add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
     add = parser.add_argument_group("which frames need no answer").add_argument
     add(
@@ -116,6 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="write annotated frames: a .mp4 (H.264), .mkv or .avi, a .jpg for one picture, or a directory",
     )
     add("--sink", action="append", metavar="NAME[=WHERE]", help="a further place: a registered name or module:Class; repeatable")
+    add(
+        "--web", metavar="HOST:PORT", help="a live page for browsers, e.g. 127.0.0.1:8080; elsewhere HEADTAIL_WEB_TOKEN must be set"
+    )
     add("--display", action="store_true", help="show annotated frames in a window")
     add("--json", action="store_true", help="the summary as one JSON object on the last line of standard output")
     add = parser.add_argument_group("encryption (the token stands in HEADTAIL_TOKEN)").add_argument
@@ -197,9 +205,11 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
         ending = _to_its_end((make or App)(config, console), interrupts)
     except HeadtailError:
         raise
-    except Exception:
+    except Exception as error:
         logging.getLogger(__name__).debug("unexpected", exc_info=True)
-        logging.getLogger(__name__).critical("our own fault; --log-level debug shows the traceback")
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}, {error}"
+        logging.getLogger(__name__).critical("our own fault (%s); --log-level debug shows the traceback", what)
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
         return 1

@@ -11,6 +11,7 @@ from edge_client.gates.floor import ScoreFloor, read_floor
 from edge_client.transport.rpc import Endpoint, is_port, token_from_environment
 from protos.errors import ConfigError
 from protos.schema import checked, read_toml
+from protos.web.address import page_address, token_for
 
 LIVE_DEADLINE_MS = 500.0
 FILE_PATIENCE_S = 30.0
@@ -48,6 +49,7 @@ class ClientConfig:
         policy: who chooses, frame by frame: a registered name, or ``module:Class``.
         transport: what carries the frames: the same.
         sink: further places where answers go, each ``NAME`` or ``NAME=WHERE``: the same.
+        web: host:port of the live page; None: off. Others than this machine need the token of ``HEADTAIL_WEB_TOKEN``.
         metrics_listen: host:port for Prometheus; None: off.
         otel_endpoint: an OTLP collector for traces; None: as OpenTelemetry's own variables say.
         tls_ca, tls_cert, tls_key, tls: see ``rpc.Endpoint``.
@@ -82,6 +84,7 @@ class ClientConfig:
     policy: str = "adaptive"
     transport: str = "grpc"
     sink: tuple[str, ...] = ()
+    web: str | None = None
     metrics_listen: str | None = None
     otel_endpoint: str | None = None
     tls: bool = False
@@ -111,6 +114,8 @@ class ClientConfig:
             text = getattr(self, name)
             if not text.isprintable() or len(text) > _MAX_NAME_CHARS:
                 raise ConfigError(f"--{name} takes at most {_MAX_NAME_CHARS} printable characters, got {text!r}")
+        if self.web is not None:
+            token_for(page_address(self.web)[0])
         if self.metrics_listen is not None:
             self.metrics_address()
         if self.server != EMBEDDED:

@@ -15,7 +15,13 @@ POLICIES: Registry[Callable[..., Any]] = Registry(
 """Called as ``Controller`` is: (config, points, *, local, offloads, head_ms); gives an ``edge_client.control.Policy``."""
 
 TRANSPORTS: Registry[Callable[..., Any]] = Registry(
-    "headtail.transports", "transport", {"grpc": "edge_client.transport.grpc:GrpcLink"}
+    "headtail.transports",
+    "transport",
+    {
+        "grpc": "edge_client.transport.grpc:GrpcLink",
+        "quic": "edge_client.transport.quic:QuicLink",
+        "auto": "edge_client.transport.quic:AutoLink",
+    },
 )
 """Called as ``GrpcLink`` is: (endpoint, events, *, clock); gives an ``edge_client.transport.base.Link``."""
 

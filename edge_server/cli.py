@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="send traces to this OpenTelemetry collector, e.g. http://127.0.0.1:4317; the OTEL_* variables work too",
     )  # fmt: skip
     p.add_argument("--reuse-port", action="store_true", help="let several edge-server processes share the address")
+    p.add_argument("--no-quic", action="store_true", help="open no UDP port beside the TCP one: frames come by gRPC alone")
     p.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     p.add_argument("--log-format", default="text", choices=FORMATS, help="json: one object a line (default %(default)s)")
     tail = p.add_argument_group("tail")
@@ -154,7 +155,7 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
     return ServerConfig(
         listen=args.listen, models=tuple(args.model or [DEFAULT_MODEL]), models_dir=args.models_dir, backend=args.backend,
         grace_s=args.grace_s, port_file=args.port_file, parent_pid=args.parent_pid, metrics_port=args.metrics_port,
-        otel_endpoint=args.otel_endpoint, reuse_port=args.reuse_port,
+        otel_endpoint=args.otel_endpoint, reuse_port=args.reuse_port, quic=not args.no_quic,
         limits=Limits(
             max_payload_bytes=payload_bytes, max_frame_bytes=max(8 << 20, payload_bytes), max_sessions=args.max_sessions,
             max_in_flight=args.max_in_flight, max_unary_in_flight=args.max_unary_in_flight,

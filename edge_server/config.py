@@ -248,6 +248,7 @@ class ServerConfig:
         metrics_port: Prometheus; None: off.
         otel_endpoint: an OTLP collector for traces; None: as OpenTelemetry's own variables say.
         reuse_port: several ingress processes may share the address.
+        quic: a UDP port beside the TCP one takes frames as datagrams, where the extra ``quic`` is installed.
     """
 
     listen: str = DEFAULT_LISTEN
@@ -261,6 +262,7 @@ class ServerConfig:
     metrics_port: int | None = None
     otel_endpoint: str | None = None
     reuse_port: bool = False
+    quic: bool = True
     limits: Limits = field(default_factory=Limits)
     batch: BatchConfig = field(default_factory=BatchConfig)
     tail: TailConfig = field(default_factory=TailConfig)

@@ -11,9 +11,10 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Generator
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2
@@ -23,7 +24,7 @@ from edge_server.access.auth import Tokens, open_tokens
 from edge_server.access.quota import Client
 from edge_server.backends import BACKENDS, Backend
 from edge_server.bandwidth.grants import BandwidthManager
-from edge_server.config import ServerConfig
+from edge_server.config import ServerConfig, split_address
 from edge_server.doors import listen, wire
 from edge_server.doors.answering import Answerer
 from edge_server.doors.gate import Gate
@@ -37,6 +38,9 @@ from edge_server.observe.tracing import NoTracing, Traces
 from protos.errors import DrainingError, HeadtailError, InternalError
 from protos.tracing import open_spans
 from protos.version import package_version
+
+if TYPE_CHECKING:
+    from edge_server.doors.quic import QuicDoor
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +77,7 @@ class Server:
         self._backend: Backend | None = None
         self._answerer: Answerer | None = None
         self._ingress: Ingress | None = None
+        self._quic = _quic_door(config)
         self._loading: Loading | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # set at import
         self._server: grpc.aio.Server | None = None
@@ -148,6 +153,7 @@ class Server:
         services = Services(
             store=store, backend=backend, answerer=self._answerer, bandwidth=bandwidth, limits=self.config.limits,
             metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=package_version(),
+            datagrams=self._quic,
         )  # fmt: skip
         anyone = Client(max_unary=self.config.limits.max_unary_in_flight)
         ingress = Ingress(services, anyone)
@@ -164,6 +170,10 @@ class Server:
                 self._spawn(_refresh(each), "the watch of a token file")
         operator = Operator(ingress, loading, self.config.models_dir)
         server, self.address = listen.build(self.config, ingress, operator, self.gate, self._health, tokens)
+        if self._quic is not None:
+            host, port = split_address(self.address)
+            # Processes that share a TCP port have a UDP port each: a session's datagrams must come to the process that has it.
+            await self._quic.open(host, 0 if self.config.reuse_port else port)
         await server.start()
         self._server = server
         for name in ("", wire.SERVICE):
@@ -285,6 +295,8 @@ class Server:
         if self._server is not None:
             await self._server.stop(0)
             self._server = None
+        if self._quic is not None:
+            self._quic.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -352,6 +364,18 @@ async def _within(work: Coroutine[Any, Any, None], seconds: float) -> None:
         task.cancel()
     else:
         task.result()
+
+
+def _quic_door(config: ServerConfig) -> QuicDoor | None:
+    """The UDP door, where it is wanted and its package is installed."""
+    if not config.quic:
+        return None
+    if find_spec("aioquic") is None:
+        log.info("frames come by gRPC alone; pip install 'headtail[quic]' opens a UDP port beside it")
+        return None
+    from edge_server.doors.quic import QuicDoor
+
+    return QuicDoor(config.limits)
 
 
 def _on_ready(model: Model, old: Model | None) -> None:

@@ -1,15 +1,53 @@
-"""Marks every test by its folder and finds the optional data."""
+"""Marks every test by its folder, gives the run a cache of its own, finds the optional data, and makes the tiny bundle."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from splitters.bundle import Bundle
 
 # OpenMP's threads wait for each other spinning: beside other work two of them can take minutes for what one does in seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 FOLDERS = ("unit", "integration", "testbed", "bench")
+_OURS = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A default bundle is exported once in a run, by whichever process needs it first, and never into the user's own cache."""
+    if not hasattr(config, "workerinput"):  # the workers of a run inherit it
+        config.stash[_OURS] = ours = tempfile.mkdtemp(prefix="headtail-tests-")
+        os.environ |= {"HEADTAIL_CACHE": f"{ours}/cache", "HEADTAIL_TESTS_LOCKS": ours}
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test marked ``alone`` compares times: no other test of this run goes on beside it. Its time-out begins after the wait."""
+    with ExitStack() as held:
+        with open_lock("door") as door:  # whoever waits for the room holds the door, and is not overtaken
+            fcntl.flock(door, fcntl.LOCK_EX)
+            room = held.enter_context(open_lock("room"))
+            fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        return (yield)
+
+
+def open_lock(name: str) -> IO[str]:
+    """A lock file that the processes of this run share."""
+    return (Path(os.environ["HEADTAIL_TESTS_LOCKS"]) / name).open("w")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _OURS in config.stash:
+        shutil.rmtree(config.stash[_OURS], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,6 +56,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(root).parts[0] if item.path.is_relative_to(root) else ""
         if folder in FOLDERS:
             item.add_marker(getattr(pytest.mark, folder))
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny bundle, of which nobody changes a byte; a file that needs another one has a fixture of its own."""
+    from tests.fakes.bundles import write_tiny_bundle
+
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,17 @@
 The objective is the expected accuracy of the frames captured: a frame without an answer before its deadline counts
 zero. P(on time), the local fallback included, should reach the target: what a choice lacks of it is a fine on its value,
 point for point (``miss_price``), so that the target is kept wherever that is not paid for with a bad answer. A choice that
-takes the device or the link longer than a frame interval displaces other frames, and is charged for them: that is how the
+leaves the device busy when the next frame comes is charged for what the frames to come lose by it (``backlog``): that is how the
 controller turns the frame rate as a knob. See ``scoring``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import inf
 
+from edge_client.control.backlog import Backlog
 from edge_client.control.budget import GrantBudget
 from edge_client.control.config import ControlConfig
 from edge_client.control.decision import Decision, Local, LocalOption, Offload, Skip, Split
@@ -19,8 +21,8 @@ from edge_client.control.estimating.estimator import Estimator
 from edge_client.control.estimating.sizes import PayloadSizes
 from edge_client.control.estimating.window import CreditWindow
 from edge_client.control.explain import explanation
-from edge_client.control.options import DEVICE_NOISE, Option, useful
-from edge_client.control.scoring import Moment, Score, device_price
+from edge_client.control.options import Option, useful
+from edge_client.control.scoring import LEAST_GAIN, Moment, Score
 from protos.errors import ConfigError
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
@@ -29,6 +31,8 @@ from splitters.bundle.operating_point import OperatingPoint, Quantiles
 _WORTHLESS = 0.02
 # What has less hope than this of an answer in time is sent once in a while only, to learn whether that is still so.
 _HOPELESS, _HOPE_INTERVAL_NS = 0.05, 1_000_000_000
+# On a device that may be busy when the next frame comes, the frames to come are thought about once in so many decisions.
+_SWEEP_EVERY, _FIRST_SWEEPS = 4, 8
 # A size that is learnt to differ by less than this share leaves the choices as they are.
 _SAME_SIZE = 0.08
 _NOTHING = Quantiles(p50=0.0, p95=0.0)
@@ -61,6 +65,8 @@ class Controller:
         self.window = CreditWindow(self.estimator, fps=config.fps, max_in_flight=max_in_flight)
         self.budget = GrantBudget(burst_ns=config.grant_burst_ns)
         self._interval_ns = 1e9 / config.fps
+        self._backlog = Backlog(self._interval_ns)
+        self._crowded = 0  # decisions on a device that may be busy when the next frame comes
         own = head_ms or {}
         remote = [
             Option(Split(point_id=p.id), p.accuracy, p.payload_bytes, own.get(p.id, p.head_ms)) for p in points if p.pareto
@@ -85,10 +91,8 @@ class Controller:
         self._hoped_ns = -_HOPE_INTERVAL_NS
         self._span_ns = 0  # capture to deadline: the longest seen
         self._captured_ns = 0.0  # of the frame decided last
-        self._price = 0.0  # of device time, value per ns
         # Margins and fines are in units of the best accuracy there is: a detector's .08 AP is as good as a classifier's .7.
         self._unit = max(o.accuracy for o in self._by_name.values()) or 1.0
-        self._typical = 0.7 * self._unit  # value of a frame
         self._fine = config.miss_price * self._unit
         self._margin = config.switch_margin * self._unit
 
@@ -209,19 +213,17 @@ class Controller:
         if best is None:
             return Skip(reason=reason, explain=explain)
         self._last = best.option
-        self._typical += 0.05 * (best.value - self._typical)
         if best.p < _HOPELESS:
             self._hoped_ns = now_ns
         limit = None if tokens == inf else int(tokens)
         if best.fallback_ns is None and limit is None and explain is None:
             return best.option.decision
+        hold = best.fallback_ns is not None and self._local is not None and best.option.accuracy > self._local.accuracy
         match best.option.decision:
             case Split(point_id=point_id):
-                return Split(point_id=point_id, fallback_ns=best.fallback_ns, limit_bytes=limit, explain=explain)
-            case Offload(format=form, quality=quality, size_px=size_px):
-                return Offload(
-                    format=form, quality=quality, size_px=size_px, fallback_ns=best.fallback_ns, limit_bytes=limit, explain=explain
-                )
+                return Split(point_id=point_id, fallback_ns=best.fallback_ns, limit_bytes=limit, hold=hold, explain=explain)
+            case Offload() as o:
+                return replace(o, fallback_ns=best.fallback_ns, limit_bytes=limit, hold=hold, explain=explain)
             case _:
                 return Local(explain=explain)
 
@@ -249,8 +251,8 @@ class Controller:
             return False
         gain = (1 - self.estimator.p_still(frame_id, now_ns, deadline_ns)) * local.accuracy
         since_ns = max(0.0, now_ns - self._captured_ns) % self._interval_ns
-        displaced = self._superseded(since_ns, local) * self._typical
-        return gain > max(displaced, self._price * local.mid_ns) + 0.05 * local.accuracy
+        later = self._backlog.expected(since_ns + local.mid_ns - self._interval_ns, local.high_ns - local.mid_ns)
+        return gain > later + LEAST_GAIN * local.accuracy
 
     # ------------------------------------------------------------------ inside
 
@@ -281,15 +283,30 @@ class Controller:
         self._captured_ns = deadline_ns - self._span_ns
         late_ns = now_ns - self._captured_ns
         local_ns = self._local.mid_ns if self._local else 0.0
-        roomy = self._longest_ns + local_ns <= self._interval_ns and not self.config.explain
-        moment = Moment(e, self._local, now_ns, deadline_ns, self._interval_ns, late_ns, roomy=roomy)
+        roomy = self._longest_ns + 2 * local_ns <= self._interval_ns
+        usual_ns = self._last.mid_ns if self._last is not None else local_ns
+        moment = Moment(e, self._local, now_ns, deadline_ns, self._backlog, late_ns, usual_ns=usual_ns, roomy=roomy)
         scores = [moment.score_local(self._local)] if self._local else []
         closed = e.connected and self._score_remotes(scores, moment, tokens)
-        self._price, overloaded = device_price(scores, self._interval_ns)
-        self._charge(scores, moment, overloaded=overloaded)
+        target, fine = self.config.target_on_time, self._fine
+        for s in scores:
+            s.net = s.value - s.later
+            if s.p_all < target:
+                s.net -= fine * (target - s.p_all)
+        if not roomy:
+            self._look_ahead(scores, moment)
         if not e.connected:
             return scores, "offline"
         return scores, "window" if closed else "worthless"
+
+    def _look_ahead(self, scores: list[Score], moment: Moment) -> None:
+        """Thinks about the frames to come, now and then."""
+        self._crowded += 1
+        sweeps = _FIRST_SWEEPS if self._crowded == 1 else self._crowded % _SWEEP_EVERY == 0
+        if sweeps:
+            rows = moment.rows(scores, self._fine, self.config.target_on_time)
+            for _ in range(sweeps):
+                self._backlog.sweep(rows, -self._fine * self.config.target_on_time)
 
     def _score_remotes(self, scores: list[Score], moment: Moment, tokens: float) -> bool:
         """Adds what can be sent; whether the window kept something out."""
@@ -299,9 +316,9 @@ class Controller:
         full = 0 < frames <= e.in_flight
         closed, roomy = False, moment.roomy
         # A choice that is sure and takes nothing from other frames sets a bar, and options that cannot pass the bar are not scored.
-        # The bar is lower by the margin for the option chosen last, and wherever device time has a price (see ``device_price``).
+        # The bar is lower by the margin for the option chosen last, and wherever device time has a price.
         sure, margin, last, options = -inf, self._margin, self._last, self._remote
-        if roomy and scores and self._is_sure(scores[0], moment.late_ns):
+        if roomy and scores and self._is_sure(scores[0]) and not self.config.explain:
             sure = scores[0].value
             if moment.too_late(self._least_ns, self._longest_ns, self._bytes):
                 options = [last] if last in options else []
@@ -320,57 +337,24 @@ class Controller:
                 closed = True
                 scores.append(Score(o, refused="window"))
                 continue
-            score = moment.score_remote(o, least if roomy else -inf)
+            score = moment.score_remote(o, least if roomy and not self.config.explain else -inf)
             if score is not None:
                 scores.append(score)
-                if score.value > sure and self._is_sure(score, moment.late_ns) and not self.config.explain:
+                if score.value > sure and self._is_sure(score) and not self.config.explain:
                     sure = score.value
         return closed
 
-    def _is_sure(self, score: Score, late_ns: float) -> bool:
+    def _is_sure(self, score: Score) -> bool:
         """Whether it can be chosen, meets the target and takes nothing from other frames."""
-        interval_ns = self._interval_ns
-        cheap = score.device_ns <= interval_ns and late_ns + score.option.mid_ns <= interval_ns
-        return cheap and score.p_all >= self.config.target_on_time and score.p >= _HOPELESS
-
-    def _charge(self, scores: list[Score], moment: Moment, *, overloaded: bool) -> None:
-        """Takes off each value what its choice costs other frames, and what it lacks of the target."""
-        target, price, interval_ns, late_ns = self.config.target_on_time, self._price, self._interval_ns, moment.late_ns
-        local_ns, soon = self._local.high_ns if self._local else 0.0, 1.0
-        crowded = late_ns + max(self._longest_ns, local_ns) >= 2 * interval_ns
-        if crowded and moment.waited and self._local is not None:
-            # What the frames behind could be answered with: nothing, while all is shut.
-            shut = all(s.refused for s in scores[1:])
-            by_ns = moment.now_ns + self._local.mid_ns if shut else moment.deadline_ns
-            soon = self.estimator.p_unblocked(moment.now_ns, by_ns)
-        for s in scores:
-            if overloaded and s.device_ns > interval_ns:
-                s.p_all *= interval_ns / s.device_ns
-            if crowded:
-                superseded = self._superseded(late_ns, s.option)
-                s.p_all /= 1.0 + superseded
-                s.displaced = soon * superseded * self._typical
-            s.net = s.value - s.displaced
-            if s.p_all < target:
-                s.net -= self._fine * (target - s.p_all)
-            if price > 0.0 and late_ns + s.device_ns > interval_ns:
-                s.net -= price * (late_ns + s.device_ns - interval_ns)
-
-    def _superseded(self, late_ns: float, option: Option) -> float:
-        """Frames expected to be superseded during a job: of those captured meanwhile the newest waits."""
-        spread_ns, interval_ns = option.high_ns - option.mid_ns, self._interval_ns
-        if late_ns + option.mid_ns + spread_ns < 2 * interval_ns:
-            return 0.0
-        found = 0.0
-        for at, weight in DEVICE_NOISE:
-            found += weight * max(0.0, (late_ns + option.mid_ns + at * spread_ns) // interval_ns - 1.0)
-        return found
+        return score.later == 0.0 and score.p_all >= self.config.target_on_time and score.p >= _HOPELESS
 
     def _choose(self, scores: list[Score], now_ns: int) -> Score | None:
         best, last = None, None
+        least = -self._fine * self.config.target_on_time  # that of no answer
         for score in scores:
             hopeless = score.p < _HOPELESS and now_ns - self._hoped_ns < _HOPE_INTERVAL_NS
-            if score.value - score.displaced > _WORTHLESS * self._unit and not score.refused and not hopeless:
+            worth = score.value > _WORTHLESS * self._unit and score.net > least
+            if worth and not score.refused and not hopeless:
                 if best is None or score.net > best.net:
                     best = score
                 if score.option is self._last:

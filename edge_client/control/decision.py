@@ -77,11 +77,13 @@ class Split:
         fallback_ns: monotonic time; when it comes and no answer has, the local model answers this frame
             (before anything else the device has to do). None: do not.
         limit_bytes: the payload may not be larger (the grant); what does not fit loses refining layers first.
+        hold: the server's answer is the better one: a local answer to this frame waits for it until just before the deadline.
     """
 
     point_id: int
     fallback_ns: int | None = None
     limit_bytes: int | None = None
+    hold: bool = False
     explain: Explanation | None = field(default=None, compare=False)
 
     @property
@@ -92,13 +94,14 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Offload:
-    """Compress the model's input and send it. ``fallback_ns`` and ``limit_bytes`` as in ``Split``."""
+    """Compress the model's input and send it. ``fallback_ns``, ``limit_bytes`` and ``hold`` as in ``Split``."""
 
     format: str
     quality: int
     size_px: int = 0
     fallback_ns: int | None = None
     limit_bytes: int | None = None
+    hold: bool = False
     explain: Explanation | None = field(default=None, compare=False)
 
     @property

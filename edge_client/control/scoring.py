@@ -1,22 +1,26 @@
-"""What a choice is worth: P(on time), expected accuracy, what it takes from other frames.
-
-The device does one thing at a time. A job of length c that begins d after its frame's capture lets ``floor((d + c) / I) - 1``
-frames of interval I be superseded, and starts the next one late; where even the best choice takes longer than I, device time
-has a price, the slope of the concave hull over (time, value) of all choices at I: so two choices share the device as a linear
-programme would have it, and the frame rate is one more knob.
-"""
+"""What a choice is worth: P(on time), expected accuracy, and what it takes from the frames to come (see ``backlog``)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
+from math import erf, inf
 
+from edge_client.control.backlog import CELLS, Backlog, Row
 from edge_client.control.estimating.estimator import Estimator
 from edge_client.control.options import DEVICE_NOISE, Option
 
-# The local model's p95 fits, so it makes it that often (other work on the device may stand in its way).
-LOCAL_SURE = 0.98
+# The local model makes it so often at most, if it starts now, or later: other work on the device may then stand in its way.
+_SURE_NOW, LOCAL_SURE = 0.998, 0.98
+# The device works for a fallback only where that is worth so much of the local model's accuracy. One that was to start at once and
+# is found to be worth less then has no second chance, so it must promise more.
+LEAST_GAIN = 0.02
+# A fallback that should begin before a frame's head does begins so much before the frame is captured.
+_LEAD_NS = 2e6
+# Of a normal distribution, in units of (p95 - median): where 0.998 are reached; and the root of two deviations.
+_SURE_AT, _ROOT_2 = 1.75, 0.8597
+# The latest start of the local model leaves it so much time beyond its median, in the same units.
+_CAREFUL = 1.5
 # On the mean each frame may have this share of an interval of link time; what a frame takes beyond is borrowed from
 # the next ones, and no more than so much may be borrowed.
 _LINK_SHARE, _BORROWED = 0.95, 0.45
@@ -29,11 +33,10 @@ class Score:
     Attributes:
         expected_ns: decision to answer, median.
         p: P(answer from the server before the deadline).
-        p_all: the same with the fallback, over all frames: those it displaces are never answered.
+        p_all: the same with the fallback.
         value: expected accuracy of this frame.
-        device_ns: expected device time, the fallback's share included (the whole fallback where there is time to spare).
-        displaced: expected accuracy of the frames that are superseded meanwhile.
-        net: value, less what is displaced, the price of the device's time, and what P(on time) below the target costs.
+        later: what the frames to come lose by this choice.
+        net: value, less ``later`` and what P(on time) below the target costs.
         fallback_ns: when the local model should start; None: no use.
         refused: why it cannot be chosen; empty: it can.
     """
@@ -43,8 +46,7 @@ class Score:
     p: float = 0.0
     p_all: float = 0.0
     value: float = 0.0
-    device_ns: float = 0.0
-    displaced: float = 0.0
+    later: float = 0.0
     net: float = 0.0
     fallback_ns: int | None = None
     refused: str = ""
@@ -60,8 +62,8 @@ class Moment:
     """
 
     __slots__ = (
-        "base_ns", "deadline_ns", "drained_ns", "estimator", "interval_ns", "late_ns", "local", "local_value", "noise_ns", "now_ns",
-        "roomy", "server_ns", "waited",
+        "backlog", "base_ns", "deadline_ns", "drained_ns", "estimator", "interval_ns", "late_ns", "local", "local_value",
+        "noise_ns", "now_ns", "roomy", "server_ns", "usual_ns", "waited",
     )  # fmt: skip
 
     def __init__(
@@ -70,18 +72,21 @@ class Moment:
         local: Option | None,
         now_ns: int,
         deadline_ns: int,
-        interval_ns: float,
+        backlog: Backlog,
         late_ns: float,
         *,
+        usual_ns: float = 0.0,
         roomy: bool = False,
     ) -> None:
-        """``late_ns``: how long after the frame's capture the device came free for it."""
+        """``late_ns``: how long after the frame's capture the device came free; ``usual_ns``: what a frame's job takes lately."""
+        self.backlog = backlog
+        self.usual_ns = usual_ns
         self.estimator = estimator
         self.local = local
-        self.local_value = LOCAL_SURE * local.accuracy if local is not None else 0.0
+        self.local_value = _SURE_NOW * local.accuracy if local is not None else 0.0
         self.now_ns = now_ns
         self.deadline_ns = deadline_ns
-        self.interval_ns = interval_ns
+        self.interval_ns = backlog.interval_ns
         self.late_ns = late_ns
         self.roomy = roomy
         estimator.expire(now_ns)
@@ -91,18 +96,34 @@ class Moment:
         self.drained_ns = estimator.drained_ns(now_ns)
         self.waited = estimator.overdue_ns(now_ns) > 2 * self.noise_ns
 
+    def p_local(self, budget_ns: float) -> float:
+        """P(the local model ends within so much time)."""
+        local = self.local
+        if local is None:
+            return 0.0
+        spare_ns, spread_ns = budget_ns - local.mid_ns, local.high_ns - local.mid_ns
+        if spare_ns >= _SURE_AT * spread_ns:
+            return _SURE_NOW
+        if spread_ns <= 0.0:
+            return 0.0
+        return min(_SURE_NOW, 0.5 + 0.5 * erf(spare_ns / (_ROOT_2 * spread_ns)))
+
     def score_local(self, local: Option) -> Score:
         """The local model alone."""
-        budget_ns = self.deadline_ns - self.now_ns
-        p = LOCAL_SURE if local.high_ns <= budget_ns else (0.5 if local.mid_ns <= budget_ns else 0.0)
-        return Score(local, local.mid_ns, p, p, p * local.accuracy, local.mid_ns)
+        p = self.p_local(self.deadline_ns - self.now_ns)
+        later = 0.0 if self.roomy else self.takes(local.mid_ns, local.high_ns)
+        return Score(local, local.mid_ns, p, p, p * local.accuracy, later)
+
+    def takes(self, mid_ns: float, high_ns: float) -> float:
+        """What the frames to come lose by a job with these quantiles."""
+        return self.backlog.expected(self.late_ns + mid_ns - self.interval_ns, high_ns - mid_ns)
 
     def too_late(self, least_ns: float, most_ns: float, n_bytes: tuple[float, float]) -> bool:
         """Whether no choice within these device times and sizes (least, most) has any hope of an answer in time."""
         reaches_ns = self.now_ns + least_ns + self.base_ns
         per_byte = self.estimator.ns_per_byte
         done_ns = max(self.drained_ns, reaches_ns) + per_byte * n_bytes[0] + self.server_ns
-        slack_ns = self.deadline_ns - done_ns - DEVICE_NOISE[0][0] * (most_ns - least_ns)
+        slack_ns = self.deadline_ns - done_ns - DEVICE_NOISE[0] * (most_ns - least_ns)
         return self.estimator.lateness.is_never(slack_ns, self.noise_ns + per_byte * n_bytes[slack_ns < 0])
 
     def score_remote(self, o: Option, least: float = -inf) -> Score | None:
@@ -121,59 +142,93 @@ class Moment:
             p *= self.estimator.p_unblocked(self.now_ns, self.deadline_ns - service_ns)
         if p * o.accuracy + (1 - p) * self.local_value <= least:
             return None
-        score = Score(o, done_ns - self.now_ns, p, p, p * o.accuracy, o.mid_ns)
+        score = Score(o, done_ns - self.now_ns, p, p, p * o.accuracy, 0.0 if self.roomy else self.takes(o.mid_ns, o.high_ns))
         if self.local is not None and p < 0.999:
-            self._fall_back(score, self.local, done_ns, spread_ns, scale_ns, service_ns)
+            self._fall_back(score, self.local, done_ns, scale_ns, service_ns)
         if service_ns > 1.45 * share_ns:
             score.value *= share_ns / service_ns
             score.p_all *= share_ns / service_ns
         return score
 
-    def _fall_back(self, score: Score, local: Option, done_ns: float, spread_ns: float, scale_ns: float, service_ns: float) -> None:
-        """Adds what the local model is worth to a frame whose answer has not come when it must start."""
-        o, interval_ns = score.option, self.interval_ns
-        start_ns = self.deadline_ns - local.high_ns
-        # The head of a later frame has the device from its capture on: start before it rather than wait for it.
-        phase_ns = (start_ns - self.now_ns + self.late_ns) % interval_ns
-        if phase_ns < o.mid_ns and phase_ns < 0.5 * interval_ns:
-            start_ns -= phase_ns
-        if self.now_ns + o.high_ns > start_ns:
+    def _fall_back(self, score: Score, local: Option, done_ns: float, scale_ns: float, service_ns: float) -> None:
+        """Adds what the local model is worth to a frame whose answer has not come when it must start.
+
+        As late as it can, so that most answers make it superfluous; or at once, where that would hold up the frames behind.
+        """
+        o, interval_ns, now_ns = score.option, self.interval_ns, self.now_ns
+        missed, ready_ns = 1 - score.p, now_ns + o.high_ns
+        spread_ns = local.high_ns - local.mid_ns
+        latest_ns = self.deadline_ns - local.mid_ns - _CAREFUL * spread_ns
+        since_ns = latest_ns - now_ns + self.late_ns
+        # The job of a later frame has the device from its capture on: start before it rather than wait for it.
+        phase_ns = since_ns % interval_ns
+        before_ns = latest_ns - phase_ns - _LEAD_NS
+        if self.roomy:
+            if since_ns >= interval_ns and phase_ns < o.mid_ns and phase_ns < 0.5 * interval_ns:
+                latest_ns = before_ns
+            if ready_ns <= latest_ns:
+                self._add(score, latest_ns, LOCAL_SURE, 0.0)
             return
-        p_early = 0.0
-        if not self.roomy:
-            p_early = self.estimator.lateness.p_after_device(start_ns - done_ns, spread_ns, scale_ns, o.packets)
+        most, best = 0.0, None
+        # In the latest moment it waits for the job that began meanwhile, if one did.
+        waits_ns = max(phase_ns, o.mid_ns, self.usual_ns) if since_ns >= interval_ns else phase_ns
+        for start_ns, begins_ns in ((latest_ns, waits_ns), (before_ns, interval_ns - _LEAD_NS)):
+            if ready_ns > start_ns:
+                continue
+            p_local = LOCAL_SURE
+            if begins_ns > phase_ns and start_ns == latest_ns:
+                p_local = min(LOCAL_SURE, self.p_local(local.mid_ns + _CAREFUL * spread_ns + phase_ns - begins_ns))
+            p_early = self.estimator.lateness.p_after_device(start_ns - done_ns, o.high_ns - o.mid_ns, scale_ns, o.packets)
             if self.waited and p_early > 0.0:
-                p_early *= self.estimator.p_unblocked(self.now_ns, start_ns - service_ns)
-        # Failures come in runs: then every frame wants both its head and its fallback.
-        room = interval_ns / (o.mid_ns + local.mid_ns)
-        sure = LOCAL_SURE if room > 1 else LOCAL_SURE * room
-        extra_ns, gain = (1 - p_early) * local.mid_ns, (1 - score.p) * sure * local.accuracy
-        if o.mid_ns + extra_ns > interval_ns and gain * interval_ns < score.value * extra_ns:
-            return  # that time is worth more to the frames behind
+                p_early *= self.estimator.p_unblocked(now_ns, start_ns - service_ns)
+            later = (1 - p_early) * self.backlog.expected(begins_ns + local.mid_ns - interval_ns, spread_ns)
+            gain = missed * p_local * local.accuracy - later
+            if gain > most:
+                most, best = gain, (start_ns, p_local, later)
+        p_local = self.p_local(self.deadline_ns - now_ns - o.mid_ns)
+        later = self.takes(o.mid_ns + local.mid_ns, o.mid_ns + local.high_ns) - score.later
+        if missed * p_local * local.accuracy - later > max(most, 2 * LEAST_GAIN * local.accuracy):
+            best = now_ns + o.mid_ns, p_local, later
+        if best is not None:
+            self._add(score, *best)
+
+    def _add(self, score: Score, start_ns: float, p_local: float, later: float) -> None:
+        """Counts a fallback in."""
         score.fallback_ns = int(start_ns)
-        score.p_all += (1 - score.p) * sure
-        score.value += gain
-        score.device_ns += extra_ns
+        score.p_all += (1 - score.p) * p_local
+        score.value += (1 - score.p) * p_local * self.local.accuracy if self.local is not None else 0.0
+        score.later += later
 
+    # ------------------------------------------------------------------ frames to come
 
-def device_price(scores: Sequence[Score], interval_ns: float) -> tuple[float, bool]:
-    """Value per ns of device time: 0 while the best choice takes less than an interval, else the hull's slope there.
-
-    Also whether frames must be left out, because every choice worth having takes longer than an interval.
-    """
-    best = max(scores, key=lambda s: s.value, default=None)
-    if best is None or best.device_ns <= interval_ns:
-        return 0.0, False
-    # The hull from (0, 0) upwards; the segment that crosses one interval.
-    at_ns, at_value = 0.0, 0.0
-    rest = [s for s in scores if s.value > 0 and s.device_ns > 0]
-    while rest:
-        steepest = max(rest, key=lambda s: ((s.value - at_value) / (s.device_ns - at_ns), s.device_ns))
-        slope = (steepest.value - at_value) / (steepest.device_ns - at_ns)
-        if slope <= 0:
-            return 0.0, False
-        if steepest.device_ns >= interval_ns:
-            return slope, at_ns == 0.0
-        at_ns, at_value = steepest.device_ns, steepest.value
-        rest = [s for s in rest if s.device_ns > at_ns]
-    return 0.0, False
+    def rows(self, scores: Sequence[Score], fine: float, target: float) -> list[Row]:
+        """What a frame to come could be given, for ``Backlog.sweep``: the local model, and the best of what can be sent."""
+        span_ns = self.deadline_ns - self.now_ns + self.late_ns
+        lates_ns = [cell * self.interval_ns / CELLS for cell in range(CELLS + 1)]
+        local = self.local
+        ends = [self.p_local(span_ns - late_ns) for late_ns in lates_ns]
+        found: list[Row] = []
+        if local is not None:
+            rewards = [p * local.accuracy - fine * max(0.0, target - p) for p in ends]
+            found.append((local.mid_ns, local.high_ns - local.mid_ns, rewards))
+        sent = [s for s in scores if s.p > 0.0 and s.option is not local]
+        for o in {s.option for s in (
+            max(sent, key=lambda s: s.p * s.option.accuracy, default=None),
+            max(sent, key=lambda s: s.net, default=None),
+            max((s for s in sent if s.option.mid_ns <= self.interval_ns / 4), key=lambda s: s.p * s.option.accuracy, default=None),
+        ) if s is not None}:  # fmt: skip
+            spread_ns = o.high_ns - o.mid_ns
+            service_ns = o.typical_bytes * self.estimator.ns_per_byte
+            spare_ns = span_ns - o.mid_ns - self.base_ns - service_ns - self.server_ns
+            alone, backed = [], []
+            for late_ns in lates_ns:
+                p = self.estimator.lateness.p_within(spare_ns - late_ns, self.noise_ns + service_ns, o.packets)
+                alone.append(p * o.accuracy - fine * max(0.0, target - p))
+                if local is not None:
+                    then = self.p_local(span_ns - late_ns - o.mid_ns)
+                    both = p + (1 - p) * then
+                    backed.append(p * o.accuracy + (1 - p) * then * local.accuracy - fine * max(0.0, target - both))
+            found.append((o.mid_ns, spread_ns, alone))
+            if local is not None:
+                found.append((o.mid_ns + local.mid_ns, local.high_ns - local.mid_ns, backed))
+        return found

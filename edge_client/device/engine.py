@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edge_client.device.head import Head, run_options
 from edge_client.frames import NS_PER_MS, Clock
-from protos.errors import BundleError, ConfigError, ModelError, PayloadError
+from protos.errors import ConfigError, ModelError, PayloadError
 from protos.messages import Answer, Result
-from protos.schema import read_json
 from splitters.bundle import Bundle
 from splitters.bundle.offload import compress
 from splitters.bundle.operating_point import OperatingPoint
-from splitters.codec import LatentCodec, Predictor, Symbols, codec_from_spec
-from splitters.runtime.inputs import FrameInputs, Raw
+from splitters.codec import Predictor, Symbols
+from splitters.runtime.head import Head, open_codec, run_options
+from splitters.runtime.inputs import Raw
 from splitters.runtime.sessions import Floats, open_graph
 from splitters.tasks.base import open_task
 from splitters.tasks.preprocess import Frame, input_image, normalise
@@ -97,13 +96,13 @@ class Engine:
         self.sha256 = bundle.sha256
         self.labels = bundle.manifest.labels
         self.task = open_task(bundle.manifest)
-        self.inputs = FrameInputs(bundle.manifest.inputs, bundle.manifest.preprocess)
         self._clock = clock
         self._options = run_options()
-        self.head = Head(bundle, clock=clock, threads=threads, options=self._options)
+        self.head = Head(bundle, threads=threads, options=self._options)
+        self.inputs = self.head.inputs
         local = bundle.manifest.local is not None
         self.local = LocalModel(bundle, clock=clock, threads=threads, options=self._options) if local else None
-        self.codec = _open_codec(bundle)
+        self.codec = open_codec(bundle)
 
     def abandon(self) -> None:
         """Ends a graph that is running, from another thread, and every later run; the run raises ``ModelError``."""
@@ -125,7 +124,7 @@ class Engine:
     def encode(self, features: Features, point: OperatingPoint, reference: Reference = NO_REFERENCE) -> Encoded:
         """Runs the encoders of ``point`` and codes the latent, predicted from what the server is known to hold."""
         start_ns = self._clock()
-        latents = self.head.latents(features.maps, point)
+        latents = self.head.latents(features.maps, point.graphs)
         head_ns = self._clock()
         try:
             coded = self.codec.compress(latents, point.codec_point, *reference)
@@ -160,12 +159,3 @@ def learn_reference(predictor: Predictor, result: Result) -> None:
         predictor.refused(result.frame_id)
     elif result.error is not None:
         predictor.lost(result.frame_id)
-
-
-def _open_codec(bundle: Bundle) -> LatentCodec:
-    path = bundle.manifest.codec
-    codec = codec_from_spec(read_json(bundle.read_part(path), dict[str, Any], what=path), bundle.read_part)
-    for point in bundle.points:
-        if point.codec_point not in codec.point_ids:
-            raise BundleError(f"operating point {point.id} names the codec point {point.codec_point!r}, which {path} does not have")
-    return codec

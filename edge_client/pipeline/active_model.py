@@ -108,6 +108,15 @@ class ActiveModel:
         if self._predictor is not None:
             self._predictor.lost(wire_id)
 
+    def on_lost(self, wire_id: int, now_ns: int) -> None:
+        """The frame was sent and never answered. The server may hold it all the same; it is not relied upon."""
+        self.controller.on_lost(wire_id, now_ns)
+
+    def set_reliable(self, reliable: bool) -> None:
+        """Whether what is sent from now on arrives, in order, or the session ends."""
+        if self._predictor is not None:
+            self._predictor.reliable = reliable
+
     def on_result(self, result: Result, now_ns: int) -> None:
         """A result of the server, wanted or not."""
         if self._predictor is not None:

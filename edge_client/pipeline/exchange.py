@@ -224,6 +224,18 @@ class Exchange:
         if flight is not None and self._pipeline.is_open(flight):
             self.strategy.on_lost([flight])
 
+    def on_lost(self, frame_id: int, now_ns: int) -> None:
+        """See ``SessionEvents``."""
+        self._pipeline.model.on_lost(frame_id, now_ns)
+        flight = self.flights.pop(frame_id, None)
+        if flight is not None and self._pipeline.is_open(flight):
+            self.strategy.on_lost([flight])
+        self._pipeline.notify()
+
+    def on_reliable(self, reliable: bool) -> None:
+        """See ``SessionEvents``."""
+        self._pipeline.model.set_reliable(reliable)
+
     def on_grant(self, grant: Grant, now_ns: int) -> None:
         """See ``SessionEvents``."""
         self._pipeline.model.controller.on_grant(

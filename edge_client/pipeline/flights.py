@@ -25,6 +25,7 @@ class Flight:
         local_image: the local model's input, kept instead of the frame.
         urgent: the server will not answer (stream broken, refused): step in at once.
         answering: the local model is at it.
+        held: the local model's answer, kept for as long as the server's better one may still come.
         features: the stem's, where the prefilter has run it already.
         tries: how often it was sent.
         wire_id: the id it was last sent under.
@@ -43,6 +44,7 @@ class Flight:
     local_image: Frame | None = None
     urgent: bool = False
     answering: bool = False
+    held: Answer | None = None
     tries: int = 0
     wire_id: int = -1
     given_up: bool = False
@@ -54,6 +56,11 @@ class Flight:
     def fallback_ns(self) -> int | None:
         """When the controller wants the local model to begin with this frame; None: it did not say."""
         return self.decision.fallback_ns if isinstance(self.decision, Split | Offload) else None
+
+    @property
+    def hold(self) -> bool:
+        """Whether the server's answer is worth waiting for when the local one is there."""
+        return isinstance(self.decision, Split | Offload) and self.decision.hold
 
     def report(self, outcome: Outcome, reason: str, answer: Answer | None, detail: str, *, now_ns: int) -> FrameReport:
         """What sinks and summary are told."""
@@ -76,7 +83,8 @@ class Flight:
 def next_turn(flights: Iterable[Flight], *, local_ns: int, margin_ns: int, wake_ns: int, now_ns: int) -> tuple[int, Flight] | None:
     """The flight that something has to be done about next, and when: the local model's turn, or the end of the wait.
 
-    Urgent ones are due now, those with a ``fallback_ns`` then, those given up at their deadlines. All others begin just in
+    Urgent ones are due now, those with a ``fallback_ns`` then, those given up at their deadlines, and those whose local answer is
+    held just before. All others begin just in
     time: the local model answers one frame at a time, so a start may have to come early for the sake of later deadlines;
     going back from the last deadline, each answer must be ready when the next one's turn begins.
 
@@ -96,7 +104,9 @@ def next_turn(flights: Iterable[Flight], *, local_ns: int, margin_ns: int, wake_
     for f in waiting:
         if f.deadline_ns is None:
             continue
-        if f.given_up:
+        if f.held is not None:
+            turns.append((f.deadline_ns - wake_ns, f))
+        elif f.given_up:
             turns.append((f.deadline_ns, f))
         elif f.fallback_ns is not None:
             turns.append((f.fallback_ns - wake_ns, f))

@@ -54,7 +54,9 @@ class Rescue:
     async def _step_in(self, flight: Flight, now_ns: int) -> None:
         """A flight's turn has come: the local model's, or the end of the wait."""
         strategy = self._exchange.strategy
-        if flight.given_up or not strategy.local_rescue:
+        if flight.held is not None:
+            self._pipeline.settle(flight, Outcome.LOCAL, answer=flight.held)
+        elif flight.given_up or not strategy.local_rescue:
             self._pipeline.settle(flight, Outcome.EXPIRED)
         elif flight.urgent or strategy.wants_fallback(flight, now_ns):
             await self.answer(flight)
@@ -107,5 +109,8 @@ class Rescue:
         flight.stages_ms["local"] = elapsed_ms
         if limit_ns is not None and end_ns > limit_ns:
             pipeline.settle(flight, Outcome.EXPIRED)
+        elif flight.hold and flight.tries and not flight.urgent and end_ns + SCHEDULING_NS < (flight.deadline_ns or 0):
+            flight.held, flight.answering = answer, False
+            pipeline.notify()
         else:
             pipeline.settle(flight, Outcome.LOCAL, answer=answer)

@@ -92,7 +92,10 @@ class Runner:
 
     def _drop_the_rest(self) -> None:
         for flight in [*self._rescue.in_flight(), *self.strategy.waiting()]:
-            self.pipeline.settle(flight, Outcome.DROPPED, "stopped")
+            if flight.held is not None:
+                self.pipeline.settle(flight, Outcome.LOCAL, answer=flight.held)
+            else:
+                self.pipeline.settle(flight, Outcome.DROPPED, "stopped")
 
     def _abandon(self) -> None:
         """The device is at a job that does not end by itself."""

@@ -24,6 +24,7 @@ class Welcome:
     bundle_sha256: str
     max_in_flight: int
     max_payload_bytes: int
+    datagrams: pb.DatagramOffer | None = None
 
 
 class SessionEvents(Protocol):
@@ -47,6 +48,12 @@ class SessionEvents(Protocol):
 
     def on_unsent(self, frame_id: int) -> None:
         """The frame's base layer was held back (too late, or no grant for it): no answer will come."""
+
+    def on_lost(self, frame_id: int, now_ns: int) -> None:
+        """The frame was sent, and no answer will come: its datagrams or those of its answer were lost."""
+
+    def on_reliable(self, reliable: bool) -> None:
+        """Whether what is handed over from now on arrives, in order, or the session ends; true until said otherwise."""
 
     def on_grant(self, grant: Grant, now_ns: int) -> None:
         """The server allows more or less."""

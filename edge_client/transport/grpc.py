@@ -12,22 +12,25 @@ import random
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import grpc.aio
 
 from edge_client.frames import NS_PER_S, Clock
 from edge_client.transport.base import Gate, SessionEvents, Welcome
+from edge_client.transport.choice import LaneChoice
 from edge_client.transport.rpc import Endpoint, open_channel, stub, translated
 from protos.errors import HeadtailError, ProtocolError, UnreachableError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, FrameLayer, Grant, Result, bundle_hash
 
 if TYPE_CHECKING:
+    from edge_client.transport.lane import Lane
     from edge_client.transport.rpc import Call
 
 log = logging.getLogger(__name__)
 
+_LEAVE_S = 1.0  # for the server to close the stream, once there is no more to say
 _NO_MESSAGE = "the server sent bytes that are no message"  # for which gRPC gives None
 
 
@@ -66,6 +69,7 @@ class GrpcLink:
         clock: Clock,
         config: SessionConfig | None = None,
         seed: int | None = None,
+        datagrams: Literal["never", "lossy", "always"] = "never",
     ) -> None:
         self.up = False
         self.attempts = 0
@@ -86,6 +90,15 @@ class GrpcLink:
         self._again = False
         self._heard_ns = self._began_ns = 0
         self._unanswered_ns: int | None = None
+        self._lane = self._open_lane() if datagrams != "never" else None
+        self._beside = False
+        self._choice = LaneChoice(always=datagrams == "always")
+
+    def _open_lane(self) -> Lane:
+        from edge_client.transport.lane import Lane
+
+        host, _, port = self._endpoint.address.rpartition(":")
+        return Lane((host.strip("[]"), int(port)), self._events, self._on_other_result, clock=self._clock)
 
     # ------------------------------------------------------------------ for the pipeline
 
@@ -99,9 +112,29 @@ class GrpcLink:
         """
         frame_id = self._next_id
         self._next_id += 1
-        self._queue.append(_Outgoing([replace(layer, frame_id=frame_id) for layer in layers], deadline_ns, gate))
-        self._wake.set()
+        layers = [replace(layer, frame_id=frame_id) for layer in layers]
+        if self._lane is not None and deadline_ns is not None and self._goes_beside(self._lane, layers, deadline_ns):
+            # After the caller knows the id: what becomes of the frame is told by it.
+            asyncio.get_running_loop().call_soon(self._send_beside, layers, deadline_ns, gate)
+        else:
+            self._queue.append(_Outgoing(layers, deadline_ns, gate))
+            self._wake.set()
         return frame_id
+
+    def _goes_beside(self, lane: Lane, layers: list[FrameLayer], deadline_ns: int) -> bool:
+        now_ns = self._clock()
+        beside = lane.open_now and self._choice.beside(lane.loss, lane.counted, now_ns)
+        if beside != self._beside:
+            self._beside = beside
+            self._events.on_reliable(not beside)
+        return beside and lane.takes(layers, deadline_ns)
+
+    def _send_beside(self, layers: list[FrameLayer], deadline_ns: int, gate: Gate | None) -> None:
+        if self._lane is not None and self._lane.open_now:
+            self._lane.send(layers, deadline_ns, gate)
+        else:
+            self._queue.append(_Outgoing(layers, deadline_ns, gate))
+            self._wake.set()
 
     def restart(self) -> None:
         """Says goodbye and hello again: with another bundle."""
@@ -162,7 +195,9 @@ class GrpcLink:
                 call = stub(channel).Session(metadata=self._endpoint.metadata)
                 try:
                     async with asyncio.timeout(patience_s):
-                        await call.write(pb.ClientMessage(hello=self._events.hello()))
+                        hello = self._events.hello()
+                        hello.datagrams = self._lane is not None
+                        await call.write(pb.ClientMessage(hello=hello))
                         welcome = self._check_welcome(await call.read())
                 except TimeoutError:
                     raise UnreachableError(
@@ -171,7 +206,11 @@ class GrpcLink:
                 except asyncio.InvalidStateError as error:  # the call ended while we wrote
                     raise UnreachableError(f"the stream to {self._endpoint.address} ended") from error
                 self._stand(welcome)
-                await self._converse(call)
+                try:
+                    await self._converse(call)
+                finally:
+                    if self._lane is not None:
+                        self._lane.close()
 
     def _check_welcome(self, message: object) -> Welcome:
         if message is None:
@@ -188,7 +227,7 @@ class GrpcLink:
             )
         return Welcome(
             session_id=w.session_id, model=w.model, bundle_sha256=bundle_hash(w.bundle_sha256), max_in_flight=w.max_in_flight,
-            max_payload_bytes=w.max_payload_bytes,
+            max_payload_bytes=w.max_payload_bytes, datagrams=w.datagrams if w.HasField("datagrams") else None,
         )  # fmt: skip
 
     def _stand(self, welcome: Welcome) -> None:
@@ -201,7 +240,11 @@ class GrpcLink:
         self._unanswered_ns = None
         self._least_rtt_ns = None
         self.error = None
+        self._beside = False
+        self._events.on_reliable(True)
         self._events.on_up(welcome)
+        if self._lane is not None and welcome.datagrams is not None:
+            self._lane.open(welcome.datagrams)
 
     async def _converse(self, call: Call) -> None:
         tasks = [asyncio.create_task(f(call)) for f in (self._write, self._read, self._watch)]
@@ -222,13 +265,7 @@ class GrpcLink:
             self._unanswered_ns = None
             match message.WhichOneof("content"):
                 case "result":
-                    result = Result.from_proto(message.result)
-                    if result.echo_sent_ns and not self._began_ns <= result.echo_sent_ns <= now_ns:
-                        failure = ProtocolError("an answer echoes a time at which this session sent nothing")
-                        result = Result(frame_id=result.frame_id, error=failure)
-                    if result.echo_sent_ns:
-                        self._note_round_trip(now_ns - result.echo_sent_ns - result.timings.total_ns)
-                    self._events.on_result(result, now_ns)
+                    self._on_result(message.result, now_ns)
                 case "grant":
                     self._events.on_grant(Grant.from_proto(message.grant), now_ns)
                 case "pong":
@@ -250,7 +287,25 @@ class GrpcLink:
                 await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details(), None
             )
 
+    def _on_result(self, message: pb.Result, now_ns: int) -> None:
+        result = Result.from_proto(message)
+        if result.echo_sent_ns and not self._began_ns <= result.echo_sent_ns <= now_ns:
+            failure = ProtocolError("an answer echoes a time at which this session sent nothing")
+            result = Result(frame_id=result.frame_id, error=failure)
+        if result.echo_sent_ns:
+            self._note_round_trip(now_ns - result.echo_sent_ns - result.timings.total_ns)
+        self._events.on_result(result, now_ns)
+
+    def _on_other_result(self, message: pb.Result) -> None:
+        """An answer that came beside the stream: the server is there, however silent the stream."""
+        self._on_result(message, self._clock())
+
     async def _write(self, call: Call) -> None:
+        with suppress(asyncio.InvalidStateError):  # the call is over, of which the reader is told the reason
+            await self._write_until_goodbye(call)
+        await asyncio.sleep(_LEAVE_S)
+
+    async def _write_until_goodbye(self, call: Call) -> None:
         while True:
             while not self._queue:
                 self._wake.clear()
@@ -262,7 +317,6 @@ class GrpcLink:
             await call.write(item)
             if item.WhichOneof("content") == "goodbye":
                 await call.done_writing()
-                await asyncio.sleep(1.0)
                 return
 
     async def _write_frame(self, call: Call, item: _Outgoing) -> None:
@@ -283,12 +337,16 @@ class GrpcLink:
     def _note_round_trip(self, rtt_ns: int) -> None:
         if rtt_ns > 0 and (self._least_rtt_ns is None or rtt_ns < self._least_rtt_ns):
             self._least_rtt_ns = rtt_ns
+            if self._lane is not None:
+                self._lane.least_rtt_ns = rtt_ns
 
     async def _watch(self, call: Call) -> None:
         del call
         while True:
             await asyncio.sleep(0.1)
             now_ns = self._clock()
+            if self._lane is not None and self._lane.heard_within(self._config.ping_s):
+                self._heard_ns, self._unanswered_ns = now_ns, None  # the server is there; a stream that stalls does not end it
             quiet = self._unanswered_ns is None and now_ns - self._heard_ns >= self._config.ping_s * NS_PER_S
             if self._events.ping_due(now_ns) or quiet:
                 self._unanswered_ns = self._unanswered_ns or now_ns

@@ -24,6 +24,7 @@ from edge_server.backends import Backend
 from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import Limits
 from edge_server.doors.answering import Answerer, History, failed
+from edge_server.doors.datagrams import MARGIN_NS, DatagramPath, Datagrams
 from edge_server.doors.wire import checked
 from edge_server.frames.assembly import Assembler, Frame
 from edge_server.models import Model, ModelStore
@@ -44,7 +45,6 @@ from protos.messages import PROTOCOL_VERSION, FrameLayer, Result
 log = logging.getLogger(__name__)
 
 _DEFAULT_IN_FLIGHT = 8
-_MARGIN_NS = 5_000_000  # beside the tail's time, what a frame cut short still needs to arrive in time
 _GRACE_NS = 250_000_000  # beyond a frame's deadline, or its arrival where that is later; a backend that keeps it needs none of this
 _NO_DEADLINE_NS = 120_000_000_000  # what a frame without deadline is given
 _LEAVE_S = 5.0  # for tasks that are cancelled at the end of a stream
@@ -76,6 +76,7 @@ class Services:
     version: str
     tracing: Tracing = field(default_factory=NoTracing)
     pace: Pace = field(default_factory=Pace)
+    datagrams: Datagrams | None = None
 
 
 def host_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
@@ -112,6 +113,10 @@ class Session:
         self._error: HeadtailError | None = None
         self._farewell: HeadtailError | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._path = DatagramPath(
+            self.id, self._begin_other, services.datagrams, bandwidth=services.bandwidth, backend=services.backend,
+            limits=services.limits, clock=services.clock,
+        )  # fmt: skip
 
     # ------------------------------------------------------------ the whole stream
 
@@ -133,6 +138,7 @@ class Session:
                 task.cancel()
             if self._timer is not None:
                 self._timer.cancel()
+            self._path.close()
             self._s.bandwidth.close(self.id)
             self._s.metrics.on_session(name, -1)
             await asyncio.wait({reader, *self._tasks}, timeout=_LEAVE_S)
@@ -154,6 +160,7 @@ class Session:
         """Ends the stream once what is owed has been sent; with an error, where the client shall know why."""
         self._farewell = error
         self._flush_assembler()
+        self._path.flush()
         self._finishing = True
         self._wake.set()
 
@@ -207,9 +214,14 @@ class Session:
             welcome=pb.Welcome(
                 protocol_version=PROTOCOL_VERSION, session_id=self.id, model=model.name, bundle_sha256=model.sha256,
                 max_in_flight=self._max_in_flight, max_payload_bytes=self._s.limits.max_payload_bytes,
-                server_version=self._s.version,
+                server_version=self._s.version, datagrams=self._path.offer(wanted=hello.datagrams),
             )
         )  # fmt: skip
+
+    def _begin_other(self, frame: Frame) -> None:
+        """A frame that came as datagrams; ids that the stream uses are not for it."""
+        if frame.frame_id not in self._owed and not self._finishing:
+            self._begin(frame)
 
     # ------------------------------------------------------------ in
 
@@ -338,7 +350,7 @@ class Session:
         return Assembler(max_frame_bytes=limits.max_frame_bytes, wait_ns=limits.layer_wait_ns)
 
     def _set_timer(self, now_ns: int) -> None:
-        due_ns = self._assembler.due_ns(self._s.backend.load_now().tail_ns + _MARGIN_NS)
+        due_ns = self._assembler.due_ns(self._s.backend.load_now().tail_ns + MARGIN_NS)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -352,7 +364,9 @@ class Session:
     # ------------------------------------------------------------ out
 
     def _send_result(self, result: Result) -> None:
-        self._send(pb.ServerMessage(result=result.to_proto()))
+        message = result.to_proto()
+        if not self._path.answers(message):
+            self._send(pb.ServerMessage(result=message))
         load = self._s.backend.load_now()
         self._s.bandwidth.on_tail(load.queue_ns, load.tail_ns)
         grant = self._s.bandwidth.grant(self.id, self._s.clock())

@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from protos.errors import ConfigError
+from protos.messages import Detection
 from splitters.bottleneck.bottleneck import Decoder, GainQuantiser
 from splitters.bottleneck.crossing import Crossing, Gather, Scatter, describe, latent_grid
 from splitters.bottleneck.ensemble import EncoderEnsemble, OwnEncoder, SmallEncoder, SmallEncoderConfig, Tier
@@ -25,6 +26,7 @@ from splitters.bottleneck.sensitivity import output_metric, sensitive_start
 from splitters.cutting.graph.partition import Cut
 from splitters.cutting.graph.split import Cutter, Split
 from splitters.cutting.graph.trace import TensorInfo
+from splitters.tasks.base import form_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,7 +248,7 @@ def build_any(model: nn.Module, example: Tensor, config: AnyCutConfig, sample: T
     crossings = describe(split.latent_shapes, config.at)
     gather = Gather(crossings, latent_grid(crossings, config.shrink or _shrink(crossings, example.shape[-2])))
     taps = _taps(cutter, split, config)
-    raw = _raw(cutter, split.tail) if config.task == "detection" else ()
+    raw = _raw(cutter, split.tail) if form_of(config.task) is Detection else ()
     stages = (TappedTail(split.tail, [*taps, *(r.node for r in raw)]),)
     stem, body, strides, c_stem = _front(cutter, split, config, gather.grid[0])
     base = StagedModel(

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from protos.messages import Classification
 from splitters.bottleneck.crossing import Gather, Scatter
 from splitters.bottleneck.learned import StagedModel, run_stages
 from splitters.bottleneck.narrow import narrow
+from splitters.tasks.base import form_of
 
 _ROUNDS = 4
 _FLOOR = 0.03  # share of the metric that is plain variance: what these photos do not show may matter on others
@@ -67,7 +69,7 @@ def _weighted(outputs: Sequence[Tensor], base: StagedModel) -> list[Tensor]:
                 weight = confidence / t.detach().var().clamp_min(1e-3)
             found.append(t * weight.sqrt())
         return found
-    if base.task == "classification" and outputs[-1].ndim == 2:
+    if form_of(base.task) is Classification and outputs[-1].ndim == 2:
         p = outputs[-1].detach().softmax(1)
         centred = outputs[-1] - (outputs[-1] * p).sum(1, keepdim=True)
         return [centred * p.sqrt()]

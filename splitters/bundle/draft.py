@@ -8,6 +8,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +17,21 @@ from typing import Self
 from protos.errors import StorageError
 
 _STALE_S = 60.0
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Processes that want to make the same thing take turns; the later ones find it made.
+
+    Args:
+        path: of a lock file, which stays.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class Draft:

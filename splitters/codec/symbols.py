@@ -49,12 +49,3 @@ class Symbols:
         for tensor in self.tensors:
             crc = zlib.crc32(np.ascontiguousarray(tensor, dtype="<i2").tobytes(), crc)
         return crc if self.history is None else zlib.crc32(self.history.tobytes(), crc)
-
-    def equals(self, other: Symbols) -> bool:
-        """Whether both hold the same layers of the same point with the same integers."""
-        return (
-            self.point_id == other.point_id
-            and (self.layers, self.layer_count) == (other.layers, other.layer_count)
-            and len(self.tensors) == len(other.tensors)
-            and all(np.array_equal(a, b) for a, b in zip(self.tensors, other.tensors, strict=True))
-        )

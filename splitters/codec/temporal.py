@@ -80,6 +80,9 @@ class Predictor:
         max_frames: how many frames the server remembers; a reference that has so many successors is not used.
         key_interval_frames: a key frame at least so often, 0: only when needed.
         reliable: whether what is sent arrives, in order, or the session ends; else only acknowledged frames are referred to.
+
+    Attributes:
+        reliable: may change while frames are on their way; each is taken for what it was when it was sent.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class Predictor:
         if max_frames < 1 or key_interval_frames < 0:
             raise ValueError("max_frames is at least 1, key_interval_frames at least 0")
         self._codec = codec
-        self._max_frames, self._key_interval_frames, self._reliable = max_frames, key_interval_frames, reliable
+        self._max_frames, self._key_interval_frames, self.reliable = max_frames, key_interval_frames, reliable
         self._sent: OrderedDict[int, _Sent] = OrderedDict()
         self._best: tuple[int, Symbols] | None = None
         self._since_best = 0
@@ -99,7 +102,7 @@ class Predictor:
         due = 0 < self._key_interval_frames <= self._since_key
         if due or not self._codec.supports_reference:
             return None, None
-        if self._reliable:
+        if self.reliable:
             newest = next((f for f in reversed(self._sent) if self._sent[f].delivered), None)
             if newest is not None and (self._best is None or newest > self._best[0]):
                 return self._sent[newest].symbols, newest
@@ -124,7 +127,7 @@ class Predictor:
     def delivered(self, frame_id: int, layer: int) -> None:
         """Notes that a layer was handed to the transport; with its last the frame may be referred to on a reliable stream."""
         frame = self._sent.get(frame_id)
-        if frame is not None and layer == frame.symbols.layer_count - 1:
+        if frame is not None and self.reliable and layer == frame.symbols.layer_count - 1:
             frame.delivered = True
 
     def acknowledged(self, frame_id: int, layers: int, symbols_crc32: int) -> bool:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import cv2
 
 from protos.errors import StorageError
+from protos.messages import Classification, Detection
 from splitters.commands.common.model_arguments import input_roles, read_examples
 from splitters.commands.common.progress import Progress
 from splitters.commands.common.serving_arguments import UNKNOWN_LICENCE, read_labels, read_preprocess
 from splitters.runtime.inputs import ONLY
-from splitters.tasks.base import TASKS
+from splitters.tasks.base import TASKS, form_of
 from splitters.tasks.canvas import Canvas
 from splitters.tasks.preprocess import Frame
 
@@ -122,10 +123,10 @@ def _report(written: OnnxWritten, args: argparse.Namespace, picture: Path | None
     same = "the file's to the last bit" if proof.identical else "the file's"
     print(f"  head and tail are {same} on {proof.pictures} pictures; as optimised for serving within {proof.difference:.1e}")
     first = max(bundle.points, key=lambda p: p.bits)
-    if bundle.manifest.task == "detection":
+    if form_of(bundle.manifest.task) is Detection:
         print(f"  through the codec at {first.bits:g} bits: {seen.matched} of {seen.found} boxes on {seen.photos} photographs "
               f"found again, within {seen.box_px:.2f} px and {seen.score:.3f} of the score")  # fmt: skip
-    elif bundle.manifest.task != "classification":
+    elif form_of(bundle.manifest.task) is not Classification:
         print(
             f"  through the codec at {first.bits:g} bits: the same answer within 1e-3 on {seen.matched} of {seen.found} photographs"
         )

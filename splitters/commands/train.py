@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError
+from protos.messages import Detection
 from splitters.commands.common.progress import Progress
 from splitters.commands.common.serving_arguments import AUTO, UNKNOWN_LICENCE, add_serving_arguments, described
 from splitters.commands.cut import read_photos
+from splitters.tasks.base import form_of
 
 if TYPE_CHECKING:
     from splitters.bundle import Bundle
@@ -97,7 +99,7 @@ def _any(args: argparse.Namespace) -> TrainConfig:
 
     if not args.model or not args.at:
         raise ConfigError("the recipe any needs --model and --at; `splitters profile MODEL` lists the cuts")
-    detects = args.task == "detection"
+    detects = form_of(args.task) is Detection
     if detects != (args.output not in (AUTO, "softmax")):
         raise ConfigError("--task detection and --output yolox (or boxes) go together: the bundle must say how to read the boxes")
     source = load_source(args.model, weights=args.weights, size_px=(args.size, args.size) if args.size else None)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from protos.errors import CutError, SourceError
+from protos.messages import Classification
 from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, LocalModel, Preprocess
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
@@ -33,6 +34,7 @@ from splitters.cutting.graph.verify import PICTURES, Verification
 from splitters.cutting.onnx_export import export_onnx
 from splitters.runtime.sessions import open_session
 from splitters.runtime.table import few, measure_table
+from splitters.tasks.base import form_of
 from splitters.tasks.preprocess import Frame, preprocess
 
 log = logging.getLogger(__name__)
@@ -154,7 +156,7 @@ def write_bundle(
         export_onnx(whole, [first], writer.file("server/whole.onnx", "server"), inputs=["image"], outputs=outputs)
         local = None
         if serving.local:
-            answers = ["logits"] if serving.task == "classification" else outputs
+            answers = ["logits"] if form_of(serving.task) is Classification else outputs
             on_step(5, total, "writing the device's whole model")
             export_onnx(whole, [first], writer.file("device/local.onnx", "device"), inputs=["image"], outputs=answers)
             local = LocalModel(path="device/local.onnx", preprocess=serving.preprocess)

@@ -10,13 +10,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from protos.messages import Answer
+from protos.messages import Answer, Detection
 from splitters.bundle import Bundle
 from splitters.bundle.offload import OffloadOption, compress, ladder, pareto_offloads, restore
-from splitters.evaluation.measure import Each, Measured, Photos, nothing, quantiles, run_whole
+from splitters.evaluation.measure import Each, Measured, Photos, nothing, run_whole
+from splitters.runtime.head import quantiles
 from splitters.runtime.local import open_local
 from splitters.runtime.pictures import read_picture
 from splitters.runtime.tail import Tail
+from splitters.tasks.base import form_of
 
 Value = Callable[[Sequence[Answer]], float]
 Remember = Callable[[Mapping[str, object], Callable[[], Measured]], Measured]
@@ -66,7 +68,7 @@ def measure_offloads(
 def offload_ladder(tail: Tail, photos: Photos) -> list[tuple[str, int, int]]:
     """A detector takes seconds a setting and needs its resolution: the coarse half of the ladder is left out."""
     settings = ladder(photos.input_px)
-    if tail.bundle.manifest.task != "detection":
+    if form_of(tail.bundle.manifest.task) is not Detection:
         return settings
     sides = sorted({side for _, _, side in settings})
     return [s for s in settings if s[1] >= _DETECTOR_QUALITY and s[2] in (sides[1], sides[-1])]

@@ -12,24 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from protos.errors import SourceError
 from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.bundle.manifest import Preprocess
-from splitters.bundle.operating_point import OperatingPoint, Quantiles
+from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import LatentCodec
 from splitters.evaluation.image_codecs import Picture, Setting, decode, encode
+from splitters.runtime.head import Head
 from splitters.runtime.pictures import readable
-from splitters.runtime.sessions import open_session
+from splitters.runtime.sessions import Floats
 from splitters.runtime.tail import Tail
 from splitters.tasks.base import SizePx
-from splitters.tasks.preprocess import geometry, input_image, normalise
+from splitters.tasks.preprocess import geometry, input_image
 
 log = logging.getLogger(__name__)
-Floats = NDArray[np.float32]
 Each = Callable[[], None]
 
 
@@ -93,54 +92,6 @@ def content_area(spec: Preprocess, width_px: int, height_px: int) -> tuple[slice
     return slice(top, top + round(height_px * g.scale_y)), slice(left, left + round(width_px * g.scale_x))
 
 
-class Device:
-    """A bundle's head as a device runs it: one thread, every graph open.
-
-    Args:
-        bundle: whose head it is.
-        threads: of ONNX Runtime.
-    """
-
-    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
-        head = bundle.manifest.head
-
-        def session(path: str) -> ort.InferenceSession:
-            return open_session(bundle.part_path(path), threads=threads)
-
-        self._spec = bundle.manifest.preprocess
-        self.stem = session(head.stem)
-        self.graphs = {name: session(path) for name, path in head.graphs.items()}
-        self._inputs = {name: s.get_inputs()[0].name for name, s in self.graphs.items()}
-
-    def stem_map(self, picture: Picture) -> list[Floats]:
-        """The stem's outputs, batch of one."""
-        outputs: list[Floats] = self.stem.run(None, {"image": normalise(picture, self._spec)})
-        return outputs
-
-    def latents(self, stem_map: Sequence[Floats], graphs: Sequence[str]) -> list[Floats]:
-        """Latents, batch of one: the stem's outputs, or the graphs' sum."""
-        if not graphs:
-            return list(stem_map)
-        shares = [self.graphs[g].run(None, {self._inputs[g]: stem_map[0]}) for g in graphs]
-        return [np.sum(parts, axis=0, dtype=np.float32) if len(parts) > 1 else parts[0] for parts in zip(*shares, strict=True)]
-
-    def time_ms(self, picture: Picture, settings: Sequence[tuple[str, ...]], rounds: int = 40) -> dict[tuple[str, ...], Quantiles]:
-        """Head time of every set of graphs, stem included, measured in turns so that disturbances hit all alike."""
-        taken: dict[tuple[str, ...], list[float]] = {s: [] for s in settings}
-        image = {"image": normalise(picture, self._spec)}
-        for _ in range(rounds):
-            for graphs in settings:
-                start = time.perf_counter_ns()
-                self.latents(self.stem.run(None, image), graphs)
-                taken[graphs].append((time.perf_counter_ns() - start) / 1e6)
-        return {s: quantiles(np.array(ms[2:])) for s, ms in taken.items()}
-
-
-def quantiles(values: NDArray[np.float64]) -> Quantiles:
-    """Median and 95th percentile."""
-    return Quantiles(p50=float(np.percentile(values, 50)), p95=float(np.percentile(values, 95)))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
     """One setting over all photos: bytes of each payload, (M,), and the answers."""
@@ -164,10 +115,10 @@ def run_points(
         tick: told of every finished point.
         each: called after every photo at every point.
     """
-    device = Device(bundle)
+    head = Head(bundle)
     measured: dict[int, Measured] = {}
     for graphs in dict.fromkeys(p.graphs for p in points):
-        latents = [[t[0] for t in device.latents(device.stem_map(p), graphs)] for p in photos.pictures]
+        latents = [head.latents(head.stem_of(p), graphs) for p in photos.pictures]
         for point in (p for p in points if p.graphs == graphs):
             measured[point.id] = _run_point(codec, tail, photos, latents, point, each)
             tick(f"operating point {point.id}")
@@ -175,7 +126,7 @@ def run_points(
 
 
 def _run_point(
-    codec: LatentCodec, tail: Tail, photos: Photos, latents: list[list[Floats]], point: OperatingPoint, each: Each
+    codec: LatentCodec, tail: Tail, photos: Photos, latents: Sequence[Sequence[Floats]], point: OperatingPoint, each: Each
 ) -> Measured:
     sizes = np.zeros(len(photos))
     answers: list[Answer] = []
@@ -197,15 +148,6 @@ def run_whole(
     answers: list[Answer] = []
     for picture, size_px in zip(given, photos.sizes_px, strict=True):
         answers += tail.run_images([picture], [size_px])
-        each()
-    return answers
-
-
-def run_unquantised(bundle: Bundle, tail: Tail, photos: Photos, *, each: Each = nothing) -> list[Answer]:
-    """Head and tail of the first operating point with nothing lost between them: the whole model, where its halves are its own."""
-    device, answers = Device(bundle), list[Answer]()
-    for picture, size_px in zip(photos.pictures, photos.sizes_px, strict=True):
-        answers += tail.run(device.latents(device.stem_map(picture), bundle.points[0].graphs), [size_px])
         each()
     return answers
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from protos.errors import ConfigError
-from protos.messages import Answer
+from protos.messages import Answer, Detection
 from splitters.bundle import Bundle, rewrite_points
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint, best_point, mark_pareto
@@ -27,21 +27,20 @@ from splitters.evaluation.image_codecs import Setting, ladder
 from splitters.evaluation.judging.agreement import Agreement
 from splitters.evaluation.judging.tasks import AveragePrecision, Judge, Score, list_images, read_labels
 from splitters.evaluation.measure import (
-    Device,
     Each,
     Measured,
     Photos,
     encode_ms,
     load_photos,
-    quantiles,
     run_image_codec,
     run_points,
     run_whole,
 )
 from splitters.evaluation.report import Gap, Jpeg95, Report, dump
 from splitters.evaluation.steps import Steps, Told
-from splitters.runtime.head import open_codec
+from splitters.runtime.head import Head, open_codec, quantiles
 from splitters.runtime.tail import Tail, load_tail
+from splitters.tasks.base import form_of
 
 __all__ = ["EvaluateConfig", "Report", "dump", "evaluate", "rewrite"]
 
@@ -127,7 +126,7 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info, s
     local = measure_local(bench.bundle, photos.files, lambda answers: bench.score(answers).value, each=bench.each)
     offloads = _offloads(bench) if config.against else []
     rates = {name: {c.name: _try_compare(c, mine) for c in curves} for name, mine in _tier_curves(points, curve).items()}
-    detector = bundle.manifest.task == "detection"
+    detector = form_of(bundle.manifest.task) is Detection
     middle = [ladder(codec, photos.input_px, detector=detector)[-3] for codec in config.against]
     return Report(
         model=bundle.manifest.name, photos=len(photos), metric=bench.judge.metric, whole=whole.value if whole else float("nan"),
@@ -147,7 +146,7 @@ def rewrite(bundle: Bundle, report: Report) -> Bundle:
 
 
 def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick, show: Told | None) -> _Bench:
-    detector = bundle.manifest.task == "detection"
+    detector = form_of(bundle.manifest.task) is Detection
     if bundle.manifest.inputs:
         taken = ", ".join(f"{i.name} ({i.source})" for i in bundle.manifest.inputs)
         raise ConfigError(f"{bundle.manifest.name} takes {taken}; only bundles of one picture can be evaluated")
@@ -182,7 +181,7 @@ def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick, show: Told | None)
 def _runs(tail: Tail, photos: Photos, config: EvaluateConfig) -> int:
     """How often every photo is run through some model, at the most."""
     manifest = tail.bundle.manifest
-    detector = manifest.task == "detection"
+    detector = form_of(manifest.task) is Detection
     images = sum(len(ladder(c, photos.input_px, config.qualities, detector=detector)) for c in config.against)
     offloads = len(offload_ladder(tail, photos)) + detector if config.against else 0
     return len(tail.bundle.points) + images + offloads + tail.takes_images + (manifest.local is not None)
@@ -192,7 +191,7 @@ def _judge(config: EvaluateConfig, bundle: Bundle) -> Judge | None:
     if config.labels is None:
         return None
     files = list_images(config.images)
-    if bundle.manifest.task == "detection":
+    if form_of(bundle.manifest.task) is Detection:
         return AveragePrecision(config.labels, files, config.images, bundle.manifest.labels or None)
     return read_labels(config.labels, files, config.images, bundle.manifest.labels)
 
@@ -200,7 +199,7 @@ def _judge(config: EvaluateConfig, bundle: Bundle) -> Judge | None:
 def loose(bundle: Bundle, score_min: float) -> Bundle:
     """The bundle with another score threshold; its files stay as they are."""
     manifest = bundle.manifest
-    if manifest.task != "detection":
+    if form_of(manifest.task) is not Detection:
         return bundle
     tail = {**manifest.tail, **({"score_min": score_min} if "score_min" in manifest.tail else {})}
     return replace(bundle, manifest=replace(manifest, postprocess={**manifest.postprocess, "score_min": score_min}, tail=tail))
@@ -211,7 +210,7 @@ def _measure_points(
 ) -> tuple[list[OperatingPoint], Curve, dict[int, dict[str, float]], tuple[float, float] | None]:
     bundle, photos = bench.bundle, bench.photos
     measured = run_points(bundle, open_codec(bundle), bench.tail, photos, bundle.points, tick=bench.tick, each=bench.each)
-    times = Device(bundle).time_ms(photos.pictures[0], list(dict.fromkeys(p.graphs for p in bundle.points)))
+    times = Head(bundle).times_ms(photos.pictures[0], list(dict.fromkeys(p.graphs for p in bundle.points)))
     scores = {p.id: bench.score(measured[p.id].answers) for p in bundle.points}
     points = [
         replace(
@@ -247,7 +246,7 @@ def _gap(curve: Curve, row: int, other: Score) -> Gap:
 
 
 def _image_curve(bench: _Bench, codec: str) -> Curve:
-    config, detector = bench.config, bench.bundle.manifest.task == "detection"
+    config, detector = bench.config, form_of(bench.bundle.manifest.task) is Detection
     settings = ladder(codec, bench.photos.input_px, config.qualities, detector=detector)
     sizes, scores = [], []
     for setting in settings:

@@ -20,10 +20,9 @@ from protos.errors import ConfigError, SourceError
 from protos.messages import Detection
 from splitters.bottleneck.narrow import narrow
 from splitters.bundle import Bundle, replace_parts
-from splitters.evaluation.measure import Device
 from splitters.evaluation.prefilter import Array, passage_scores, passages, present, roc_auc
 from splitters.evaluation.steps import Told
-from splitters.runtime.sessions import open_graph
+from splitters.runtime.head import Head
 from splitters.runtime.tail import load_tail
 from splitters.runtime.video import VideoReader
 from splitters.tasks.decoding.boxes import Detections, empty_detections, iou_matrix
@@ -121,16 +120,14 @@ def watch(
         ConfigError: the bundle has no prefilter.
         SourceError: there is no frame.
     """
-    graph = bundle.manifest.head.prefilter
-    if graph is None:
+    if bundle.manifest.head.prefilter is None:
         raise ConfigError(f"bundle {bundle.manifest.name!r} has no prefilter to calibrate")
     ids = tuple(int(i) for i in json.loads(bundle.read_part(promise_part(bundle)))["category_ids"])
-    device, own = Device(bundle), own_detector(bundle)
-    prefilter = open_graph(bundle.part_path(graph))
+    head, own = Head(bundle), own_detector(bundle)
     scores, confidence, answered, boxes, right, at = [], [], [], [], [], []
     for index, frame in enumerate(frames):
-        stem = device.stem_map(input_image(frame, bundle.manifest.preprocess))[0]
-        scores.append(np.asarray(prefilter([stem])[0])[0, : len(ids)])
+        maps = head.stem_of(input_image(frame, bundle.manifest.preprocess))
+        scores.append(np.asarray(head.prefilter_scores(maps))[: len(ids)])
         there = teacher(frame)
         found = own(frame) if own is not None else empty_detections()
         confidence.append(_best(there, ids))

@@ -7,7 +7,6 @@ A bundle that holds no whole model is compared with its own halves with nothing 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 from protos.errors import SourceError
 from protos.messages import Detection
 from splitters.bundle import Bundle, Measured
-from splitters.bundle.operating_point import Quantiles, mark_pareto
-from splitters.runtime.head import Head, open_codec
+from splitters.bundle.operating_point import mark_pareto
+from splitters.runtime.head import Head, open_codec, quantiles
 from splitters.runtime.local import open_local
 from splitters.runtime.tail import load_tail
 from splitters.tasks.base import task_of
@@ -60,13 +59,17 @@ def measure_table(bundle: Bundle, frames: Sequence[Frame], show: Told | None = N
     found = 0
     for number, frame in enumerate(frames, 1):
         picture, size_px = input_image(frame, bundle.manifest.preprocess), (frame.shape[1], frame.shape[0])
-        stem_map = head.stem(picture)
-        latents = {graphs: head.latents(stem_map, graphs) for graphs in settings}
-        whole = tail.run_images([picture], [size_px]) if tail.takes_images else tail.run(latents[settings[0]], [size_px])
+        maps = head.stem_of(picture)
+        latents = {graphs: head.latents(maps, graphs) for graphs in settings}
+        whole = (
+            tail.run_images([picture], [size_px])
+            if tail.takes_images
+            else tail.run([tensor[None] for tensor in latents[settings[0]]], [size_px])
+        )
         judge = task_of(whole[0])
         found += not isinstance(whole[0], Detection) or bool(whole[0].boxes)
         for point in bundle.points:
-            layers = codec.compress([t[0] for t in latents[point.graphs]], point.codec_point).payloads
+            layers = codec.compress(latents[point.graphs], point.codec_point).payloads
             sizes[point.id].append(sum(map(len, layers)))
             decoded = [tensor[None] for tensor in codec.dequantise(codec.decode(layers))]
             agreed[point.id].append(judge.agreement(tail.run(decoded, [size_px])[0], whole[0]))
@@ -76,11 +79,11 @@ def measure_table(bundle: Bundle, frames: Sequence[Frame], show: Told | None = N
             show(number, len(frames), "photos at every operating point")
     if not found:
         log.warning("the whole model finds nothing in these %d photos: how far the points agree with it says little", len(frames))
-    head_ms = _times(head, input_image(frames[0], bundle.manifest.preprocess), settings)
+    head_ms = head.times_ms(input_image(frames[0], bundle.manifest.preprocess), settings)
     points = [
         replace(
             p,
-            payload_bytes=_quantiles(sizes[p.id]),
+            payload_bytes=quantiles(sizes[p.id]),
             accuracy=_share(agreed[p.id]),
             accuracy_metric=METRIC,
             head_ms=head_ms[p.graphs],
@@ -94,18 +97,3 @@ def _share(parts: Sequence[tuple[float, float]]) -> float:
     """The share of all that agrees; where there was nothing to find and nothing was found, all agreed."""
     right, of = np.sum(np.array(parts, np.float64).reshape(-1, 2), axis=0)
     return float(right / of) if of else 1.0
-
-
-def _quantiles(values: Sequence[float]) -> Quantiles:
-    return Quantiles(p50=float(np.percentile(values, 50)), p95=float(np.percentile(values, 95)))
-
-
-def _times(head: Head, picture: Frame, settings: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Quantiles]:
-    """Head time of every set of graphs, stem included, in turns, so that disturbances hit all alike."""
-    taken: dict[tuple[str, ...], list[float]] = {s: [] for s in settings}
-    for _ in range(_ROUNDS):
-        for graphs in settings:
-            start_ns = time.perf_counter_ns()
-            head.latents(head.stem(picture), graphs)
-            taken[graphs].append((time.perf_counter_ns() - start_ns) / 1e6)
-    return {s: _quantiles(ms[_WARM:]) for s, ms in taken.items()}

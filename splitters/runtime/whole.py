@@ -82,11 +82,11 @@ class BundleModel:
         height, width = _checked(frame).shape[:2]
         return Inference(answer=self.decode(payloads, (width, height)), payloads=payloads, point=chosen)
 
-    def latents(self, frame: Frame | None = None, *, raw: Raw | None = None, point: int | None = None) -> list[Floats]:
+    def latents(self, frame: Frame | None = None, *, raw: Raw | None = None, point: int | None = None) -> tuple[Floats, ...]:
         """What the head makes of a frame, before it is quantised."""
         chosen = best_point(self.points) if point is None else self.bundle.point(point)
         picture = input_image(_checked(frame), self.bundle.manifest.preprocess)
-        return [tensor[0] for tensor in self._head.latents(self._head.stem(picture, raw), chosen.graphs)]
+        return self._head.latents(self._head.stem_of(picture, raw), chosen.graphs)
 
     def encode(self, frame: Frame | None = None, *, raw: Raw | None = None, point: int | None = None) -> tuple[bytes, ...]:
         """The device's half: a frame's payload, a layer each."""

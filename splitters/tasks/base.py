@@ -2,7 +2,7 @@
 
 A task owns all that depends on the meaning: decoding, JSON, drawing, words for people, judging, the check of what a peer
 sends, and the answer of a frame that the prefilter stops. Client and server ask no answer and no manifest which task it is;
-training and evaluation still do, where they choose losses, labels and ladders.
+training and evaluation ask how its answers travel (`form_of`), where they choose losses, labels and ladders.
 
 An answer travels as a classification, as a detection, or as named tensors. The first two have messages of their own; every
 other task says what its tensors mean. A whole example is ``tests/outside/headtail_outside/task.py``, of another package.
@@ -157,6 +157,15 @@ def make_task(name: str, spec: Mapping[str, Any], preprocess: Preprocess, *, dec
         return TASKS.get(name)(spec, preprocess, decoded=decoded)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BundleError(f"postprocess in the manifest does not fit the task {name}: {error!r}") from error
+
+
+def form_of(name: str) -> type[Answer]:
+    """How answers of the task of that name travel.
+
+    Raises:
+        BundleError: nobody registered it.
+    """
+    return TASKS.get(name).form
 
 
 def task_of(answer: Answer) -> type[Task]:

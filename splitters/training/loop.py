@@ -8,7 +8,6 @@ Everything random in step k comes from (seed, k), so a resumed run continues exa
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from splitters.training.checkpoint import load_checkpoint, save_checkpoint
 from splitters.training.config import Stage, TrainConfig
 from splitters.training.losses import BitrateSteering, relative_error, staged_distortion
 from splitters.training.photos import Crops, PhotoCache
+from splitters.training.schedule import average_in, rise_and_fall
 
 log = logging.getLogger(__name__)
 
@@ -113,14 +113,13 @@ class Trainer:
         save_checkpoint(self)
 
     def _prepare(self, stage: Stage, index: int) -> None:
-        warm = min(1.0, (index + 1) / stage.warmup_steps)
-        fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * index / stage.steps))
+        factor = rise_and_fall(index, stage.warmup_steps, index / stage.steps, floor=0.02)
         for group, (name, params) in zip(self.optimiser.param_groups, self.groups.items(), strict=True):
             shared = stage.lr if stage.lr_shared is None else stage.lr_shared
             lr = {"new": stage.lr, "shared": shared, "bridge": shared, "quantiser": 4 * shared, "own": stage.lr_own}.get(name, 0.0)
             if name.startswith("tail"):
                 lr = stage.lr_tail if int(name[4:]) < stage.tail_stages else 0.0
-            group["lr"] = lr * warm * fall
+            group["lr"] = lr * factor
             for p in params:
                 p.requires_grad_(lr > 0)
 
@@ -246,7 +245,7 @@ class Trainer:
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_([p for g in self.groups.values() for p in g if p.grad is not None], self.config.clip_norm)
         self.optimiser.step()
-        self._average()
+        average_in(self.ema, self.student.state_dict(), self.step, decay=self.config.ema)
 
     def _steer(self, stage: Stage, gain: Tensor, kept: Tensor, bits: Tensor) -> None:
         """Compares the largest shown tier's untruncated samples with the targets."""
@@ -270,15 +269,6 @@ class Trainer:
             latent=mismatch,
             tier_bytes=tuple(self.running_bytes),
         )
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        keep = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        for name, value in self.student.state_dict().items():
-            if value.dtype.is_floating_point:
-                self.ema[name].lerp_(value, 1 - keep)
-            else:
-                self.ema[name].copy_(value)
 
 
 def shares(fractions: tuple[float, ...], n: int, rng: np.random.Generator | None) -> list[int]:

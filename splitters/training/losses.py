@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from protos.messages import Classification
 from splitters.bottleneck.bottleneck import GainQuantiser
 from splitters.bottleneck.learned import StagedModel
 from splitters.bottleneck.raw_outputs import RawOutput
+from splitters.tasks.base import form_of
 from splitters.training.config import LossWeights
 
 _FAINT = 2e-3  # cells less believed in by the teacher have no say on classes and boxes: nearly all of them
@@ -117,8 +119,9 @@ def staged_distortion(student: Sequence[Tensor], teacher: Sequence[Tensor], weig
         weights: of the terms; the taps' are averaged over the tensors.
         base: says which is which.
     """
+    classifies = form_of(base.task) is Classification
     if base.taps == 0 and base.cuts == 1 and not base.raw:
-        return distortion(student, teacher, weights, logits=base.task == "classification")
+        return distortion(student, teacher, weights, logits=classifies)
     pairs = list(zip(student, teacher, strict=True))
     at, end = base.cuts, base.cuts + base.taps
     total = weights.cut * torch.stack([relative_error(a, b) for a, b in pairs[:at]]).mean(0)
@@ -127,7 +130,7 @@ def staged_distortion(student: Sequence[Tensor], teacher: Sequence[Tensor], weig
     if base.raw:
         branches = pairs[end : end + len(base.raw)]
         return total + weights.logits * detection_mismatch([a for a, _ in branches], [b for _, b in branches], base.raw)
-    outputs = [divergence(a, b) if base.task == "classification" and a.ndim == 2 else relative_error(a, b) for a, b in pairs[end:]]
+    outputs = [divergence(a, b) if classifies and a.ndim == 2 else relative_error(a, b) for a, b in pairs[end:]]
     return total + weights.logits * torch.stack(outputs).mean(0)
 
 

@@ -162,7 +162,7 @@ class PhotoCache:
         """Random resized crops, mirrored half of the time."""
         draw = _letterboxed if crops.letterbox else _crop
         taken = [draw(self.photo(i), crops, rng) for i in indices]
-        return normalise(np.stack(taken), crops)
+        return normalise(np.stack(taken), crops.mean, crops.std)
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
@@ -206,11 +206,10 @@ def _write_cache(
     log.info("decoded %d photos, %.1f MB", len(shapes), offset / 1e6)
 
 
-def normalise(photos: NDArray[np.uint8], crops: Crops) -> Tensor:
-    """uint8 (N, H, W, 3) to the model's input."""
+def normalise(photos: NDArray[np.uint8], mean: float | Sequence[float], std: float | Sequence[float]) -> Tensor:
+    """uint8 (N, H, W, 3) to the model's input (N, 3, H, W); mean and standard deviation are shared or one a channel."""
     x = torch.from_numpy(photos).permute(0, 3, 1, 2).float().div_(255.0)
-    mean, std = torch.tensor(crops.mean)[:, None, None], torch.tensor(crops.std)[:, None, None]
-    return x.sub_(mean).div_(std)
+    return x.sub_(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1))
 
 
 def _crop(photo: NDArray[np.uint8], crops: Crops, rng: np.random.Generator) -> NDArray[np.uint8]:

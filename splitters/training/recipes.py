@@ -7,8 +7,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from protos.messages import Detection
 from splitters.bottleneck.learned_any import AnyCutConfig
 from splitters.registry import Registry
+from splitters.tasks.base import form_of
 from splitters.training.config import LossWeights, Stage, TrainConfig, share_out
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
 
@@ -72,7 +74,7 @@ def any_cut(
         target_bytes: payload each gain tier aims at, finest first; default: by task and size.
         serving: the manifest's ends of the model (see `commands.common.serving_arguments`); default: ImageNet's normalisation.
     """
-    detects = cut.task == "detection"
+    detects = form_of(cut.task) is Detection
     cheap = (0.25, 0.15) if cut.stem_at else ()
     own = 1 - sum(cheap)
     alone = (*(0.0 for _ in cheap), 1.0)

@@ -6,14 +6,14 @@ import hashlib
 import json
 import logging
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from protos.errors import BundleError, ConfigError, SourceError, UnknownModelError
+from protos.errors import BundleError, ConfigError, SourceError, StorageError, UnknownModelError
 from splitters.bundle import Bundle, Measure, exported_path, open_bundle, sha256_file
+from splitters.bundle.draft import alone
 from splitters.registry import Registry
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
 from splitters.zoo.published import published
@@ -165,24 +165,39 @@ def export(what: str, out: Path, measure: Measure | None = None) -> Bundle:
 def ensure_exported(name: str) -> Path:
     """Where the default bundle ``name`` lies; exported now if it is absent, unreadable, or made by other code or weights.
 
+    Processes that need it at the same time take turns, and the first makes it for all.
+
     Raises:
         UnknownModelError: no default has that name.
         StorageError: it cannot be written there.
     """
     path = exported_path(name)
+    if not _why_export(name, path):
+        return path
+    if name not in EXPORTERS:
+        export(name, path)  # raises: there is no such default
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with alone(path.with_name(f".{name}.lock")):
+            if why := _why_export(name, path):  # no other process has made it meanwhile
+                log.info("%s", why)
+                export(name, path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}; default bundles go to $HEADTAIL_CACHE") from error
+    return path
+
+
+def _why_export(name: str, path: Path) -> str:
+    """Why the default has to be exported now; empty: it lies there, sound and up to date."""
     stamp = _stamp(path)
     try:
         if not path.exists():
-            log.info("%s is made for the first time; later starts find it in %s", name, path)
-        elif open_bundle(path) and stamp.is_file() and stamp.read_text(encoding="utf-8") == _source_sha256():
-            return path
-        else:
-            log.info("%s was exported by other code or weights; it is exported again", path)
+            return f"{name} is made for the first time; later starts find it in {path}"
+        if open_bundle(path) and stamp.is_file() and stamp.read_text(encoding="utf-8") == _source_sha256():
+            return ""
     except BundleError as error:
-        log.info("%s; it is exported again", error.message)
-        shutil.rmtree(path, ignore_errors=True)  # in our own cache, and of no use
-    export(name, path)
-    return path
+        return f"{error.message}; it is exported again"
+    return f"{path} was exported by other code or weights; it is exported again"
 
 
 def find(name_or_path: str | Path) -> Bundle:

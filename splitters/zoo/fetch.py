@@ -6,21 +6,20 @@ its sha256 was seen to be right. A download that stops goes on where it stopped.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import IO
 
 from protos.errors import BundleError, ConfigError, StorageError, UnreachableError
 from splitters.bundle import cache_dir, sha256_file
+from splitters.bundle.draft import alone
 from splitters.zoo.published import Published
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ def fetch(
     target = cache_dir() / "weights" / f"{wanted.sha256}{Path(wanted.path).suffix}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target.with_suffix(".lock")):
+        with alone(target.with_suffix(".lock")):
             if target.is_file() and sha256_file(target) == wanted.sha256:
                 return target
             if found is not None:
@@ -96,14 +95,6 @@ def _address(wanted: Published, mirror: str) -> str:
     if not mirror.startswith(("https://", "http://")):
         raise ConfigError(f"the mirror must begin with https:// or http://, got {mirror!r}")
     return f"{mirror.rstrip('/')}/{wanted.place}"
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Two processes that want the same file take turns; the second finds it."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _download(wanted: Published, address: str, target: Path, progress: Progress | None) -> None:

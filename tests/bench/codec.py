@@ -23,11 +23,11 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from edge_client.device.head import Head
 from splitters.bundle import Bundle, open_bundle
 from splitters.codec import LatentCodec, LearnedCodec, PlainCodec, Symbols, calibrate_plain, learned_spec
 from splitters.codec.fitting.fit import fit_tables
 from splitters.evaluation.video.run import send_clip
+from splitters.runtime.head import Head
 from splitters.tasks.preprocess import preprocess
 
 VIDEOS = ("vtest.avi", "person-bicycle-car-detection.mp4")
@@ -110,12 +110,12 @@ class Device:
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self.bundle = bundle
-        self.head = Head(bundle, clock=time.monotonic_ns, threads=threads)
+        self.head = Head(bundle, threads=threads)
 
     def latents(self, picture: NDArray[np.uint8], number: int) -> Latents:
         """Of operating point `number`; pictures are BGR."""
         features = self.head.stem([preprocess(picture, self.bundle.manifest.preprocess)])
-        return self.head.latents(features, self.bundle.points[number])
+        return self.head.latents(features, self.bundle.points[number].graphs)
 
 
 def read_codec(bundle: Bundle) -> LearnedCodec:

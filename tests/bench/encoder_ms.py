@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edge_client.device.head import Head
 from splitters.bundle import open_bundle
 from splitters.cutting.onnx_export import export_onnx
+from splitters.runtime.head import Head
 from splitters.runtime.sessions import open_graph
 from splitters.zoo.defaults import ensure_exported
 from splitters.zoo.efficientnet_lite0.network import load_efficientnet_lite0
@@ -37,7 +37,7 @@ def main() -> None:
         path = Path(folder) / "whole.onnx"
         export_onnx(load_efficientnet_lite0(), [torch.from_numpy(image)], path, inputs=["image"], outputs=["logits"])
         whole = open_graph(path)
-    head = Head(bundle, clock=time.monotonic_ns)
+    head = Head(bundle)
     tiers = {point.graphs: point for point in bundle.points}
     taken: dict[str, list[float]] = {"whole": [], "stem": []} | {"+".join(g): [] for g in tiers}
     switch: list[float] = []
@@ -52,7 +52,7 @@ def main() -> None:
             times = []
             for _ in range(2):
                 start = time.perf_counter()
-                head.latents(head.stem([image]), point)
+                head.latents(head.stem([image]), point.graphs)
                 times.append(time.perf_counter() - start)
             taken["+".join(graphs)].append(times[1])
             switch.append(times[0] - times[1])

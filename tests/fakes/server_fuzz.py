@@ -111,7 +111,7 @@ class Subject:
 
 def subjects(bundle: Bundle) -> list[Subject]:
     """The plain codec of a tiny bundle and a small learned codec with predicted frames."""
-    from tests.unit.test_codec_learned import BEFORE, COMPILED, NOW
+    from tests.unit.codec.test_codec_learned import BEFORE, COMPILED, NOW
 
     device = Device(bundle)
     plain = [device.payloads(picture(i), point) for i in range(4) for point in range(len(device.codec.point_ids))]

@@ -16,39 +16,11 @@ import cv2
 import numpy as np
 import pytest
 
+from splitters.bundle import Bundle
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_process import client, run_client, standby, write_clip, write_photos
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("client")
-
-
-@pytest.fixture(scope="module")
-def bundle(home: Path) -> Path:
-    return write_tiny_bundle(home / "bundle").path
-
-
-@pytest.fixture(scope="module")
-def photos(home: Path) -> Path:
-    return write_photos(home / "photos")
-
-
-@pytest.fixture(scope="module")
-def server(home: Path, bundle: Path) -> Iterator[str]:
-    with standby(home, bundle) as s:
-        yield s.serve()
-
-
-@pytest.fixture(scope="module")
-def cache(home: Path, server: str, photos: Path) -> Path:
-    """A cache that has met the server once."""
-    done = run_client(home, "--camera", str(photos), "--server", server, "--json", cache=home / "cache")
-    assert done.code == 0, done.err
-    return home / "cache"
 
 
 def test_every_photo_of_a_directory_is_a_result(tmp_path: Path, server: str, photos: Path, cache: Path) -> None:
@@ -121,9 +93,9 @@ def test_loop_and_frames(tmp_path: Path, server: str, photos: Path, cache: Path)
     assert done.summary["outcomes"]["result"] == 12
 
 
-def test_without_any_server_a_known_bundle_answers_locally(tmp_path: Path, home: Path, bundle: Path, photos: Path) -> None:
+def test_without_any_server_a_known_bundle_answers_locally(tmp_path: Path, home: Path, bundle: Bundle, photos: Path) -> None:
     cache = tmp_path / "cache"
-    with standby(tmp_path, bundle) as s:
+    with standby(tmp_path, bundle.path) as s:
         address = s.serve()
         assert run_client(tmp_path, "--camera", str(photos), "--server", address, cache=cache).code == 0
     camera = ["--camera", "synthetic:fps=30,size=160x120", "--frames", "30", "--change-gate", "off"]
@@ -135,8 +107,8 @@ def test_without_any_server_a_known_bundle_answers_locally(tmp_path: Path, home:
     assert done.outcomes() == {"local": 5}
 
 
-def test_a_server_that_hangs_and_wakes_again(tmp_path: Path, home: Path, bundle: Path, cache: Path) -> None:
-    with standby(tmp_path, bundle) as s:
+def test_a_server_that_hangs_and_wakes_again(tmp_path: Path, home: Path, bundle: Bundle, cache: Path) -> None:
+    with standby(tmp_path, bundle.path) as s:
         address = s.serve()
         # One operating point: on a device that has no time the controller would rightly answer locally.
         camera = ["--camera", "synthetic:fps=30,size=160x120", "--frames", "300", "--change-gate", "off", "--operating-point", "0"]
@@ -156,12 +128,12 @@ def test_a_server_that_hangs_and_wakes_again(tmp_path: Path, home: Path, bundle:
             assert line["latency_ms"]["total"] <= 600
 
 
-def test_files_wait_for_a_server_that_was_killed(tmp_path: Path, bundle: Path) -> None:
+def test_files_wait_for_a_server_that_was_killed(tmp_path: Path, bundle: Bundle) -> None:
     clip = write_clip(tmp_path / "clip.avi", frames=60)
-    with standby(tmp_path, bundle) as s:
+    with standby(tmp_path, bundle.path) as s:
         s.wait_ready()
         address = s.serve()
-        with standby(tmp_path, bundle, listen=address) as second:
+        with standby(tmp_path, bundle.path, listen=address) as second:
             second.wait_ready()
             arguments = ["--camera", str(clip), "--loop", "--frames", "2000", "--server", address, "--json"]
             with client(tmp_path, *arguments) as edge:
@@ -175,9 +147,9 @@ def test_files_wait_for_a_server_that_was_killed(tmp_path: Path, bundle: Path) -
     assert done.summary["reconnects"] >= 1
 
 
-def test_a_server_that_returns_with_another_bundle(tmp_path: Path, bundle: Path) -> None:
+def test_a_server_that_returns_with_another_bundle(tmp_path: Path, bundle: Bundle) -> None:
     other = write_tiny_bundle(tmp_path / "other", seed=7).path
-    with standby(tmp_path, bundle) as s:
+    with standby(tmp_path, bundle.path) as s:
         s.wait_ready()
         address = s.serve()
         with standby(tmp_path, other, listen=address) as second:
@@ -274,8 +246,8 @@ def test_a_source_that_is_not_whole_is_told_and_with_strict_an_error(tmp_path: P
 # ---------------------------------------------------------------- the embedded server
 
 
-def test_the_embedded_server_starts_and_ends_with_the_client(tmp_path: Path, bundle: Path, photos: Path) -> None:
-    arguments = ["--camera", str(photos), "--loop", "--server", "embedded", "--model", str(bundle)]
+def test_the_embedded_server_starts_and_ends_with_the_client(tmp_path: Path, bundle: Bundle, photos: Path) -> None:
+    arguments = ["--camera", str(photos), "--loop", "--server", "embedded", "--model", str(bundle.path)]
     with client(tmp_path, *arguments) as edge:
         edge.wait_frame(5)
         child = children(edge.process.pid)
@@ -286,7 +258,7 @@ def test_the_embedded_server_starts_and_ends_with_the_client(tmp_path: Path, bun
         while alive(child[0]) and time.monotonic() < until:
             time.sleep(0.05)
         assert not alive(child[0]), "the embedded server outlived its client"
-    done = run_client(tmp_path, "--camera", str(photos), "--server", "embedded", "--model", str(bundle), "--json")
+    done = run_client(tmp_path, "--camera", str(photos), "--server", "embedded", "--model", str(bundle.path), "--json")
     assert done.code == 0, done.err
     assert done.outcomes() == {"result": 5}
 
@@ -344,9 +316,9 @@ def test_a_port_that_says_nothing(tmp_path: Path, photos: Path) -> None:
     assert_one_sentence(done.err, address, "did not answer")
 
 
-def test_a_port_that_says_nothing_with_a_bundle_in_the_cache(tmp_path: Path, photos: Path, bundle: Path) -> None:
+def test_a_port_that_says_nothing_with_a_bundle_in_the_cache(tmp_path: Path, photos: Path, bundle: Bundle) -> None:
     with listening() as address:
-        with standby(tmp_path, bundle, listen="127.0.0.1:0") as s:
+        with standby(tmp_path, bundle.path, listen="127.0.0.1:0") as s:
             known = s.serve()
             assert run_client(tmp_path, "--camera", str(photos), "--server", known).code == 0
         memory = tmp_path / "cache" / "servers.json"

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +17,9 @@ import pytest
 from edge_client import Client, ClientOptions, FrameReport, Outcome
 from protos.errors import BundleError, ConfigError, SourceError, UnknownModelError, UnreachableError
 from protos.messages import Classification
-from tests.fakes.bundles import write_tiny_bundle
-from tests.fakes.client_process import standby, write_clip, write_photos
+from tests.fakes.client_process import write_clip, write_photos
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("embed")
-
-
-@pytest.fixture(scope="module")
-def server(home: Path) -> Iterator[str]:
-    with standby(home, write_tiny_bundle(home / "bundle").path) as s:
-        yield s.serve()
 
 
 @pytest.fixture(scope="module")

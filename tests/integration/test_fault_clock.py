@@ -13,7 +13,6 @@ import pytest
 
 from edge_server.config import SecurityConfig
 from splitters.bundle import Bundle
-from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_process import ClientProcess
 from tests.fakes.server_client import Device, picture, session
 from tests.fakes.server_running import child, environment, running
@@ -27,11 +26,6 @@ STAMPS = {
     ("edge_client/capture/given.py", "time_ns"),
     ("protos/tracing.py", "time_ns"),
 }
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 def wall_clock_reads(path: Path) -> set[str]:

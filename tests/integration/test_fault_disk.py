@@ -14,16 +14,11 @@ import pytest
 
 from splitters.bundle import Bundle
 from tests.fakes.bundles import write_tiny_bundle
-from tests.fakes.client_process import Finished, client, run_client, write_clip, write_photos
+from tests.fakes.client_process import Finished, client, run_client, write_clip
 from tests.fakes.server_running import child, environment
 from tests.fakes.small_disk import resize, small_disk
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("disk")
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +30,6 @@ def bundle(home: Path) -> Bundle:
 def server(home: Path, bundle: Bundle) -> Iterator[str]:
     with child(home, bundle.path) as s:
         yield s.address
-
-
-@pytest.fixture(scope="module")
-def photos(home: Path) -> Path:
-    return write_photos(home / "photos")
-
-
-@pytest.fixture(scope="module")
-def cache(home: Path, server: str, photos: Path) -> Path:
-    """A cache that has met the server once."""
-    done = run_client(home, "--camera", str(photos), "--server", server, cache=home / "cache")
-    assert done.code == 0, done.err
-    return home / "cache"
 
 
 CAMERA = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off", "--json")

@@ -16,7 +16,7 @@ from splitters.cli import main
 from splitters.commands.cut import read_photos
 from tests.fakes.onnx_models import NAMES, detector
 from tests.fakes.server_running import child, environment
-from tests.unit.test_cut_onnx import whole
+from tests.unit.cutting.test_cut_onnx import whole
 
 
 @pytest.mark.parametrize("form", [{}, {"batch": "batch", "half": True}, {"done": "nms"}], ids=["default", "dynamic fp16", "nms"])

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from splitters.bundle import Bundle
-from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.hostile_server import run_clients
 from tests.fakes.open_inference_fuzz import run_open_inference
 from tests.fakes.peer_fuzz import run_readers
 from tests.fakes.server_running import running
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 def test_what_a_device_reads_is_right_or_refused_and_nothing_else_is_touched(bundle: Bundle, tmp_path: Path) -> None:

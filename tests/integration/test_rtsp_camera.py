@@ -12,29 +12,10 @@ from typing import Any
 import av
 import pytest
 
-from tests.fakes.bundles import write_tiny_bundle
-from tests.fakes.client_process import ClientProcess, client, run_client, standby, write_photos
+from tests.fakes.client_process import ClientProcess, client
 from tests.fakes.rtsp_camera import RtspCamera
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("rtsp")
-
-
-@pytest.fixture(scope="module")
-def server(home: Path) -> Iterator[str]:
-    with standby(home, write_tiny_bundle(home / "bundle").path) as s:
-        yield s.serve()
-
-
-@pytest.fixture(scope="module")
-def cache(home: Path, server: str) -> Path:
-    done = run_client(home, "--camera", str(write_photos(home / "photos")), "--server", server, cache=home / "cache")
-    assert done.code == 0, done.err
-    return home / "cache"
 
 
 @pytest.fixture(scope="module")

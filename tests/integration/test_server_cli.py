@@ -7,17 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from splitters.bundle import Bundle
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, picture, session
 from tests.fakes.server_running import child, command, environment
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 async def test_it_serves_and_ends_with_0_on_sigterm(bundle: Bundle, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ async def camera(server: Child, bundle: Bundle, frames: int) -> tuple[int, list[
     return in_time, took
 
 
+@pytest.mark.alone
 async def test_a_camera_keeps_its_frames_while_another_token_does_its_worst(bundle: Bundle, tmp_path: Path) -> None:
     """Three connections of one token: lists of millions of numbers, JPEGs of thousands of scans, whole models without end.
 

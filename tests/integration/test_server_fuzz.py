@@ -5,15 +5,9 @@ from pathlib import Path
 import pytest
 
 from splitters.bundle import Bundle
-from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, picture, session
 from tests.fakes.server_fuzz import run_decoders, run_socket
 from tests.fakes.server_running import running
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 def test_decoders_answer_or_refuse(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:

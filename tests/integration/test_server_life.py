@@ -29,11 +29,6 @@ from tests.fakes.server_running import child, command, environment, running
 ENDED_S = 30.0  # a wedged one takes minutes; a loaded machine must not look like that
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
-
-
 def refused(*arguments: str) -> tuple[int, str]:
     """Of a model whose export nobody would wait for; its name is not even looked up."""
     line = command("--model", "no-such-model", *arguments)

@@ -16,17 +16,11 @@ from protos.headtail.v1 import open_inference_pb2 as oip
 from protos.headtail.v1 import open_inference_pb2_grpc as oip_grpc
 from splitters.bundle import Bundle
 from splitters.tasks.preprocess import input_image
-from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, picture, session
 from tests.fakes.server_running import running
 
 ROOT = Path(__file__).parents[2]
 TRITON = Path(os.environ.get("HEADTAIL_TRITON_PYTHON", ROOT / ".venvs" / "triton" / "bin" / "python"))
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture(scope="module")

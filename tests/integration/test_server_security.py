@@ -26,7 +26,6 @@ from protos.headtail.v1 import open_inference_pb2 as oip
 from protos.headtail.v1 import open_inference_pb2_grpc as oip_grpc
 from protos.messages import PROTOCOL_VERSION
 from splitters.bundle import Bundle
-from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, hello, opened, picture, session
 from tests.fakes.server_running import running
 
@@ -37,11 +36,6 @@ UNAUTHENTICATED = (grpc.StatusCode.UNAUTHENTICATED, "auth")
 
 def bearer(token: str) -> tuple[tuple[str, str]]:
     return (("authorization", f"Bearer {token}"),)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +107,7 @@ async def test_removing_a_token_ends_its_sessions_and_says_why(bundle: Bundle, d
         token_file.write_text(f"bob {BOB}\n")
         begun = time.monotonic()
         assert await hers.status() == UNAUTHENTICATED
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 30
         assert "withdrawn" in (await hers.call.details())
         assert (await his.frame(device.layers(picture(), 0))).error is None
         async with opened(server.address, bearer(ALICE)) as again:

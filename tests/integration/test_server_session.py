@@ -25,11 +25,6 @@ from tests.fakes.server_running import running
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def device(bundle: Bundle) -> Device:
     return Device(bundle)
 
@@ -217,13 +212,13 @@ async def test_a_deadline_that_cannot_be_met_is_refused_early(server: Server, bu
 
 
 async def test_a_frame_whose_later_layers_stay_away_runs_on_what_came(server: Server, bundle: Bundle, device: Device) -> None:
-    (base,) = device.layers(picture(), 0, deadline_ns=400_000_000)
+    (base,) = device.layers(picture(), 0, deadline_ns=60_000_000_000)
     base.layer_count = 2
     async with session(server.address, bundle.sha256) as stream:
         begun = time.monotonic()
         with_deadline = await stream.frame([base])
         assert with_deadline.error is None
-        assert 0.2 < time.monotonic() - begun < 0.4
+        assert 0.25 < time.monotonic() - begun < 30  # a layer is waited for .3 s, not until the deadline
         base.frame_id, base.deadline_remaining_ns = 1, 0
         without = await stream.frame([base])
         assert without.error is None

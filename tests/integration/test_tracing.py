@@ -28,7 +28,6 @@ from protos.headtail.v1 import open_inference_pb2_grpc as oip_grpc
 from protos.messages import PROTOCOL_VERSION, Result
 from protos.tracing import LEFT_OUT, Spans, open_spans, wanted
 from splitters.bundle import Bundle
-from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_process import run_client, write_photos
 from tests.fakes.server_client import Device, picture, session
 from tests.fakes.server_running import child, environment, running
@@ -37,11 +36,6 @@ sdk = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporte
 
 MS = 1_000_000
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 class Memory:

@@ -37,6 +37,7 @@ async def watched(stage: Stage, scenario: Scenario) -> tuple[list[dict[str, Any]
     return lines, begin_ns, queued
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 async def test_an_outage_of_ten_seconds_with_real_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Local within a deadline, back within two seconds, nothing unaccounted for; below gRPC no more than a credit window waits."""

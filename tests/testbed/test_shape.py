@@ -19,6 +19,8 @@ from deploy.testbed.link.trace import Trace, constant
 from deploy.testbed.real.shape import Shaper
 from deploy.testbed.simulate.report import quantile
 
+pytestmark = pytest.mark.alone
+
 MS = 1_000_000
 FRAMES, INTERVAL_S, ANSWER = 80, 0.05, 200
 SIZES = [1500 + 700 * (i * 7 % 11) for i in range(FRAMES)]

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from deploy.testbed.link.model import LinkConfig
-from deploy.testbed.real.shape import RealTime
+from deploy.testbed.real.realtime import RealTime
 from protos.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from typing import Self
 
 from deploy.testbed.link.model import LOST, Link, LinkConfig
 from deploy.testbed.real.netem import NetemRelay, has_netem, ip
-from deploy.testbed.real.shape import RealTime
+from deploy.testbed.real.realtime import RealTime
 from protos.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -2,60 +2,26 @@
 
 Real processes, no privileges. Loss cannot be seen through a proxied connection as loss; what an application notices of
 it can: bytes come later, in order, after the repair the model computes, and the sender is held back when the modelled
-socket buffer is full.
+socket buffer is full. Datagrams to the same port travel the same link, and what is lost of them is lost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable
 from contextlib import suppress
 
-from deploy.testbed.link.loop import Loop
 from deploy.testbed.link.model import Link, LinkConfig
 from deploy.testbed.link.path import Pipe
 from deploy.testbed.link.tcp import MSS_BYTES
-from deploy.testbed.link.trace import NEVER_NS
+from deploy.testbed.real.realtime import RealTime
+from deploy.testbed.real.udp import UdpProxy
 
 log = logging.getLogger(__name__)
 
 # What a kernel would take from the application before it blocks.
 _SOCKET_BUFFER_BYTES = 256 * 1024
 _CHUNK_BYTES = 16 * 1024
-
-
-class RealTime:
-    """Runs a virtual loop beside the clock on the wall: its time is the time since the start."""
-
-    def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
-        self.loop = Loop()
-        self._clock = clock
-        self._start_ns = clock()
-        self.start_unix_ns = time.time_ns()  # for people: to lay other processes' logs beside this
-        self._timer: asyncio.TimerHandle | None = None
-
-    def since_ns(self) -> int:
-        """Time since the start."""
-        return self._clock() - self._start_ns
-
-    def catch_up(self) -> None:
-        """Does what is due and asks to be woken for the next."""
-        self.loop.run(self._clock() - self._start_ns)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        due_ns = self.loop.next_ns()
-        if due_ns < NEVER_NS:
-            delay_s = max(0.0, (due_ns + self._start_ns - self._clock()) * 1e-9)
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self.catch_up)
-
-    def stop(self) -> None:
-        """No more wakes."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
 
 class Shaper:
@@ -74,6 +40,7 @@ class Shaper:
         self._seed = seed
         self._target = ("", 0)
         self._server: asyncio.Server | None = None
+        self.udp: UdpProxy | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.connections = 0
         self.up_bytes = self.down_bytes = 0
@@ -89,12 +56,16 @@ class Shaper:
         self._target = (host, port)
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", listen, limit=_CHUNK_BYTES)
         found: int = self._server.sockets[0].getsockname()[1]
+        self.udp = UdpProxy(self.time, self.up, self.down, self._target)
+        await self.udp.start(found)
         return found
 
     async def close(self) -> None:
         """Closes every connection."""
         if self._server is not None:
             self._server.close()
+        if self.udp is not None:
+            await self.udp.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -15,12 +15,15 @@ from deploy.testbed.simulate.frame import Frame
 from deploy.testbed.simulate.server import Server
 from deploy.testbed.workload import Workload
 from edge_client.control import Decision, Explanation, Local, Offload, Policy, Skip, Split
+from edge_client.device.timings import SCHEDULING_NS
 from protos.messages import Grant
 from splitters.bundle.operating_point import Quantiles
 
 # HTTP/2, gRPC and protobuf around a layer, as measured on the wire for a small payload.
 OVERHEAD_BYTES = 64
 PING_BYTES = 40
+HELD_BEFORE_NS = SCHEDULING_NS
+"""A local answer that waits for the server's is given so long before the deadline, as in the real client."""
 _REMOTE = (Split, Offload)
 
 
@@ -114,7 +117,9 @@ class Camera:
         frame, decision, elapsed = done
         self.busy = False
         self.policy.on_device(decision, elapsed, self.loop.now_ns)
-        if isinstance(decision, Local):
+        if isinstance(decision, Local) and frame.hold and self.loop.now_ns < frame.deadline_ns - HELD_BEFORE_NS:
+            self.loop.at(frame.deadline_ns - HELD_BEFORE_NS, self._release, frame)
+        elif isinstance(decision, Local):
             self._answer(
                 frame, "local", frame.value if not frame.choice.startswith(("split", "jpeg", "webp")) else self._costs["local"][1]
             )
@@ -122,7 +127,7 @@ class Camera:
             self.policy.on_payload(decision, frame.payload_bytes, self.loop.now_ns)
             sent, fallback_ns = self._send(frame, self._layers.get(frame.choice, ())), decision.fallback_ns
             if sent:
-                frame.whole = isinstance(decision, Offload)
+                frame.whole, frame.hold = isinstance(decision, Offload), decision.hold
                 if not frame.whole:
                     self._reference = frame.frame_id
                 if fallback_ns is not None:
@@ -201,6 +206,10 @@ class Camera:
         now = self.loop.now_ns
         if not frame.outcome and now <= frame.deadline_ns:
             frame.outcome, frame.accuracy, frame.answered_ns = outcome, accuracy, now
+
+    def _release(self, frame: Frame) -> None:
+        """The local answer that was held: no better one came."""
+        self._answer(frame, "local", self._costs["local"][1])
 
     def _drop(self, frame: Frame, reason: str) -> None:
         frame.outcome, frame.reason = "dropped", reason

@@ -35,6 +35,7 @@ class Frame:
         "choice",
         "deadline_ns",
         "frame_id",
+        "hold",
         "layers",
         "outcome",
         "payload_bytes",
@@ -62,6 +63,7 @@ class Frame:
         self.payload_bytes = 0
         self.sent_ns = self.read_ns = self.remaining_ns = 0
         self.whole = False
+        self.hold = False  # a local answer waits for the server's
         self.refused = False
         self.layers: tuple[float, ...] = ()  # accuracy with the first one, two ... of its layers; empty: it travels whole
         self.taken = False  # by the server, with what had arrived

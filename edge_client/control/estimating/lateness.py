@@ -25,7 +25,7 @@ _REFUSED_NS = 10_000_000_000
 _WINDOW_SAMPLES = 96
 # From so many repairs a packet on a link counts as lossy, once there were so many.
 _LOSSY, _LEAST_REPAIRS = 0.003, 3
-_LEAST_NOISE, _MOST_NOISE = DEVICE_NOISE[0][0], DEVICE_NOISE[-1][0]
+_LEAST_NOISE, _MOST_NOISE = DEVICE_NOISE[0], DEVICE_NOISE[-1]
 
 
 class Lateness:
@@ -91,9 +91,9 @@ class Lateness:
         ):  # so it is almost always: no sample lies in between
             return self._p(body, prior, tail, packets) if body or prior or tail else 0.0
         p = 0.0
-        for at, weight in DEVICE_NOISE:
-            p += weight * self.p_within(slack_ns - at * spread_ns, scale_ns, packets)
-        return p
+        for at in DEVICE_NOISE:
+            p += self.p_within(slack_ns - at * spread_ns, scale_ns, packets)
+        return p / len(DEVICE_NOISE)
 
     def is_never(self, slack_ns: float, scale_ns: float) -> bool:
         """Whether ``p_within`` is zero whatever the packets: no frame was ever that early."""

@@ -265,7 +265,7 @@ class ClientMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., layer: _Optional[_Union[FrameLayer, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "model", "bundle_sha256", "client_version", "max_in_flight", "fps", "group")
+    __slots__ = ("protocol_version", "model", "bundle_sha256", "client_version", "max_in_flight", "fps", "group", "datagrams")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -273,6 +273,7 @@ class Hello(_message.Message):
     MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     FPS_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
+    DATAGRAMS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model: str
     bundle_sha256: str
@@ -280,7 +281,8 @@ class Hello(_message.Message):
     max_in_flight: int
     fps: float
     group: str
-    def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., client_version: _Optional[str] = ..., max_in_flight: _Optional[int] = ..., fps: _Optional[float] = ..., group: _Optional[str] = ...) -> None: ...
+    datagrams: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., client_version: _Optional[str] = ..., max_in_flight: _Optional[int] = ..., fps: _Optional[float] = ..., group: _Optional[str] = ..., datagrams: bool = ...) -> None: ...
 
 class Goodbye(_message.Message):
     __slots__ = ()
@@ -309,7 +311,7 @@ class ServerMessage(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., bundle_changed: _Optional[_Union[BundleChanged, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol_version", "session_id", "model", "bundle_sha256", "max_in_flight", "max_payload_bytes", "server_version")
+    __slots__ = ("protocol_version", "session_id", "model", "bundle_sha256", "max_in_flight", "max_payload_bytes", "server_version", "datagrams")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -317,6 +319,7 @@ class Welcome(_message.Message):
     MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     MAX_PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DATAGRAMS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     session_id: str
     model: str
@@ -324,7 +327,54 @@ class Welcome(_message.Message):
     max_in_flight: int
     max_payload_bytes: int
     server_version: str
-    def __init__(self, protocol_version: _Optional[int] = ..., session_id: _Optional[str] = ..., model: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., max_in_flight: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., server_version: _Optional[str] = ...) -> None: ...
+    datagrams: DatagramOffer
+    def __init__(self, protocol_version: _Optional[int] = ..., session_id: _Optional[str] = ..., model: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., max_in_flight: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., server_version: _Optional[str] = ..., datagrams: _Optional[_Union[DatagramOffer, _Mapping]] = ...) -> None: ...
+
+class DatagramOffer(_message.Message):
+    __slots__ = ("ticket", "certificate_der", "port")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_DER_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    ticket: bytes
+    certificate_der: bytes
+    port: int
+    def __init__(self, ticket: _Optional[bytes] = ..., certificate_der: _Optional[bytes] = ..., port: _Optional[int] = ...) -> None: ...
+
+class Piece(_message.Message):
+    __slots__ = ("frame", "result")
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    frame: FramePiece
+    result: ResultPiece
+    def __init__(self, frame: _Optional[_Union[FramePiece, _Mapping]] = ..., result: _Optional[_Union[ResultPiece, _Mapping]] = ...) -> None: ...
+
+class Part(_message.Message):
+    __slots__ = ("count", "index", "whole_bytes")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    index: int
+    whole_bytes: int
+    def __init__(self, count: _Optional[int] = ..., index: _Optional[int] = ..., whole_bytes: _Optional[int] = ...) -> None: ...
+
+class FramePiece(_message.Message):
+    __slots__ = ("layer", "part")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    layer: FrameLayer
+    part: Part
+    def __init__(self, layer: _Optional[_Union[FrameLayer, _Mapping]] = ..., part: _Optional[_Union[Part, _Mapping]] = ...) -> None: ...
+
+class ResultPiece(_message.Message):
+    __slots__ = ("frame_id", "body", "part")
+    FRAME_ID_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    frame_id: int
+    body: bytes
+    part: Part
+    def __init__(self, frame_id: _Optional[int] = ..., body: _Optional[bytes] = ..., part: _Optional[_Union[Part, _Mapping]] = ...) -> None: ...
 
 class Grant(_message.Message):
     __slots__ = ("bitrate_bps", "max_in_flight", "queue_ns", "tail_ns", "delivery_bps", "delay_trend")

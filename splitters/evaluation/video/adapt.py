@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from protos.errors import ConfigError
 from splitters.bundle import Bundle, replace_parts
 from splitters.codec.fitting.fit import refit_predicted
-from splitters.evaluation.measure import Device
 from splitters.evaluation.video.clips import FPS, Part, read_clip
 from splitters.evaluation.video.run import send_clip
-from splitters.runtime.head import open_codec
+from splitters.runtime.head import Head, open_codec
 
 Latents = NDArray[np.float32]
 _MOST_FRAMES = 240  # of each video that are fitted on, evenly spread in pieces
@@ -104,9 +103,9 @@ def adapt(bundle: Bundle, config: AdaptConfig, *, tick: Callable[[str], None]) -
     spec = json.loads(bundle.read_part(bundle.manifest.codec))
     if spec.get("kind") != "learned":
         raise ConfigError(f"bundle {bundle.manifest.name!r} has a {spec.get('kind')} codec; only a learned one can be adapted")
-    device = Device(bundle)
+    head = Head(bundle)
     largest = bundle.points[0].graphs
-    pieces, seen = _latents(bundle, device, config, tick)
+    pieces, seen = _latents(bundle, head, config, tick)
     gains = np.asarray(spec["gains"])
     still = np.median(np.concatenate(pieces[largest]), axis=0) if config.scene else None
     part = bundle.read_part(spec["tables"])
@@ -115,7 +114,7 @@ def adapt(bundle: Bundle, config: AdaptConfig, *, tick: Callable[[str], None]) -
     adapted = replace_parts(bundle, {spec["tables"]: refit_predicted(part, clips, gains, scene=still, progress=tick)})
     test: list[Change] = []
     if config.until < 1:
-        kept = [_clip(bundle, device, largest, v, config.fps, Part(start=config.until)) for v in config.videos]
+        kept = [_clip(bundle, head, largest, v, config.fps, Part(start=config.until)) for v in config.videos]
         after = open_codec(adapted)
         test = [
             _change(p.id, p.codec_point, kept, before, after) for p in bundle.points if p.graphs == largest
@@ -124,7 +123,7 @@ def adapt(bundle: Bundle, config: AdaptConfig, *, tick: Callable[[str], None]) -
 
 
 def _latents(
-    bundle: Bundle, device: Device, config: AdaptConfig, tick: Callable[[str], None]
+    bundle: Bundle, head: Head, config: AdaptConfig, tick: Callable[[str], None]
 ) -> tuple[dict[tuple[str, ...], list[Latents]], int]:
     """Pieces (T, C, H, W) of the videos by encoder, and how many frames they are of."""
     pieces: dict[tuple[str, ...], list[Latents]] = {p.graphs: [] for p in bundle.points}
@@ -135,20 +134,20 @@ def _latents(
         starts = np.linspace(0, max(0, len(frames) - _PIECE), count).astype(int) if len(frames) > _MOST_FRAMES else [0]
         length = _PIECE if len(frames) > _MOST_FRAMES else len(frames)
         for start in starts:
-            maps = [device.stem_map(p) for p in frames.pictures[start : start + length]]
+            maps = [head.stem_of(p) for p in frames.pictures[start : start + length]]
             for graphs, own in pieces.items():
-                own.append(np.stack([device.latents(m, graphs)[0][0] for m in maps]))
+                own.append(np.stack([head.latents(m, graphs)[0] for m in maps]))
             seen += len(maps)
         tick(f"{video.name}: {len(frames)} frames")
     return pieces, seen
 
 
-def _clip(bundle: Bundle, device: Device, graphs: Sequence[str], video: Path, fps: float, part: Part) -> list[list[Latents]]:
+def _clip(bundle: Bundle, head: Head, graphs: Sequence[str], video: Path, fps: float, part: Part) -> list[tuple[Latents, ...]]:
     frames = read_clip(video, bundle.manifest.preprocess, fps=fps, part=part).frames
-    return [[t[0] for t in device.latents(device.stem_map(p), graphs)] for p in frames.pictures]
+    return [head.latents(head.stem_of(p), graphs) for p in frames.pictures]
 
 
-def _change(point: int, codec_point: str, clips: Sequence[list[list[Latents]]], before: Any, after: Any) -> Change:
+def _change(point: int, codec_point: str, clips: Sequence[Sequence[tuple[Latents, ...]]], before: Any, after: Any) -> Change:
     """Both codecs on clips kept back, each frame predicted from the one before."""
     found = []
     for codec in (before, after):

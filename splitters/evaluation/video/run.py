@@ -26,13 +26,13 @@ from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import LatentCodec, ReferenceStore, Symbols
 from splitters.evaluation.bdrate import Array, Counts, Curve
 from splitters.evaluation.judging.tasks import Score
-from splitters.evaluation.measure import Device, run_whole
+from splitters.evaluation.measure import run_whole
 from splitters.evaluation.run import loose
 from splitters.evaluation.video.clips import FPS, WHOLE, Clip, Part, read_clip
 from splitters.evaluation.video.codecs import VideoSetting, code_clip, video_ladder
 from splitters.evaluation.video.fidelity import Fidelity, resample_segments
 from splitters.evaluation.video.report import ClipReport, OurPoint, TheirPoint, VideoReport, compare_clips
-from splitters.runtime.head import open_codec
+from splitters.runtime.head import Head, open_codec
 from splitters.runtime.tail import Tail, load_tail
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def evaluate_video(bundle: Bundle, config: VideoConfig, *, tick: Tick = log.info
     """
     ladders = {codec: video_ladder(codec, config.crfs) for codec in config.against}
     bundle = loose(bundle, config.score_min)
-    codec, tail, device = open_codec(bundle), load_tail(bundle), Device(bundle)
+    codec, tail, head = open_codec(bundle), load_tail(bundle), Head(bundle)
     if not tail.takes_images:
         raise ConfigError("this bundle holds no whole model, and video is judged by the whole model's answers")
     points = _points(bundle, config.points)
@@ -128,7 +128,7 @@ def evaluate_video(bundle: Bundle, config: VideoConfig, *, tick: Tick = log.info
         bench = _Bench(
             bundle=bundle, codec=codec, tail=tail, clip=clip, judge=Fidelity.to(whole), counts=counts, tick=tick,
         )  # fmt: skip
-        reports.append(_clip(bench, device, points, config.ages, ladders))
+        reports.append(_clip(bench, head, points, config.ages, ladders))
     return VideoReport(model=bundle.manifest.name, clips=tuple(reports), overall=compare_clips(reports, config.ages))
 
 
@@ -143,12 +143,12 @@ def _points(bundle: Bundle, wanted: Sequence[int] | None) -> list[OperatingPoint
 
 
 def _clip(
-    bench: _Bench, device: Device, points: Sequence[OperatingPoint], ages: Sequence[int], ladders: dict[str, list[VideoSetting]]
+    bench: _Bench, head: Head, points: Sequence[OperatingPoint], ages: Sequence[int], ladders: dict[str, list[VideoSetting]]
 ) -> ClipReport:
     clip = bench.clip
-    times = device.time_ms(clip.frames.pictures[0], list(dict.fromkeys(p.graphs for p in points)), rounds=12)
+    times = head.times_ms(clip.frames.pictures[0], list(dict.fromkeys(p.graphs for p in points)), rounds=12)
     latents = {
-        graphs: [[t[0] for t in device.latents(device.stem_map(p), graphs)] for p in clip.frames.pictures]
+        graphs: [head.latents(head.stem_of(p), graphs) for p in clip.frames.pictures]
         for graphs in dict.fromkeys(p.graphs for p in points)
     }
     ours: list[OurPoint] = []

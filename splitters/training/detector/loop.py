@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import time
 import warnings
 from collections.abc import Iterable
@@ -32,6 +31,8 @@ from splitters.training.detector.data import build_examples, held_out
 from splitters.training.detector.fast import speed_up
 from splitters.training.detector.loss import detection_loss, pad_boxes
 from splitters.training.detector.teacher import DenseTeacher
+from splitters.training.photos import normalise
+from splitters.training.schedule import average_in, rise_and_fall, use_one_core
 from splitters.zoo.detector.network import INPUT_SIZE_PX, TAPS, Backbone, Detector, load_detector
 from splitters.zoo.efficientnet_lite0.network import INPUT_MEAN, INPUT_STD, load_efficientnet_lite0
 
@@ -111,11 +112,6 @@ def freeze_to_onnx(module: nn.Module, path: Path, outputs: int) -> ort.Inference
     return open_session(path)
 
 
-def normalise(images: Pixels) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """(N, S, S, 3) uint8 to the network's (N, 3, S, S) float32."""
-    return np.ascontiguousarray(((images.astype(np.float32) / 255 - INPUT_MEAN) / INPUT_STD).transpose(0, 3, 1, 2), np.float32)
-
-
 class Trainer:
     """One run: model, averaged model, optimiser, clock.
 
@@ -160,9 +156,8 @@ class Trainer:
         """One optimiser step on (N, S, S, 3) pictures; class and box loss."""
         self.model.train()
         for group in self.optimiser.param_groups:
-            warm = min(1.0, (self.step_count + 1) / 200)
-            group["lr"] = self.recipe.rate * group["factor"] * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * self.progress)) / 2)
-        x = normalise(images)
+            group["lr"] = self.recipe.rate * group["factor"] * rise_and_fall(self.step_count, 200, self.progress, floor=0.02)
+        x = normalise(images, INPUT_MEAN, INPUT_STD).numpy()
         frozen = self.progress < self.recipe.frozen_until
         known = [torch.from_numpy(y).contiguous(memory_format=torch.channels_last)
                  for y in (self._whole if frozen else self._early).run(None, {"x": x})]  # fmt: skip
@@ -176,11 +171,7 @@ class Trainer:
         nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], 10.0)
         self.optimiser.step()
         self.step_count += 1
-        decay = min(self.recipe.ema, (1 + self.step_count) / (20 + self.step_count))
-        with torch.no_grad():
-            for key, value in self.model.state_dict().items():
-                if value.dtype.is_floating_point:
-                    self.average[key].lerp_(value, 1 - decay)
+        average_in(self.average, self.model.state_dict(), self.step_count, decay=self.recipe.ema, slow=20)
         return losses.classes, losses.boxes
 
     def save(self) -> None:
@@ -274,11 +265,7 @@ def main() -> None:
     parser.add_argument("--hold-out", action="store_true", help="leave the photos of detector_held_out out")
     parser.add_argument("--teacher-cache", type=Path, help="where the teacher's boxes are kept; OUT/teacher.npz by default")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(1)
-    import cv2
-
-    cv2.setNumThreads(1)
+    use_one_core()
     recipe = DetectorRecipe(
         minutes=args.minutes, frozen_until=args.frozen_until, small_until=args.small_until, seed=args.seed,
         mosaic_until=max(args.small_until, 0.88), start=args.start, dense=args.dense, bfloat16=args.bfloat16,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import time
 import zlib
 from collections.abc import Sequence
@@ -28,10 +27,12 @@ from splitters.tasks.labels.coco_classes import INDEX_OF, NAME_OF
 from splitters.tasks.labels.coco_classes import NAMES as COCO_NAMES
 from splitters.training.detector.augment import Sampler, recolour
 from splitters.training.detector.data import Example, build_examples
-from splitters.training.detector.loop import freeze_to_onnx, normalise
+from splitters.training.detector.loop import freeze_to_onnx
+from splitters.training.photos import normalise
 from splitters.training.prefilter.augment import Composer
+from splitters.training.schedule import average_in, rise_and_fall, use_one_core
 from splitters.zoo.detector.network import INPUT_SIZE_PX
-from splitters.zoo.efficientnet_lite0.network import load_efficientnet_lite0
+from splitters.zoo.efficientnet_lite0.network import INPUT_MEAN, INPUT_STD, load_efficientnet_lite0
 from splitters.zoo.prefilter.network import CATEGORY_IDS, Prefilter
 
 log = logging.getLogger(__name__)
@@ -146,20 +147,18 @@ def train(recipe: PrefilterRecipe, data: Path, out: Path, *, cache: Path) -> Non
     start, step, total = time.monotonic(), 0, 0.0
     while (progress := (time.monotonic() - start) / (60 * recipe.minutes)) < 1:
         pictures, boxes = _draw(sampler, composer, recipe)
-        features = torch.from_numpy(frozen.run(None, {"x": normalise(pictures)})[0]).contiguous(memory_format=torch.channels_last)
+        image = normalise(pictures, INPUT_MEAN, INPUT_STD).numpy()
+        features = torch.from_numpy(frozen.run(None, {"x": image})[0]).contiguous(memory_format=torch.channels_last)
         targets = heat_targets(boxes, recipe.category_ids, INPUT_SIZE_PX, recipe.side_min_px)
         loss = prefilter_loss(model, features, *targets)
         for group in optimiser.param_groups:
-            group["lr"] = recipe.rate * min(1.0, (step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+            group["lr"] = recipe.rate * rise_and_fall(step, 50, progress, floor=0.01)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, 5.0)
         optimiser.step()
         step, total = step + 1, total + float(loss.detach())
-        decay = min(0.998, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for key, value in model.state_dict().items():
-                average[key] = average[key].lerp(value, 1 - decay) if value.dtype.is_floating_point else value.clone()
+        average_in(average, model.state_dict(), step, decay=0.998)
         if step % 50 == 0:
             log.info("step %d, %.3f of the time: loss %.4f", step, progress, total / 50)
             total = 0.0
@@ -182,11 +181,7 @@ def main() -> None:
     names = args.interest.split(",")
     if unknown := [n for n in names if n not in COCO_NAMES]:
         parser.error(f"not COCO classes: {', '.join(unknown)}")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(1)
-    import cv2
-
-    cv2.setNumThreads(1)
+    use_one_core()
     ids = tuple(next(c for c, n in NAME_OF.items() if n == name) for name in names)
     recipe = PrefilterRecipe(category_ids=ids, minutes=args.minutes, seed=args.seed)
     train(recipe, args.data, args.out, cache=args.out / "teacher.npz")

@@ -1,0 +1,155 @@
+"""What a dying replica can show is told apart from everything else, and the frame is asked again."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+
+pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'headtail[ray]'")
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
+
+from edge_server.backends import TailAnswer, TailWork, ray_serve
+from edge_server.backends.packing import pack_answer
+from edge_server.backends.ray_replica import dealt
+from edge_server.backends.ray_serve import RayBackend
+from edge_server.config import BatchConfig, RayConfig, TailConfig
+from protos.errors import ModelError, OverloadedError
+from protos.messages import Classification, ClassScore, PayloadKind
+
+DONE = TailAnswer(answer=Classification(top=(ClassScore(class_id=1, score=0.5),)), queue_ns=0, tail_ns=9, batch_size=1)
+Made = Callable[[], Any]
+
+
+class FakeHandle:
+    """Answers call after call with what it was given: an exception to raise, or a reply."""
+
+    def __init__(self, *replies: Any) -> None:
+        self.replies = list(replies)
+        self.calls = 0
+
+    async def remote(self, call: Any) -> Any:
+        self.calls += 1
+        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        if isinstance(reply, BaseException):
+            raise reply
+        if reply == "hangs":
+            await asyncio.sleep(60)
+        if reply == "heeds no cancellation":
+            until = time.monotonic() + 1.5
+            while time.monotonic() < until:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.1)
+        return reply
+
+
+class FakeRoute:
+    path = "/bundles/a"
+
+    def __init__(self, handle: FakeHandle) -> None:
+        self.infer = handle
+
+
+def backend(handle: FakeHandle, max_queue: int = 8) -> RayBackend:
+    made = RayBackend(BatchConfig(max_queue=max_queue), TailConfig(), RayConfig(), time.monotonic_ns)
+    made._routes["a"] = FakeRoute(handle)  # type: ignore[assignment]
+    return made
+
+
+def work(left_s: float | None = 5.0) -> TailWork:
+    deadline_ns = None if left_s is None else time.monotonic_ns() + int(left_s * 1e9)
+    return TailWork(bundle_sha256="a", kind=PayloadKind.LATENT, arrays=(np.zeros(1),), size_px=(1, 1), deadline_ns=deadline_ns)
+
+
+def _broken() -> grpc.aio.AioRpcError:
+    empty = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, empty, empty, "Received RST_STREAM with error code 2")
+
+
+@pytest.mark.parametrize("gone", [RayActorError, _broken, RequestCancelledError, asyncio.CancelledError])
+async def test_a_replica_that_goes_is_asked_for_elsewhere(gone: Made) -> None:
+    handle = FakeHandle(gone(), gone(), pack_answer(DONE))
+    answer = await backend(handle).run(work())
+    assert answer.answer == DONE.answer
+    assert handle.calls == 3
+
+
+async def test_no_replica_before_the_deadline_is_an_overload() -> None:
+    handle = FakeHandle(RayActorError())
+    begun = time.monotonic()
+    with pytest.raises(OverloadedError, match="before its deadline"):
+        await backend(handle).run(work(0.3))
+    assert 0.2 < time.monotonic() - begun < 30
+    assert handle.calls >= 2
+
+
+@pytest.mark.parametrize("how", ["hangs", "heeds no cancellation"])
+async def test_a_call_that_hangs_ends_at_the_deadline(how: str) -> None:
+    begun = time.monotonic()
+    with pytest.raises(OverloadedError, match="before its deadline"):
+        await backend(FakeHandle(how)).run(work(0.1))
+    assert time.monotonic() - begun < 30  # and not never
+
+
+async def test_a_client_that_leaves_cancels_and_is_not_taken_for_a_death() -> None:
+    handle = FakeHandle("hangs")
+    task = asyncio.create_task(backend(handle).run(work(None)))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert handle.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"), [(BackPressureError(9, 9), OverloadedError), (ValueError("a bug in the replica"), ModelError)]
+)
+async def test_what_another_replica_would_not_cure_is_not_asked_again(raised: Exception, told: type[Exception]) -> None:
+    handle = FakeHandle(raised)
+    with pytest.raises(told):
+        await backend(handle).run(work())
+    assert handle.calls == 1
+
+
+async def test_more_than_the_queue_holds_is_refused_at_once() -> None:
+    full = backend(FakeHandle("hangs"), max_queue=2)
+    waiting = [asyncio.create_task(full.run(work(1.0))) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    with pytest.raises(OverloadedError, match="wait for the tail already"):
+        await full.run(work())
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def test_what_another_ingress_deployed_while_this_one_waited_is_not_deployed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, inside, runs = RayBackend(BatchConfig(), TailConfig(), RayConfig(), time.monotonic_ns), [False], list[str]()
+
+    @contextlib.contextmanager
+    def turn(name: str) -> Iterator[None]:
+        inside[0] = True  # by now the other one has done it
+        yield
+
+    monkeypatch.setattr(ray_serve, "_turn", turn)
+    monkeypatch.setattr(made, "_deployed", lambda name: name if inside[0] else None)
+    monkeypatch.setattr(ray_serve.serve, "run", lambda *_args, **_names: runs.append("again"))
+    assert made._deploy("app", lambda: None) == "app"
+    assert runs == []
+
+
+@pytest.mark.parametrize(
+    ("cpus", "rank", "replicas", "own"),
+    [
+        ((0, 1), 0, 1, (0, 1)), ((0, 1), 0, 2, (0,)), ((0, 1), 1, 2, (1,)), ((0, 1, 2, 3), 1, 2, (1, 3)),
+        ((0, 1), 2, 4, (0,)), ((), 3, 4, ()),
+    ],
+)  # fmt: skip
+def test_cores_are_dealt_out(cpus: tuple[int, ...], rank: int, replicas: int, own: tuple[int, ...]) -> None:
+    assert dealt(cpus, rank, replicas) == own
