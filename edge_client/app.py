@@ -90,7 +90,7 @@ class App:
         config: what was asked for.
         console: whom it speaks to.
         load: opens bundles; None: for this device.
-        policy: makes the policy of an engine at so many fps; None: that of ``config``.
+        policy: makes the policy of an engine for a frame rate; None: that of ``config``.
     """
 
     def __init__(

@@ -133,7 +133,7 @@ class Client:
                 which ``image`` is the frame.
             realtime: play a file at its own pace, and treat it as a camera: the newest frame wins.
             loop: begin a file again at its end.
-            frames: end after so many; 0: no limit.
+            frames: end after this many; 0: no limit.
             images: reports carry the frame's picture.
 
         Raises:

@@ -29,7 +29,7 @@ class ClientConfig:
         model: a name the server knows; with ``embedded`` a bundle's name or directory; empty: the server's first.
         deadline_ms: from capture to answer; 0: none. None: 500 live, none for files.
         max_in_flight: frames unanswered at a time; 0: as many as the network is ready for.
-        frames: end after so many captured frames; 0: no limit.
+        frames: end after this many captured frames; 0: no limit.
         fps: pace of ``realtime``; 0: the file's own.
         camera_id: what results call the camera; empty: the source as people may see it.
         output: where results go; ``-``: standard output; None: nowhere.

@@ -243,7 +243,7 @@ class ServerConfig:
         grace_s: how long work in flight may take at shutdown.
         linger_s: how long sessions stay open after they were told of the shutdown, so that frames already on their way get
             a plain refusal.
-        port_file: where the bound address is written, for whoever started the server.
+        port_file: where the bound address is written, for the program that started the server.
         parent_pid: the server ends when this process does.
         metrics_port: Prometheus; None: off.
         otel_endpoint: an OTLP collector for traces; None: as OpenTelemetry's own variables say.

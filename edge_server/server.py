@@ -1,7 +1,7 @@
 """The server: open, serve, change models, drain, end. One event loop; nothing forks once it runs.
 
-It leaves what belongs to a process (signals, standard streams, the exit code) to whoever runs it: `edge_server.process` for
-``edge-server``, or a program of somebody else.
+It leaves what belongs to a process (signals, standard streams, the exit code) to its caller: `edge_server.process` for
+``edge-server``, or another program.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grpc_health.v1 import health, health_pb2
 
 from edge_server import preflight
 from edge_server.access.auth import Tokens, open_tokens
-from edge_server.access.quota import Client
+from edge_server.access.quota import Caller
 from edge_server.backends import BACKENDS, Backend
 from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import ServerConfig, split_address
@@ -155,13 +155,13 @@ class Server:
             metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=package_version(),
             datagrams=self._quic,
         )  # fmt: skip
-        anyone = Client(max_unary=self.config.limits.max_unary_in_flight)
+        anyone = Caller(max_unary=self.config.limits.max_unary_in_flight)
         ingress = Ingress(services, anyone)
         self._loading = Loading(store, backend, ingress.sessions, grace_s=self.config.grace_s, linger_s=self.config.linger_s)
         self._ingress = ingress
         await self._listen(ingress, self._loading, anyone)
 
-    async def _listen(self, ingress: Ingress, loading: Loading, anyone: Client) -> None:
+    async def _listen(self, ingress: Ingress, loading: Loading, anyone: Caller) -> None:
         limits = self.config.limits
         self.gate = Gate(limits, anyone, self._metrics.on_refused)
         tokens = open_tokens(self.config.security, max_unary=limits.max_unary_in_flight)

@@ -143,7 +143,7 @@ class Spans:
                 start_unix_ns += length_ns
 
     def close(self) -> None:
-        """Sends what is left, for at most two seconds: a collector that is away holds nobody up."""
+        """Sends what is left, for at most two seconds: a collector that does not answer must not delay the end."""
         self._provider.force_flush(_FLUSH_MS)
         self._provider.shutdown()
 

@@ -199,7 +199,7 @@ def evaluate(
         images: folder of photographs.
         labels: JSON of path to class, or a COCO instances.json; None: agreement with the whole model.
         against: image codecs to compare with; empty: none.
-        limit: at most so many photographs, evenly spread.
+        limit: at most this many photographs, evenly spread.
         draws: of the bootstrap.
         write: whether the bundle's operating-point table is rewritten with what was measured.
 

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             missing = ConfigError(f"the package {error.name!r} is not installed; run: pip install 'headtail[server,train,zoo]'")
             print(f"splitters {args.verb}: {missing.message}", file=sys.stderr)
             return missing.exit_code
-        except BrokenPipeError:  # whoever read us has had enough; without this the interpreter would complain at its end
+        except BrokenPipeError:  # the reader of our output has closed it; without this the interpreter would complain at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return StorageError.exit_code
         except (Exception, KeyboardInterrupt) as error:

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=numbers,
         default=(10.0,),
         metavar="FACTOR[,FACTOR...]",
-        help="so many times slower than the machine that measured is the device; with several, also a table for each (default 10)",
+        help="how many times slower the device is than the machine that measured; several: a table for each as well (default 10)",
     )
     parser.add_argument(
         "--policies",

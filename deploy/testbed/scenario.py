@@ -69,7 +69,7 @@ class Scenario:
         device_slowdown: multiplies every device time of the workload: this host is no edge device.
         cameras: how many; on one shared link each way if ``shared_link``, else each on a link of its own.
         group: the name the cameras give their common bottleneck; empty: they give none.
-        greedy: so many of the cameras are not told of grants and send all they can.
+        greedy: how many of the cameras are not told of grants and send all they can.
         start_spread_ms: cameras begin this far apart in all.
         grants: whether the server grants bitrates.
         folder: what relative trace paths start from.

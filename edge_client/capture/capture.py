@@ -35,7 +35,7 @@ class CaptureConfig:
     Attributes:
         realtime: pace a file by its own stamps and treat it as a camera from there on.
         loop: begin again at the end (files).
-        frames: end after so many captured frames; 0: no limit.
+        frames: end after this many captured frames; 0: no limit.
         fps: overrides the pace of ``realtime``; 0: the file's own stamps, or 25 where it has none.
         camera_id: what results call the source; empty: as people may see it.
         open_timeout_s: for the first frame at start.
@@ -127,7 +127,7 @@ class Capture:
         if self._restart:
             self._restart.cancel()
         if self._opened and not self._opened.done():
-            self._opened.set_result(None)  # whoever waits for the first frame waits no longer
+            self._opened.set_result(None)  # nobody waits for the first frame any longer
         self._changed.set()
         left = [*self._superseded, *([self._slot] if self._slot else [])]
         self._superseded, self._slot = [], None

@@ -1,10 +1,10 @@
 """Chooses, frame by frame, how much is said to the server.
 
 The objective is the expected accuracy of the frames captured: a frame without an answer before its deadline counts
-zero. P(on time), the local fallback included, should reach the target: what a choice lacks of it is a fine on its value,
-point for point (``miss_price``), so that the target is kept wherever that is not paid for with a bad answer. A choice that
-leaves the device busy when the next frame comes is charged for what the frames to come lose by it (``backlog``): that is how the
-controller turns the frame rate as a knob. See ``scoring``.
+zero. P(on time), the local fallback included, should reach the target. A choice that falls short of the target loses value
+in proportion to the shortfall (``miss_price``), so the target is kept unless keeping it would cost a much worse answer. A
+choice that leaves the device busy when the next frame comes is charged for what the frames to come lose by it (``backlog``).
+So the controller lowers the frame rate where that pays. See ``scoring``.
 """
 
 from __future__ import annotations

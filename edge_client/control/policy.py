@@ -1,4 +1,4 @@
-"""What the client asks and tells whoever decides, frame by frame, what is said to the server.
+"""What the client asks of a policy, which decides frame by frame what is sent to the server, and what it tells it.
 
 ``Controller`` is ours. Another one needs these methods and nothing else; all times are nanoseconds of the client's monotonic
 clock, and no method may block or read a clock itself.

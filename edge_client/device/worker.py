@@ -89,12 +89,12 @@ class DeviceWorker:
         try:
             while self._heap:
                 _, _, function, future = heapq.heappop(self._heap)
-                if future.done():  # whoever asked was cancelled
+                if future.done():  # the caller was cancelled
                     continue
                 watch = asyncio.get_running_loop().create_task(self._watch())
                 try:
                     value = await self._execute(function)
-                except Exception as error:  # noqa: BLE001 - handed to whoever asked
+                except Exception as error:  # noqa: BLE001 - handed to the caller
                     if not future.done():
                         future.set_exception(error)
                 else:

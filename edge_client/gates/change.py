@@ -27,7 +27,7 @@ class ChangeConfig:
     Attributes:
         open_level: grey levels (0..255) a block must change to open the gate.
         close_level: below this, against the frame before, a frame is calm.
-        calm_frames: so many calm frames in a row close the gate.
+        calm_frames: this many calm frames in a row close the gate.
         refresh_s: a frame passes at the latest after so long.
     """
 

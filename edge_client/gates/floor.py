@@ -1,7 +1,7 @@
 """From which score on a detector's box counts.
 
-A detector reports every box it has the slightest reason for, since average precision is judged with them. People, trackers and
-alarms want those that are probably right: from the score where precision and recall are best balanced, which the bundle says.
+Average precision is computed over all boxes, so a detector reports even those it hardly believes in. People, trackers and
+alarms want the boxes that are probably right: those from the score at which F1 is highest, which the bundle names.
 """
 
 from __future__ import annotations

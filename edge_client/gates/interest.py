@@ -142,7 +142,7 @@ class InterestGate:
 
     Args:
         promise: from the bundle.
-        probe_every: one in so many of the stopped frames is sent anyway; 0: none.
+        probe_every: one in this many of the stopped frames is sent anyway; 0: none.
     """
 
     def __init__(self, promise: Promise, *, probe_every: int = 100) -> None:
@@ -200,7 +200,7 @@ class InterestGate:
         return self._passed_hits / (self._passed_hits + missed) if self._passed_hits + missed else None
 
     def _broken(self) -> bool:
-        """Whether so many misses among the probes are unlikely under the promise.
+        """Whether the misses among the probes are unlikely under the promise.
 
         Of the stopped frames, at most (1 - recall) / recall x the hits that passed may hold something; each probe finds
         such a frame with that share. One-sided test at 5 %.

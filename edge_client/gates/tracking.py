@@ -1,8 +1,8 @@
 """Between two answers, the last boxes go where their pixels went; each says how old it is.
 
 Points within a box are followed by pyramidal Lucas-Kanade optical flow, forwards and backwards; those that do not come back to
-where they began are not believed (Kalal et al. 2010, "Forward-Backward Error"). The median of the others moves the box. A
-box too few of whose points survive is lost, and nothing is shown rather than something wrong.
+where they began are dropped (Kalal et al. 2010, "Forward-Backward Error"). The median motion of the others moves the box. A
+box that keeps too few points is lost: it is no longer shown.
 
 Shape legend: frames are (H, W, 3) uint8 BGR; N points are (N, 1, 2) float32 as OpenCV wants them, in pixels of a small grey copy.
 """

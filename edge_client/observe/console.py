@@ -24,8 +24,8 @@ def put(stream: TextIO, text: str) -> None:
 
 
 def say(stream: TextIO, text: str) -> None:
-    """Writes a line to whoever still reads."""
+    """Writes a line to the reader, if there still is one."""
     try:
         print("\n".join(printable(line, max_chars=_MAX_LINE_CHARS) for line in text.split("\n")), file=stream, flush=True)
-    except OSError:  # whoever read us has had enough; without this the interpreter would complain at its end
+    except OSError:  # the reader of our output has closed it; without this the interpreter would complain at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -18,7 +18,7 @@ from splitters.codec import Predictor
 
 log = logging.getLogger(__name__)
 
-_HISTORY = 16  # frames back that a latent may be predicted from; every server remembers so many
+_HISTORY = 16  # frames back that a latent may be predicted from; every server remembers this many
 
 
 class ActiveModel:

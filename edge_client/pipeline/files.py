@@ -1,6 +1,6 @@
 """Files: every frame, in its own time, answered by the server.
 
-Back-pressure instead of dropping; a frame whose stream broke is encoded and sent again after the reconnect. The local
+The reader waits instead of dropping frames; a frame whose stream broke is encoded and sent again after the reconnect. The local
 model answers only when no server has been reachable for ``wait_for_server_s``.
 """
 

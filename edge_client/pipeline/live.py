@@ -1,7 +1,7 @@
 """Cameras: the newest frame, a deadline, and never a wait for the network.
 
-Frame by frame: change gate → prefilter → controller → head → send; what the server does not answer in time the local
-model does.
+Each frame: change gate → prefilter → controller → head → send. A frame that the server does not answer in time is answered by
+the local model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The frames of one run: each is captured once and settled once, whatever fails; and the model that they meet.
 
-Everything here happens on one event loop. What a frame goes through in between is the strategy's (``live``, ``files``), the
-network's (``exchange``) and the local model's (``rescue``) business.
+Everything here happens on one event loop. Between capture and outcome a frame is in the hands of the strategy (``live``,
+``files``), the network (``exchange``) or the local model (``rescue``).
 """
 
 from __future__ import annotations

@@ -64,12 +64,12 @@ class Rescue:
             flight.given_up = True
 
     def _unanswered_s(self, now_ns: int) -> float | None:
-        """Seconds until a frame without deadline has waited too long; a stream that swallows frames is begun again."""
+        """Seconds until a frame without deadline has waited too long; a stream that swallows frames is started again."""
         oldest_ns = min((f.encoded_ns for f in self._exchange.flights.values()), default=None)
         if oldest_ns is None:
             return None
         if now_ns - oldest_ns >= _UNANSWERED_NS:
-            log.warning("a frame has been unanswered for %.0f s; the stream is begun again", _UNANSWERED_NS / NS_PER_S)
+            log.warning("a frame has been unanswered for %.0f s; the stream is started again", _UNANSWERED_NS / NS_PER_S)
             self._exchange.link.restart()
             return 1.0
         return (oldest_ns + _UNANSWERED_NS - now_ns) / NS_PER_S

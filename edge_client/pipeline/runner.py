@@ -81,7 +81,7 @@ class Runner:
                 await asyncio.wait_for(session, 1.5)
             await asyncio.gather(main, rescue, return_exceptions=True)
             hopeless = asyncio.get_running_loop().call_later(_LAST_JOB_S, self._abandon)
-            with suppress(TimeoutError):  # a head that does not come back holds nobody up
+            with suppress(TimeoutError):  # the run ends although a head does not return
                 await asyncio.wait_for(self.pipeline.worker.join(), _HEAD_ENDS_S)
             hopeless.cancel()
 

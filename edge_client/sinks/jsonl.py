@@ -1,6 +1,6 @@
 """Results as JSON lines: in a file that ends with a whole line however the run ends, or on a stream that others read.
 
-A file may be rotated while it is written: renamed or deleted by others (a new one is begun), cut to nothing (the next line
+A file may be rotated while it is written: renamed or deleted by others (a new one is started), cut to nothing (the next line
 stands at its new end), or by ourselves where a size is given. A stream whose reader takes nothing holds the client up, as any
 pipe does; it does not keep it from ending.
 """

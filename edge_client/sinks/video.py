@@ -63,7 +63,7 @@ class VideoFile:
         """See ``Sink``.
 
         Raises:
-            ConfigError: the clip cannot be begun.
+            ConfigError: the clip cannot be started.
             StorageError: the disk is full, or the file is gone.
         """
         if report.frame.image is not None:
@@ -133,7 +133,7 @@ class _Clip:
             self._container = av.open(self._file, "w", format=form, options=options)
             self._stream = self._add_stream(av, form)
         except (ValueError, av.FFmpegError) as error:
-            raise ConfigError(f"--save-video {output.path} cannot be begun: {error}") from error
+            raise ConfigError(f"--save-video {output.path} cannot be started: {error}") from error
 
     def _add_stream(self, av_module: Any, form: str) -> Any:
         # AVI has no time stamps; motion JPEG in it is read everywhere.

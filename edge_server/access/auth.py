@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from edge_server.access.quota import Client
+from edge_server.access.quota import Caller
 from edge_server.config import SecurityConfig
 from edge_server.files import read_small
 from edge_server.status import CODE_METADATA
@@ -32,10 +32,10 @@ _MAX_FILE_BYTES = 1 << 20
 
 Stamp = tuple[int, int, int]
 
-_client: ContextVar[Client | None] = ContextVar("client", default=None)
+_client: ContextVar[Caller | None] = ContextVar("client", default=None)
 
 
-def caller() -> Client | None:
+def caller() -> Caller | None:
     """Whose token opened the call that is being answered; None: no token was asked for."""
     return _client.get()
 
@@ -97,7 +97,7 @@ class Tokens:
         self._operators = operators
         self._what = "operator token file" if operators else "token file"
         self._path: Path = path
-        self._clients: dict[str, Client] = {}
+        self._clients: dict[str, Caller] = {}
         self._complaint = ""
         self._stamp = self._seen = self._stat()
         self._tokens = self._read()
@@ -149,7 +149,7 @@ class Tokens:
         """Whether some token stands in both files."""
         return not set(self._tokens.values()).isdisjoint(other._tokens.values())
 
-    def client(self, authorization: str) -> Client:
+    def client(self, authorization: str) -> Caller:
         """Whose token it is.
 
         Raises:
@@ -169,7 +169,7 @@ class Tokens:
             )
         client = self._clients.get(found)
         if client is None:
-            client = self._clients[found] = Client(
+            client = self._clients[found] = Caller(
                 name=found, config=self._config, max_unary=self._max_unary, operator=self._operators
             )
         return client
@@ -227,7 +227,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         _client.set(client)
         return await continuation(handler_call_details)
 
-    def _client(self, method: str, given: str) -> Client | None:
+    def _client(self, method: str, given: str) -> Caller | None:
         if method in self._operator_calls:
             if self._operators is None:
                 raise AuthError("this server takes no operator's calls; it was started without --operator-token-file")

@@ -23,8 +23,8 @@ class _Job:
 class Pace:
     """How fast one client is read while others are present.
 
-    A payload is refused in no time, and still has cost the event loop its reading. So whoever sends more than its share is read
-    more slowly: its connection fills up, and nobody else's waits.
+    Refusing a payload costs nothing, but the event loop has read it by then. So a client that sends more than its share is
+    read more slowly: its own connection fills up, and no other client waits.
 
     Args:
         bytes_per_s: of each client, all its connections together.

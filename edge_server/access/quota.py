@@ -38,7 +38,7 @@ class _Bucket:
 
 
 @dataclass(slots=True, eq=False)
-class Client:
+class Caller:
     """One token's holders together; where there are no tokens, everyone.
 
     Attributes:

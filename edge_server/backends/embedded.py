@@ -94,7 +94,7 @@ class EmbeddedBackend:
             self._unprepared.append(tail)
         finally:
             self._loading -= 1
-            self._loop.call_soon(self._prepare_all)  # behind the next load, if whoever awaits this one begins it at once
+            self._loop.call_soon(self._prepare_all)  # behind the next load, if the caller who awaits this one begins it at once
 
     def _prepare_all(self) -> None:
         """A tail that cannot answer at all yet goes before one that could answer faster."""

@@ -19,7 +19,7 @@ from edge_server.backends.packing import Reply, pack_call, unpack_reply
 from edge_server.backends.ray_import import serve
 from edge_server.backends.ray_replica import deployment
 from edge_server.config import BatchConfig, Limits, RayConfig, TailConfig
-from edge_server.frames.assembly import Frame, read_frame
+from edge_server.frames.assembly import ArrivedFrame, read_frame
 from edge_server.frames.decode import decode_frame
 from edge_server.models import locate, open_model
 from protos.errors import ConfigError, HeadtailError, OverloadedError, VersionMismatchError
@@ -89,7 +89,7 @@ class UnaryDoor:
             )
         if request.bundle_sha256 != self._model.sha256:
             raise VersionMismatchError(f"the frame was made with another bundle; the server's tail is {self._model.sha256[:12]}")
-        frame: Frame = read_frame(request, self._limits, begun_ns)
+        frame: ArrivedFrame = read_frame(request, self._limits, begun_ns)
         decoded = decode_frame(self._model, frame, {}, max_pixels=self._limits.max_pixels)
         decoded_ns = time.monotonic_ns()
         work = TailWork(bundle_sha256=self._model.sha256, kind=frame.kind, arrays=decoded.arrays, size_px=frame.size_px)

@@ -1,6 +1,6 @@
 """Ray, imported with the settings that serving frames needs; import ``ray`` and ``serve`` from here.
 
-They are read when Ray is imported and when a cluster starts, and whoever starts a cluster by hand should set the same
+Ray reads them when it is imported and when a cluster starts. To start a cluster by hand, set the same ones
 (``deploy/ray/cluster.env``).
 """
 

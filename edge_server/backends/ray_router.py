@@ -3,7 +3,7 @@
 Serve's own router takes the shorter of two queues, by lengths that each replica reports when it accepts a call. Between
 processes it speaks gRPC, where a unary call's report arrives together with its answer: by then it is as old as the queue is
 long. Two replicas under a full load took all frames in turns, one idle while the other had a queue of 15 (measured with
-Ray 2.60; 1.3 to 1.5 times the throughput of one replica). What this door has sent and not got back it knows at once.
+Ray 2.60; 1.3 to 1.5 times the throughput of one replica). The door itself knows at once what it has sent and what has come back.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ class RayBackend:
 
 
 class _Turn:
-    """An actor that does nothing: a cluster has one of a name, until whoever started it ends it or dies."""
+    """An actor that does nothing: a cluster has one of a name, until the process that started it ends it or dies."""
 
 
 @contextlib.contextmanager

@@ -1,16 +1,16 @@
 """Which sessions share a bottleneck: those whose queueing delays rise and fall together.
 
-A queue at a common link delays whoever sends through it at that moment, so the delays of its sessions move as one, and
-those of other links do not. Each session's delay is kept slot by slot; once a second every pair is asked whether the
-delays go together, and so do their changes from slot to slot less the drift of the seconds around (rank correlation).
-Neither one spike nor two links that happen to fill and drain at the same time prove anything so.
-A pair is joined after several such seconds and parted after more seconds of queues that have nothing to do with each
-other; a queue that is gone proves neither, but a joint that nothing has confirmed for a minute is dissolved. In the
-spirit of shared bottleneck detection for coupled congestion control (RFC 8382), which compares summaries of each flow;
-one server sees all flows and can compare the delays themselves.
+A queue at a common link delays every session that sends through it, so the delays of these sessions move together, and
+those of sessions on other links do not. Each session's delay is kept slot by slot. Once a second two rank correlations are
+computed for every pair: of the delays, and of their changes from slot to slot after the drift of the neighbouring seconds is
+taken off. The second one keeps a single spike, or two links that happen to fill and drain together, from counting.
+A pair is joined after several such seconds. It is parted after more seconds in which both queue and the delays have nothing
+in common. An empty queue says neither, but a pair that nothing has confirmed for a minute is parted too. The idea is that
+of shared bottleneck detection for coupled congestion control (RFC 8382), which compares summaries of each flow; one server
+sees all flows and can compare the delays themselves.
 
-Pure: time comes in as an argument. One update costs a few products of a (sessions x slots) matrix with its transpose; of
-more sessions than the matrix holds the later ones are not looked at.
+Pure: time comes in as an argument. One update costs a few products of a (sessions x slots) matrix with its transpose.
+Sessions beyond the matrix's size are left out.
 
 Shape legend: S rows (sessions), W slots.
 """
@@ -28,7 +28,8 @@ from protos.errors import ConfigError
 
 _Floats = NDArray[np.float64]
 
-# The largest of n independent correlations over m slots is about sqrt(2 ln n / m); so many more deviations must be seen.
+# The largest of n independent correlations over m slots is about sqrt(2 ln n / m). A correlation must exceed that by this
+# many standard deviations.
 _BEYOND_CHANCE = 0.5
 _AROUND = 4  # slots to either side
 
@@ -45,7 +46,7 @@ class BottleneckConfig:
         min_common: slots in which both sessions must have sent to be compared.
         min_spread_ns: between a session's 20th and 80th percentile of delay; less is no queue worth the name.
         join, join_changes: rank correlation of delays, and of their changes, from which on a pair looks joined. That of the
-            changes must also be beyond what chance brings forth somewhere among so many pairs.
+            changes must also exceed the largest that chance gives among that many pairs.
         part: rank correlation of the changes below which a pair looks apart.
         part_spread_ns: spread both must have to look apart. Far above what payloads of different sizes make of it: once a
             group is granted what its link carries, its queue is gone and each delay goes its own small way.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from edge_server.access.fair import FairPool
 from edge_server.backends import Backend, TailWork
 from edge_server.config import Limits
-from edge_server.frames.assembly import Frame
+from edge_server.frames.assembly import ArrivedFrame
 from edge_server.frames.decode import Decoded, decode_frame
 from edge_server.models import Model
 from edge_server.observe.metrics import Metrics
@@ -89,7 +89,7 @@ class Answerer:
             self._pending[client] -= size
             self._pending += Counter()  # clients without any are forgotten
 
-    async def answer(self, model: Model, frame: Frame, history: History, client: str = "") -> Result:
+    async def answer(self, model: Model, frame: ArrivedFrame, history: History, client: str = "") -> Result:
         """The frame's result, an error included.
 
         A frame that comes too late, or that the tail refuses, is decoded all the same: the next one refers to it.
@@ -117,7 +117,7 @@ class Answerer:
         self._tracing.on_result(model.name, frame.traceparent, result)
         return result
 
-    async def _decode_in_turn(self, model: Model, frame: Frame, history: History, client: str) -> Decoded:
+    async def _decode_in_turn(self, model: Model, frame: ArrivedFrame, history: History, client: str) -> Decoded:
         if frame.error is not None:
             raise frame.error
         refers = frame.kind is PayloadKind.LATENT and model.codec.supports_reference
@@ -132,7 +132,7 @@ class Answerer:
                 history.references.add(frame.frame_id, decoded.symbols)
         return decoded
 
-    async def _answer(self, model: Model, frame: Frame, decoded: Decoded, start_ns: int, client: str) -> Result:
+    async def _answer(self, model: Model, frame: ArrivedFrame, decoded: Decoded, start_ns: int, client: str) -> Result:
         decode_ns = self._clock() - start_ns
         if frame.deadline_ns is not None and self._clock() >= frame.deadline_ns:
             raise OverloadedError("the frame's deadline had passed before its tail could run")
@@ -151,7 +151,7 @@ class Answerer:
             ),
         )  # fmt: skip
 
-    def _decode(self, model: Model, frame: Frame, references: ReferenceStore, *, late_too: bool) -> Decoded:
+    def _decode(self, model: Model, frame: ArrivedFrame, references: ReferenceStore, *, late_too: bool) -> Decoded:
         if not late_too and frame.deadline_ns is not None and self._clock() >= frame.deadline_ns:
             raise OverloadedError("the frame's deadline had passed before it was its turn to be decoded")
         return decode_frame(model, frame, references, max_pixels=self._limits.max_pixels)
@@ -161,7 +161,7 @@ class Answerer:
         self.pool.close()
 
 
-def failed(frame: Frame, error: HeadtailError, now_ns: int, decoded: Decoded | None = None) -> Result:
+def failed(frame: ArrivedFrame, error: HeadtailError, now_ns: int, decoded: Decoded | None = None) -> Result:
     """An error as the frame's result; what was decoded of it all the same may be referred to."""
     return Result(
         frame_id=frame.frame_id, error=error, echo_sent_ns=frame.echo_sent_ns,

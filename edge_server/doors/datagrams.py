@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from edge_server.backends import Backend
 from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import Limits
-from edge_server.frames.assembly import Frame
+from edge_server.frames.assembly import ArrivedFrame
 from edge_server.frames.pieces import Gatherer
 from protos.datagrams.loss import extra_for
 from protos.datagrams.pieces import cut, pieces_of, read_piece
@@ -53,7 +53,7 @@ class DatagramPath:
     def __init__(
         self,
         session_id: str,
-        on_frame: Callable[[Frame], None],
+        on_frame: Callable[[ArrivedFrame], None],
         door: Datagrams | None,
         *,
         bandwidth: BandwidthManager,
@@ -124,7 +124,7 @@ class DatagramPath:
         if self._bad > _BAD_PIECES and self._channel is not None:
             self._channel.close()
 
-    def _begin(self, frames: list[Frame]) -> None:
+    def _begin(self, frames: list[ArrivedFrame]) -> None:
         for frame in frames:
             self._frames.add(frame.frame_id)
             self._on_frame(frame)

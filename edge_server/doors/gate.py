@@ -3,7 +3,7 @@
 gRPC counts calls, but reads a unary request for as long as its sender likes, and holds an answer for as long as its receiver
 does not take it: a few thousand such calls would fill the count and lock everybody out. So unary calls are taken as what
 they are on the wire, streams of one message, read and answered here in bounded time. Health, which answers without a token,
-has a count of its own, a small part of it for each host, and crowds out neither the others nor whoever probes.
+has a count of its own, of which each host gets a small part; so no host keeps the others or a probe from being answered.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs lack it
 
 from edge_server.access.auth import HEALTH, Continuation, caller, refusing
-from edge_server.access.quota import Client
+from edge_server.access.quota import Caller
 from edge_server.config import Limits
 from edge_server.doors import wire
 from edge_server.status import abort
@@ -42,7 +42,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
         on_refused: told the error's code of every call that is turned away.
     """
 
-    def __init__(self, limits: Limits, anyone: Client, on_refused: Callable[[str], None]) -> None:
+    def __init__(self, limits: Limits, anyone: Caller, on_refused: Callable[[str], None]) -> None:
         self._limits = limits
         self._anyone = anyone
         self._on_refused = on_refused

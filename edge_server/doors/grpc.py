@@ -12,7 +12,7 @@ from typing import Any
 import grpc.aio
 
 from edge_server.access.auth import caller
-from edge_server.access.quota import Client
+from edge_server.access.quota import Caller
 from edge_server.doors.answering import History
 from edge_server.doors.fetch import FetchSlots, chunks
 from edge_server.doors.session import Services, Session, host_of
@@ -37,8 +37,8 @@ class Ingress:
         anyone: who calls where no token is asked for.
     """
 
-    def __init__(self, services: Services, anyone: Client | None = None) -> None:
-        self._anyone = anyone or Client()
+    def __init__(self, services: Services, anyone: Caller | None = None) -> None:
+        self._anyone = anyone or Caller()
         self.sessions: set[Session] = set()
         self.calls = 0  # unary calls under way
         self.services = services
@@ -52,7 +52,7 @@ class Ingress:
             session.drain(grace_ns, "the server is shutting down and takes no new frames")
 
     @property
-    def client(self) -> Client:
+    def client(self) -> Caller:
         """Who makes the call that is being answered."""
         return caller() or self._anyone
 

@@ -17,7 +17,7 @@ import grpc.aio
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_server.access.quota import Client
+from edge_server.access.quota import Caller
 from edge_server.backends import TailWork
 from edge_server.doors.grpc import Ingress, trace_of
 from edge_server.doors.session import host_of
@@ -111,7 +111,7 @@ class OpenInference:
                 return await self._infer(request, context, client, who)
         raise AssertionError  # translated() has ended the call
 
-    async def _infer(self, data: bytes, context: Context, client: Client, who: str) -> oip.ModelInferResponse:
+    async def _infer(self, data: bytes, context: Context, client: Caller, who: str) -> oip.ModelInferResponse:
         """Admission first, by what the request weighs and says of itself; its values are looked at in a thread."""
         now_ns, left_s = self._s.clock(), context.time_remaining()
         deadline_ns = None if left_s is None else now_ns + int(left_s * 1e9)

@@ -26,7 +26,7 @@ from edge_server.config import Limits
 from edge_server.doors.answering import Answerer, History, failed
 from edge_server.doors.datagrams import MARGIN_NS, DatagramPath, Datagrams
 from edge_server.doors.wire import checked
-from edge_server.frames.assembly import Assembler, Frame
+from edge_server.frames.assembly import ArrivedFrame, Assembler
 from edge_server.models import Model, ModelStore
 from edge_server.observe.metrics import Metrics
 from edge_server.observe.tracing import NoTracing, Tracing
@@ -218,7 +218,7 @@ class Session:
             )
         )  # fmt: skip
 
-    def _begin_other(self, frame: Frame) -> None:
+    def _begin_other(self, frame: ArrivedFrame) -> None:
         """A frame that came as datagrams; ids that the stream uses are not for it."""
         if frame.frame_id not in self._owed and not self._finishing:
             self._begin(frame)
@@ -277,7 +277,7 @@ class Session:
             self._begin(frame)
         self._set_timer(now_ns)
 
-    def _begin(self, frame: Frame) -> None:
+    def _begin(self, frame: ArrivedFrame) -> None:
         now_ns = self._s.clock()
         refusal = frame.error or self._refusal(frame, now_ns)
         if refusal is not None:
@@ -293,7 +293,7 @@ class Session:
         timer = asyncio.get_running_loop().call_later(max(0, until_ns - now_ns) / 1e9, self._overdue, frame, task)
         task.add_done_callback(functools.partial(self._done, frame, timer))
 
-    def _refusal(self, frame: Frame, now_ns: int) -> HeadtailError | None:
+    def _refusal(self, frame: ArrivedFrame, now_ns: int) -> HeadtailError | None:
         model = self._greeted()
         if self._refuses:
             return DrainingError(self._refuses)
@@ -310,7 +310,7 @@ class Session:
             return self._quota.admit_frame(frame.payload_bytes, now_ns)
         return None
 
-    async def _answer(self, model: Model, frame: Frame, history: History) -> None:
+    async def _answer(self, model: Model, frame: ArrivedFrame, history: History) -> None:
         self._settle(frame, await self._s.answerer.answer(model, frame, history, self._who))
 
     def _greeted(self) -> Model:
@@ -318,24 +318,24 @@ class Session:
             raise ProtocolError("a session begins with hello")
         return self.model
 
-    def _settle(self, frame: Frame, result: Result) -> None:
+    def _settle(self, frame: ArrivedFrame, result: Result) -> None:
         """A frame's one result; whatever comes later is too late."""
         if frame.frame_id in self._owed:
             self._owed.discard(frame.frame_id)
             self._send_result(result)
 
-    def _give_up(self, frame: Frame, error: HeadtailError) -> None:
+    def _give_up(self, frame: ArrivedFrame, error: HeadtailError) -> None:
         if frame.frame_id in self._owed:
             result = failed(frame, error, self._s.clock())
             self._s.metrics.on_result(self._greeted().name, result, frame.payload_bytes)
             self._settle(frame, result)
 
-    def _overdue(self, frame: Frame, task: asyncio.Task[None]) -> None:
+    def _overdue(self, frame: ArrivedFrame, task: asyncio.Task[None]) -> None:
         log.error("session %s: frame %d was not answered in time and is given up", self.id, frame.frame_id)
         self._give_up(frame, OverloadedError("no answer came before this frame's deadline"))
         task.cancel()
 
-    def _done(self, frame: Frame, timer: asyncio.TimerHandle, task: asyncio.Task[None]) -> None:
+    def _done(self, frame: ArrivedFrame, timer: asyncio.TimerHandle, task: asyncio.Task[None]) -> None:
         timer.cancel()
         self._tasks.discard(task)
         self._wake.set()

@@ -184,7 +184,7 @@ OPEN_INFERENCE: Final[Mapping[str, Call]] = {
 def handler(service: str, calls: Mapping[str, Call], servicer: Any) -> grpc.GenericRpcHandler[Any, Any]:
     """All calls of a service, for ``add_generic_rpc_handlers``.
 
-    A request to infer stays as it came: whoever answers it reads it once it is admitted, where that holds nobody up.
+    A request to infer is handed on as bytes: it is parsed once it is admitted, outside the event loop.
     """
 
     def reader(kind: type[Message]) -> Callable[[bytes], Any]:

@@ -14,7 +14,7 @@ from protos.messages import MAX_LAYERS, FrameLayer, PayloadKind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Frame:
+class ArrivedFrame:
     """What arrived of one frame.
 
     Attributes:
@@ -53,10 +53,10 @@ def deadline_of(layer: FrameLayer, now_ns: int, waited_ns: int = 0) -> int | Non
     return now_ns - waited_ns + layer.deadline_remaining_ns if layer.deadline_remaining_ns else None
 
 
-def frame_of(layers: list[FrameLayer], begun_ns: int, now_ns: int, deadline_ns: int | None) -> Frame:
+def frame_of(layers: list[FrameLayer], begun_ns: int, now_ns: int, deadline_ns: int | None) -> ArrivedFrame:
     """A frame of a gapless prefix of layers."""
     first, last = layers[0], layers[-1]
-    return Frame(
+    return ArrivedFrame(
         frame_id=first.frame_id, kind=first.kind, layers=tuple(layer.payload for layer in layers),
         size_px=(first.source_width_px, first.source_height_px), operating_point=first.operating_point,
         deadline_ns=deadline_ns, begun_ns=begun_ns, arrived_ns=now_ns, echo_sent_ns=last.sent_ns,
@@ -64,7 +64,7 @@ def frame_of(layers: list[FrameLayer], begun_ns: int, now_ns: int, deadline_ns: 
     )  # fmt: skip
 
 
-def read_frame(request: pb.InferRequest, limits: Limits, now_ns: int) -> Frame:
+def read_frame(request: pb.InferRequest, limits: Limits, now_ns: int) -> ArrivedFrame:
     """The frame of a unary request.
 
     Raises:
@@ -96,7 +96,7 @@ class _Partial:
     def size_bytes(self) -> int:
         return sum(len(layer.payload) for layer in self.layers)
 
-    def frame(self) -> Frame:
+    def frame(self) -> ArrivedFrame:
         return frame_of(self.layers, self.begun_ns, self.last_ns, self.deadline_ns)
 
 
@@ -114,7 +114,7 @@ class Assembler:
         self._partial: _Partial | None = None
         self._last_id = -1
 
-    def add(self, layer: FrameLayer, now_ns: int, waited_ns: int = 0) -> list[Frame]:
+    def add(self, layer: FrameLayer, now_ns: int, waited_ns: int = 0) -> list[ArrivedFrame]:
         """Takes a checked layer; returns the frames that are ready because of it, oldest first.
 
         Args:
@@ -141,7 +141,7 @@ class Assembler:
             error = PayloadError(f"frame {layer.frame_id} began with layer {layer.layer}; its base layer is missing")
             return [
                 *ready,
-                Frame(frame_id=layer.frame_id, arrived_ns=now_ns, begun_ns=now_ns, echo_sent_ns=layer.sent_ns, error=error),
+                ArrivedFrame(frame_id=layer.frame_id, arrived_ns=now_ns, begun_ns=now_ns, echo_sent_ns=layer.sent_ns, error=error),
             ]
         fresh = _Partial(begun_ns=now_ns, deadline_ns=deadline_of(layer, now_ns, waited_ns), layers=[layer], last_ns=now_ns)
         if layer.layer_count == 1:
@@ -149,7 +149,7 @@ class Assembler:
         self._partial = fresh
         return ready
 
-    def damaged(self, frame_id: int, layer: int, error: HeadtailError, now_ns: int) -> list[Frame]:
+    def damaged(self, frame_id: int, layer: int, error: HeadtailError, now_ns: int) -> list[ArrivedFrame]:
         """A layer that failed its checks: without its base layer a frame is lost, without a later one it is coarser."""
         partial = self._partial
         if partial is not None and partial.layers[0].frame_id == frame_id:
@@ -161,9 +161,9 @@ class Assembler:
             raise ProtocolError(f"frame id {frame_id} is not above the last one, {self._last_id}; ids count up and are not reused")
         ready = self.flush()
         self._last_id = frame_id
-        return [*ready, Frame(frame_id=frame_id, arrived_ns=now_ns, begun_ns=now_ns, error=error)]
+        return [*ready, ArrivedFrame(frame_id=frame_id, arrived_ns=now_ns, begun_ns=now_ns, error=error)]
 
-    def flush(self) -> list[Frame]:
+    def flush(self) -> list[ArrivedFrame]:
         """The frame that still waits for layers, as far as it arrived."""
         partial, self._partial = self._partial, None
         return [] if partial is None else [partial.frame()]
@@ -180,7 +180,7 @@ class Assembler:
         latest_ns = partial.begun_ns + self._wait_ns
         return latest_ns if partial.deadline_ns is None else max(partial.begun_ns, min(latest_ns, partial.deadline_ns - tail_ns))
 
-    def _extend(self, partial: _Partial, layer: FrameLayer, now_ns: int, waited_ns: int) -> list[Frame]:
+    def _extend(self, partial: _Partial, layer: FrameLayer, now_ns: int, waited_ns: int) -> list[ArrivedFrame]:
         first = partial.layers[0]
         partial.last_ns = now_ns
         if layer.layer != len(partial.layers) or (layer.layer_count, layer.kind) != (first.layer_count, first.kind):
@@ -189,7 +189,7 @@ class Assembler:
             self._partial = None
             error = LimitError(f"frame {layer.frame_id} has more than {self._max_frame_bytes} bytes")
             return [
-                Frame(
+                ArrivedFrame(
                     frame_id=layer.frame_id, begun_ns=partial.begun_ns, arrived_ns=now_ns, echo_sent_ns=layer.sent_ns, error=error
                 )
             ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from edge_server.frames.assembly import Frame, deadline_of, frame_of
+from edge_server.frames.assembly import ArrivedFrame, deadline_of, frame_of
 from protos.datagrams.parity import MAX_DATA
 from protos.datagrams.pieces import BODY_BYTES, Gathered
 from protos.errors import HeadtailError, ProtocolError
@@ -29,7 +29,7 @@ class _Partial:
     whole: dict[int, FrameLayer] = field(default_factory=dict)
     parts: dict[int, Gathered] = field(default_factory=dict)
 
-    def frame(self) -> Frame | None:
+    def frame(self) -> ArrivedFrame | None:
         """With the gapless prefix of layers that is there; None: its base is not."""
         layers: list[FrameLayer] = []
         while (layer := self.whole.get(len(layers))) is not None:
@@ -50,7 +50,7 @@ class Gatherer:
         self._done: OrderedDict[int, None] = OrderedDict()
         self.refused = 0  # pieces that belonged to nothing
 
-    def add(self, piece: pb.FramePiece, now_ns: int, waited_ns: int = 0) -> list[Frame]:
+    def add(self, piece: pb.FramePiece, now_ns: int, waited_ns: int = 0) -> list[ArrivedFrame]:
         """Takes a piece; returns the frames that are ready because of it, oldest first. One that is no good is ignored.
 
         Args:
@@ -110,16 +110,16 @@ class Gatherer:
         latest_ns = partial.begun_ns + self._wait_ns
         return latest_ns if partial.deadline_ns is None else max(partial.begun_ns, min(latest_ns, partial.deadline_ns - tail_ns))
 
-    def overdue(self, now_ns: int, tail_ns: int) -> list[Frame]:
+    def overdue(self, now_ns: int, tail_ns: int) -> list[ArrivedFrame]:
         """The frames whose last moment is now, as far as they arrived."""
         due = [frame_id for frame_id, partial in self._partial.items() if self._due_ns(partial, tail_ns) <= now_ns]
         return [frame for frame_id in due for frame in self._run(frame_id)]
 
-    def flush(self) -> list[Frame]:
+    def flush(self) -> list[ArrivedFrame]:
         """All frames that wait, as far as they arrived."""
         return [frame for frame_id in list(self._partial) for frame in self._run(frame_id)]
 
-    def _run(self, frame_id: int) -> list[Frame]:
+    def _run(self, frame_id: int) -> list[ArrivedFrame]:
         frame = self._partial.pop(frame_id).frame()
         self._done[frame_id] = None
         while len(self._done) > _REMEMBERED:

@@ -87,7 +87,7 @@ def _extra_for(count: int, share: float, run: float, goal: float) -> int:
 
 
 def _chance(packets: int, bearable: int, share: float, run: float) -> float:
-    """That at most ``bearable`` of so many packets in a row are lost."""
+    """That at most ``bearable`` of this many packets in a row are lost."""
     leave_bad = 1 / run if run > 1 else 1 - share
     enter_bad = min(1.0, share * leave_bad / (1 - share)) if run > 1 else share
     good, bad = [1 - share] + [0.0] * packets, [0.0, share] + [0.0] * (packets - 1)

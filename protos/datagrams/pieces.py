@@ -37,7 +37,7 @@ class Cut:
 
 
 def pieces_of(n_bytes: int) -> int:
-    """How many pieces of data a message of so many bytes is; more than ``parity.MAX_DATA``: it is no message for datagrams."""
+    """How many pieces of data a message of this many bytes is; more than ``parity.MAX_DATA``: it is no message for datagrams."""
     return max(1, -(-n_bytes // BODY_BYTES))
 
 

@@ -2,8 +2,8 @@
 
 Principal components keep what varies most, which need not be what matters. Here the crossing channels are first measured in
 the metric of the outputs: the Gauss-Newton matrix G of the loss at the teacher itself, of which random projections of the
-outputs give samples (their gradients' second moment). The components of G^1/2 x then fall in order of what they are worth to
-the answer, and one quantiser step for all of them is the right one (reverse water-filling).
+outputs give samples (their gradients' second moment). The components of G^1/2 x are then ordered by how much they matter to
+the answer, and one quantiser step for all of them is optimal (reverse water-filling).
 
 Shape legend: N batch, F fused channels, fused maps (N, F, h, w).
 """

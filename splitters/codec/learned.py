@@ -43,7 +43,10 @@ from splitters.codec.tables import Predicted, finest_tier, read_tables
 
 _MAX_PRICE = 100.0
 _LEAST_PRICE = 1e-3
-_BUSY = 0.3  # a share of changed cells above which coding alone is tried
+_BUSY = 0.3  # a share of changed cells above which coding alone is thought of, and tried where it could be cheaper
+# Bytes of a frame coded alone, in those of channels without contexts, geometrically distributed. Measured: .71 to .82 over five
+# clips and five tiers.
+_LEAST_SHARE = 0.6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,7 +209,7 @@ class LearnedCodec(LatentCodec):
         point = self._point(point_id)
         (latent,) = self._check_latents(latents, point_id)
         scaled: Latent = latent[: point.channels] * self._gains[point.tier, : point.channels, None, None]
-        if np.isnan(scaled).any():
+        if np.isnan(scaled.min()):  # NaN wins over every number
             raise ModelError("the head returned NaN in latent_0")
         return scaled
 
@@ -249,11 +252,14 @@ class LearnedCodec(LatentCodec):
         choice = choose_symbols(wanted, base.values, self._near, costs, point.price, base.frame or 0, MAX_SYMBOL)
         payload, symbols = self._predict(choice, base, point_id)
         if choice.changed.mean() > _BUSY:
-            alone = super().compress(latents, point_id)
-            whole = alone.symbols.tensors[0].reshape(wanted.shape)
-            gain = np.square(wanted - choice.values).sum() - np.square(wanted - whole).sum()
-            if sum(map(len, alone.payloads)) - len(payload) < gain / max(point.price, _LEAST_PRICE) / 8:
-                return alone
+            alone = self.quantise(latents, point_id)
+            flat = alone.tensors[0].reshape(wanted.shape)
+            gain = np.square(wanted - choice.values).sum() - np.square(wanted - flat).sum()
+            worth = len(payload) + gain / max(point.price, _LEAST_PRICE) / 8
+            if _least_bytes(flat) < worth:
+                payloads = tuple(self.encode(alone))
+                if sum(map(len, payloads)) < worth:
+                    return Coded(symbols=alone, payloads=payloads)
         return Coded(symbols=symbols, payloads=(payload,), reference=base.frame)
 
     def encode(self, symbols: Symbols, reference: Symbols | None = None, reference_frame: int | None = None) -> list[bytes]:
@@ -373,3 +379,10 @@ class LearnedCodec(LatentCodec):
         if not belongs_to(payload, base.crc32):
             raise PayloadError(f"the payload is damaged, or frame {frame} is held with other symbols: send a key frame")
         return base
+
+
+def _least_bytes(values: SymbolArray) -> float:
+    """What coding (C, N) symbols alone takes at the very least, roughly; a tenth of the time of coding them."""
+    size = np.abs(values).mean(axis=1, dtype=np.float64)
+    bits = (1 + size) * np.log2(1 + size) - size * np.log2(np.maximum(size, 1e-9)) + 0.9 * size
+    return float(_LEAST_SHARE * values.shape[1] * bits.sum() / 8)

@@ -3,8 +3,8 @@
 On a reliable stream a frame refers to the newest one sent: the stream delivers it before, or ends. Over anything else it refers
 to the newest that the server has acknowledged, which is several frames older. Either way the payload's checksum starts from the
 reference's symbols, so a frame whose reference the server does not hold exactly is refused (`PayloadError`) and never drifts;
-the client then lets go of that reference and of all that was predicted from it, and goes on from what is left, or with a key
-frame. Both classes are pure state: no clock, no I/O, one session each.
+the client then forgets that reference and all frames predicted from it, and continues from an older one or with a key frame.
+Both classes are pure state: no clock, no I/O, one session each.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Predictor:
 
     Args:
         codec: the bundle's.
-        max_frames: how many frames the server remembers; a reference that has so many successors is not used.
+        max_frames: how many frames the server remembers; a reference this many frames back is not used.
         key_interval_frames: a key frame at least so often, 0: only when needed.
         reliable: whether what is sent arrives, in order, or the session ends; else only acknowledged frames are referred to.
 

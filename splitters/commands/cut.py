@@ -19,7 +19,7 @@ from splitters.tasks.preprocess import Frame
 if TYPE_CHECKING:
     from splitters.cutting.bundle import Serving
     from splitters.cutting.graph.split import Cutter
-    from splitters.cutting.sources import Source
+    from splitters.cutting.sources import ModelSource
 
 BITS = (8, 6, 4, 3, 2)
 
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _of_other_inputs(source: Source, args: argparse.Namespace, photos: list[Frame]) -> int:
+def _of_other_inputs(source: ModelSource, args: argparse.Namespace, photos: list[Frame]) -> int:
     """A model of tokens, bytes, clips, volumes or several inputs: exported to ONNX with its own example, and cut as that."""
     import tempfile
 
@@ -131,7 +131,7 @@ def _place(cutter: Cutter, at: str | None) -> tuple[str, str]:
     return name, f" (the fewest bytes among cuts with at most 35 % of the work on the device: {work:.0%})"
 
 
-def _detector(source: Source, args: argparse.Namespace, photos: list[Frame], show: Progress) -> Any:
+def _detector(source: ModelSource, args: argparse.Namespace, photos: list[Frame], show: Progress) -> Any:
     """The bundle of one of torchvision's detectors, which bring their own resize and postprocess; None for other models."""
     if not str(args.model).startswith("torchvision:"):
         return None
@@ -155,7 +155,7 @@ def _detector(source: Source, args: argparse.Namespace, photos: list[Frame], sho
     )
 
 
-def _serving(source: Source, args: argparse.Namespace, photos: list[Frame]) -> Serving:
+def _serving(source: ModelSource, args: argparse.Namespace, photos: list[Frame]) -> Serving:
     from splitters.cutting.bundle import Serving
 
     told = described(source, args, photos)

@@ -44,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--against",
         help="codecs to compare with, comma-separated, or none (default: jpeg,webp,avif; for video h264,h265; also av1)",
     )
-    parser.add_argument("--limit", type=int, help="at most so many photos, evenly spread, or first frames of every clip (240)")
+    parser.add_argument("--limit", type=int, help="at most this many photos, evenly spread, or first frames of every clip (240)")
     parser.add_argument("--draws", type=int, help="bootstrap draws (default: 1000 over photos, 200 over a clip's segments)")
     parser.add_argument("--fps", type=float, default=10.0, help="video: frames a second (default: %(default)s)")
     parser.add_argument(
@@ -129,7 +129,7 @@ def _video(bundle: Bundle, args: argparse.Namespace) -> int:
         clips=tuple(args.video), against=_names(args.against, "h264,h265"), fps=args.fps, part=_part(args.part),
         limit=args.limit or 240,
         ages=_numbers(args.references, "--references"), points=_numbers(args.points, "--points") if args.points else None,
-        draws=args.draws or 200, score_min=args.score_min,
+        draws=args.draws or 200, score_min=args.score_min, cache=cache_dir() / "evaluations",
     )  # fmt: skip
     report = evaluate_video(bundle, config, tick=lambda what: print(f"  {what}", flush=True))
     _tell_video(report)

@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--bundle", type=Path, metavar="DIR", help="write the measured bundle there after the last step: servers and clients run it"
     )
     parser.add_argument("--data-parts", nargs="+", default=[], metavar="DIR", help="recipe any: only these folders of --data")
-    parser.add_argument("--steps", type=int, help="scale the recipe's stages to so many steps in total")
+    parser.add_argument("--steps", type=int, help="scale the recipe's stages to this many steps in total")
     parser.add_argument("--start", type=Path, metavar="DIR", help="efficientnet-lite0: go on from this run's or folder's weights")
     parser.add_argument(
         "--single-point",

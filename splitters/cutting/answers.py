@@ -1,8 +1,8 @@
 """Whether a model's outputs are what its postprocess reads: tried on photographs before a bundle is written or trained.
 
-A bundle whose tail returns another shape, probabilities where logits are read, or corners where centres are meant is found out by
-its users: the server ends at its first frame, or answers nonsense. Shapes and ranges are compared with what each postprocess
-expects, then the postprocess itself runs.
+A tail may return another shape than its postprocess reads, probabilities instead of logits, or corners instead of centres.
+Without this check users would notice: the server ends at its first frame, or answers nonsense. So shapes and ranges are compared
+with what the postprocess expects, and then the postprocess itself runs.
 
 Shape legend: N batch, C classes, P positions or candidate boxes.
 """

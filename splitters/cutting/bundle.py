@@ -1,7 +1,7 @@
 """A cut model as a bundle: ONNX head for the device, ONNX tail for the server, a plain latent codec between them.
 
-Whatever is written was run first: the cut is verified in torch, then the two ONNX files together against the model,
-on a photograph; payloads and head times of the operating points are measured on the calibration photographs.
+Nothing is written that has not run: the cut is verified in torch, then both ONNX files together against the model, on
+a photograph; payloads and head times of the operating points are measured on the calibration photographs.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _INTERPOLATION = {"bilinear": "bilinear", "bicubic": "bicubic", "random": "bicub
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class ModelSource:
     """A model that was found, with what is known of it.
 
     Attributes:
@@ -72,7 +72,7 @@ class Source:
             )
 
 
-def load_source(text: str, *, weights: str = "random", size_px: tuple[int, int] | None = None) -> Source:
+def load_source(text: str, *, weights: str = "random", size_px: tuple[int, int] | None = None) -> ModelSource:
     """Finds the model called ``text``.
 
     Args:
@@ -87,7 +87,7 @@ def load_source(text: str, *, weights: str = "random", size_px: tuple[int, int] 
         ModelError: it was found but cannot be loaded.
     """
     kind, _, rest = text.partition(":")
-    loaders: dict[str, Callable[[str, str, tuple[int, int] | None], Source]] = {
+    loaders: dict[str, Callable[[str, str, tuple[int, int] | None], ModelSource]] = {
         "timm": _timm, "torchvision": _torchvision, "onnx": _onnx, "py": _python,
     }  # fmt: skip
     if text.endswith(".pt2"):
@@ -114,7 +114,7 @@ def _example(size_px: tuple[int, int], channels: int = 3) -> Tensor:
     return torch.zeros(1, channels, *size_px)
 
 
-def _timm(name: str, weights: str, size_px: tuple[int, int] | None) -> Source:
+def _timm(name: str, weights: str, size_px: tuple[int, int] | None) -> ModelSource:
     from splitters.cutting import torchvision_compat
 
     torchvision_compat.activate()
@@ -130,7 +130,7 @@ def _timm(name: str, weights: str, size_px: tuple[int, int] | None) -> Source:
     config: dict[str, Any] = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined, no-untyped-call]
     size = size_px or tuple(config["input_size"][1:])
     labels = imagenet_labels() if getattr(model, "num_classes", 0) == 1000 else {}
-    return Source(
+    return ModelSource(
         name=name, model=model.eval(), example=_example(size, config["input_size"][0]), weights=_fill(model, weights),
         preprocess=_timm_preprocess(config, size), labels=labels,
     )  # fmt: skip
@@ -154,7 +154,7 @@ def _timm_preprocess(config: Mapping[str, Any], size_px: tuple[int, int]) -> Pre
     return Preprocess(size_px=size_px, interpolation=interpolation, resampler="pillow", mean=mean, std=std, **how)  # type: ignore[arg-type]
 
 
-def _torchvision(name: str, weights: str, size_px: tuple[int, int] | None) -> Source:
+def _torchvision(name: str, weights: str, size_px: tuple[int, int] | None) -> ModelSource:
     from splitters.cutting import torchvision_compat
 
     torchvision_compat.activate()
@@ -181,7 +181,7 @@ def _torchvision(name: str, weights: str, size_px: tuple[int, int] | None) -> So
             interpolation=_INTERPOLATION.get(recipe.interpolation.value, "bilinear"),  # type: ignore[arg-type]
             mean=tuple(recipe.mean), std=tuple(recipe.std),
         )  # fmt: skip
-    return Source(
+    return ModelSource(
         name=name, model=model.eval(), example=_example(size), weights=_fill(model, weights), preprocess=spec, labels=labels
     )
 
@@ -198,7 +198,7 @@ def _fetch(create: Callable[[], nn.Module], name: str, weights: str) -> nn.Modul
         raise ModelError(f"{name} cannot be built: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _onnx(path: str, weights: str, size_px: tuple[int, int] | None) -> Source:
+def _onnx(path: str, weights: str, size_px: tuple[int, int] | None) -> ModelSource:
     del weights, size_px  # an ONNX file brings its own
     from splitters.cutting.onnx_check import check_conversion
     from splitters.cutting.onnx_source import load_onnx
@@ -208,12 +208,12 @@ def _onnx(path: str, weights: str, size_px: tuple[int, int] | None) -> Source:
     def check(pictures: Sequence[NDArray[np.float32]]) -> float:
         return check_conversion(Path(path), found.module, pictures, said=found.said)
 
-    return Source(
+    return ModelSource(
         name=Path(path).stem, model=found.module, example=found.example, preprocess=None, weights=Path(path).name, check=check
     )
 
 
-def _python(text: str, weights: str, size_px: tuple[int, int] | None) -> Source:
+def _python(text: str, weights: str, size_px: tuple[int, int] | None) -> ModelSource:
     module_name, _, factory_name = text.rpartition(":")
     if not module_name:
         raise ConfigError(f"py:{text} must be py:MODULE:FACTORY, for example py:mypackage.models:build")
@@ -244,10 +244,10 @@ def _python(text: str, weights: str, size_px: tuple[int, int] | None) -> Source:
         example = _example(size_px or (224, 224))
     elif size_px is not None and example.ndim == 4:
         example = example.new_zeros((*example.shape[:2], *size_px))
-    return Source(name=factory_name, model=model.eval(), example=example, inputs=inputs, preprocess=None, weights=what)
+    return ModelSource(name=factory_name, model=model.eval(), example=example, inputs=inputs, preprocess=None, weights=what)
 
 
-def _pt2(path: Path) -> Source:
+def _pt2(path: Path) -> ModelSource:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist")
     try:
@@ -257,4 +257,4 @@ def _pt2(path: Path) -> Source:
     inputs = program.example_inputs
     if inputs is None or not inputs[0] or not isinstance(inputs[0][0], Tensor):
         raise ModelError(f"{path} holds no example input; export it again with torch.export.save")
-    return Source(name=path.stem, model=program, example=inputs[0][0].detach(), preprocess=None, weights=path.name)
+    return ModelSource(name=path.stem, model=program, example=inputs[0][0].detach(), preprocess=None, weights=path.name)

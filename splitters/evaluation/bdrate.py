@@ -3,7 +3,7 @@
 Bjøntegaard 2001 (VCEG-M33), with accuracy in the place of PSNR and monotone cubic interpolation (PCHIP) of log-bytes.
 
 Shape legend: P points of a curve, M photos, D resampled sets of photos. A resampled set is a row of ``counts`` (D, M): how often
-each photo was drawn. Whatever is measured on the same ``counts`` is paired.
+each photo was drawn. Curves measured on the same ``counts`` are paired.
 """
 
 from __future__ import annotations

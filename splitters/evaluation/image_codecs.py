@@ -49,7 +49,7 @@ class Setting:
         codec: ``jpeg``, ``webp`` or ``avif``.
         quality: as Pillow counts it.
         size_px: pictures are reduced before encoding, and enlarged again after decoding, as if the model's input had a shorter
-            side of so many pixels.
+            side of this many pixels.
     """
 
     codec: str

@@ -60,7 +60,7 @@ class EvaluateConfig:
             whole model: the same first class, or F1 of the boxes.
         against: image codecs to compare with.
         qualities: of the image codecs; None for the standard ladder.
-        limit: at most so many photos, evenly spread.
+        limit: at most this many photos, evenly spread.
         draws: of the bootstrap.
         cache: folder in which the image codecs' results are kept between calls.
         score_min: a detector's boxes from this score on count. AP needs the weak ones too; a bundle's own threshold is for viewers.

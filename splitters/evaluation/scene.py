@@ -27,7 +27,7 @@ from splitters.runtime.tail import load_tail
 from splitters.runtime.video import VideoReader
 from splitters.tasks.decoding.boxes import Detections, empty_detections, iou_matrix
 from splitters.tasks.preprocess import Frame, input_image
-from splitters.zoo.prefilter.promise import RECALLS, Calibration, calibrate, score_at_precision
+from splitters.zoo.prefilter.promise import RECALLS, Calibration, score_at_precision, threshold_for
 
 log = logging.getLogger(__name__)
 UNSURE = 0.1  # a passage lasts while the teacher sees this much
@@ -215,7 +215,7 @@ def fit(scene: Scene, columns: Sequence[int], recall: float, *, sure: float, unt
     runs = passages(positive[:until], gap=round(scene.fps))
     if not runs:
         raise ConfigError("nothing of interest passes in the part that calibrates: take a longer video")
-    found = [calibrate(passage_scores(scores[:until], runs, r), r) for r in (recall, *RECALLS)]
+    found = [threshold_for(passage_scores(scores[:until], runs, r), r) for r in (recall, *RECALLS)]
     boxes, right, at = scene.own
     early = at < until
     return Fit(

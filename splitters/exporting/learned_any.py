@@ -23,7 +23,7 @@ from splitters.bundle.manifest import Head, parse_preprocess
 from splitters.bundle.operating_point import load_points
 from splitters.codec import learned_spec
 from splitters.cutting.onnx_export import export_onnx
-from splitters.cutting.sources import Source, load_source
+from splitters.cutting.sources import ModelSource, load_source
 from splitters.exporting.learned import (
     POINTS_FILE,
     RECIPE_FILE,
@@ -62,7 +62,7 @@ class _ServerPart(nn.Module):
         return tuple(t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point())
 
 
-def load_run(run: Path, model: str = "") -> tuple[Source, LearnedSplit, dict[str, Any]]:
+def load_run(run: Path, model: str = "") -> tuple[ModelSource, LearnedSplit, dict[str, Any]]:
     """A finished run: its source model, the trained student and the recipe.
 
     Args:

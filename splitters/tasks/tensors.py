@@ -48,7 +48,10 @@ class TensorsTask(Task):
 
     @classmethod
     def agreement(cls, answer: Answer, wanted: Answer) -> tuple[float, float]:
-        """1 less the distance over the wanted tensor's length, never below 0, of each tensor; of so many tensors."""
+        """How close the tensors are, and how many there are.
+
+        Each counts 1 less its distance from the wanted one over that one's length, and never less than 0.
+        """
         mine, theirs = tensors_of(answer), tensors_of(wanted)
         if {n: a.shape for n, a in mine.items()} != {n: a.shape for n, a in theirs.items()}:
             return 0.0, 1.0

@@ -27,7 +27,7 @@ from splitters.training.photos import Crops, PhotoCache
 log = logging.getLogger(__name__)
 Symbols = NDArray[np.int16]
 CLIP_FRAMES = 5
-_CLIP_SHARE = 4  # one batch in so many becomes clips
+_CLIP_SHARE = 4  # one batch in this many becomes clips
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 INITIAL_WINDOW = 10
 UNLIMITED = 1 << 30
 _C, _BETA = 410 / 1024, 717 / 1024
-_RENO_ACKS = 15 / 8  # a Reno flow of the same backoff would gain a packet per so many windows acknowledged
+_RENO_ACKS = 15 / 8  # a Reno flow of the same backoff gains one packet each time this many windows are acknowledged
 _REFRESH_NS = 31_000_000  # the curve is evaluated this often while the window stands
 _LOW_WINDOW, _MIN_SAMPLES = 16, 8
 _TRAIN_GAP_NS = 2_000_000

@@ -1,4 +1,4 @@
-"""Frames in layers: what each layer of a choice weighs, and what an answer from the first so many is worth."""
+"""Frames in layers: what each layer of a choice weighs, and what an answer from the first few of them is worth."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class _Capacity:
         self._bits = np.concatenate([[0.0], np.cumsum(np.maximum(rates, 1e-9) * np.diff(edges))])
 
     def finish_ns(self, start_ns: Floats, bits: Floats) -> Floats:
-        """When so many bits are through that begin at ``start_ns``; ``_NEVER_NS`` where not before the trace ends."""
+        """When ``bits`` that start at ``start_ns`` have been delivered; ``_NEVER_NS`` if not before the trace ends."""
         target = np.interp(start_ns, self._times, self._bits) + bits
         done = np.interp(target, self._bits, self._times)
         return np.where(target > self._bits[-1], _NEVER_NS, np.maximum(done, start_ns))

@@ -6,8 +6,8 @@ delivered, on the clock of its acknowledgement with the server's time taken off,
     d_k = max(s_k + p, d_{k-1}) + 8 b_k / R.
 
 So every acknowledgement gives a service time, free of the wait behind earlier frames. R is a low median of the newest
-few (a mean would take a repaired packet for a slow link), p the least round trip of recent frames and pings. What this
-simple model gets wrong is kept as it is, see ``lateness``: the tail is the measured tail.
+few (a mean would take a repaired packet for a slow link), p the least round trip of recent frames and pings. How far
+answers deviate from this simple model is measured and kept as a distribution, see ``lateness``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FORGET_TRIED = 0.98
 # A frame that took longer than this was in an outage: that says nothing about the link as it is between outages.
 _OUTAGE_NS = 1_000_000_000
 _WINDOW_SAMPLES = 96
-# So many frames in a row that look repaired mean a slow link.
+# This many frames in a row that look repaired mean a slow link.
 _SLOW_RUN = 3
 # A frame that is later than this, in round trips beyond its noise, lost a packet.
 _REPAIR_RTTS = 0.6
@@ -210,7 +210,7 @@ class Estimator:
         return min(self.lateness.repair_ns, 3 * self.base_rtt_ns + _RTO_NS)
 
     def service_ns(self, n_bytes: float) -> float:
-        """Time the bottleneck needs for so many bytes."""
+        """Time the bottleneck needs for ``n_bytes``."""
         return n_bytes * self.ns_per_byte
 
     def scale_ns(self, service_ns: float) -> float:
@@ -242,7 +242,7 @@ class Estimator:
         return 0.0
 
     def p_within(self, slack_ns: float, scale_ns: float, packets: int = 1) -> float:
-        """P(a frame of so many packets comes back no later than ``slack_ns`` after its prediction)."""
+        """P(a frame of ``packets`` packets comes back no later than ``slack_ns`` after its prediction)."""
         return self.lateness.p_within(slack_ns, scale_ns, packets)
 
     def p_still(self, frame_id: int, now_ns: int, deadline_ns: int) -> float:

@@ -1,8 +1,8 @@
 """How much later than predicted answers come: what the estimator's simple model of the link gets wrong.
 
 Two empirical distributions, and how often each applies. Residuals (jitter, a busy server) are kept in units of the frame's
-own uncertainty, repairs (a lost packet, and what waits behind it) as times, with their frequency per packet sent. How the
-link is now is remembered for seconds, how often it loses packets for a minute: a loss rate outlives a fade.
+own uncertainty; repairs (a lost packet, and what waits behind it) are kept as times, with their frequency per packet sent.
+Residuals are remembered for seconds, the frequency of losses for a minute, because it changes more slowly than the bitrate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from edge_client.control.quantile import SlidingQuantile
 
 # Four residuals that are believed until there are real ones: the worst of them keeps a fresh session careful.
 _PRIOR_RESIDUALS = (-0.2, 0.1, 0.4, 1.5)
-# Repairs per packet are believed to be this frequent, with the weight of so many packets.
+# Repairs per packet are believed to be this frequent, with the weight of this many packets.
 _PRIOR_REPAIRS, _PRIOR_PACKETS = 0.3, 40.0
 # A repair also holds back the frames behind: this share of a frame's exposure does not depend on its own size.
 _HELD_BACK = 0.6
@@ -23,7 +23,7 @@ _LOSS_MEMORY_NS = 60_000_000_000
 _STALE_NS = 1_500_000_000
 _REFUSED_NS = 10_000_000_000
 _WINDOW_SAMPLES = 96
-# From so many repairs a packet on a link counts as lossy, once there were so many.
+# From this many repairs a packet on a link counts as lossy, once there were that many.
 _LOSSY, _LEAST_REPAIRS = 0.003, 3
 _LEAST_NOISE, _MOST_NOISE = DEVICE_NOISE[0], DEVICE_NOISE[-1]
 
@@ -46,7 +46,7 @@ class Lateness:
         self._prior_weight = self._body_size = self._tail_size = self._odds = self._held_packets = 1.0
 
     def add(self, late_ns: float, scale_ns: float, packets: int, now_ns: int, *, repaired: bool) -> None:
-        """A frame of so many packets came back; ``scale_ns`` is the unit of its residual."""
+        """A frame of ``packets`` packets came back; ``scale_ns`` is the unit of its residual."""
         self._count(packets, now_ns)
         if repaired:
             self._repairs.add(late_ns, now_ns)
@@ -73,7 +73,7 @@ class Lateness:
         return self._repairs.quantile(0.5, 0.0)
 
     def p_within(self, slack_ns: float, scale_ns: float, packets: int = 1) -> float:
-        """P(a frame of so many packets comes back no later than ``slack_ns`` after its prediction)."""
+        """P(a frame of ``packets`` packets comes back no later than ``slack_ns`` after its prediction)."""
         unit = slack_ns / scale_ns
         counts = bisect_right(self._residuals.ordered, unit), bisect_right(_PRIOR_RESIDUALS, unit)
         return self._p(*counts, bisect_right(self._repairs.ordered, slack_ns), packets)
@@ -115,7 +115,7 @@ class Lateness:
     # ------------------------------------------------------------------ inside
 
     def _count(self, packets: int, now_ns: int) -> None:
-        """A frame of so many packets came back (0: none did, time passed)."""
+        """A frame of ``packets`` packets came back (0: none did, time passed)."""
         kept = exp(-max(0, now_ns - self._counted_ns) / _LOSS_MEMORY_NS)
         self._counted_ns = now_ns
         self._late *= kept

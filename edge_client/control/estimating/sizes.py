@@ -1,14 +1,14 @@
 """What a frame's payload really costs, learnt as payloads come.
 
 The bundle's table was measured on stills of other places. At a camera a frame is predicted from an earlier one and costs a
-fraction of that; which fraction depends on the scene and on how old the reference is. Whoever believes the table sends less than
-the link would carry.
+fraction of that; which fraction depends on the scene and on how old the reference is. A controller that
+believes the table sends less than the link would carry.
 
 So the logarithm of a payload's size is taken as a sum: the table's, a part that all choices of one kind have in common at one age
 of the reference, and a small one of the choice's own. What one choice costs thus tells what those never tried would. Both parts
 are normal distributions, sharpened by every payload and widened by time (a Kalman filter on the diagonal): that is how the
 past is forgotten. One frame far off, such as a scene cut, moves little; several in a row move the estimate to where they are.
-A choice's own part fades, so that one that was found dear is tried again.
+A choice's own part fades, so that a choice that once cost much is tried again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from math import exp, inf, log, sqrt
 from splitters.bundle.operating_point import Quantiles
 
 MAX_AGE = 8
-"""References older than so many frame intervals count as this old."""
+"""References older than this many frame intervals count as this old."""
 
 _P95 = 1.645  # a normal distribution's, in standard deviations
 # Of the logarithm of a size over the table's, before anything was seen. A predicted frame costs a fiftieth of a still where
@@ -32,7 +32,7 @@ _COMMON_DRIFT_PER_S, _OWN_DRIFT_PER_S = 0.005, 0.001  # variance gained
 _COMMON_FADE_S, _OWN_FADE_S = 300.0, 60.0
 _LEAST_NOISE, _MOST_NOISE, _NOISE_GAIN = 0.03, 1.0, 0.05
 _FAR = 2.5  # standard deviations beyond which a payload is an exception ...
-_TURN = 3  # ... unless so many in a row are, on the same side
+_TURN = 3  # ... unless this many in a row are, on the same side
 _MOST = log(256.0)  # nothing is believed to cost more than 256 times what the table says, or less than a 256th
 
 

@@ -49,6 +49,7 @@ class TableSet:
         self.frequencies = rows
         self.weights = (rows * 2**_SHIFT - 1).astype(np.float32)
         self._cumulative: list[list[int]] | None = None
+        self._narrow: tuple[IntArray, NDArray[np.float32]] | None = None
 
     @property
     def cumulative(self) -> list[list[int]]:
@@ -57,6 +58,28 @@ class TableSet:
             padded = np.concatenate([np.zeros((len(self.frequencies), 1), np.int64), np.cumsum(self.frequencies, axis=1)], axis=1)
             self._cumulative = padded.tolist()
         return self._cumulative
+
+    @property
+    def narrow(self) -> tuple[IntArray, NDArray[np.float32]]:
+        """For every entry a table of three in which it keeps its interval, and its place there; built when first asked for.
+
+        An encoder needs no more of a table than where its symbol lies: below it, the symbol, above it. Where nothing lies on
+        one side, the other is divided in two.
+
+        Returns:
+            Places (T * K,) and weights (T * K, 3).
+        """
+        if self._narrow is None:
+            wide = self.frequencies << _SHIFT
+            left = np.cumsum(wide, axis=1) - wide
+            right = 2**24 - left - wide
+            first, last = left == 0, right == 0
+            parts = np.stack([left, wide, right], axis=2)
+            parts[first] = np.stack([wide[first], right[first] // 2, right[first] - right[first] // 2], axis=1)
+            parts[last] = np.stack([left[last] // 2, left[last] - left[last] // 2, wide[last]], axis=1)
+            places = np.where(first, 0, np.where(last, 2, 1)).astype(np.int32).ravel()
+            self._narrow = places, (parts - 1).astype(np.float32).reshape(-1, 3)
+        return self._narrow
 
 
 class Encoder(ABC):
@@ -173,7 +196,9 @@ class ConstrictionEncoder(Encoder):
     def put(self, symbols: IntArray, tables: TableSet, index: NDArray[np.intp]) -> None:
         """See `Encoder.put`."""
         if len(symbols):
-            self._coder.encode(np.ascontiguousarray(symbols, dtype=np.int32), self._family, tables.weights[index])
+            places, weights = tables.narrow
+            entry = index * tables.weights.shape[1] + symbols
+            self._coder.encode(places.take(entry), self._family, weights.take(entry, axis=0))
 
     def finish(self) -> bytes:
         """See `Encoder.finish`."""

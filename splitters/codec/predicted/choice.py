@@ -3,10 +3,10 @@
 Every cell either keeps the reference's symbols, at next to no cost, or is coded from the best of its modes; in a coded cell
 every symbol either stays as predicted or moves, whichever costs less of error + price * bits (rate-distortion optimised
 quantisation, Sullivan & Wiegand 1998). The error is counted in squared quantiser steps: a bottleneck's channels are scaled so
-that a step of each costs the model's outputs the same (`splitters.models.sensitivity`), and the gains of a tier keep that.
+that a step of each costs the model's outputs the same (`splitters.bottleneck.sensitivity`), and the gains of a tier keep that.
 
-What a decision leaves out is bounded: a cell is skipped only where its error is below what coding it would cost, and in turn
-(one in `TURNS` cells a frame) cells are held to half of that, so that a still scene settles on its finest form.
+What a decision leaves out is bounded: a cell is skipped only where its error is below what coding it would cost. One in
+`TURNS` cells a frame, each in its turn, is held to half of that bound, so that a still scene reaches its finest form.
 
 Shape legend: C channels, H x W cells, K cells that are looked at, M modes.
 """
@@ -28,9 +28,10 @@ _SKIP_BITS = 0.15
 _CELL_BITS = 5.0
 _MODE_BITS = np.full((MODES, 1), 4.0, np.float32)
 _MODE_BITS[STILL] = 1.0
-_MORE_BITS = 1.5  # for every doubling of a difference
+# Bits for every doubling of a difference, by its size; sizes beyond the table's end count as its last.
+_MORE_BITS = (1.5 * np.log2(np.maximum(np.arange(4096), 1))).astype(np.float32)
 _WORTH_BITS = 6.0  # a cell that could save less than the price of these is not looked at
-_LEADING = 3  # modes are compared on the leading one in so many of the channels, which hold most of what changes
+_LEADING = 3  # modes are compared on the first third of the channels, which hold most of what changes
 _TURN_SHARE = 0.5
 
 
@@ -74,7 +75,7 @@ def choose_symbols(
     off = wanted - reference
     steps = np.rint(off)
     # What moving every symbol to its nearest would save; where that is little, nothing else can save much either.
-    saved = (steps * (2 * off - steps)).sum(axis=0)
+    saved = np.einsum("cn,cn->n", steps, 2 * off - steps)
     prices = np.full(saved.shape, price, np.float32)
     prices[turn % TURNS :: TURNS] *= _TURN_SHARE
     looked = np.flatnonzero(saved > _WORTH_BITS * prices)
@@ -103,15 +104,17 @@ def _coded(target: Floats, base: Floats, costs: Costs, lam: Floats) -> tuple[Flo
     same = np.rint(base)
     off = target - same
     size = np.abs(off)
-    low = np.floor(size)
-    stay = np.square(off) + lam * costs.same
-    best, chosen = stay, np.zeros_like(low)
+    low = size.astype(np.int32)
+    best, chosen = np.square(off), np.zeros_like(low)
+    best += lam * costs.same
     for step in (low, low + 1):
-        bits = costs.other + _MORE_BITS * np.log2(np.maximum(step, 1))
-        move = np.square(size - step) + lam * bits
+        move = np.square(size - step)
+        move += lam * (costs.other + _MORE_BITS.take(step, mode="clip"))
         better = (move < best) & (step > 0)
-        best, chosen = np.where(better, move, best), np.where(better, step, chosen)
-    return same + np.sign(off) * chosen, best.sum(axis=0)
+        np.copyto(best, move, where=better)
+        np.copyto(chosen, step, where=better)
+    symbols: Floats = same + np.copysign(chosen.astype(np.float32), off)
+    return symbols, best.sum(axis=0)
 
 
 def match(values: NDArray[np.int16], reference: NDArray[np.int16], near: NDArray[np.intp]) -> Choice:

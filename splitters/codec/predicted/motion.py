@@ -36,7 +36,15 @@ def _weights() -> NDArray[np.int32]:
     return out
 
 
+def _taps(weights: NDArray[np.int32]) -> tuple[Index, NDArray[np.int32]]:
+    """The four cells around at most that a mode takes from, and what each gives: two (M, 4)."""
+    order = np.argsort(-weights, axis=1, kind="stable")[:, :4]
+    return order.astype(np.intp), np.take_along_axis(weights, order, axis=1)
+
+
 WEIGHTS = _weights()
+_TAPS, _GIVES = _taps(WEIGHTS)
+_SHARES = (WEIGHTS / np.float32(4)).astype(np.float32)
 
 
 def neighbours(height: int, width: int) -> Index:
@@ -54,14 +62,22 @@ def candidates(reference: NDArray[np.int16], near: Index, cells: Index) -> NDArr
         near: from `neighbours`.
         cells: (K,).
     """
-    around = reference.take(near[:, cells], axis=1).astype(np.float32)  # (C, 9, K)
-    shares = (WEIGHTS / np.float32(4)).astype(np.float32)
-    found: NDArray[np.float32] = np.tensordot(shares, around, axes=(1, 1))
-    return found
+    around = np.empty((len(near), len(reference), len(cells)), np.float32)
+    for place, found in zip(near[:, cells], around, strict=True):
+        found[...] = reference.take(place, axis=1)
+    offered: NDArray[np.float32] = (_SHARES @ around.reshape(len(near), -1)).reshape(MODES, *around.shape[1:])
+    return offered
 
 
 def predicted(reference: NDArray[np.int16], near: Index, cells: Index, modes: NDArray[np.int64]) -> Quarters:
     """What each cell's own mode predicts, in quarters of a symbol: (C, K); exact."""
-    around = reference.take(near[:, cells], axis=1).astype(np.int32)
-    found: Quarters = np.einsum("cnk,nk->ck", around, WEIGHTS[modes].T)
+    found: Quarters = reference.take(cells, axis=1).astype(np.int32)
+    found <<= 2
+    moved = np.flatnonzero(modes != STILL)
+    if len(moved):
+        taps, gives, at = _TAPS[modes[moved]], _GIVES[modes[moved]], cells[moved]
+        total = np.zeros((len(reference), len(moved)), np.int32)
+        for tap in range(taps.shape[1]):
+            total += reference.take(near[taps[:, tap], at], axis=1) * gives[:, tap]
+        found[:, moved] = total
     return found

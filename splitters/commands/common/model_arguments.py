@@ -20,7 +20,7 @@ from splitters.tasks.preprocess import Frame, input_image
 
 if TYPE_CHECKING:
     from splitters.cutting.onnx.inputs import Role
-    from splitters.cutting.sources import Source
+    from splitters.cutting.sources import ModelSource
 
 JPEG_QUALITY = 90
 
@@ -80,7 +80,7 @@ def read_examples(path: Path | None) -> list[dict[str, NDArray[Any]]]:
     return [read_arrays(f) for f in files]
 
 
-def load_model(args: argparse.Namespace) -> Source:
+def load_model(args: argparse.Namespace) -> ModelSource:
     """The model the arguments name.
 
     Raises:
@@ -105,7 +105,7 @@ def model_size(args: argparse.Namespace) -> tuple[int, int] | None:
     return (int(height), int(width))
 
 
-def default_preprocess(source: Source) -> Preprocess:
+def default_preprocess(source: ModelSource) -> Preprocess:
     """The source's own preprocessing, or ImageNet's mean and deviation at the example's size."""
     if source.preprocess is not None:
         return source.preprocess
@@ -116,7 +116,7 @@ def default_preprocess(source: Source) -> Preprocess:
     )  # fmt: skip
 
 
-def assume(source: Source, spec: Preprocess) -> None:
+def assume(source: ModelSource, spec: Preprocess) -> None:
     """Tells how pictures are prepared where the source does not say it."""
     scaled = {"letterbox": "fitted into", "shortest": f"scaled to a short side of {spec.resize_px} px and cropped to"}
     told = f"{scaled.get(spec.resize, 'scaled to')} {spec.size_px[0]}x{spec.size_px[1]} px"
@@ -127,7 +127,7 @@ def assume(source: Source, spec: Preprocess) -> None:
     )
 
 
-def sample_picture(path: Path | None, source: Source) -> tuple[Frame, Preprocess, str, int]:
+def sample_picture(path: Path | None, source: ModelSource) -> tuple[Frame, Preprocess, str, int]:
     """A photograph, the preprocessing, where the photograph is from, and its bytes as a JPEG at the model's size.
 
     Raises:

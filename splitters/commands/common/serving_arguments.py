@@ -18,7 +18,7 @@ from splitters.tasks.labels.imagenet import imagenet_labels
 from splitters.tasks.preprocess import Frame, preprocess
 
 if TYPE_CHECKING:
-    from splitters.cutting.sources import Source
+    from splitters.cutting.sources import ModelSource
 
 AUTO, TENSORS = "auto", "tensors"
 UNKNOWN_LICENCE = "unknown: ask whoever gave you the weights"
@@ -67,7 +67,7 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--licence", help="of the weights (default: what the file says, or that nobody knows)")
 
 
-def described(source: Source, args: argparse.Namespace, photos: Sequence[Frame]) -> Described:
+def described(source: ModelSource, args: argparse.Namespace, photos: Sequence[Frame]) -> Described:
     """What the arguments, and the source where they are silent, say; tried on photographs.
 
     What is assumed, since nobody said it, is told on standard error.
@@ -103,7 +103,7 @@ def described(source: Source, args: argparse.Namespace, photos: Sequence[Frame])
 _KINDS = {"softmax": "softmax", "yolox": "yolox", "boxes": "dense_boxes"}
 
 
-def _preprocess(source: Source, file: Path | None, output: str, preset: Preset | None) -> Preprocess:
+def _preprocess(source: ModelSource, file: Path | None, output: str, preset: Preset | None) -> Preprocess:
     own = source.preprocess
     spec = own or default_preprocess(source)
     if file:
@@ -124,7 +124,7 @@ def _preprocess(source: Source, file: Path | None, output: str, preset: Preset |
     return spec
 
 
-def _labels(source: Source, file: Path | None, classes: int) -> dict[int, str]:
+def _labels(source: ModelSource, file: Path | None, classes: int) -> dict[int, str]:
     """Names by class id; the ids themselves where there are none."""
     if file is not None:
         return read_labels(file)

@@ -1,6 +1,6 @@
 """Proof of a cut: head then tail give what the model gives, for different pictures, alone and in one batch.
 
-A server batches the frames of strangers, so a picture must be answered alike whoever is beside it and whatever came
+A server batches the frames of strangers, so a picture must get the same answer whichever pictures are beside it and whatever came
 before it: the model runs on A, B and A again, and every row of a batch of different pictures is compared with its
 picture alone. A model that mixes the pictures of a batch, or remembers the last one, is refused.
 
@@ -29,7 +29,7 @@ from splitters.cutting.graph.trace import flat_inputs
 
 MARGIN = 10.0
 PICTURES = 3  # different ones in a batch
-APART = 10.0  # a picture alone and in a batch goes through other kernels: rounding may differ by so many tolerances
+APART = 10.0  # a picture alone and in a batch goes through other kernels: rounding may differ by this multiple of the tolerance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

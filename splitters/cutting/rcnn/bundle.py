@@ -21,8 +21,8 @@ from splitters.cutting.checks import OnStep, inference, silent
 from splitters.cutting.graph.split import Cutter
 from splitters.cutting.graph.verify import PICTURES
 from splitters.cutting.onnx_export import export_onnx
-from splitters.cutting.rcnn.detectors import PREFIX, DetectorTail, ServedTail, shell
-from splitters.cutting.sources import Source
+from splitters.cutting.rcnn.detectors import PREFIX, RcnnTail, ServedTail, shell
+from splitters.cutting.sources import ModelSource
 from splitters.runtime.sessions import open_session
 from splitters.runtime.table import few, measure_table
 from splitters.tasks.preprocess import Frame, preprocess
@@ -48,7 +48,7 @@ def detector_preprocess(detector: Any, size_px: tuple[int, int] | None = None) -
     )  # fmt: skip
 
 
-def backbone_source(source: Source) -> Source:
+def backbone_source(source: ModelSource) -> ModelSource:
     """The detector's backbone, to be profiled: that is where detectors are cut."""
     spec = detector_preprocess(source.model)
     return replace(
@@ -62,7 +62,7 @@ def _multiple(side: float, of: int = 32) -> int:
 
 
 def write_detector_bundle(
-    source: Source,
+    source: ModelSource,
     at: str,
     photos: Sequence[Frame],
     out: Path,
@@ -110,7 +110,7 @@ def write_detector_bundle(
     on_step(1, total, "detecting on a photograph")
     with inference(detector):  # what the server will run, on a photograph, before anything is written
         latents = [t.numpy() for t in split.head(first)]
-        served = ServedTail(DetectorTail(shell(detector), split.tail, spec.size_px).eval(), spec)
+        served = ServedTail(RcnnTail(shell(detector), split.tail, spec.size_px).eval(), spec)
         served.answers(latents, [(photos[0].shape[1], photos[0].shape[0])])
     with BundleWriter(out) as writer, inference(detector):
         on_step(2, total, "writing the head")

@@ -81,7 +81,7 @@ class _GivenSizes(nn.Module):
         return scaled
 
 
-class DetectorTail(nn.Module):
+class RcnnTail(nn.Module):
     """The rest of the backbone, and the detector's own code after it.
 
     Args:
@@ -126,7 +126,7 @@ class ServedTail(nn.Module):
         preprocess: the bundle's; says how a source frame became the input.
     """
 
-    def __init__(self, tail: DetectorTail, preprocess: Preprocess) -> None:
+    def __init__(self, tail: RcnnTail, preprocess: Preprocess) -> None:
         super().__init__()
         self.tail = tail
         self._preprocess = preprocess
@@ -194,7 +194,7 @@ class DetectorSplit:
         self.input_size: Size = tuple(images.tensors.shape[-2:])
         self.cutter = Cutter(detector.backbone, images.tensors)
         self.backbone: Split = self.cutter.split(at.removeprefix(PREFIX))
-        self.tail = DetectorTail(shell(detector), self.backbone.tail, self.input_size).eval()
+        self.tail = RcnnTail(shell(detector), self.backbone.tail, self.input_size).eval()
 
     def head(self, photos: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Size]]:
         """The device's side in torch: latents, and the sizes that travel with them."""
@@ -340,4 +340,4 @@ def build_tail(name: str, spec: Mapping[str, Any], state: Mapping[str, Tensor]) 
         split = Cutter(detector.backbone, torch.zeros(1, 3, height, width)).split(str(spec["at"]).removeprefix(PREFIX))
     except (RuntimeError, KeyError, TypeError, ValueError, CutError) as error:
         raise BundleError(f"the tail does not fit torchvision:{name}: {str(error).splitlines()[0]}") from error
-    return ServedTail(DetectorTail(detector, split.tail, (height, width)), preprocess)
+    return ServedTail(RcnnTail(detector, split.tail, (height, width)), preprocess)

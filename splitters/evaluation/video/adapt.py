@@ -28,7 +28,7 @@ from splitters.runtime.head import Head, open_codec
 Latents = NDArray[np.float32]
 _MOST_FRAMES = 240  # of each video that are fitted on, evenly spread in pieces
 _PIECE = 40
-_CHEAP_SHARE = 3  # encoders other than the largest see one piece in so many
+_CHEAP_SHARE = 3  # encoders other than the largest see one piece in this many
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -95,7 +95,7 @@ def read_clip(path: Path, spec: Preprocess, *, fps: float = FPS, part: Part = WH
         spec: how the model's input is made of a frame.
         fps: frames a second that are taken.
         part: of the clip.
-        limit: at most so many frames, from the part's start.
+        limit: at most this many frames, from the part's start.
 
     Raises:
         ConfigError: a pace that is none.

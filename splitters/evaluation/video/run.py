@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,9 @@ from splitters.bundle import Bundle
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import LatentCodec, ReferenceStore, Symbols
 from splitters.evaluation.bdrate import Array, Counts, Curve
+from splitters.evaluation.cache import load, photos_key, store
 from splitters.evaluation.judging.tasks import Score
-from splitters.evaluation.measure import run_whole
+from splitters.evaluation.measure import Measured, Photos, run_whole
 from splitters.evaluation.run import loose
 from splitters.evaluation.video.clips import FPS, WHOLE, Clip, Part, read_clip
 from splitters.evaluation.video.codecs import VideoSetting, code_clip, video_ladder
@@ -49,12 +50,13 @@ class VideoConfig:
         crfs: of the video codecs; None for the standard ladder.
         fps: frames a second that are taken of a clip.
         part: of each clip.
-        limit: at most so many frames of each clip, from the part's start; None: all.
+        limit: at most this many frames of each clip, from the part's start; None: all.
         ages: how many frames back the reference lies, each judged for itself; the first is the headline.
         points: ids of operating points; None: all those of the largest encoder.
         segment_s: of the bootstrap.
         draws: of the bootstrap.
         score_min: a detector's boxes from this score on count; AP needs the weak ones too.
+        cache: folder in which the whole model's answers to decoded pictures are kept between calls; clips are coded every time.
     """
 
     clips: tuple[Path, ...]
@@ -68,6 +70,7 @@ class VideoConfig:
     segment_s: float = 2.0
     draws: int = 200
     score_min: float = 0.01
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         names = [c.stem for c in self.clips]
@@ -89,6 +92,7 @@ class _Bench:
     clip: Clip
     judge: Fidelity
     counts: Counts
+    cache: Path | None
     tick: Tick
 
     def score(self, answers: Sequence[Answer]) -> Score:
@@ -123,10 +127,11 @@ def evaluate_video(bundle: Bundle, config: VideoConfig, *, tick: Tick = log.info
     reports = []
     for path in config.clips:
         clip = read_clip(path, bundle.manifest.preprocess, fps=config.fps, part=config.part, limit=config.limit)
-        whole = run_whole(tail, clip.frames)
+        whole = _whole(bundle, tail, clip.frames, config.cache)
         counts = resample_segments([len(clip)], max(1, round(config.segment_s * clip.fps)), config.draws)
         bench = _Bench(
-            bundle=bundle, codec=codec, tail=tail, clip=clip, judge=Fidelity.to(whole), counts=counts, tick=tick,
+            bundle=bundle, codec=codec, tail=tail, clip=clip, judge=Fidelity.to(whole), counts=counts, cache=config.cache,
+            tick=tick,
         )  # fmt: skip
         reports.append(_clip(bench, head, points, config.ages, ladders))
     return VideoReport(model=bundle.manifest.name, clips=tuple(reports), overall=compare_clips(reports, config.ages))
@@ -243,4 +248,17 @@ def _their_point(bench: _Bench, setting: VideoSetting) -> tuple[Array, float, Sc
     restored = frames.pictures.copy()
     for picture, area, seen in zip(restored, frames.content, coded.pictures, strict=True):
         picture[area] = seen
-    return coded.sizes, float(np.median(coded.encode_ms)), bench.score(run_whole(bench.tail, frames, restored))
+    answers = _whole(bench.bundle, bench.tail, replace(frames, pictures=restored), bench.cache)
+    return coded.sizes, float(np.median(coded.encode_ms)), bench.score(answers)
+
+
+def _whole(bundle: Bundle, tail: Tail, frames: Photos, cache: Path | None) -> list[Answer]:
+    """The whole model's answers to exactly these pictures, from the cache where they are known."""
+    if cache is None:
+        return run_whole(tail, frames)
+    key = photos_key(bundle, frames, {"what": "whole model"})
+    known = load(cache, key)
+    if known is None:
+        known = Measured(sizes=np.zeros(len(frames)), answers=run_whole(tail, frames))
+        store(cache, key, known)
+    return known.answers

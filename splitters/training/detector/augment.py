@@ -1,6 +1,6 @@
 """Pictures for a training step: mosaics of four (Bochkovskiy et al. 2020, arXiv 2004.10934), scale, mirror, colour.
 
-Shape legend: S the canvas's side in px; boxes are (K, 6) as in ``detector_data``, in canvas pixels once placed.
+Shape legend: S the canvas's side in px; boxes are (K, 6) as in ``data``, in canvas pixels once placed.
 """
 
 from __future__ import annotations

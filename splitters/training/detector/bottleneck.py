@@ -2,9 +2,9 @@
 
 ``python -m splitters.training.detector.bottleneck --data DIR --out runs/detector-bottleneck --minutes 40``
 
-The loop is `splitters.training.loop`'s, the teacher our own detector: nothing but what it sees at every layer and position is
-matched, so no labels are needed. Steps are counted on a clock: a run ends when it was told to, however busy the machine is, and
-the learning rates follow; started again with the same ``--out`` it goes on where its last checkpoint was.
+The loop is that of `splitters.training.loop`, and the teacher is our own detector. The student is matched to it at every layer and
+position, so no labels are needed. The clock counts, not the steps: a run ends when it was told to, however busy the machine is,
+and the learning rates follow. Started again with the same ``--out``, a run continues from its last checkpoint.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 The backbone's early blocks stay as ImageNet left them, so they run forward only, in ONNX Runtime; everything later trains.
 The learning rate follows the time spent, so a run ends when it was told to, however busy the machine is; started again with the
-same ``--out`` it goes on where its last checkpoint was.
+same ``--out``, it continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class DetectorRecipe:
         ema: decay of the averaged weights, reached gradually.
         seed: of all chance.
         start: weights to begin with; ImageNet's when empty.
-        dense: whether the teacher also looks at every augmented picture and teaches each position, see ``detector_teacher``.
+        dense: whether the teacher also looks at every augmented picture and teaches each position, see ``teacher``.
         bfloat16: whether the trained part runs in bfloat16 where that is fast (parameters and losses stay float32).
-        hold_out: whether the photos of ``detector_held_out`` are left out.
+        hold_out: whether the photos of ``data.held_out`` are left out.
     """
 
     minutes: float = 90.0
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--start", default="", help="detector weights to begin with; ImageNet's backbone by default")
     parser.add_argument("--dense", action="store_true", help="the teacher teaches every position of every augmented picture")
     parser.add_argument("--bfloat16", action="store_true", help="faster on processors with bfloat16 arithmetic")
-    parser.add_argument("--hold-out", action="store_true", help="leave the photos of detector_held_out out")
+    parser.add_argument("--hold-out", action="store_true", help="leave out the photos that are kept for tests")
     parser.add_argument("--teacher-cache", type=Path, help="where the teacher's boxes are kept; OUT/teacher.npz by default")
     args = parser.parse_args()
     use_one_core()

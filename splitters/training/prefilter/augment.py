@@ -4,7 +4,7 @@ A crop of a picture without objects, magnified at random, receives cut-outs of o
 a fixed camera would see them. As often it receives cut-outs of nothing, or stays empty, so neither seams nor scenery tell the
 answer (after Ghiasi et al. 2021, arXiv 2012.07177).
 
-Shape legend: S the canvas's side in px; boxes are (K, 6) as in ``detector_data``.
+Shape legend: S the canvas's side in px; boxes are (K, 6) as in `splitters.training.detector.data`.
 """
 
 from __future__ import annotations

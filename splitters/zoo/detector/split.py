@@ -53,7 +53,7 @@ def _gather(size_px: int) -> Gather:
 
 
 def _blocks(keep: Mapping[int, int]) -> nn.Sequential:
-    """The first blocks with so many expansion channels, norms folded; weights to be loaded."""
+    """The first blocks, each with the given number of expansion channels, norms folded; weights are loaded later."""
     blocks = narrow(EfficientNetLite0().blocks[: TAPS[0] + 1], nn.Sequential)
     for index, channels in keep.items():
         block = narrow(blocks[index], MBConv)

@@ -85,7 +85,7 @@ def load_student(folder: Path, deep: tuple[int, int] | None = None) -> LearnedSp
 
     Args:
         folder: with the weights.
-        deep: give it at least so many late residual blocks, further ones being the identity.
+        deep: least number of late residual blocks, further ones being the identity.
 
     Raises:
         BundleError: the weights are absent or of another shape.

@@ -64,7 +64,7 @@ def clopper_pearson_lower(hits: int, units: int, confidence: float = CONFIDENCE)
     if hits == 0:
         return 0.0
     low, high = 0.0, 1.0
-    for _ in range(60):  # the proportion at which so many hits or more have a chance of 1 - confidence
+    for _ in range(60):  # the proportion at which ``hits`` or more have a chance of 1 - confidence
         middle = (low + high) / 2
         low, high = (middle, high) if _at_least(hits, units, middle) < 1 - confidence else (low, middle)
     return low
@@ -78,7 +78,7 @@ def _at_least(hits: int, units: int, share: float) -> float:
     return sum(map(exp, logs))
 
 
-def calibrate(positive_scores: Sequence[float] | Array, recall: float) -> Calibration:
+def threshold_for(positive_scores: Sequence[float] | Array, recall: float) -> Calibration:
     """The highest threshold whose bound reaches ``recall``; where none does, the one that promises most.
 
     The threshold is the (m + 1)-th smallest score; the share of future units that reach it then has exactly the distribution that
@@ -122,7 +122,7 @@ def promises(scores: Array, confidence: Array, columns: Sequence[int], recalls: 
     chosen = list(columns)
     positive = confidence[:, chosen].max(axis=1) >= SURE
     best = scores[:, chosen].max(axis=1)[positive]
-    return [calibrate(best, recall) for recall in recalls]
+    return [threshold_for(best, recall) for recall in recalls]
 
 
 def score_at_precision(scores: Array, right: NDArray[np.bool_], precision: float = PRECISION) -> float | None:

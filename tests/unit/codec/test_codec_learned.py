@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from protos.errors import BundleError, ConfigError, ModelError, PayloadError
 from splitters.codec import LearnedCodec, Symbols, codec_from_spec, learned_spec
+from splitters.codec.entropy.coder import CoderFactory, TableSet
 from splitters.codec.envelope import Header, PredictedHeader, open_layers, seal, seal_predicted
 from splitters.codec.fitting.fit import fit_tables, refit_predicted
 from splitters.codec.tables import read_tables
@@ -93,6 +94,23 @@ def test_any_symbols_survive_exactly_and_both_coders_agree(data: st.DataObject) 
         assert decoded[0].crc32() == decoded[1].crc32()
 
 
+@pytest.mark.parametrize(
+    "rows", [[[65535, 1]], [[1, 65535]], [[1, 1, 65533, 1]], [[65533, 1, 1, 1]], [[16384] * 4, [1, 2, 3, 65530]]]
+)
+def test_every_entry_of_a_table_keeps_its_interval_in_both_coders(rows: list[list[int]]) -> None:
+    tables = TableSet(np.array(rows))
+    symbols = np.tile(np.arange(len(rows[0]), dtype=np.int32), 3 * len(rows))
+    index = np.repeat(np.arange(len(rows), dtype=np.intp), 3 * len(rows[0]))
+    bodies = []
+    for name in ("constriction", "pure"):
+        factory = CoderFactory(name)
+        encoder = factory.encoder()
+        encoder.put(symbols, tables, index)
+        bodies.append(encoder.finish())
+        assert np.array_equal(factory.decoder(bodies[-1]).get(tables, index), symbols)
+    assert bodies[0] == bodies[1]
+
+
 @pytest.mark.parametrize(("point", "layers"), [("coarse", 3), ("fine", 3), ("fine3", 2), ("coarse2", 1), ("single", 1)])
 def test_layers_follow_the_channels_kept(point: str, layers: int) -> None:
     symbols = COMPILED.quantise([NOW[0]], point)
@@ -158,6 +176,21 @@ def test_what_moves_is_followed_for_less_than_it_costs_alone(age: int) -> None:
         sent.append(coded.symbols)
         sizes.append(sum(map(len, coded.payloads)))
     assert sum(sizes[3:]) < 0.45 * alone
+
+
+@pytest.mark.parametrize("point", ["coarse", "fine"])
+def test_a_moving_camera_costs_no_more_than_coding_alone(point: str) -> None:
+    rng = np.random.default_rng(8)
+    wide = rng.normal(size=(C, H + 2, 60))
+    wide = sum(wide[:, dy : dy + H, dx : dx + 58] for dy in range(3) for dx in range(3)) / np.arange(1, C + 1)[:, None, None]
+    frames = [wide[:, :, int(2.6 * t) : int(2.6 * t) + W].astype(np.float32) for t in range(14)]
+    reference, spent, alone = COMPILED.quantise([frames[0]], point), 0, 0
+    for number, latent in enumerate(frames[1:], 1):
+        coded = COMPILED.compress([latent], point, reference, number - 1)
+        spent += sum(map(len, coded.payloads))
+        alone += sum(map(len, COMPILED.encode(COMPILED.quantise([latent], point))))
+        reference = coded.symbols
+    assert spent <= 1.01 * alone
 
 
 def test_the_price_of_a_bit_buys_accuracy() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from edge_client.transport.grpc import GrpcLink, _Outgoing
 from edge_client.transport.rpc import Endpoint
-from edge_server.frames.assembly import Assembler, Frame
+from edge_server.frames.assembly import ArrivedFrame, Assembler
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import FrameLayer, PayloadKind
 
@@ -117,7 +117,7 @@ async def test_what_the_server_answers_from_the_base_alone_is_back_before_the_de
     assert due_ns is not None
     assert due_ns >= read_ns, "there was time to wait for the rest"
     (cut,) = assembler.flush()
-    assert isinstance(cut, Frame)
+    assert isinstance(cut, ArrivedFrame)
     assert [len(payload) for payload in cut.layers] == [100]
     back_ns = due_ns - skew_ns + TAIL_MS * MS + RTT_MS // 2 * MS
     assert deadline_ns - 1 * MS <= back_ns <= deadline_ns, "it waited as long as it could, and no longer"

@@ -15,7 +15,7 @@ from protos.messages import Detection
 from splitters.bundle import Bundle
 from splitters.cutting.rcnn.bundle import detector_preprocess, write_detector_bundle
 from splitters.cutting.rcnn.detectors import DetectorSplit, build_detector, build_tail, is_detector, match, resized_size
-from splitters.cutting.sources import Source
+from splitters.cutting.sources import ModelSource
 from splitters.runtime.tail import load_tail
 from splitters.tasks.preprocess import preprocess
 from tests.bench.cut_detectors import build, read_photo
@@ -46,7 +46,7 @@ def photo() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def bundle(detector: Any, photo: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     frame = frame_of(photo)
-    source = Source(name=NAME, model=detector, example=torch.zeros(1), preprocess=None, labels={1: "person"}, weights="random")
+    source = ModelSource(name=NAME, model=detector, example=torch.zeros(1), preprocess=None, labels={1: "person"}, weights="random")
     out = tmp_path_factory.mktemp("detector") / "bundle"
     written = write_detector_bundle(
         source, AT, [frame, frame[:, ::-1].copy()], out, name="ssd", bits=[8], licence="x", score_min=0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from protos.errors import ConfigError, SourceError
 from protos.messages import Box, Classification, ClassScore, Detection
+from splitters.evaluation.video import run as video_run
 from splitters.evaluation.video.clips import Part, read_clip
 from splitters.evaluation.video.codecs import CODECS, VideoSetting, code_clip, video_ladder
 from splitters.evaluation.video.fidelity import Fidelity, resample_segments
@@ -133,7 +135,7 @@ def test_segments_are_drawn_whole() -> None:
         assert (counts[:, start:stop] == counts[:, start : start + 1]).all()
 
 
-def test_a_bundle_is_compared_on_clips(tmp_path: Path) -> None:
+def test_a_bundle_is_compared_on_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = write_cell_detector(tmp_path / "bundle")
     rng = np.random.default_rng(1)
     colours = rng.integers(0, 256, (8, 8, 3))
@@ -141,7 +143,9 @@ def test_a_bundle_is_compared_on_clips(tmp_path: Path) -> None:
     for name in ("a", "b"):
         pictures = [np.kron(np.roll(colours, t // 2, axis=1), np.ones((16, 16, 1))).astype(np.uint8) for t in range(8)]
         clips.append(write_clip(tmp_path / f"{name}.mp4", pictures, 10))
-    config = VideoConfig(clips=tuple(clips), against=("h264",), crfs=(20, 51), draws=20, segment_s=0.2, ages=(1, 3))
+    config = VideoConfig(
+        clips=tuple(clips), against=("h264",), crfs=(20, 51), draws=20, segment_s=0.2, ages=(1, 3), cache=tmp_path / "known"
+    )
     report = evaluate_video(bundle, config)
     told = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert set(told["video"]) == {"a", "b"}
@@ -154,6 +158,13 @@ def test_a_bundle_is_compared_on_clips(tmp_path: Path) -> None:
     assert set(clip["bd_rate_percent"]) == {"h264"}
     plot_video(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+    # The whole model has answered: the same clips, coded again, need it no more, and another setting does.
+    monkeypatch.setattr(video_run, "run_whole", lambda *_: pytest.fail("the whole model ran again"))
+    again = evaluate_video(bundle, config)
+    for before, after in zip(report.clips, again.clips, strict=True):
+        assert [(t.bytes_mean, t.accuracy) for t in before.theirs] == [(t.bytes_mean, t.accuracy) for t in after.theirs]
+    with pytest.raises(pytest.fail.Exception, match="ran again"):
+        evaluate_video(bundle, replace(config, crfs=(30, 51)))
     with pytest.raises(ConfigError, match="no operating point 99"):
         evaluate_video(bundle, VideoConfig(clips=tuple(clips), points=(99,), against=()))
     with pytest.raises(ConfigError, match="names of their own"):

@@ -11,7 +11,7 @@ import pytest
 
 from edge_server.config import Limits
 from edge_server.doors.answering import Answerer, History
-from edge_server.frames.assembly import Frame
+from edge_server.frames.assembly import ArrivedFrame
 from edge_server.observe.metrics import NoMetrics
 from protos.errors import OverloadedError, PayloadError
 from protos.messages import Classification, ClassScore, PayloadKind
@@ -46,8 +46,8 @@ def chain(count: int) -> list[tuple[tuple[bytes, ...], Any]]:
     return out
 
 
-def frame(number: int, layers: tuple[bytes, ...], *, deadline_ns: int | None = None) -> Frame:
-    return Frame(
+def frame(number: int, layers: tuple[bytes, ...], *, deadline_ns: int | None = None) -> ArrivedFrame:
+    return ArrivedFrame(
         frame_id=number, kind=PayloadKind.LATENT, layers=layers, size_px=(64, 48), deadline_ns=deadline_ns, arrived_ns=1,
         echo_sent_ns=0, operating_point=1,
     )  # fmt: skip

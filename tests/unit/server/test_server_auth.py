@@ -5,15 +5,15 @@ import hmac
 import pytest
 
 from edge_server.access.auth import Tokens, parse_tokens
-from edge_server.access.quota import Client
+from edge_server.access.quota import Caller
 from edge_server.config import SecurityConfig
 from protos.errors import AuthError, ConfigError, HeadtailError, LimitError
 
 S = 1_000_000_000
 
 
-def client(tmp_path, **quotas: float) -> Client:
-    return Client(name="a", config=SecurityConfig(token_file=tmp_path / "t", **quotas))
+def client(tmp_path, **quotas: float) -> Caller:
+    return Caller(name="a", config=SecurityConfig(token_file=tmp_path / "t", **quotas))
 
 
 def test_frames_per_second_hold_over_any_window(tmp_path) -> None:
@@ -53,7 +53,7 @@ def test_sessions_are_given_back(tmp_path) -> None:
 
 
 def test_frames_of_unary_calls_are_counted_until_they_are_answered() -> None:
-    c = Client(max_unary=3)
+    c = Caller(max_unary=3)
     with c.unary_frames():
         with pytest.raises(LimitError, match="unary"), c.unary_frames(3):
             pass

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_server.frames.assembly import Frame
+from edge_server.frames.assembly import ArrivedFrame
 from edge_server.frames.decode import decode_frame, decode_image, image_size
 from edge_server.models import open_model
 from protos.errors import HeadtailError, LimitError, PayloadError
@@ -73,7 +73,7 @@ def test_what_a_frame_says_of_its_operating_point_is_checked(tmp_path: Path) -> 
     model, device = open_model(bundle.path), Device(bundle)
     points = [point.id for point in bundle.points]
     payload = tuple(device.payloads(picture(), points[0]))
-    frame = Frame(frame_id=0, layers=payload, operating_point=points[0])
+    frame = ArrivedFrame(frame_id=0, layers=payload, operating_point=points[0])
     assert decode_frame(model, frame, {}, max_pixels=1).symbols is not None
     for said in (points[1], 999):
         with pytest.raises(PayloadError, match=f"operating point {said}"):

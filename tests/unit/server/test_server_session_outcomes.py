@@ -14,7 +14,7 @@ from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import Limits
 from edge_server.doors import session as module
 from edge_server.doors.session import Services, Session
-from edge_server.frames.assembly import Frame
+from edge_server.frames.assembly import ArrivedFrame
 from edge_server.observe.metrics import NoMetrics
 from protos.errors import OverloadedError
 from protos.headtail.v1 import headtail_pb2 as pb
@@ -48,12 +48,12 @@ class FakeContext:
         self.to_server.put_nowait(pb.ClientMessage(layer=layer.to_proto()))
 
 
-Answer = Callable[[Frame], Awaitable[Result]]
+Answer = Callable[[ArrivedFrame], Awaitable[Result]]
 
 
 @contextlib.asynccontextmanager
 async def opened(answer: Answer) -> Any:
-    async def answers(_model: object, frame: Frame, _references: object, client: str) -> Result:
+    async def answers(_model: object, frame: ArrivedFrame, _references: object, client: str) -> Result:
         assert client == "ipv4:192.0.2.1"
         return await answer(frame)
 
@@ -82,12 +82,12 @@ async def soon(context: FakeContext) -> Result:
     return await asyncio.wait_for(context.results.get(), 2)
 
 
-def answered(frame: Frame) -> Result:
+def answered(frame: ArrivedFrame) -> Result:
     return Result(frame_id=frame.frame_id, answer=Classification(top=()))
 
 
 async def test_a_task_that_hangs_is_given_up_at_the_deadline() -> None:
-    async def hangs(frame: Frame) -> Result:
+    async def hangs(frame: ArrivedFrame) -> Result:
         await asyncio.Event().wait()
         return answered(frame)
 
@@ -101,7 +101,7 @@ async def test_a_task_that_hangs_is_given_up_at_the_deadline() -> None:
 async def test_one_that_heeds_no_cancellation_answers_too_late_and_once() -> None:
     release = asyncio.Event()
 
-    async def stubborn(frame: Frame) -> Result:
+    async def stubborn(frame: ArrivedFrame) -> Result:
         while not release.is_set():
             with contextlib.suppress(asyncio.CancelledError):
                 await release.wait()
@@ -120,7 +120,7 @@ async def test_one_that_heeds_no_cancellation_answers_too_late_and_once() -> Non
 async def test_a_task_that_ends_without_a_result_is_an_error_to_the_client(end: type[BaseException]) -> None:
     """Whoever cancels it: Ray's client does that to calls of its own."""
 
-    async def ends(frame: Frame) -> Result:
+    async def ends(frame: ArrivedFrame) -> Result:
         if frame.frame_id == 1:
             raise end
         return answered(frame)
@@ -137,7 +137,7 @@ async def test_a_task_that_ends_without_a_result_is_an_error_to_the_client(end: 
 async def test_a_stream_ends_although_a_task_does_not() -> None:
     enough, ended = asyncio.Event(), asyncio.Event()
 
-    async def never(frame: Frame) -> Result:
+    async def never(frame: ArrivedFrame) -> Result:
         while not enough.is_set():
             with contextlib.suppress(asyncio.CancelledError):
                 await enough.wait()
@@ -158,7 +158,7 @@ async def test_a_frame_that_is_late_when_it_comes_is_left_to_the_answerer(
     """Network queues ate its time: that is everyday, not a task that hangs."""
     monkeypatch.setattr(BandwidthManager, "queue_ns", lambda *_: 1_000_000_000)
 
-    async def refuses(frame: Frame) -> Result:
+    async def refuses(frame: ArrivedFrame) -> Result:
         for _ in range(3):
             await asyncio.sleep(0)
         return Result(frame_id=frame.frame_id, error=OverloadedError("refused in so many words"))

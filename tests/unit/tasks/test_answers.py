@@ -22,7 +22,7 @@ from splitters.commands.common.serving_arguments import add_serving_arguments, d
 from splitters.commands.cut import read_photos
 from splitters.cutting.answers import check_answers
 from splitters.cutting.onnx_check import check_conversion
-from splitters.cutting.sources import Source, load_source
+from splitters.cutting.sources import ModelSource, load_source
 from splitters.tasks.preprocess import Frame, preprocess
 
 SIDE = 64
@@ -51,9 +51,9 @@ def pooled(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-def source(model: nn.Module, **changes: Any) -> Source:
+def source(model: nn.Module, **changes: Any) -> ModelSource:
     values: dict[str, Any] = {"name": "own", "example": torch.zeros(1, 3, SIDE, SIDE), "preprocess": None, "weights": "none"}
-    return Source(model=model.eval(), **(values | changes))
+    return ModelSource(model=model.eval(), **(values | changes))
 
 
 def arguments(*words: str) -> argparse.Namespace:

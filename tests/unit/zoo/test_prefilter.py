@@ -13,7 +13,7 @@ from protos.errors import ConfigError, ModelError
 from splitters.evaluation.prefilter import draw_curves, passage_scores, passages, roc, roc_auc
 from splitters.training.prefilter.loop import heat_targets, held_out, prefilter_loss
 from splitters.zoo.prefilter.network import CATEGORY_IDS, WEIGHTS, InterestScore, Prefilter, columns_of, load_prefilter
-from splitters.zoo.prefilter.promise import RECALLS, calibrate, clopper_pearson_lower, promises
+from splitters.zoo.prefilter.promise import RECALLS, clopper_pearson_lower, promises, threshold_for
 
 
 def test_shapes_and_the_interest_column() -> None:
@@ -83,35 +83,35 @@ def test_clopper_pearson_known_values() -> None:
 
 def test_calibration_takes_the_highest_threshold_that_keeps_the_promise() -> None:
     scores = np.linspace(0.01, 1, 500)
-    promise = calibrate(scores, 0.95)
+    promise = threshold_for(scores, 0.95)
     assert promise.kept
     assert promise.missed == int((scores < promise.threshold).sum())
     assert clopper_pearson_lower(500 - promise.missed - 1, 500) < 0.95 <= promise.recall_promised
 
 
 def test_too_few_units_promise_what_they_can() -> None:
-    promise = calibrate([0.3, 0.9], 0.98)
+    promise = threshold_for([0.3, 0.9], 0.98)
     assert not promise.kept
     assert promise.threshold == 0.3
     assert promise.recall_promised == pytest.approx(0.05**0.5)
     with pytest.raises(ConfigError, match="at least one"):
-        calibrate([], 0.98)
+        threshold_for([], 0.98)
     with pytest.raises(ConfigError, match="between 0 and 1"):
-        calibrate([0.5], 1.0)
+        threshold_for([0.5], 1.0)
 
 
 def test_the_promise_holds_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     kept = []
     for _ in range(400):
-        threshold = calibrate(rng.normal(size=200), 0.9).threshold
+        threshold = threshold_for(rng.normal(size=200), 0.9).threshold
         # The true recall of a standard normal score at that threshold, from many fresh draws.
         kept.append(np.mean(np.sort(rng.normal(size=4000)) >= threshold) >= 0.9)
     assert np.mean(kept) >= 0.92  # 95 % less the noise of 400 trials
 
 
 def test_equal_scores_pass_together() -> None:
-    promise = calibrate([0.5] * 300, 0.9)
+    promise = threshold_for([0.5] * 300, 0.9)
     assert (promise.threshold, promise.missed) == (0.5, 0)
 
 
