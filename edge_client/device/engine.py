@@ -15,6 +15,7 @@ from splitters.bundle.offload import compress
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import Predictor, Symbols
 from splitters.runtime.head import Head, open_codec, run_options
+from splitters.runtime.inputs import Raw
 from splitters.runtime.sessions import Floats, open_graph
 from splitters.tasks.base import open_task
 from splitters.tasks.preprocess import Frame, input_image, normalise
@@ -101,6 +102,7 @@ class Engine:
         self._clock = clock
         self._options = run_options()
         self.head = Head(bundle, threads=threads, options=self._options)
+        self.inputs = self.head.inputs
         local = bundle.manifest.local is not None
         self.local = LocalModel(bundle, clock=clock, threads=threads, options=self._options) if local else None
         self.codec = open_codec(bundle)
@@ -113,13 +115,13 @@ class Engine:
         """The model's own input as a picture: the fair baseline for JPEG, and what offload sends."""
         return input_image(frame, self.bundle.manifest.preprocess)
 
-    def features(self, frame: Frame) -> Features:
-        """Preprocesses a frame and runs the stem."""
+    def features(self, frame: Frame, raw: Raw | None = None) -> Features:
+        """Preprocesses a frame, with the arrays that came with it, and runs the stem."""
         start_ns = self._clock()
         image = self.input_image(frame)
-        normalised = normalise(image, self.bundle.manifest.preprocess)
+        given = self.inputs(image, raw)
         ready_ns = self._clock()
-        maps = self.head.stem(normalised)
+        maps = self.head.stem(given)
         return Features(maps=maps, image=image, preprocess_ns=ready_ns - start_ns, stem_ns=self._clock() - ready_ns)
 
     def encode(self, features: Features, point: OperatingPoint, reference: Reference = NO_REFERENCE) -> Encoded:
