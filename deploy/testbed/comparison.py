@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deploy.testbed.arguments import number, numbers
+from deploy.testbed.link.datagrams import TRANSPORTS
 from deploy.testbed.link.trace import load_trace
 from deploy.testbed.plots import plot_policies
 from deploy.testbed.simulate.report import Summary
@@ -32,7 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deadline-ms", type=number, default=200.0)
     parser.add_argument("--fps", type=number, default=10.0)
     parser.add_argument("--loss-percent", type=number, default=0.0)
+    parser.add_argument("--burst-packets", type=number, default=1.0, help="mean run of lost packets; 1: independent (the default)")
     parser.add_argument("--rtt-ms", type=number, default=80.0)
+    parser.add_argument(
+        "--transport", choices=TRANSPORTS, default="grpc",
+        help="what carries frames: TCP, datagrams with parity, or those where packets are lost (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--device-slowdown",
         type=numbers,
@@ -61,7 +67,15 @@ def compare(args: argparse.Namespace, workload: Workload) -> None:
     policies = _policies(args.policies.split(","), workload)
     traces = _traces(args)
     conditions = [
-        Condition(deadline_ms=args.deadline_ms, fps=args.fps, loss_percent=args.loss_percent, rtt_ms=args.rtt_ms, slowdown=slowdown)
+        Condition(
+            deadline_ms=args.deadline_ms,
+            fps=args.fps,
+            loss_percent=args.loss_percent,
+            rtt_ms=args.rtt_ms,
+            slowdown=slowdown,
+            burst_packets=args.burst_packets,
+            transport=args.transport,
+        )
         for slowdown in args.device_slowdown
     ]
     jobs = [

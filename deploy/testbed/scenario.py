@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from deploy.testbed.link.datagrams import TRANSPORTS
 from deploy.testbed.link.model import LinkConfig, LossModel
 from deploy.testbed.link.synthetic import KINDS, synthesise
 from deploy.testbed.link.trace import Trace, constant, load_trace
@@ -72,6 +73,7 @@ class Scenario:
         greedy: how many of the cameras are not told of grants and send all they can.
         start_spread_ms: cameras begin this far apart in all.
         grants: whether the server grants bitrates.
+        transport: ``grpc``, ``quic`` (datagrams), or ``auto``: datagrams where the path loses packets. In simulation.
         folder: what relative trace paths start from.
     """
 
@@ -87,6 +89,7 @@ class Scenario:
     greedy: int = 0
     start_spread_ms: float = 1000.0
     grants: bool = True
+    transport: str = "grpc"
     uplink: Direction = field(default_factory=Direction)
     downlink: Direction = field(default_factory=lambda: Direction(mbps=20.0))
     folder: Path = field(default_factory=Path)
@@ -96,6 +99,8 @@ class Scenario:
         for name, most in bounds.items():
             if not 0 < getattr(self, name) <= most:  # nan is not
                 raise ConfigError(f"duration_s, fps, deadline_ms and device_slowdown must be positive; {name} at most {most}")
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
         if self.cameras < 1 or not 0 <= self.greedy <= self.cameras or self.start_spread_ms < 0:
             raise ConfigError("cameras must be at least 1, greedy 0..cameras, start_spread_ms not negative")
 

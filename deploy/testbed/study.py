@@ -29,11 +29,15 @@ class Condition:
     loss_percent: float = 0.0
     rtt_ms: float = 80.0
     slowdown: float = 10.0
+    burst_packets: float = 1.0
+    transport: str = "grpc"
 
     def __str__(self) -> str:
-        return (
-            f"{self.deadline_ms:g} ms, {self.fps:g} fps, {self.loss_percent:g} % loss, RTT {self.rtt_ms:g} ms, x{self.slowdown:g}"
-        )
+        said = f"{self.deadline_ms:g} ms, {self.fps:g} fps, {self.loss_percent:g} % loss"
+        if self.burst_packets > 1:
+            said += f" in bursts of {self.burst_packets:g}"
+        said += f", RTT {self.rtt_ms:g} ms, x{self.slowdown:g}"
+        return said if self.transport == "grpc" else f"{said}, {self.transport}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +88,7 @@ def _pairs(row: Sequence[float]) -> set[tuple[tuple[int, float], tuple[int, floa
 def scenario_of(job: Job) -> Scenario:
     """The job as a scenario; loss and delay are the same in both directions."""
     c = job.condition
-    link = {"delay_ms": c.rtt_ms / 2, "loss_percent": c.loss_percent}
+    link = {"delay_ms": c.rtt_ms / 2, "loss_percent": c.loss_percent, "burst_packets": c.burst_packets}
     return Scenario(
         name=f"{job.family}/{Path(job.trace).stem}",
         duration_s=job.duration_s,
@@ -93,6 +97,7 @@ def scenario_of(job: Job) -> Scenario:
         deadline_ms=c.deadline_ms,
         device_slowdown=c.slowdown,
         grants=False,
+        transport=c.transport,
         uplink=Direction(trace=job.trace, **link),  # type: ignore[arg-type]
         downlink=Direction(mbps=20.0, **link),  # type: ignore[arg-type]
         folder=Path("/"),

@@ -22,6 +22,7 @@ from edge_client.control.options import DEVICE_NOISE
 
 CELLS = 8
 _DAMPING = 0.5
+_NARROW = 1.5 * CELLS  # an interval this many spreads long: the loss is as good as linear between the points
 
 Row = tuple[float, float, Sequence[float]]
 """A choice: median of its time, p95 less that, and its reward at each of the ``CELLS + 1`` latenesses."""
@@ -56,6 +57,8 @@ class Backlog:
         """The same, in expectation, for a time known by its median and by p95 less that."""
         if late_ns + DEVICE_NOISE[-1] * spread_ns <= 0.0:
             return 0.0
+        if spread_ns * _NARROW < self.interval_ns:
+            return self.loss(late_ns)
         total = 0.0
         for z in DEVICE_NOISE:
             total += self.loss(late_ns + z * spread_ns)

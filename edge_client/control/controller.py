@@ -9,6 +9,7 @@ So the controller lowers the frame rate where that pays. See ``scoring``.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import inf
@@ -31,8 +32,8 @@ from splitters.bundle.operating_point import OperatingPoint, Quantiles
 _WORTHLESS = 0.02
 # What has less hope than this of an answer in time is sent once in a while only, to learn whether that is still so.
 _HOPELESS, _HOPE_INTERVAL_NS = 0.05, 1_000_000_000
-# On a device that may be busy when the next frame comes, the frames to come are thought about once in so many decisions.
-_SWEEP_EVERY, _FIRST_SWEEPS = 4, 8
+# On a device that may be busy when the next frame comes, the frames to come are thought about at every fourth decision.
+_SWEEP_EVERY, _FIRST_SWEEPS, _PICKS = 4, 8, 2
 # A size that is learnt to differ by less than this share leaves the choices as they are.
 _SAME_SIZE = 0.08
 _NOTHING = Quantiles(p50=0.0, p95=0.0)
@@ -67,6 +68,8 @@ class Controller:
         self._interval_ns = 1e9 / config.fps
         self._backlog = Backlog(self._interval_ns)
         self._crowded = 0  # decisions on a device that may be busy when the next frame comes
+        self._ahead: Moment | None = None
+        self._picks: deque[Option] = deque(maxlen=_PICKS)  # what was sent lately
         own = head_ms or {}
         remote = [
             Option(Split(point_id=p.id), p.accuracy, p.payload_bytes, own.get(p.id, p.head_ms)) for p in points if p.pareto
@@ -117,6 +120,7 @@ class Controller:
         """Bytes of a layer were handed to the transport."""
         self.budget.spend(max(0, n_bytes), now_ns)
         self.estimator.on_sent(frame_id, n_bytes, now_ns)
+        self._look_ahead()
 
     def on_ack(self, frame_id: int, now_ns: int, server_ns: int = 0) -> None:
         """A result arrived, late or not; see ``Estimator.on_ack``."""
@@ -138,6 +142,10 @@ class Controller:
         """Whether the round trip should be measured now."""
         return self.estimator.ping_due(now_ns)
 
+    def on_transport(self, *, reliable: bool) -> None:
+        """From now on frames go by a stream, or by datagrams: how late answers come is learnt for each."""
+        self.estimator.set_reliable(reliable)
+
     def set_limit(self, max_in_flight: int) -> None:
         """Frames that may be unanswered by the server's welcome; 0: no limit of its own."""
         self.window.set_limit(max_in_flight)
@@ -154,6 +162,8 @@ class Controller:
     def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None:
         """How long the device worked: decision to payload (split, offload) or to answer (local, fallback: pass ``Local()``)."""
         option = self._by_name.get(decision.name)
+        if option is self._local:
+            self._look_ahead()
         if option is not None:
             option.learn(elapsed_ns, now_ns)
             self._learnt += 1
@@ -201,6 +211,7 @@ class Controller:
         """
         if self._resize:
             self._believe_sizes(now_ns)
+        self._look_ahead()  # should the last frame not have left the device
         tokens = self.budget.tokens_bytes(now_ns)
         scores, reason = self._scores(now_ns, deadline_ns, tokens)
         best = self._choose(scores, now_ns) or self._probe(scores)
@@ -213,6 +224,8 @@ class Controller:
         if best is None:
             return Skip(reason=reason, explain=explain)
         self._last = best.option
+        if best.option is not self._local and best.option not in self._picks:
+            self._picks.append(best.option)
         if best.p < _HOPELESS:
             self._hoped_ns = now_ns
         limit = None if tokens == inf else int(tokens)
@@ -285,51 +298,53 @@ class Controller:
         local_ns = self._local.mid_ns if self._local else 0.0
         roomy = self._longest_ns + 2 * local_ns <= self._interval_ns
         usual_ns = self._last.mid_ns if self._last is not None else local_ns
-        moment = Moment(e, self._local, now_ns, deadline_ns, self._backlog, late_ns, usual_ns=usual_ns, roomy=roomy)
+        moment = Moment(
+            e, self._local, now_ns, deadline_ns, self._backlog, late_ns,
+            target=self.config.target_on_time, fine=self._fine, usual_ns=usual_ns, roomy=roomy,
+        )  # fmt: skip
         scores = [moment.score_local(self._local)] if self._local else []
         closed = e.connected and self._score_remotes(scores, moment, tokens)
-        target, fine = self.config.target_on_time, self._fine
-        for s in scores:
-            s.net = s.value - s.later
-            if s.p_all < target:
-                s.net -= fine * (target - s.p_all)
         if not roomy:
-            self._look_ahead(scores, moment)
+            self._crowded += 1
+            if self._crowded % _SWEEP_EVERY == 1:
+                self._ahead = moment
         if not e.connected:
             return scores, "offline"
         return scores, "window" if closed else "worthless"
 
-    def _look_ahead(self, scores: list[Score], moment: Moment) -> None:
-        """Thinks about the frames to come, now and then."""
-        self._crowded += 1
-        sweeps = _FIRST_SWEEPS if self._crowded == 1 else self._crowded % _SWEEP_EVERY == 0
-        if sweeps:
-            rows = moment.rows(scores, self._fine, self.config.target_on_time)
-            for _ in range(sweeps):
-                self._backlog.sweep(rows, -self._fine * self.config.target_on_time)
+    def _look_ahead(self) -> None:
+        """Thinks about the frames to come, once the frame at hand is on its way."""
+        if self._ahead is None:
+            return
+        moment, self._ahead = self._ahead, None
+        rows = moment.rows([o for o in self._picks if o in self._remote])
+        for _ in range(_FIRST_SWEEPS if self._crowded <= _SWEEP_EVERY else 1):
+            self._backlog.sweep(rows, -moment.fine * moment.target)
 
     def _score_remotes(self, scores: list[Score], moment: Moment, tokens: float) -> bool:
-        """Adds what can be sent; whether the window kept something out."""
+        """Adds what can be sent; whether the window kept something out.
+
+        What was chosen last comes first, then the most accurate. What cannot pass the best so far is not looked at any further.
+        """
         e, now_ns = self.estimator, moment.now_ns
         frames, room = self.window.limits() if e.in_flight else (0, inf)
         room -= e.backlog_bytes
         full = 0 < frames <= e.in_flight
-        closed, roomy = False, moment.roomy
-        # A choice that is sure and takes nothing from other frames sets a bar, and options that cannot pass the bar are not scored.
-        # The bar is lower by the margin for the option chosen last, and wherever device time has a price.
-        sure, margin, last, options = -inf, self._margin, self._last, self._remote
-        if roomy and scores and self._is_sure(scores[0]) and not self.config.explain:
-            sure = scores[0].value
-            if moment.too_late(self._least_ns, self._longest_ns, self._bytes):
-                options = [last] if last in options else []
+        closed, last, margin, options = False, self._last, self._margin, self._remote
+        everything = self.config.explain
+        best = scores[0].net if scores and not everything else -inf
+        if moment.roomy and best > -inf and moment.too_late(self._least_ns, self._longest_ns, self._bytes):
+            options = [last] if last in options else []
+        elif last is not None and last in options:
+            options = [last, *(o for o in options if o is not last)]
         # The smallest there is may always be tried: a model whose frames are all large would else never be.
         untried = max(e.room_to_try_bytes, self._bytes[0])
         for o in options:
-            if o.accuracy <= sure - margin:
-                break  # the most accurate came first
-            least = sure if roomy and o is not last else sure - margin
+            least = best if o is not last else best - margin
             if o.accuracy <= least:
-                continue
+                if o is last:
+                    continue
+                break  # the most accurate came first
             if o.n_bytes > tokens or o.typical_bytes > untried:
                 scores.append(Score(o, refused="grant" if o.n_bytes > tokens else "untried"))
                 continue
@@ -337,16 +352,12 @@ class Controller:
                 closed = True
                 scores.append(Score(o, refused="window"))
                 continue
-            score = moment.score_remote(o, least if roomy and not self.config.explain else -inf)
+            score = moment.score_remote(o, least)
             if score is not None:
                 scores.append(score)
-                if score.value > sure and self._is_sure(score) and not self.config.explain:
-                    sure = score.value
+                if score.net > best and score.p >= _HOPELESS and not everything:
+                    best = score.net
         return closed
-
-    def _is_sure(self, score: Score) -> bool:
-        """Whether it can be chosen, meets the target and takes nothing from other frames."""
-        return score.later == 0.0 and score.p_all >= self.config.target_on_time and score.p >= _HOPELESS
 
     def _choose(self, scores: list[Score], now_ns: int) -> Score | None:
         best, last = None, None

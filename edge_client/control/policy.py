@@ -50,6 +50,9 @@ class Policy(Protocol):
     def on_disconnect(self, now_ns: int) -> None:
         """The session is gone, or takes no more frames."""
 
+    def on_transport(self, *, reliable: bool) -> None:
+        """From now on what is sent arrives, in order, or the session ends (a stream); or it may be lost, and holds nothing up."""
+
     def set_limit(self, max_in_flight: int) -> None:
         """Frames that may be unanswered by the server's welcome; 0: no limit of its own."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import erf, inf
 
@@ -57,13 +57,29 @@ class Moment:
 
     Attributes:
         local_value: what the local model adds at most where the answer does not come.
+        target, fine: P(on time) asked for, and what a choice pays for each unit it lacks of it.
         waited: what is in flight has been expected back for so long that something is wrong.
         roomy: the device has time for any option and the local model within one interval, so its time costs nothing.
     """
 
     __slots__ = (
-        "backlog", "base_ns", "deadline_ns", "drained_ns", "estimator", "interval_ns", "late_ns", "local", "local_value",
-        "noise_ns", "now_ns", "roomy", "server_ns", "usual_ns", "waited",
+        "backlog",
+        "base_ns",
+        "deadline_ns",
+        "drained_ns",
+        "estimator",
+        "fine",
+        "interval_ns",
+        "late_ns",
+        "local",
+        "local_value",
+        "noise_ns",
+        "now_ns",
+        "roomy",
+        "server_ns",
+        "target",
+        "usual_ns",
+        "waited",
     )  # fmt: skip
 
     def __init__(
@@ -75,11 +91,14 @@ class Moment:
         backlog: Backlog,
         late_ns: float,
         *,
+        target: float,
+        fine: float,
         usual_ns: float = 0.0,
         roomy: bool = False,
     ) -> None:
         """``late_ns``: how long after the frame's capture the device came free; ``usual_ns``: what a frame's job takes lately."""
         self.backlog = backlog
+        self.target, self.fine = target, fine
         self.usual_ns = usual_ns
         self.estimator = estimator
         self.local = local
@@ -112,7 +131,13 @@ class Moment:
         """The local model alone."""
         p = self.p_local(self.deadline_ns - self.now_ns)
         later = 0.0 if self.roomy else self.takes(local.mid_ns, local.high_ns)
-        return Score(local, local.mid_ns, p, p, p * local.accuracy, later)
+        return self._settled(Score(local, local.mid_ns, p, p, p * local.accuracy, later))
+
+    def _settled(self, score: Score) -> Score:
+        """With its net value."""
+        net = score.value - score.later
+        score.net = net - self.fine * (self.target - score.p_all) if score.p_all < self.target else net
+        return score
 
     def takes(self, mid_ns: float, high_ns: float) -> float:
         """What the frames to come lose by a job with these quantiles."""
@@ -140,15 +165,19 @@ class Moment:
         p = self.estimator.lateness.p_after_device(self.deadline_ns - done_ns, spread_ns, scale_ns, o.packets)
         if self.waited and p > 0.0:  # what is stuck in front must come loose in time, too
             p *= self.estimator.p_unblocked(self.now_ns, self.deadline_ns - service_ns)
-        if p * o.accuracy + (1 - p) * self.local_value <= least:
+        most = p * o.accuracy + (1 - p) * self.local_value
+        if most <= least:
             return None
-        score = Score(o, done_ns - self.now_ns, p, p, p * o.accuracy, 0.0 if self.roomy else self.takes(o.mid_ns, o.high_ns))
+        later = 0.0 if self.roomy else self.takes(o.mid_ns, o.high_ns)
+        if most - later <= least:
+            return None
+        score = Score(o, done_ns - self.now_ns, p, p, p * o.accuracy, later)
         if self.local is not None and p < 0.999:
             self._fall_back(score, self.local, done_ns, scale_ns, service_ns)
         if service_ns > 1.45 * share_ns:
             score.value *= share_ns / service_ns
             score.p_all *= share_ns / service_ns
-        return score
+        return self._settled(score)
 
     def _fall_back(self, score: Score, local: Option, done_ns: float, scale_ns: float, service_ns: float) -> None:
         """Adds what the local model is worth to a frame whose answer has not come when it must start.
@@ -201,8 +230,9 @@ class Moment:
 
     # ------------------------------------------------------------------ frames to come
 
-    def rows(self, scores: Sequence[Score], fine: float, target: float) -> list[Row]:
-        """What a frame to come could be given, for ``Backlog.sweep``: the local model, and the best of what can be sent."""
+    def rows(self, options: Iterable[Option]) -> list[Row]:
+        """What a frame to come could be given, for ``Backlog.sweep``: the local model, and these, alone and backed by it."""
+        fine, target = self.fine, self.target
         span_ns = self.deadline_ns - self.now_ns + self.late_ns
         lates_ns = [cell * self.interval_ns / CELLS for cell in range(CELLS + 1)]
         local = self.local
@@ -211,12 +241,7 @@ class Moment:
         if local is not None:
             rewards = [p * local.accuracy - fine * max(0.0, target - p) for p in ends]
             found.append((local.mid_ns, local.high_ns - local.mid_ns, rewards))
-        sent = [s for s in scores if s.p > 0.0 and s.option is not local]
-        for o in {s.option for s in (
-            max(sent, key=lambda s: s.p * s.option.accuracy, default=None),
-            max(sent, key=lambda s: s.net, default=None),
-            max((s for s in sent if s.option.mid_ns <= self.interval_ns / 4), key=lambda s: s.p * s.option.accuracy, default=None),
-        ) if s is not None}:  # fmt: skip
+        for o in options:
             spread_ns = o.high_ns - o.mid_ns
             service_ns = o.typical_bytes * self.estimator.ns_per_byte
             spare_ns = span_ns - o.mid_ns - self.base_ns - service_ns - self.server_ns

@@ -115,6 +115,7 @@ class ActiveModel:
 
     def set_reliable(self, reliable: bool) -> None:
         """Whether what is sent from now on arrives, in order, or the session ends."""
+        self.controller.on_transport(reliable=reliable)
         self.reliable = reliable
         if self._predictor is not None:
             self._predictor.reliable = reliable

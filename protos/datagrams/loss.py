@@ -81,12 +81,12 @@ def extra_for(count: int, channel: tuple[float, float], goal: float) -> int:
 @lru_cache(maxsize=4096)
 def _extra_for(count: int, share: float, run: float, goal: float) -> int:
     for extra in range(_MAX_EXTRA):
-        if _chance(count + extra, extra, share, run) >= goal:
+        if chance(count + extra, extra, share, run) >= goal:
             return extra
     return _MAX_EXTRA
 
 
-def _chance(packets: int, bearable: int, share: float, run: float) -> float:
+def chance(packets: int, bearable: int, share: float, run: float) -> float:
     """That at most ``bearable`` of this many packets in a row are lost."""
     leave_bad = 1 / run if run > 1 else 1 - share
     enter_bad = min(1.0, share * leave_bad / (1 - share)) if run > 1 else share

@@ -100,6 +100,11 @@ class Link:
         """Propagation."""
         return self._delay
 
+    @property
+    def loss(self) -> float:
+        """Mean share of packets lost, 0..1."""
+        return self._loss
+
     def queued_bytes(self, now_ns: int) -> float:
         """What waits for capacity."""
         if self._busy_until <= now_ns:

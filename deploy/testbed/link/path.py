@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from deploy.testbed.link.loop import Loop
 from deploy.testbed.link.model import Link
@@ -12,9 +12,25 @@ from deploy.testbed.link.tcp import TcpFlow
 from deploy.testbed.link.trace import NEVER_NS
 
 
+class Path(Protocol):
+    """One direction of whatever carries messages.
+
+    Attributes:
+        unreliable: whether what is sent now may never arrive.
+    """
+
+    @property
+    def unreliable(self) -> bool: ...  # noqa: D102
+
+    def send(self, n_bytes: int, handler: Callable[[Any], None], argument: Any) -> None:
+        """Writes a message now; ``handler(argument)`` runs at its arrival."""
+        ...
+
+
 class Pipe:
     """One direction of a connection: messages go in, a handler is called when each has arrived."""
 
+    unreliable = False
     __slots__ = ("_loop", "_wake_ns", "flow")
 
     def __init__(self, loop: Loop, forward: Link, *, reverse_delay_ns: int, ack_loss: float, seed: int | str) -> None:

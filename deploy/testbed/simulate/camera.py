@@ -10,7 +10,7 @@ from math import exp, log
 
 from deploy.testbed.link.layering import Layer, Layers, split_bytes
 from deploy.testbed.link.loop import Loop
-from deploy.testbed.link.path import Pipe
+from deploy.testbed.link.path import Path
 from deploy.testbed.simulate.frame import Frame
 from deploy.testbed.simulate.server import Server
 from deploy.testbed.workload import Workload
@@ -25,6 +25,7 @@ PING_BYTES = 40
 HELD_BEFORE_NS = SCHEDULING_NS
 """A local answer that waits for the server's is given so long before the deadline, as in the real client."""
 _REMOTE = (Split, Offload)
+_GRACE_NS = 100_000_000  # beyond a frame's deadline nothing is waited for any longer: as the real client
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +49,8 @@ class Camera:
         config: CameraConfig,
         workload: Workload,
         policy: Policy,
-        up: Pipe,
-        down: Pipe,
+        up: Path,
+        down: Path,
         server: Server,
         layers: Layers | None = None,
     ) -> None:
@@ -99,6 +100,7 @@ class Camera:
         now = self.loop.now_ns
         age = frame.frame_id - self._reference if self._reference is not None and self._clip is not None else 0
         self.policy.on_reference(age)
+        self.policy.on_transport(reliable=not self.up.unreliable)
         decision = self.policy.decide(frame.frame_id, now, frame.deadline_ns)
         name = frame.choice = decision.name
         if decision.explain is not None:
@@ -128,7 +130,9 @@ class Camera:
             sent, fallback_ns = self._send(frame, self._layers.get(frame.choice, ())), decision.fallback_ns
             if sent:
                 frame.whole, frame.hold = isinstance(decision, Offload), decision.hold
-                if not frame.whole:
+                if self.up.unreliable:
+                    self.loop.at(frame.deadline_ns + _GRACE_NS, self._give_up, frame)
+                elif not frame.whole:
                     self._reference = frame.frame_id
                 if fallback_ns is not None:
                     self.loop.at(fallback_ns, self._fall_back, frame)
@@ -187,9 +191,13 @@ class Camera:
         """The server's answer to a frame arrived."""
         now = self.loop.now_ns
         if frame.refused:
+            frame.acknowledged = True
             self.policy.on_refused(frame.frame_id, now)
             return
+        frame.acknowledged = True
         self.policy.on_ack(frame.frame_id, now, frame.read_ns)
+        if self.up.unreliable and not frame.whole:
+            self._reference = max(self._reference or 0, frame.frame_id)
         self._answer(frame, "result", frame.value)
 
     def granted(self, grant: Grant) -> None:
@@ -206,6 +214,11 @@ class Camera:
         now = self.loop.now_ns
         if not frame.outcome and now <= frame.deadline_ns:
             frame.outcome, frame.accuracy, frame.answered_ns = outcome, accuracy, now
+
+    def _give_up(self, frame: Frame) -> None:
+        """No answer will come any more."""
+        if not frame.acknowledged:
+            self.policy.on_lost(frame.frame_id, self.loop.now_ns)
 
     def _release(self, frame: Frame) -> None:
         """The local answer that was held: no better one came."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from deploy.testbed.link.path import Pipe
+from deploy.testbed.link.path import Path
 from protos.messages import Grant
 
 
 class Device(Protocol):
     """What the server needs of the device that a frame is of."""
 
-    down: Pipe
+    down: Path
     result_bytes: int
 
     def result(self, frame: Frame) -> None:
@@ -28,6 +28,7 @@ class Frame:
 
     __slots__ = (
         "accuracy",
+        "acknowledged",
         "answered_ns",
         "arrived_bytes",
         "camera",
@@ -63,6 +64,7 @@ class Frame:
         self.payload_bytes = 0
         self.sent_ns = self.read_ns = self.remaining_ns = 0
         self.whole = False
+        self.acknowledged = False
         self.hold = False  # a local answer waits for the server's
         self.refused = False
         self.layers: tuple[float, ...] = ()  # accuracy with the first one, two ... of its layers; empty: it travels whole

@@ -7,6 +7,8 @@ chooses by dynamic programming over (device free, link free), with every simplif
 * a lost packet is there again one round trip after it would have arrived; the last one of a frame, which nothing behind it
   reveals, after the shortest of the tail loss probe, the time-out and the next frame's acknowledgement;
 * no congestion window: the whole capacity is the camera's from the first byte on;
+* over datagrams nothing is sent twice: a frame arrives if no more packets are lost than it has parity, of which it may have none or
+  as much as reaches the client's two goals; losses may come in bursts; a result is never lost. ``auto`` has the better of the two;
 * device and link time are used up at their medians, and a fallback costs its expected share, at any moment.
 
 States that are too many are merged, never dropped, so the bound holds whatever the beam's width, and a wider one only tightens it.
@@ -18,16 +20,20 @@ S states, C choices, J points of a time's distribution.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from dataclasses import replace
 from math import log
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.testbed.link.datagrams import GOAL, PIECE_BYTES
 from deploy.testbed.link.tcp import HEADER_BYTES, MSS_BYTES
 from deploy.testbed.scenario import Scenario
 from deploy.testbed.simulate.camera import OVERHEAD_BYTES
 from deploy.testbed.simulate.report import Summary
 from deploy.testbed.workload import Workload
+from protos.datagrams.loss import chance, extra_for
+from protos.datagrams.pieces import pieces_of
 from splitters.bundle.offload import pareto_offloads
 from splitters.bundle.operating_point import Quantiles
 
@@ -35,6 +41,7 @@ Floats = NDArray[np.float64]
 
 _BEAM, _CELL_NS = 32, 1e6
 _REPAIRS = 4
+_PARITY_GOALS = (0.95, GOAL)
 _HOPELESS = 1e-3  # chances below this are none
 _NEVER_NS = 1e18  # 30 years: beyond every run, and finite, so that differences of such times are numbers
 _SIGMAS = (-1.2816, -0.5244, 0.0, 0.5244, 1.2816)  # five equally likely points of a normal distribution
@@ -94,7 +101,11 @@ class _Problem:
         self.accuracy = np.array([a for _, _, a, _ in rows])
         self.after_ns = np.array([(t.decode_ms + s.p50) * 1e6 for _, _, _, s in rows]) + self.rtt_ns + result_ns
         self.sigma_ns = np.array([np.hypot(_sigma_ns(ms), _sigma_ns(s)) for ms, _, _, s in rows])
-        self._losses(up.loss_percent / 100, down.loss_percent / 100, packets)
+        self.arrive: Floats | None = None
+        if scenario.transport == "quic":
+            self._parity(up.loss_percent / 100, up.burst_packets)
+        else:
+            self._losses(up.loss_percent / 100, down.loss_percent / 100, packets)
 
     def _losses(self, up: float, down: float, packets: Floats) -> None:
         """Chances of having arrived after 0, 1, … repairs, and what a repair takes."""
@@ -106,9 +117,25 @@ class _Problem:
         next_ns = self.rtt_ns + min(float(self.device_ns.min()), self.interval_ns)
         self.last_ns = np.minimum(np.minimum(probe_ns, self.rtt_ns + _RTO_NS), next_ns)  # (C,)
 
+    def _parity(self, loss: float, run: float) -> None:
+        """Every choice with several amounts of parity, each a choice of its own."""
+        sizes = self.payload_bytes + OVERHEAD_BYTES
+        index, bits, arrive = [], [], []
+        for i, n_bytes in enumerate(sizes):
+            count = pieces_of(int(n_bytes))
+            for extra in sorted({0, *(extra_for(count, (loss, run), goal) for goal in _PARITY_GOALS)} if loss else {0}):
+                index.append(i)
+                bits.append(8 * (n_bytes / count + PIECE_BYTES) * (count + extra))
+                arrive.append(chance(count + extra, extra, loss, run))
+        for name in ("payload_bytes", "payload_sigma", "device_ns", "accuracy", "after_ns", "sigma_ns"):
+            setattr(self, name, getattr(self, name)[index])
+        self.bits, self.arrive = np.array(bits), np.array(arrive)
+
     def p_within(self, spare_ns: Floats, service_ns: Floats) -> Floats:
         """P(answered within the time to spare over the median, undisturbed one), the link's part given: (S, C) to (S, C)."""
         sigma_ns = np.maximum(np.hypot(self.sigma_ns, self.payload_sigma * service_ns), 1.0)
+        if self.arrive is not None:
+            return _normal(spare_ns / sigma_ns) * self.arrive
         if self.lossless:
             return _normal(spare_ns / sigma_ns)
         spare_ns = spare_ns - np.array(_SIGMAS)[:, None, None] * sigma_ns  # (J, S, C)
@@ -152,6 +179,8 @@ class _Problem:
 
 def oracle(scenario: Scenario, workload: Workload) -> Summary:
     """The bound, in expectation."""
+    if scenario.transport == "auto":
+        return max((oracle(replace(scenario, transport=t), workload) for t in ("grpc", "quic")), key=lambda s: s.score)
     problem = _Problem(scenario, workload)
     n = int(-(-scenario.duration_s * 1e9 // problem.interval_ns))
     most = max(float(problem.accuracy.max(initial=0.0)), problem.local_accuracy)

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from deploy.testbed.link.datagrams import Datagrams, TwoWays
 from deploy.testbed.link.layering import Layers, checked
 from deploy.testbed.link.loop import Loop
 from deploy.testbed.link.model import Link
-from deploy.testbed.link.path import Pipe
+from deploy.testbed.link.path import Path, Pipe
 from deploy.testbed.scenario import Scenario
 from deploy.testbed.simulate.camera import Camera, CameraConfig
 from deploy.testbed.simulate.policies import make_policy
@@ -89,8 +90,8 @@ def simulate(
             ),
             slowed,
             make_policy("split_fixed" if greedy else policy, slowed, control),
-            Pipe(loop, up, reverse_delay_ns=down.delay_ns, ack_loss=down_config.loss.loss, seed=f"up/{seed}"),
-            Pipe(loop, down, reverse_delay_ns=up.delay_ns, ack_loss=up_config.loss.loss, seed=f"down/{seed}"),
+            _path(loop, scenario, up, down, f"up/{seed}"),
+            _path(loop, scenario, down, up, f"down/{seed}"),
             server,
             layers,
         )
@@ -101,6 +102,16 @@ def simulate(
     for camera in cameras:
         camera.finish()
     return Run(scenario=scenario, policy=policy, cameras=tuple(cameras), uplinks=tuple(ups))
+
+
+def _path(loop: Loop, scenario: Scenario, forward: Link, reverse: Link, seed: str) -> Path:
+    """One direction of a camera's connection."""
+    stream = Pipe(loop, forward, reverse_delay_ns=reverse.delay_ns, ack_loss=reverse.loss, seed=seed)
+    if scenario.transport == "grpc":
+        return stream
+    datagrams = Datagrams(loop, forward, reverse_delay_ns=reverse.delay_ns)
+    until_ns = int(scenario.duration_s * 1e9)
+    return TwoWays(loop, stream, datagrams, always=scenario.transport == "quic", until_ns=until_ns)
 
 
 @contextmanager

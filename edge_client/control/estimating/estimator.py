@@ -39,6 +39,7 @@ _RECENT_LEAST, _RECENT_MOST, _RECENT_QUANTILE, _LOSSY_QUANTILE = 5, 15, 0.6, 0.4
 _RTO_NS = 200_000_000
 # After this long without a sample the bitrate is believed to recover, doubling in so much time.
 _STALE_NS, _DOUBLING_NS = 1_500_000_000, 2_000_000_000
+_MOST_PASSED = 64
 _LEAST_NS_PER_BYTE = 8.0  # 1 Gbit/s
 
 
@@ -69,9 +70,11 @@ class Estimator:
         self.backlog_bytes = 0
         self.grant_max_in_flight = 0
         self._flight: dict[int, _InFlight] = {}
+        self._passed: dict[int, _InFlight] = {}  # a later frame was answered first: nothing waits behind these
         self._rtts = SlidingQuantile(size=size, age_ns=window)
         self._servers = SlidingQuantile(size=size, age_ns=window)
-        self.lateness = Lateness(window)
+        self._latenesses = {True: Lateness(window), False: Lateness(window)}
+        self.lateness = self._latenesses[True]
         self.server_ns = self._server_prior_ns = 10_000_000.0
         self._slow_run = 0
         self.base_rtt_ns = float(self.config.initial_rtt_ns)
@@ -117,6 +120,7 @@ class Estimator:
         record = self._pop(frame_id)
         if record is None:
             return
+        self._pass_by(record)
         server_ns = max(0, server_ns)
         delivered_ns = max(now_ns - server_ns, record.sent_ns)
         round_trip_ns = delivered_ns - record.sent_ns
@@ -137,11 +141,13 @@ class Estimator:
         """The server answered that it cannot make this frame's deadline: as bad as a frame that came too late."""
         self._last_heard_ns = now_ns
         if self._pop(frame_id) is not None:
-            self.lateness.add_refused(now_ns)
+            self.lateness.add_missing(1, now_ns)
 
-    def on_lost(self, frame_id: int, now_ns: int) -> None:  # noqa: ARG002
-        """No answer will come for this frame (it failed, or it was given up); it no longer fills the window."""
-        self._pop(frame_id)
+    def on_lost(self, frame_id: int, now_ns: int) -> None:
+        """No answer will come for this frame (it was lost on its way, or given up); it no longer fills the window."""
+        record = self._pop(frame_id)
+        if record is not None:
+            self.lateness.add_missing(1 + record.n_bytes // _SEGMENT_BYTES, now_ns)
 
     def on_grant(
         self,
@@ -157,6 +163,22 @@ class Estimator:
         if queue_ns + tail_ns > 0:
             self._server_prior_ns = float(max(0, queue_ns) + max(0, tail_ns))
             self.server_ns = self._servers.quantile(0.5, self._server_prior_ns)
+
+    def set_reliable(self, reliable: bool) -> None:
+        """Frames go by a stream from now on, or by datagrams.
+
+        A lost packet makes a stream late and leaves a datagram's frame unanswered, so each has its own record of lateness. What is
+        still on the old way holds nothing up on the new one, and a stream that lost packets says little of the link's bitrate.
+        """
+        if self.lateness is self._latenesses[reliable]:
+            return
+        self.lateness = self._latenesses[reliable]
+        self._passed.update(self._flight)
+        self._flight.clear()
+        self.backlog_bytes = 0
+        if not reliable:
+            self._recent.clear()
+            self._learnt_ns_per_byte = self.ns_per_byte = min(self.ns_per_byte, 8e9 / self.config.initial_bps)
 
     def on_pong(self, rtt_ns: int, now_ns: int) -> None:
         """A ping came back after ``rtt_ns``."""
@@ -287,12 +309,24 @@ class Estimator:
 
     def _pop(self, frame_id: int) -> _InFlight | None:
         record = self._flight.pop(frame_id, None)
-        if record is not None:
-            self.backlog_bytes -= record.n_bytes
+        if record is None:
+            return self._passed.pop(frame_id, None)
+        self.backlog_bytes -= record.n_bytes
         return record
+
+    def _pass_by(self, record: _InFlight) -> None:
+        """Frames sent before one that is answered are out of the network: over datagrams they are lost, or nearly so."""
+        late = [i for i, other in self._flight.items() if other.sent_ns < record.sent_ns]
+        for frame_id in late:
+            passed = self._flight.pop(frame_id)
+            self.backlog_bytes -= passed.n_bytes
+            self._passed[frame_id] = passed
+        while len(self._passed) > _MOST_PASSED:
+            del self._passed[next(iter(self._passed))]
 
     def _clear_flight(self) -> None:
         self._flight.clear()
+        self._passed.clear()
         self.backlog_bytes = 0
 
     def _sane(self, now_ns: int) -> bool:

@@ -54,9 +54,9 @@ class Lateness:
         else:
             self._residuals.add(late_ns / scale_ns, now_ns)
 
-    def add_refused(self, now_ns: int) -> None:
-        """As bad as a frame that came much too late."""
-        self._count(1, now_ns)
+    def add_missing(self, packets: int, now_ns: int) -> None:
+        """A frame of ``packets`` packets was refused, or will never be answered: as bad as one that came much too late."""
+        self._count(packets, now_ns)
         self._late += 1
         self._repairs.add(_REFUSED_NS, now_ns)
 

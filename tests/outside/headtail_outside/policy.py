@@ -34,6 +34,8 @@ class Smallest:
     def on_connect(self, now_ns: int) -> None:
         self._connected = True
 
+    def on_transport(self, *, reliable: bool) -> None: ...
+
     def on_disconnect(self, now_ns: int) -> None:
         self._connected = False
         self._in_flight.clear()

@@ -78,6 +78,50 @@ def test_the_devices_noise_spreads_the_probability(slack_ns: float, spread_ns: f
     assert p == pytest.approx(sum(each) / len(each), abs=1e-12)
 
 
+def test_a_frame_that_a_later_one_passed_by_holds_nothing_up() -> None:
+    estimator = Estimator()
+    estimator.on_connect(0)
+    now = drive(estimator, bps=4e6, rtt_ms=40, n=40)
+    estimator.on_sent(7000, 4000, now)
+    estimator.on_sent(7001, 4000, now + 30 * MS)
+    late = now + 400 * MS
+    assert estimator.overdue_ns(late) > 300 * MS
+    estimator.on_ack(7001, now + 85 * MS, 5 * MS)
+    assert estimator.in_flight == 0
+    assert estimator.overdue_ns(late) == 0
+    assert estimator.backlog_bytes == 0
+    assert estimator.p_still(7000, now + 90 * MS, late) == 0, "over datagrams it is lost"
+
+
+def test_frames_that_never_come_lower_what_is_believed() -> None:
+    estimator = Estimator()
+    estimator.on_connect(0)
+    now = drive(estimator, bps=4e6, rtt_ms=40, n=60)
+    before = estimator.p_within(100 * MS, 10 * MS, 3)
+    for i in range(10):
+        estimator.on_sent(8000 + i, 4000, now + i * 100 * MS)
+        estimator.on_lost(8000 + i, now + i * 100 * MS + 300 * MS)
+    assert estimator.p_within(100 * MS, 10 * MS, 3) < before - 0.1
+
+
+def test_each_transport_has_its_own_record_and_what_is_on_the_old_one_holds_nothing_up() -> None:
+    estimator = Estimator()
+    estimator.on_connect(0)
+    now = drive(estimator, bps=4e6, rtt_ms=40, n=60)
+    sure = estimator.p_within(20 * MS, 10 * MS, 3)
+    for i in range(20):
+        estimator.on_sent(8000 + i, 4000, now + i * 100 * MS)
+        estimator.on_lost(8000 + i, now + i * 100 * MS + 90 * MS)
+    doubtful = estimator.p_within(20 * MS, 10 * MS, 3)
+    assert doubtful < sure - 0.1
+    estimator.on_sent(9000, 4000, now + 3000 * MS)
+    estimator.set_reliable(False)
+    assert estimator.in_flight == 0
+    assert estimator.p_within(20 * MS, 10 * MS, 3) > doubtful
+    estimator.set_reliable(True)
+    assert estimator.p_within(20 * MS, 10 * MS, 3) == doubtful
+
+
 def test_a_stalled_link_delays_what_is_predicted() -> None:
     estimator = Estimator()
     estimator.on_connect(0)
