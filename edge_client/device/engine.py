@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from edge_client.frames import NS_PER_MS, Clock
 from protos.datagrams.pieces import BODY_BYTES
 from protos.errors import ConfigError, ModelError, PayloadError
-from protos.messages import SLICES, Answer, Result
+from protos.messages import SLICES, Result
 from splitters.bundle import Bundle
 from splitters.bundle.offload import compress
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import Predictor, Symbols
 from splitters.runtime.head import Head, open_codec, run_options
 from splitters.runtime.inputs import Raw
-from splitters.runtime.sessions import Floats, open_graph
+from splitters.runtime.local import open_local
+from splitters.runtime.sessions import Floats
 from splitters.tasks.base import open_task
-from splitters.tasks.preprocess import Frame, input_image, normalise
+from splitters.tasks.preprocess import Frame, input_image
 
 Reference = tuple[Symbols | None, int | None]
 NO_REFERENCE: Reference = (None, None)
@@ -58,33 +58,6 @@ class Encoded:
         return sum(map(len, self.payloads))
 
 
-class LocalModel:
-    """The whole model on the device, smaller than the server's."""
-
-    def __init__(self, bundle: Bundle, *, clock: Clock, threads: int, options: Any = None) -> None:
-        spec = bundle.manifest.local
-        if spec is None:
-            raise ConfigError(f"bundle {bundle.manifest.name!r} carries no local model")
-        self._preprocess = spec.preprocess
-        self._graph = open_graph(bundle.part_path(spec.path), threads=threads, options=options)
-        self._task = open_task(bundle.manifest, local=True)
-        self._clock = clock
-
-    def prepare(self, frame: Frame) -> Frame:
-        """The picture to keep while a frame is in flight: a few tens of kilobytes instead of the whole frame."""
-        return input_image(frame, self._preprocess)
-
-    def answer(self, image: Frame, size_px: tuple[int, int]) -> tuple[Answer, float]:
-        """Answers a prepared picture; ``size_px`` is the source frame's (width, height). Also the milliseconds it took."""
-        start_ns = self._clock()
-        outputs = self._graph([normalise(image, self._preprocess)])
-        try:
-            answer = self._task.decode(outputs, [size_px])[0]
-        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
-            raise ModelError(f"the local model's outputs are not what the manifest says: {error}") from error
-        return answer, (self._clock() - start_ns) / NS_PER_MS
-
-
 class Engine:
     """One opened bundle. Not safe for several threads at a time; the device's worker is one thread."""
 
@@ -103,8 +76,7 @@ class Engine:
         self._options = run_options()
         self.head = Head(bundle, threads=threads, options=self._options)
         self.inputs = self.head.inputs
-        local = bundle.manifest.local is not None
-        self.local = LocalModel(bundle, clock=clock, threads=threads, options=self._options) if local else None
+        self.local = open_local(bundle, clock=clock, threads=threads, options=self._options)
         self.codec = open_codec(bundle)
 
     def abandon(self) -> None:

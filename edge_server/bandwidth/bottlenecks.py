@@ -11,7 +11,7 @@ sees all flows and can compare the delays themselves.
 
 What it brings (20 cameras with the default classifier at 10 fps on one link, 60 s simulated, two seeds; summed accuracy of answers
 in time, without it → with it → in a named group): 1 Mbit/s 13.2 → 13.4 → 13.5, 2 Mbit/s 13.9 → 14.2 → 14.3, 3 Mbit/s 14.4 → 14.5 →
-14.5; from 5 Mbit/s on nothing, since there every camera may send all it wants.
+14.5; from 5 Mbit/s on nothing, since there every camera may send all it wants. With the detector: 4 Mbit/s +2 %, 2 Mbit/s nothing.
 
 Pure: time comes in as an argument. One update costs a few products of a (sessions x slots) matrix with its transpose.
 Sessions beyond the matrix's size are left out.

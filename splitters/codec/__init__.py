@@ -29,7 +29,8 @@ from protos.errors import BundleError
 from splitters.codec.base import Coded, Latent, LatentCodec, References, Spec
 from splitters.codec.envelope import is_predicted
 from splitters.codec.fitting.calibrate import calibrate_plain
-from splitters.codec.learned import LearnedCodec, learned_spec
+from splitters.codec.learned import LearnedCodec
+from splitters.codec.learned_spec import learned_spec
 from splitters.codec.plain import PlainCodec
 from splitters.codec.symbols import SymbolArray, Symbols
 from splitters.codec.temporal import HISTORY_FRAMES, Predictor, ReferenceStore

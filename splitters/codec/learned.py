@@ -10,7 +10,7 @@ back as symbols * ungain[tier, channel] (gain units: Cui et al. 2021, arXiv 2003
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import BundleError, ConfigError, ModelError, PayloadError
-from splitters.codec.base import MAX_ELEMENTS, SPEC_VERSION, Coded, Latent, LatentCodec, References, Spec, check_spec
+from splitters.codec.base import MAX_ELEMENTS, Coded, Latent, LatentCodec, References, check_spec
 from splitters.codec.entropy.coder import CoderFactory
 from splitters.codec.entropy.context import Geometry
 from splitters.codec.envelope import (
@@ -56,48 +56,6 @@ class _Point:
     channels: int
     ends: tuple[int, ...]  # channel groups held by the first layer, the first two, ...
     price: float
-
-
-def learned_spec(
-    *,
-    shape: tuple[int, int, int],
-    gains: NDArray[np.floating[Any]],
-    ungains: NDArray[np.floating[Any]],
-    points: Mapping[str, tuple[int, int]],
-    tables_path: str,
-    single_layer: Collection[str] = (),
-    prices: Mapping[str, float] | None = None,
-) -> Spec:
-    """Builds the spec `codec_from_spec` reads.
-
-    Args:
-        shape: C, H, W of the latent.
-        gains: (tiers, C), symbols = round(latent * gain).
-        ungains: (tiers, C), latent = symbols * ungain; usually near 1 / gain.
-        points: codec point id → (tier, channels kept).
-        tables_path: the bundle part that holds the bytes from `fit_tables`.
-        single_layer: points whose frames travel in one layer: at a few hundred bytes a further layer's 5 bytes of
-            number and checksum, and its own ending of the range code, cost more than refinement is worth.
-        prices: what a bit of a predicted frame is worth to a point, in squared quantiser steps; `DEFAULT_PRICE` where not told.
-    """
-    return {
-        "kind": "learned",
-        "version": SPEC_VERSION,
-        "shape": [int(n) for n in shape],
-        "gains": [[float(np.float32(g)) for g in row] for row in gains],
-        "ungains": [[float(np.float32(g)) for g in row] for row in ungains],
-        "points": [
-            {
-                "id": name,
-                "tier": int(tier),
-                "channels": int(kept),
-                "single_layer": name in single_layer,
-                "price": float((prices or {}).get(name, DEFAULT_PRICE)),
-            }
-            for name, (tier, kept) in points.items()
-        ],
-        "tables": tables_path,
-    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,12 +26,13 @@ from edge_client.cli import main as run_client
 from edge_client.config import ClientConfig
 from edge_client.control import ControlConfig, Policy
 from edge_client.device.choices import DeviceTimes, make_controller, name_of
-from edge_client.device.engine import NO_REFERENCE, Encoded, Engine, Features, LocalModel, Reference
+from edge_client.device.engine import NO_REFERENCE, Encoded, Engine, Features, Reference
 from edge_client.frames import NS_PER_MS, NS_PER_S
 from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.runtime.inputs import Raw
+from splitters.runtime.local import Local
 from splitters.tasks.preprocess import Frame
 
 
@@ -54,15 +55,15 @@ class Pace:
         return (time.monotonic_ns() - self._begin_ns) / NS_PER_MS
 
 
-class SlowLocal(LocalModel):
+class SlowLocal(Local):
     """The local model of such a device."""
 
-    def __init__(self, local: LocalModel, pace: Pace) -> None:
+    def __init__(self, local: Local, pace: Pace) -> None:
         vars(self).update(vars(local))
         self._pace = pace
 
     def answer(self, image: Frame, size_px: tuple[int, int]) -> tuple[Answer, float]:
-        """See ``LocalModel``."""
+        """See ``Local``."""
         self._pace.begin()
         answer, elapsed_ms = super().answer(image, size_px)
         option = self._pace.workload.local
