@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,11 +23,12 @@ from edge_client.control import Policy
 from edge_client.device.choices import DeviceTimes, make_controller
 from edge_client.device.engine import Engine
 from edge_client.device.worker import DeviceWorker, ThreadExecutor
+from edge_client.events.sink import EventSink
 from edge_client.extensions import SINKS, TRANSPORTS, make
-from edge_client.frames import Ledger
+from edge_client.frames import Ledger, Outcome
 from edge_client.gates.interest import InterestGate, open_interest
 from edge_client.gates.tracking import Follower
-from edge_client.observe.metrics import Metrics
+from edge_client.observe.metrics import Connection, Metrics
 from edge_client.observe.status import Status
 from edge_client.observe.summary import JpegSampler, Summary
 from edge_client.observe.tracing import Traces, untraced
@@ -83,6 +84,21 @@ class Ending:
     interrupted: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """What the cameras of one process have in common.
+
+    Attributes:
+        worker: makes a camera's part of the device's worker.
+        page: the live page; None: there is none.
+        metrics: makes a camera's counters, by its name; None: nobody counts.
+    """
+
+    worker: Callable[[], DeviceWorker]
+    page: LivePage | None = None
+    metrics: Callable[[str, Connection], Metrics] | None = None
+
+
 class App:
     """One run of ``edge-client``.
 
@@ -91,11 +107,18 @@ class App:
         console: whom it speaks to.
         load: opens bundles; None: for this device.
         policy: makes the policy of an engine for a frame rate; None: that of ``config``.
+        shared: what it has in common with other cameras; None: it is alone.
+
+    Attributes:
+        ready: the model is there.
     """
 
     def __init__(
-        self, config: ClientConfig, console: Console, *, load: Load | None = None, policy: MakePolicy | None = None
-    ) -> None:
+        self, config: ClientConfig, console: Console, *, load: Load | None = None, policy: MakePolicy | None = None,
+        shared: Shared | None = None,
+    ) -> None:  # fmt: skip
+        self.ready = asyncio.Event()
+        self._shared = shared
         self._config = config
         self._console = console
         self._clock = time.monotonic_ns
@@ -103,7 +126,7 @@ class App:
         self._runner: Runner | None = None
         self._session: Link | None = None
         self._capture: Capture | None = None
-        self._load = load or loads_here(self._store, clock=self._clock, threads=config.threads)
+        self._load = load or loads_here(self._store, clock=self._clock, threads=config.threads, encoder=config.h264_encoder)
         self._make_policy = policy or self._policy
         self._loader: ModelLoader | None = None
         self._follower: Follower | None = None
@@ -116,13 +139,14 @@ class App:
         sampler = JpegSampler(clock=self._clock, every_s=0.0)
         summary = Summary(lambda: self._runner.pipeline.ledger if self._runner else Ledger(), sampler, self._labels)
         server: EmbeddedServer | None = None
-        page: LivePage | None = None
+        page = self._shared.page if self._shared is not None else None
+        own_page: LivePage | None = None
         try:
             source = parse_source(self._config.camera)
             self._spare_files(source)
             if self._config.web is not None:
-                page = open_page(self._config.web)
-                await page.start()
+                page = own_page = open_page(self._config.web)
+                await own_page.start()
             if self._config.server == EMBEDDED:
                 server = EmbeddedServer(self._config.model)
             self._task = asyncio.create_task(self._everything(source, server, summary, sampler, page))
@@ -135,8 +159,8 @@ class App:
             if not self._ending.interrupted:
                 raise
         finally:
-            if page is not None:
-                await page.close()
+            if own_page is not None:
+                await own_page.close()
             if server is not None:
                 await loop.run_in_executor(None, server.stop)
             sampler.close()
@@ -167,7 +191,7 @@ class App:
     ) -> None:
         config = self._config
         address = await server.start() if server is not None else config.server
-        endpoint = config.endpoint(address)
+        endpoint = replace(config.endpoint(address), shared=self._shared is not None)
         capture = self._capture = Capture(
             CaptureConfig(
                 source=source,
@@ -184,18 +208,20 @@ class App:
         key = f"{EMBEDDED}:{config.model}" if server is not None else ""
         loader = self._loader = ModelLoader(endpoint, model, store=self._store, load=self._load, key=key)
         engine = await loader.first(live=live, wait_s=config.effective_wait_s(live=live))
+        self.ready.set()
         if live:
-            sampler.every_s = 1.0
+            sampler.every_s = 1.0 if self._shared is None else 10.0
         follower = self._follower = Follower() if config.track and engine.task.form is Detection else None
         sinks = InOrder([summary, *await self._sinks(source, capture)], self._end_run, follower.follow if follower else None)
         spans = open_spans("headtail-client", package_version(), config.otel_endpoint)
         traces = Traces(spans) if spans is not None else None
         if traces is not None:
             sinks.add(traces)
-        executor = ThreadExecutor()
+        own = ThreadExecutor()
+        worker = self._shared.worker() if self._shared is not None else DeviceWorker(own)
         asked = bool(config.interest) or config.recall is not None
         parts = Parts(
-            frames=capture, worker=DeviceWorker(executor), clock=self._clock, emit=sinks.take, sample=sampler.offer,
+            frames=capture, worker=worker, clock=self._clock, emit=sinks.take, sample=sampler.offer,
             fetch=loader.fetch, times=loader.times,
             controller=lambda engine, fps: self._make_policy(engine, loader.times(engine), fps),
             traceparent=traces.sent if traces is not None else untraced,
@@ -205,17 +231,19 @@ class App:
             model=model, deadline_ms=config.effective_deadline_ms(live=live), max_in_flight=config.max_in_flight,
             wait_for_server_s=config.effective_wait_s(live=live), point_id=self._checked_point(engine), group=config.group,
             change_gate=_wanted(config.change_gate, source), floor=config.floor(), temporal=not source.pictures,
-            keep_images=config.display or config.track or config.save_video is not None or page is not None,
+            keep_images=config.shows_pictures or page is not None,
             client_version=package_version(),
         )  # fmt: skip
         runner = self._runner = Runner(settings, parts, engine, LiveStrategy if live else FileStrategy)
         self._session = make(TRANSPORTS, config.transport, endpoint, runner.exchange, clock=self._clock)
+        if self._shared is not None and self._shared.metrics is not None:
+            sinks.add(self._shared.metrics(config.camera_id, self._session))
         if config.metrics_listen is not None:
             metrics = Metrics(self._session)
             log.info("metrics on port %d", metrics.serve(*config.metrics_address()))
             sinks.add(metrics)
         if page is not None:
-            name = config.camera_id or (source.shown if source.camera else Path(source.shown).name)
+            name = config.camera_id or shown_name(source)
             around = functools.partial(self._circumstances, address)
             view = CameraView(name, self._labels, around, deadline_ms=settings.deadline_ms, draw=page.draw, clock=self._clock)
             page.add(view)
@@ -227,7 +255,7 @@ class App:
         finally:
             shower.cancel()
             sinks.close()
-            executor.close()
+            own.close()
         if sinks.failure is not None:
             raise sinks.failure
         if capture.broken is not None:
@@ -246,6 +274,8 @@ class App:
         if self._config.operating_point is not None:
             engine.bundle.point(self._config.operating_point)
         self._config.floor().check(engine.bundle)
+        for rule in self._config.events:
+            rule.check_classes(engine.labels.values(), engine.model)
         return self._config.operating_point
 
     def _policy(self, engine: Engine, times: DeviceTimes, fps: float) -> Policy:
@@ -290,6 +320,9 @@ class App:
             sinks.append(PictureLines(self._console.results, self._labels))
         if config.display:
             sinks.append(Window(self._labels))
+        if config.events:
+            name, folder = config.camera_id or shown_name(source), self._store.root / "events"
+            sinks.append(EventSink(config.events, name, self._labels, self._is_up, folder=folder))
         for text in config.sink:
             name, _, where = text.partition("=")
             sinks.append(make(SINKS, name, where, self._labels))
@@ -312,6 +345,19 @@ class App:
         if self._session is not None and not self._session.up:
             notes.append("no server" + (f": {self._session.error.message}" if self._session.error else ""))
         return "; ".join(n for n in notes if n)
+
+    @property
+    def outcomes(self) -> Mapping[Outcome, int]:
+        """Frames so far, by outcome."""
+        return self._runner.pipeline.ledger.outcomes if self._runner is not None else {}
+
+    @property
+    def up(self) -> bool:
+        """Whether the server is there."""
+        return self._is_up()
+
+    def _is_up(self) -> bool:
+        return self._session is not None and self._session.up
 
     def _circumstances(self, address: str) -> Circumstances:
         session, runner = self._session, self._runner
@@ -383,6 +429,11 @@ class App:
 def _wanted(setting: str, source: Source, *, asked: bool = False) -> bool:
     """What ``auto`` means: gates are for cameras; of a file every frame is wanted, unless something else was asked for."""
     return setting == "on" or (setting == "auto" and (source.camera or asked))
+
+
+def shown_name(source: Source) -> str:
+    """What people call a camera that nobody named: a file by its name alone."""
+    return source.shown if source.camera else Path(source.shown).name
 
 
 def peak_memory_bytes() -> int:

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from edge_client.capture.masking import hide_secrets
 from edge_client.interrupts import Interrupts
@@ -24,6 +24,7 @@ from protos.version import package_version
 
 if TYPE_CHECKING:
     from edge_client.app import App, Console, Ending
+    from edge_client.cameras.tables import CamerasConfig
     from edge_client.config import ClientConfig
 
 _DESCRIPTION = """\
@@ -53,6 +54,17 @@ environment: HEADTAIL_TOKEN (bearer token), HEADTAIL_WEB_TOKEN (the live page's)
 _CAMERA_HELP = "device index, /dev/videoN, RTSP/HTTP URL, video file, picture, directory, or synthetic:[fps=30,size=640x480]"
 
 
+class Program(Protocol):
+    """What the command line runs to its end."""
+
+    async def run(self) -> Ending:
+        """Runs; every failure is in the ending."""
+        ...
+
+    def interrupt(self) -> None:
+        """Ends it in order."""
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaints show no camera's password."""
 
@@ -70,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     add = parser.add_argument_group("where frames come from").add_argument
     add("--camera", metavar="SOURCE", help=_CAMERA_HELP)
+    add("--frigate", metavar="ADDRESS", help="no camera: answer Frigate's zmq detector at this address, e.g. tcp://127.0.0.1:5555")
     add("--camera-id", metavar="NAME", help="what results call the camera (default: the source, without a URL's path and password)")
     add("--frames", type=int, metavar="N", help="end after N captured frames (default 0: no limit)")
     add("--loop", action="store_true", help="begin a file again at its end")
@@ -100,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what carries the frames: grpc, quic, auto (quic where packets are lost), or module:Class (default grpc)",
     )
     add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
+    add("--h264-encoder", metavar="NAME", help="FFmpeg's encoder for offloaded video, auto or off (default auto: the device's own)")
     add = parser.add_argument_group("which frames need no answer").add_argument
     add(
         "--change-gate",
@@ -141,20 +155,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> tuple[ClientConfig, str, str]:
+def parse(argv: Sequence[str] | None) -> tuple[ClientConfig | CamerasConfig, str, str]:
     """The configuration, the log level and the log format.
 
     Raises:
         ConfigError: a setting is wrong.
     """
-    from edge_client.config import read_config
+    from edge_client.cameras.tables import CamerasConfig, read_any
 
     given = vars(build_parser().parse_args(argv))
     level, form = given.pop("log_level"), given.pop("log_format")
     path = given.pop("config", None)
-    config = read_config(Path(path) if path else None, given)
-    for option in ("output", "save_video"):
-        target = getattr(config, option)
+    config = read_any(Path(path) if path else None, given)
+    cameras = config.cameras if isinstance(config, CamerasConfig) else (config,)
+    for option, target in ((o, getattr(c, o)) for c in cameras for o in ("output", "save_video")):
         if path and target not in (None, "-") and Path(target).absolute() == Path(path).absolute():
             raise ConfigError(f"--{option.replace('_', '-')} {target} is the file of --config; give it another name")
     return config, level, form
@@ -171,8 +185,8 @@ def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Consol
     interrupts.install()
     try:
         config, level, form = parse(argv)
-        logging.getLogger("edge_client.explain").setLevel("INFO" if config.explain else "WARNING")
-        if config.output == "-" and was_closed(1):
+        logging.getLogger("edge_client.explain").setLevel("INFO" if getattr(config, "explain", False) else "WARNING")
+        if _on_standard_output(config) and was_closed(1):
             raise ConfigError("--output - is standard output, and standard output is closed")
         # In a terminal a log line replaces the status line, which is then written again below it.
         set_up(level, form, sys.stderr, before="\r\x1b[2K" if sys.stderr.isatty() else "")
@@ -184,7 +198,9 @@ def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Consol
         interrupts.restore()
 
 
-def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console], App] | None, interrupts: Interrupts) -> int:
+def _run(
+    config: ClientConfig | CamerasConfig, form: str, make: Callable[[ClientConfig, Console], App] | None, interrupts: Interrupts
+) -> int:
     # FFmpeg's and OpenCV's own complaints would stand beside our one clear sentence; both read this when they are loaded.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -202,7 +218,7 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
         stopping=lambda: interrupts.stopping,
     )
     try:
-        ending = _to_its_end((make or App)(config, console), interrupts)
+        ending = _to_its_end(_program(config, console, make or App), interrupts)
     except HeadtailError:
         raise
     except Exception as error:
@@ -215,7 +231,7 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
         return 1
     code = ending.error.exit_code if ending.error else 0
     if ending.summary.get("frames"):
-        consoles.say(sys.stderr if config.output == "-" else sys.stdout, ending.text)
+        consoles.say(sys.stderr if _on_standard_output(config) else sys.stdout, ending.text)
     if ending.error is not None:
         facts = {"code": ending.error.code, "exit_code": code}
         say(f"edge-client: {ending.error.message}", form, sys.stderr, logger="edge_client", extra=facts)
@@ -224,7 +240,22 @@ def _run(config: ClientConfig, form: str, make: Callable[[ClientConfig, Console]
     return code
 
 
-def _to_its_end(client: App, interrupts: Interrupts) -> Ending:
+def _program(config: ClientConfig | CamerasConfig, console: Console, make: Callable[[ClientConfig, Console], App]) -> Program:
+    """What this configuration runs."""
+    from edge_client.cameras.fleet import Fleet
+    from edge_client.cameras.tables import CamerasConfig
+    from edge_client.frigate.app import FrigateApp
+
+    if isinstance(config, CamerasConfig):
+        return Fleet(config, console)
+    return make(config, console) if config.frigate is None else FrigateApp(config, console)
+
+
+def _on_standard_output(config: ClientConfig | CamerasConfig) -> bool:
+    return getattr(config, "output", None) == "-"
+
+
+def _to_its_end(client: Program, interrupts: Interrupts) -> Ending:
     """Runs the client in a loop of its own. Threads that do not come back are not waited for."""
     loop = asyncio.new_event_loop()
     interrupts.bind(loop, client.interrupt)

@@ -222,7 +222,7 @@ class Client:
         self._endpoint = options.endpoint(server)
         store = BundleStore(options.cache)
         self._stack.callback(store.close)
-        load = loads_here(store, clock=self._clock, threads=options.threads)
+        load = loads_here(store, clock=self._clock, threads=options.threads, encoder=options.h264_encoder)
         self._loader = ModelLoader(self._endpoint, self._model_there, store=store, load=load, key=key)
         engine = await self._loader.first(live=False, wait_s=options.wait_for_server_s)
         options.floor().check(engine.bundle)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_client.events.rules import EventRule
 from edge_client.gates.floor import ScoreFloor, read_floor
 from edge_client.transport.rpc import Endpoint, is_port, token_from_environment
 from protos.errors import ConfigError
@@ -39,6 +41,7 @@ class ClientConfig:
         wait_for_server_s: None: 0 live, 30 for files.
         operating_point: always this one; None: chosen frame by frame.
         threads: of the head.
+        h264_encoder: FFmpeg's name of the encoder for offloaded video; ``auto``: the device's own, else libx264; ``off``: none.
         change_gate: ``on``, ``off`` or ``auto`` (on for cameras, off for files).
         prefilter: the same; where the bundle has one.
         interest: comma-separated class names the prefilter looks for; empty: those the bundle was exported for.
@@ -50,6 +53,8 @@ class ClientConfig:
         transport: what carries the frames: the same.
         sink: further places where answers go, each ``NAME`` or ``NAME=WHERE``: the same.
         web: host:port of the live page; None: off. Others than this machine need the token of ``HEADTAIL_WEB_TOKEN``.
+        events: the tables ``[[events]]``: which objects are told of, and to whom; see docs/guides/camera.md.
+        frigate: answer Frigate's detector protocol at this ZMQ address, instead of a camera of one's own; None: no.
         metrics_listen: host:port for Prometheus; None: off.
         otel_endpoint: an OTLP collector for traces; None: as OpenTelemetry's own variables say.
         tls_ca, tls_cert, tls_key, tls: see ``rpc.Endpoint``.
@@ -74,6 +79,7 @@ class ClientConfig:
     save_video: str | None = None
     operating_point: int | None = None
     threads: int = 1
+    h264_encoder: str = "auto"
     change_gate: str = "auto"
     prefilter: str = "auto"
     interest: str = ""
@@ -85,6 +91,8 @@ class ClientConfig:
     transport: str = "grpc"
     sink: tuple[str, ...] = ()
     web: str | None = None
+    events: tuple[EventRule, ...] = ()
+    frigate: str | None = None
     metrics_listen: str | None = None
     otel_endpoint: str | None = None
     tls: bool = False
@@ -110,12 +118,17 @@ class ClientConfig:
         self.floor()
         if self.recall is not None and not 0 < self.recall < 1:
             raise ConfigError(f"--recall must lie between 0 and 1, got {self.recall}")
-        for name in ("model", "group", "interest"):
+        for name in ("model", "group", "interest", "h264_encoder"):
             text = getattr(self, name)
             if not text.isprintable() or len(text) > _MAX_NAME_CHARS:
-                raise ConfigError(f"--{name} takes at most {_MAX_NAME_CHARS} printable characters, got {text!r}")
+                raise ConfigError(f"--{name.replace('_', '-')} takes at most {_MAX_NAME_CHARS} printable characters, got {text!r}")
+        self._check_addresses()
+
+    def _check_addresses(self) -> None:
         if self.web is not None:
             token_for(page_address(self.web)[0])
+        if self.frigate is not None and not re.fullmatch(r"(tcp://[^/]+:[0-9*]+|ipc:///?.+)", self.frigate):
+            raise ConfigError(f"--frigate must be tcp://host:port or ipc://path, got {self.frigate!r}")
         if self.metrics_listen is not None:
             self.metrics_address()
         if self.server != EMBEDDED:
@@ -123,10 +136,10 @@ class ClientConfig:
 
     def endpoint(self, address: str) -> Endpoint:
         """The server at ``address`` with this configuration's certificates and token."""
-        paths = {n: Path(v) if (v := getattr(self, n)) else None for n in ("tls_ca", "tls_cert", "tls_key")}
+        ca, cert, key = (Path(v) if v else None for v in (self.tls_ca, self.tls_cert, self.tls_key))
         if self.server == EMBEDDED:
             return Endpoint(address=address)
-        return Endpoint(address=address, tls=self.tls, token=token_from_environment(), **paths)
+        return Endpoint(address=address, tls=self.tls, token=token_from_environment(), tls_ca=ca, tls_cert=cert, tls_key=key)
 
     def floor(self) -> ScoreFloor:
         """From which score on a box counts.
@@ -147,6 +160,12 @@ class ClientConfig:
             raise ConfigError(f"--metrics-listen must be host:port, for instance 127.0.0.1:9465, got {self.metrics_listen!r}")
         return host.strip("[]"), int(port)
 
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether anybody wants a frame's picture after it was answered."""
+        wanted = (self.display, self.track, self.save_video is not None, self.web is not None)
+        return any(wanted) or any(rule.snapshot for rule in self.events)
+
     def effective_deadline_ms(self, *, live: bool) -> float:
         """The deadline in force; 0: none."""
         return self.deadline_ms if self.deadline_ms is not None else LIVE_DEADLINE_MS if live else 0.0
@@ -166,14 +185,35 @@ def read_config(path: Path | None, given: Mapping[str, Any]) -> ClientConfig:
     Raises:
         ConfigError: unreadable, not TOML, a key that is no option, or a value of another type or out of range.
     """
+    what, from_file = read_settings(path)
+    return make_config({**from_file, **given}, what=what)
+
+
+def read_settings(path: Path | None) -> tuple[str, dict[str, Any]]:
+    """What the settings are called in an error, and those of the file.
+
+    Raises:
+        ConfigError: unreadable, or not TOML.
+    """
     what = f"--config {path}" if path else "the command line"
     try:
-        from_file = read_toml(path.read_text(encoding="utf-8"), what=what) if path else {}
+        return what, read_toml(path.read_text(encoding="utf-8"), what=what) if path else {}
     except OSError as error:
         raise ConfigError(f"{what} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what} is not TOML: {error}") from error
-    settings = {**from_file, **given}
+
+
+def make_config(settings: Mapping[str, Any], *, what: str) -> ClientConfig:
+    """Checked settings of one camera.
+
+    Raises:
+        ConfigError: no camera, a name that is no option, or a value of another type or out of range.
+    """
+    if settings.get("frigate") is not None:
+        if "camera" in settings:
+            raise ConfigError("--frigate answers Frigate's pictures and takes no --camera")
+        settings = {**settings, "camera": "frigate"}
     if "camera" not in settings:
         raise ConfigError("--camera is required: what frames come from; --help tells more")
     return checked(settings, ClientConfig, what=what, error=ConfigError)

@@ -135,15 +135,22 @@ def _traces(args: argparse.Namespace) -> list[str]:
     """As many of the folder's traces as asked for."""
     if args.traces is None:
         return sample_traces(None, args.limit, args.seed)["synthetic"]
-    if not args.traces.is_dir():
-        raise ConfigError(f"--traces must be a folder, {args.traces} is none")
-    found = sorted(str(p.resolve()) for p in args.traces.rglob("*") if p.is_file() and _is_trace(p))
+    return find_traces(args.traces, limit=args.limit, seed=args.seed)
+
+
+def find_traces(folder: Path, *, limit: int, seed: int) -> list[str]:
+    """``limit`` of a folder's traces, drawn with ``seed``; 0: all of them.
+
+    Raises:
+        ConfigError: it is no folder, or holds none.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"--traces must be a folder, {folder} is none")
+    found = sorted(str(p.resolve()) for p in folder.rglob("*") if p.is_file() and _is_trace(p))
     if not found:
-        raise ConfigError(
-            f"{args.traces} holds no traces: no file in it reads as seconds and Mbit/s, or as Mahimahi's milliseconds"
-        )
-    random.Random(args.seed).shuffle(found)  # noqa: S311
-    return found[: args.limit] if args.limit else found
+        raise ConfigError(f"{folder} holds no traces: no file in it reads as seconds and Mbit/s, or as Mahimahi's milliseconds")
+    random.Random(seed).shuffle(found)  # noqa: S311
+    return found[:limit] if limit else found
 
 
 def _is_trace(path: Path) -> bool:

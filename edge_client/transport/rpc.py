@@ -84,6 +84,7 @@ class Endpoint:
         tls_ca: the certificate authority's file; setting it (or ``tls``) encrypts the connection.
         tls_cert, tls_key: the client's own certificate, for mutual TLS.
         token: sent as a bearer token; never logged.
+        shared: sessions of this process to the same server go through one connection.
     """
 
     address: str
@@ -92,6 +93,7 @@ class Endpoint:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     token: str = field(default="", repr=False)
+    shared: bool = False
 
     def __post_init__(self) -> None:
         host, _, port = self.address.rpartition(":")
@@ -132,13 +134,15 @@ def token_from_environment() -> str:
 def open_channel(endpoint: Endpoint) -> grpc.aio.Channel:
     """A fresh channel that shares nothing with earlier ones, their back-off included: reconnecting is our business.
 
+    Channels of a ``shared`` endpoint share their connection with each other.
+
     Raises:
         ConfigError: a certificate cannot be read.
     """
     options = [
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.use_local_subchannel_pool", 0 if endpoint.shared else 1),
         ("grpc.enable_retries", 0),
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),

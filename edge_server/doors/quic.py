@@ -65,6 +65,9 @@ class QuicDoor:
 
     Args:
         limits: of connections, and how long one may take to bring its ticket.
+
+    Attributes:
+        listener: once it is open, who takes its datagrams.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -72,7 +75,8 @@ class QuicDoor:
         self._paths: dict[bytes, DatagramPath] = {}
         self._tickets: dict[DatagramPath, bytes] = {}
         self._channels: set[Channel] = set()
-        self._listener: asyncio.DatagramTransport | None = None
+        self._transport: asyncio.DatagramTransport | None = None
+        self.listener: _Listener | None = None
         self._certificate_der = b""
         self._other_port = 0
 
@@ -92,24 +96,29 @@ class QuicDoor:
             return _Listener(self._limits, configuration=config, create_protocol=self._accept, retry=True)
 
         try:
-            self._listener, _ = await loop.create_datagram_endpoint(listener, local_addr=(host.strip("[]"), port))
+            self._transport, self.listener = await loop.create_datagram_endpoint(listener, local_addr=(host.strip("[]"), port))
         except OSError as error:
             log.warning("no datagrams: UDP port %d of %s cannot be had (%s)", port, host, error.strerror)
             return
-        bound: int = self._listener.get_extra_info("sockname")[1]
+        bound: int = self._transport.get_extra_info("sockname")[1]
         self._other_port = bound if bound != port else 0
+
+    @property
+    def connections(self) -> int:
+        """That are open, with or without a ticket."""
+        return len(self._channels)
 
     def close(self) -> None:
         """Closes every connection and the port."""
         for channel in list(self._channels):
             channel.close()
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
 
     def offer(self, path: DatagramPath) -> pb.DatagramOffer | None:
         """See ``Datagrams``."""
-        if self._listener is None:
+        if self._transport is None:
             return None
         ticket = self._tickets.get(path)
         if ticket is None:

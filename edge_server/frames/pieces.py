@@ -55,6 +55,11 @@ class Gatherer:
         self._done: OrderedDict[int, None] = OrderedDict()
         self.refused = 0  # pieces that belonged to nothing
 
+    @property
+    def partial(self) -> int:
+        """Frames in the making."""
+        return len(self._partial)
+
     def add(self, piece: pb.FramePiece, now_ns: int, waited_ns: int = 0) -> list[ArrivedFrame]:
         """Takes a piece; returns the frames that are ready because of it, oldest first. One that is no good is ignored.
 

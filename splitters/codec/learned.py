@@ -1,4 +1,4 @@
-"""The learned codec: gain tiers x channels kept, range coding with frozen integer tables.
+"""The learned codec: range coding with frozen integer tables. Over 400 lines: one class answers one contract, form by form.
 
 A key frame travels in layers of channels, each of which decodes with those before it. A frame predicted from a reference is one
 layer: which cells change, how each is predicted, and the symbols of those.

@@ -20,6 +20,7 @@ from splitters.bottleneck.slimmable import at_width, frozen_copy
 from splitters.bundle import BundleWriter
 from splitters.bundle.manifest import Head
 from splitters.bundle.operating_point import OperatingPoint
+from splitters.codec.predicted.choice import DEFAULT_PRICE
 from splitters.cutting.onnx_export import export_onnx
 
 WEIGHTS_FILE, TABLES_FILE, POINTS_FILE, RECIPE_FILE = "learned.safetensors", "tables.bin", "operating_points.json", "recipe.json"
@@ -73,6 +74,16 @@ def graph_name(index: int, width: float) -> str:
 def tier_graphs(tier: Tier) -> tuple[str, ...]:
     """The graphs a tier runs and sums."""
     return tuple(graph_name(i, w) for i, w in tier.runs)
+
+
+def prices_at(rungs: Sequence[Rung]) -> dict[str, float]:
+    """What a bit of a predicted frame is worth to each rung's codec point, in squared quantiser steps.
+
+    Twice the codec's default, but at the coarsest gain. Measured with YOLOX-nano on five clips: a finer tier at the higher price
+    takes fewer bytes than a coarser one at the default, at equal detections; at the coarsest there is nothing left to leave out.
+    """
+    last = max(r.gain for r in rungs)
+    return {f"r{i}": DEFAULT_PRICE * (1 + min(1.0, last - r.gain)) for i, r in enumerate(rungs)}
 
 
 def operating_points(ensemble: EncoderEnsemble, rungs: Sequence[Rung]) -> list[OperatingPoint]:

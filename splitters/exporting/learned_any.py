@@ -35,6 +35,7 @@ from splitters.exporting.learned import (
     gains_at,
     graph_name,
     operating_points,
+    prices_at,
 )
 
 
@@ -148,7 +149,7 @@ def export_run(run: Path, out: Path, *, measure: Measure | None = None, model: s
     shape = tuple(latent.shape[1:])
     codec = learned_spec(
         shape=(shape[0], shape[1], shape[2]), gains=gains.numpy(), ungains=ungains.numpy(),
-        points={f"r{i}": (i, r.channels) for i, r in enumerate(rungs)}, tables_path=TABLES_PART,
+        points={f"r{i}": (i, r.channels) for i, r in enumerate(rungs)}, tables_path=TABLES_PART, prices=prices_at(rungs),
     )  # fmt: skip
     measured = run / POINTS_FILE
     points = load_points(measured.read_text(encoding="utf-8")) if measured.exists() else operating_points(student.ensemble, rungs)

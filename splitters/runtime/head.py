@@ -87,7 +87,7 @@ class BoundStem:
 
     def __init__(self, path: Path, *, threads: int = 1, options: ort.RunOptions | None = None) -> None:
         self._options = options
-        self._session, self._path = open_session(path, threads=threads), path
+        self._session, self._path = open_session(path, threads=threads, bounded=True), path
         self._inputs = [i.name for i in self._session.get_inputs()]
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._binding = self._session.io_binding()
@@ -135,7 +135,7 @@ class Head:
         spec = bundle.manifest.head
         self.inputs = FrameInputs(bundle.manifest.inputs, bundle.manifest.preprocess)
         self._stem = BoundStem(bundle.part_path(spec.stem), threads=threads, options=options)
-        opened = partial(open_graph, threads=threads, options=options)
+        opened = partial(open_graph, threads=threads, bounded=True, options=options)
         self._graphs = {name: opened(bundle.part_path(path)) for name, path in spec.graphs.items()}
         self._prefilter = opened(bundle.part_path(spec.prefilter)) if spec.prefilter else None
         for point in bundle.points:

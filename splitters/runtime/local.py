@@ -33,7 +33,7 @@ class Local:
         self, bundle: Bundle, spec: LocalModel, *, clock: Callable[[], int], threads: int, options: ort.RunOptions | None
     ) -> None:
         self._preprocess = spec.preprocess
-        self._graph = open_graph(bundle.part_path(spec.path), threads=threads, options=options)
+        self._graph = open_graph(bundle.part_path(spec.path), threads=threads, bounded=True, options=options)
         self._task = open_task(bundle.manifest, local=True)
         self._clock = clock
 

@@ -29,13 +29,16 @@ from deploy.testbed.link.trace import constant
 from deploy.testbed.real.relay import SERVER_ADDRESS, Relay
 from deploy.testbed.real.run import _start
 from deploy.testbed.real.shape import Shaper
-from tests.bench.control_real import CLASSIFIER, DETECTOR, Model, classifier, detector
+from deploy.testbed.workload import load_workload
+from tests.bench.control_real import CLASSIFIER, DETECTOR, WORKLOADS, Model, classifier, detector
+from tests.fakes.bundles import write_tiny_bundle
 
 LOSSES = ((0.0, 1.0), (0.02, 1.0), (0.05, 1.0), (0.1, 1.0), (0.1, 3.0), (0.2, 1.0), (0.2, 3.0), (0.3, 1.0), (0.6, 1.0))
 TRANSPORTS = ("grpc", "quic")
-POINTS = {CLASSIFIER: 1, DETECTOR: 3}
+TINY = "tiny"
+POINTS = {TINY: 0, CLASSIFIER: 1, DETECTOR: 3}
 DEADLINE_MS, FPS, RTT_MS, MBPS, PORT = 200, 10, 80, 10, 50651
-_LEAD_NS = 12_000_000_000
+LEAD_S = 8.0  # a client connects meanwhile
 _PATIENCE_S = 240.0
 
 
@@ -58,7 +61,7 @@ def link(run: Run) -> LinkConfig:
     """Of either direction."""
     loss = LossModel(loss=run.loss, burst_packets=run.burst)
     delay_ns = RTT_MS * 500_000
-    return LinkConfig(trace=constant(MBPS * 1e6), delay_ns=delay_ns, loss=loss, loss_from_ns=_LEAD_NS)
+    return LinkConfig(trace=constant(MBPS * 1e6), delay_ns=delay_ns, loss=loss, loss_from_ns=int(LEAD_S * 1e9))
 
 
 async def measure(args: argparse.Namespace, runs: Sequence[Run], done: set[str]) -> None:
@@ -72,11 +75,20 @@ async def measure(args: argparse.Namespace, runs: Sequence[Run], done: set[str])
             frames = int((args.seconds + 60) * FPS)
             folder.mkdir()
             model = (
-                classifier(bundle, args.data, folder / "photos")
+                tiny(folder)
+                if model_name == TINY
+                else classifier(bundle, args.data, folder / "photos")
                 if model_name == CLASSIFIER
                 else detector(bundle, args.data, frames)
             )
             await (relayed if args.mode == "relay" else shaped)(args, model, todo, folder)
+
+
+def tiny(folder: Path) -> Model:
+    """A network that takes no processor time, for a machine that has none to spare: what is measured is the transport."""
+    bundle = write_tiny_bundle(folder / "tiny").path
+    workload = load_workload(WORKLOADS / f"{CLASSIFIER}.json")
+    return Model(bundle=bundle, source=Path(f"synthetic:fps={FPS},size=320x240"), judge=lambda _: 1.0, workload=workload)
 
 
 async def relayed(args: argparse.Namespace, model: Model, todo: Sequence[Run], folder: Path) -> None:
@@ -93,7 +105,7 @@ async def relayed(args: argparse.Namespace, model: Model, todo: Sequence[Run], f
                 await run_client(relay.command("client", warm), folder)
             relay._configs = (link(run), link(run))
             relay.restart()
-            begin_ns = relay.time.start_unix_ns + _LEAD_NS
+            begin_ns = relay.time.start_unix_ns + int(LEAD_S * 1e9)
             client = relay.command("client", client_of(args, run, model, folder, f"{SERVER_ADDRESS}:{PORT}"))
             await one(args, run, model, client, folder, begin_ns)
 
@@ -106,7 +118,7 @@ async def shaped(args: argparse.Namespace, model: Model, todo: Sequence[Run], fo
         for run in todo:
             shaper = Shaper(link(run), link(run))
             there = f"127.0.0.1:{await shaper.start(host, int(port))}"
-            begin_ns = shaper.time.start_unix_ns + _LEAD_NS
+            begin_ns = shaper.time.start_unix_ns + int(LEAD_S * 1e9)
             await one(args, run, model, client_of(args, run, model, folder, there), folder, begin_ns)
             await shaper.close()
 
@@ -119,10 +131,11 @@ def server_of(model: Model, folder: Path) -> list[str]:
 
 def client_of(args: argparse.Namespace, run: Run, model: Model, folder: Path, address: str, *, frames: int = 0) -> list[str]:
     """Its command line: it starts in the lead, and goes on for the seconds that count."""
-    frames = frames or int((_LEAD_NS / 1e9 + args.seconds) * FPS)
+    frames = frames or int((LEAD_S + args.seconds) * FPS)
     return [
         *(sys.executable, "-m", "edge_client.cli", "--server", address, "--transport", run.transport),
-        *("--camera", str(model.source), "--realtime", "--fps", str(FPS), "--loop", "--frames", str(frames)),
+        *("--camera", str(model.source), "--frames", str(frames)),
+        *(() if str(model.source).startswith("synthetic") else ("--realtime", "--fps", str(FPS), "--loop")),
         *("--deadline-ms", str(DEADLINE_MS), "--operating-point", str(POINTS[run.model]), "--change-gate", "off"),
         *("--prefilter", "off", "--output", str(folder / "results.jsonl"), "--log-level", "warning", "--json"),
     ]
@@ -199,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--bundles", type=Path, required=True, help="folder with the bundles efficientnet-lite0 and detector")
-    parser.add_argument("--models", nargs="+", choices=(CLASSIFIER, DETECTOR), default=[CLASSIFIER, DETECTOR])
+    parser.add_argument("--models", nargs="+", choices=(TINY, CLASSIFIER, DETECTOR), default=[CLASSIFIER, DETECTOR])
     parser.add_argument("--mode", choices=("relay", "shape"), default="relay")
     parser.add_argument("--seconds", type=float, default=20.0, help="that count, of one run (default %(default)s)")
     parser.add_argument("--losses", default="", help="only these, for instance 0,0.2 (default: all)")

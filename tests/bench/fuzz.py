@@ -1,7 +1,7 @@
 """A fuzz campaign: decoders and readers in process, servers and clients over sockets. No crash, no hang, only mapped errors.
 
     python -m tests.bench.fuzz [--inputs 1000000] [--socket-inputs 20000] [--reader-inputs 200000] [--client-inputs 10000]
-                               [--open-inference-inputs 20000] [--seed 1] [--jobs 2]
+                               [--open-inference-inputs 20000] [--datagrams 200000] [--seed 1] [--jobs 2]
 
 Readers are what a device reads from outside: a bundle's files, caches, TOML and options, messages, bundles that arrive. Around
 the cache lies a tree that must be the same afterwards, and the cache has a quota.
@@ -27,6 +27,7 @@ import psutil
 
 from splitters.bundle import open_bundle
 from tests.fakes.bundles import write_tiny_bundle
+from tests.fakes.datagram_fuzz import attack
 from tests.fakes.hostile_server import run_clients
 from tests.fakes.open_inference_fuzz import run_open_inference
 from tests.fakes.peer_fuzz import run_readers
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--reader-inputs", type=int, default=200_000)
     parser.add_argument("--client-inputs", type=int, default=10_000)
     parser.add_argument("--open-inference-inputs", type=int, default=20_000)
+    parser.add_argument("--datagrams", type=int, default=200_000, help="from strangers and from a client that was let in")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
@@ -127,10 +129,17 @@ def main() -> None:
             open_inference = asyncio.run(run_open_inference(server.address, args.open_inference_inputs, args.seed))
             assert server.stop() == 0
         print("open inference", summary(open_inference), f"{time.perf_counter() - begun:.0f} s", flush=True)
+    begun, before = time.perf_counter(), psutil.Process().memory_info().rss
+    datagrams = asyncio.run(attack(args.datagrams, seed=args.seed))
+    datagrams["growth_bytes"] = psutil.Process().memory_info().rss - before
+    print("datagrams", datagrams, f"{time.perf_counter() - begun:.0f} s", flush=True)
+    assert datagrams["wrong_frames"] == 0
+    assert datagrams["growth_bytes"] < MAX_GROWTH_BYTES
     assert growth < MAX_GROWTH_BYTES
     assert server_growth < MAX_GROWTH_BYTES
     figures = {"decoders": summary(decoders), "decoders_growth_bytes": growth, "socket": summary(over_socket)}
     figures |= {"readers": summary(readers), "clients": summary(clients), "open_inference": summary(open_inference)}
+    figures["datagrams"] = datagrams
     print(json.dumps({"bench": "fuzz", "seed": args.seed, **figures, "server_growth_bytes": server_growth, "crashes": 0}))
 
 

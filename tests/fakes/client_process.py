@@ -76,7 +76,7 @@ class ClientProcess:
             self._lines += [json.loads(text) for text in whole.splitlines()]
         return self._lines
 
-    def wait_frame(self, index: int, *, timeout_s: float = 60.0) -> None:
+    def wait_frame(self, index: int, *, timeout_s: float = 180.0) -> None:
         """Until frame ``index`` has its outcome."""
         until = time.monotonic() + timeout_s
         while not self.lines() or self._lines[-1]["frame"] < index:
@@ -84,7 +84,7 @@ class ClientProcess:
             assert time.monotonic() < until, f"frame {index} did not come"
             time.sleep(0.005)
 
-    def finish(self, *, timeout_s: float = 120.0) -> Finished:
+    def finish(self, *, timeout_s: float = 300.0) -> Finished:
         """Waits for the end."""
         try:
             out, err = self.process.communicate(timeout=timeout_s)
@@ -111,7 +111,7 @@ def client(tmp: Path, *arguments: str, cache: Path | None = None) -> Iterator[Cl
         running.kill()
 
 
-def run_client(tmp: Path, *arguments: str, cache: Path | None = None, timeout_s: float = 120.0) -> Finished:
+def run_client(tmp: Path, *arguments: str, cache: Path | None = None, timeout_s: float = 300.0) -> Finished:
     """Runs a client to its end."""
     with client(tmp, *arguments, cache=cache) as running:
         return running.finish(timeout_s=timeout_s)
@@ -140,7 +140,7 @@ class Standby:
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180
         while not self._port_file.exists():
             assert self.process.poll() is None, f"the server ended with {self.process.returncode}"
             assert time.monotonic() < until

@@ -37,7 +37,7 @@ class Child:
         self.process = process
         self.address = address
 
-    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 20.0) -> int:
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60.0) -> int:
         """Signals it and waits; its exit code."""
         self.process.send_signal(number)
         return self.process.wait(timeout_s)

@@ -20,8 +20,6 @@ from splitters.bundle import Bundle
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_process import client, run_client, standby, write_clip, write_photos
 
-pytestmark = pytest.mark.timeout(240)
-
 
 def test_every_photo_of_a_directory_is_a_result(tmp_path: Path, server: str, photos: Path, cache: Path) -> None:
     pictures = tmp_path / "annotated"
@@ -223,6 +221,20 @@ def test_the_answers_are_shown(tmp_path: Path, server: str, photos: Path, cache:
     assert [line.partition(":")[0] for line in lines[:5]] == [f"photo-{i}.jpg" for i in range(5)]
     assert all("class " in line for line in lines[:5])
     assert any(line.startswith("answers  class ") for line in lines)
+
+
+def test_file_names_may_hold_what_means_something_in_a_url(
+    tmp_path: Path, server: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative ones too: a camera writes 2024-01-01T12:00:00.avi, and nothing in it is a protocol."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("2024-01-01T12:00:00.avi", "50% of #3?.avi"):
+        write_clip(tmp_path / "clip.avi", frames=5).rename(name)
+        outputs = ("--output", f"{name}:1.jsonl", "--save-video", f"{name}:1.mp4")
+        done = run_client(tmp_path, "--camera", name, "--server", server, "--json", *outputs, cache=cache)
+        assert done.code == 0, done.err
+        assert done.summary["frames"] == len(Path(f"{name}:1.jsonl").read_text().splitlines()) == 5
+        assert Path(f"{name}:1.mp4").stat().st_size > 0
 
 
 def test_a_source_that_is_not_whole_is_told_and_with_strict_an_error(tmp_path: Path, server: str, cache: Path) -> None:

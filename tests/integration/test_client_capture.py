@@ -57,7 +57,8 @@ async def test_a_camera_gives_the_newest_frame_only_and_none_twice() -> None:
     capture = Capture(CaptureConfig(source=DEVICE), opener=lambda s: FakeCamera(read))
     await capture.start()
     seen, captured = [], 0
-    for _ in range(8):
+    while (superseded := captured - len(seen)) < 10 or len(seen) < 8:
+        assert len(seen) < 300, f"only {superseded} frames were superseded"
         delivery = await capture.next()
         assert delivery is not None
         captured += 1 + len(delivery.superseded)
@@ -67,7 +68,6 @@ async def test_a_camera_gives_the_newest_frame_only_and_none_twice() -> None:
     left = capture.close()
     assert seen == sorted(set(seen)), "a frame came twice"
     assert captured + len(left) >= seen[-1] + 1
-    assert captured > 16
     assert await capture.next() is None
 
 
@@ -114,7 +114,7 @@ async def test_a_camera_that_stalls_is_opened_again() -> None:
     await capture.start()
     indices, notes, reopened = [], [], False
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not reopened:
                 delivery = await capture.next()
                 assert delivery is not None
@@ -148,7 +148,7 @@ async def test_a_camera_that_vanishes_is_opened_again_with_back_off() -> None:
             await asyncio.sleep(0.01)
 
     watcher = asyncio.create_task(watch())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(opened) < 4:
             assert await capture.next() is not None
     watcher.cancel()
@@ -170,7 +170,7 @@ async def test_a_camera_that_was_never_there() -> None:
 async def test_a_camera_that_opens_and_never_answers() -> None:
     release = threading.Event()
     capture = Capture(
-        CaptureConfig(source=DEVICE, open_timeout_s=0.2), opener=lambda s: FakeCamera(lambda count: not release.wait(10))
+        CaptureConfig(source=DEVICE, open_timeout_s=0.2), opener=lambda s: FakeCamera(lambda count: not release.wait(60))
     )
     with pytest.raises(SourceError, match="no picture within"):
         await capture.start()
@@ -221,10 +221,10 @@ async def test_realtime_follows_the_clips_own_stamps() -> None:
 
 async def test_closing_ends_the_wait_for_a_camera_that_does_not_open() -> None:
     release = threading.Event()
-    capture = Capture(CaptureConfig(source=DEVICE), opener=lambda s: FakeCamera(lambda count: not release.wait(10)))
+    capture = Capture(CaptureConfig(source=DEVICE), opener=lambda s: FakeCamera(lambda count: not release.wait(60)))
     start = asyncio.create_task(capture.start())
     await asyncio.sleep(0)
     capture.close()
-    await asyncio.wait_for(start, 2)
+    await asyncio.wait_for(start, 30)
     assert await capture.next() is None
     release.set()

@@ -42,8 +42,8 @@ def test_processes_that_need_a_default_together_make_it_once(tmp_path: Path) -> 
     second = needs_it(made, cache)
     assert second.stdout is not None
     assert second.stdout.readline() == "begins\n"
-    told, _ = first.communicate("\n", timeout=60)
-    also, _ = second.communicate("\n", timeout=60)
+    told, _ = first.communicate("\n", timeout=180)
+    also, _ = second.communicate("\n", timeout=180)
     assert told == also
     assert open_bundle(Path(told.strip())).manifest.name == "tiny"
     assert made.read_text() == "made\n"

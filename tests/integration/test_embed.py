@@ -19,8 +19,6 @@ from protos.errors import BundleError, ConfigError, SourceError, UnknownModelErr
 from protos.messages import Classification
 from tests.fakes.client_process import write_clip, write_photos
 
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.fixture(scope="module")
 def options(home: Path) -> ClientOptions:

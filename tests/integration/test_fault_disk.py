@@ -18,8 +18,6 @@ from tests.fakes.client_process import Finished, client, run_client, write_clip
 from tests.fakes.server_running import child, environment
 from tests.fakes.small_disk import resize, small_disk
 
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.fixture(scope="module")
 def bundle(home: Path) -> Bundle:

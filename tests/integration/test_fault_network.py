@@ -30,8 +30,6 @@ SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 HALF_HEADERS = b"\x00\x00\x04\x01\x00\x00\x00\x00\x01\x82\x86\x84\x41"  # HEADERS without END_HEADERS, and then nothing
 PATIENCE = Limits(handshake_s=1.0, keepalive_s=1.5, idle_s=1.0, write_s=1.5, hello_s=1.0)
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(scope="module")
 def device(bundle: Bundle) -> Device:
@@ -157,7 +155,7 @@ async def test_no_more_connections_than_allowed(bundle: Bundle, device: Device) 
         assert turned_away >= 35
         for _, writer in taken:
             writer.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 with suppress(grpc.aio.AioRpcError, AssertionError):
                     await served(server, bundle, device)

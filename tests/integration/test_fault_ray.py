@@ -17,7 +17,6 @@ from tests.fakes.server_running import child
 
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'headtail[ray]'")
 
-pytestmark = pytest.mark.timeout(280)
 
 PATIENCE_S = 8  # Ray's own is a minute
 

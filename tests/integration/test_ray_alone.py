@@ -32,7 +32,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.timeout(240)
 def test_serve_run_answers_as_the_tail_does(tmp_path: Path) -> None:
     bundle = write_tiny_bundle(tmp_path / "bundle")
     device = Device(bundle)

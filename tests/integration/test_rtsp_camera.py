@@ -15,8 +15,6 @@ import pytest
 from tests.fakes.client_process import ClientProcess, client
 from tests.fakes.rtsp_camera import RtspCamera
 
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.fixture(scope="module")
 def camera() -> Iterator[RtspCamera]:

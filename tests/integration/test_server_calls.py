@@ -165,7 +165,7 @@ async def test_metrics_count_frames_by_outcome(server: Server, bundle: Bundle, d
         await stream.frame(device.layers(picture(), 0))
         await stream.frame(device.layers(picture(), 1, deadline_ns=1))
     text = await asyncio.to_thread(
-        lambda: urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5).read().decode()
+        lambda: urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=60).read().decode()
     )
     assert 'headtail_frames_total{model="tiny",outcome="result"}' in text
     assert 'headtail_frames_total{model="tiny",outcome="overloaded"}' in text
@@ -217,7 +217,7 @@ async def test_random_messages_in_a_session_end_it_or_are_answered(server: Serve
             for a, b in zip(noise[::2], noise[1::2], strict=True):
                 body[(a * 7) % len(body)] = b
             try:
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(30):
                     await call.write(pb.ClientMessage(hello=hello(bundle.sha256)).SerializeToString())
                     await call.read()
                     await call.write(bytes(body) if i % 2 else os.urandom(50))
@@ -258,7 +258,7 @@ async def test_draining_answers_what_is_in_flight_tells_the_sessions_and_takes_n
         results = [m.result for m in stream.others if m.WhichOneof("content") == "result"]
         assert sorted((r.frame_id, r.error.code) for r in results) == [(0, ""), (1, ""), (2, ""), (3, ""), (99, "draining")]
         assert (await stream.status())[0] is grpc.StatusCode.OK
-        await asyncio.wait_for(ending, 5)
+        await asyncio.wait_for(ending, 60)
 
 
 async def test_a_drain_does_not_wait_longer_than_its_grace_for_a_client_that_stays(bundle: Bundle) -> None:
@@ -363,7 +363,7 @@ async def test_one_tokens_holders_cannot_keep_all_others_from_their_bundles(tmp_
         reads = [asyncio.create_task(call.read()) for call in stalled]  # one of each at most, and nothing more
         await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED)
         got = 0
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             async for chunk in pb_grpc.HeadtailStub(channels[0]).FetchBundle(pb.FetchBundleRequest(), metadata=bob):
                 got += len(chunk.part.data)
         assert got > len(filler)

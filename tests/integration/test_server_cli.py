@@ -25,7 +25,7 @@ async def test_it_serves_and_ends_with_0_on_sigterm(bundle: Bundle, tmp_path: Pa
 
 
 def refusal(*arguments: str) -> tuple[int, str]:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60, env=environment(), check=False)
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=180, env=environment(), check=False)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
 
@@ -94,6 +94,6 @@ def test_it_does_not_outlive_its_parent(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_help_teaches() -> None:
-    done = subprocess.run(command("--help"), capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(command("--help"), capture_output=True, text=True, timeout=180, check=True)
     for word in ("--listen", "--model", "SIGTERM", "exit codes", "examples"):
         assert word in done.stdout

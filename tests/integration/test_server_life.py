@@ -32,7 +32,7 @@ ENDED_S = 30.0  # a wedged one takes minutes; a loaded machine must not look lik
 def refused(*arguments: str) -> tuple[int, str]:
     """Of a model whose export nobody would wait for; its name is not even looked up."""
     line = command("--model", "no-such-model", *arguments)
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=environment(), check=False)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=180, env=environment(), check=False)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
 
@@ -79,7 +79,7 @@ def test_a_key_of_another_certificate_or_with_a_password_is_told(tmp_path: Path)
     def made(name: str, *more: str) -> tuple[Path, Path]:
         key, cert = tmp_path / f"{name}.key", tmp_path / f"{name}.pem"
         line = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-subj", "/CN=x", "-keyout", str(key), "-out", str(cert), *more]
-        subprocess.run(line, check=True, capture_output=True, timeout=60)
+        subprocess.run(line, check=True, capture_output=True, timeout=180)
         return cert, key
 
     try:

@@ -24,8 +24,6 @@ pytest.importorskip("psutil")
 
 from tests.fakes.ray_cluster import Cluster, cluster
 
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:

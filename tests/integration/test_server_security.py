@@ -118,7 +118,7 @@ async def test_removing_a_token_ends_its_sessions_and_says_why(bundle: Bundle, d
 async def refused(server: Server, code: str) -> float:
     """What the metric of refused calls says."""
     text = await asyncio.to_thread(
-        lambda: urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5).read().decode()
+        lambda: urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=60).read().decode()
     )
     line = next((each for each in text.splitlines() if each.startswith(f'headtail_refused_calls_total{{code="{code}"}}')), "x 0")
     return float(line.rpartition(" ")[2])
@@ -223,7 +223,7 @@ async def test_health_watches_without_a_token_crowd_nobody_out(bundle: Bundle, d
         assert answered <= 8
         for watch in watches:
             watch.cancel()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while server.gate.health_calls:
                 await asyncio.sleep(0.05)
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
@@ -336,7 +336,7 @@ def channel_to(address: str, root: Path, client: str | None) -> grpc.aio.Channel
 
 
 async def models(channel: grpc.aio.Channel) -> int:
-    return len((await pb_grpc.HeadtailStub(channel).ListModels(pb.ListModelsRequest(), timeout=5)).models)
+    return len((await pb_grpc.HeadtailStub(channel).ListModels(pb.ListModelsRequest(), timeout=60)).models)
 
 
 async def test_tls_serves_those_who_know_the_authority_and_no_plain_text(bundle: Bundle, certificates: Path) -> None:

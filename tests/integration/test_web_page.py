@@ -23,7 +23,6 @@ from tests.fakes.browser import CHROMIUM, browser_tab
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_process import Standby, client, standby
 
-pytestmark = pytest.mark.timeout(240)
 EVIL = "<img src=x onerror=alert(1)>\x1b[2J\u202e"
 TOKEN = "correct-horse-battery"
 

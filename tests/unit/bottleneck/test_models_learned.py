@@ -16,7 +16,7 @@ from splitters.bottleneck.ensemble import OwnEncoder
 from splitters.bottleneck.learned import LearnedSplit
 from splitters.bundle.operating_point import load_points
 from splitters.codec import LearnedCodec, learned_spec
-from splitters.exporting.learned import TABLES_FILE, Rung, exportable, gains_at, operating_points, tuned_state
+from splitters.exporting.learned import TABLES_FILE, Rung, exportable, gains_at, operating_points, prices_at, tuned_state
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
 from splitters.zoo.efficientnet_lite0.export import LearnedTail, build_learned_tail, load_student  # fmt: skip
 from splitters.zoo.efficientnet_lite0.network import load_efficientnet_lite0
@@ -157,3 +157,9 @@ def test_points_that_fit_one_packet_travel_in_one_layer() -> None:
     largest = {name: max(p.payload_bytes.p95 for p in points if p.codec_point == name) for name in {p.codec_point for p in points}}
     assert single == {name for name, size in largest.items() if size < 1200}
     assert 0 < len(single) < len(rungs)
+
+
+def test_a_bit_of_a_predicted_frame_is_worth_more_to_finer_tiers() -> None:
+    rungs = [Rung(gain=g, channels=8) for g in (0.0, 1.0, 2.0, 2.5, 3.0)]
+    assert prices_at(rungs) == pytest.approx({"r0": 0.4, "r1": 0.4, "r2": 0.4, "r3": 0.3, "r4": 0.2})
+    assert prices_at(rungs[:1]) == pytest.approx({"r0": 0.2})

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from edge_client.transport.grpc import GrpcLink
-from edge_client.transport.rpc import Endpoint
+from edge_client.transport.rpc import Endpoint, token_from_environment
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import FrameLayer, PayloadKind
 from tests.fakes.client_loop import VirtualLoop, run_virtual
@@ -62,3 +62,9 @@ def test_a_call_that_ended_without_a_reason_is_over_within_a_second() -> None:
         return loop.time()
 
     assert run_virtual(main) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", " "])
+def test_a_token_read_from_a_file_with_its_line_end_is_the_token(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADTAIL_TOKEN", f"a-token-of-sixteen-or-more{end}")
+    assert token_from_environment() == "a-token-of-sixteen-or-more"

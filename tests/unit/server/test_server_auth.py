@@ -67,6 +67,7 @@ def test_token_files() -> None:
     assert list(tokens) == ["a", "b"]
     assert {len(digest) for digest in tokens.values()} == {32}
     assert parse_tokens("# nothing\n") == {}
+    assert parse_tokens("# of Windows\r\n\r\na 0123456789abcdef\r\n") == parse_tokens("a 0123456789abcdef")
     for text in ("a", "a short", "a 0123456789abcdef x", "a 0123456789abcdef\na 0123456789abcdef"):
         with pytest.raises(ConfigError) as caught:
             parse_tokens(text)

@@ -29,4 +29,6 @@ def test_the_bundle_carries_name_table_and_score(data_dir: Path, tmp_path: Path,
     assert bundle.manifest.name == "yolox-nano"
     assert bundle.manifest.score_min == pytest.approx(0.2692)
     assert len(bundle.points) == 9
+    prices = [p["price"] for p in json.loads(bundle.read_part(bundle.manifest.codec))["points"]]
+    assert prices == pytest.approx([0.4] * 7 + [0.3, 0.2])
     assert bundle.manifest.labels[1] == "person"
