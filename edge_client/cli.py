@@ -41,6 +41,8 @@ examples:
   edge-client --camera rtsp://cam/1 --save-video out.mp4        annotated video
   edge-client --camera synthetic:fps=30,size=640x480 --frames 300 --json
 
+  edge-client doctor --camera 0 --server host:50051             what is wrong here, before anything runs
+
 live or file: cameras, URLs, synthetic: and --realtime are live: newest frame only, a deadline (500 ms), local answers
 when the network fails. Pictures, directories and files are not: every frame, no deadline, the server's answer.
 
@@ -181,6 +183,11 @@ def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Consol
         argv: the command line; None: the process's own.
         make: makes the client, for a test bed that puts parts of its own in; None: ``App``.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["doctor"]:
+        from edge_client.doctor.command import main as doctor
+
+        return doctor(words[1:])
     interrupts = Interrupts()
     interrupts.install()
     try:
