@@ -64,7 +64,7 @@ def measure(engine: Engine, *, clock: Clock = time.monotonic_ns) -> DeviceTimes:
         ModelError: a graph fails on a picture.
     """
     picture = _picture(engine)
-    features = engine.features(picture)
+    features = engine.features(picture, engine.inputs.blank())
     promise = read_promise(engine.bundle)
     # More are no fault: a prefilter's last score may be "anything else", for which nothing is promised.
     if promise is not None and len(engine.head.prefilter_scores(features.maps)) < promise.width:
@@ -125,7 +125,7 @@ def _measure(engine: Engine, clock: Clock) -> DeviceTimes:
                 local.append(elapsed_ms)
         for graphs, point in heads.items():
             start_ns = clock()
-            engine.encode(engine.features(picture), point)
+            engine.encode(engine.features(picture, engine.inputs.blank()), point)
             if turn:
                 samples[graphs].append((clock() - start_ns) / NS_PER_MS)
             if clock() > until_ns:
@@ -138,6 +138,7 @@ def _measure(engine: Engine, clock: Clock) -> DeviceTimes:
         if clock() > until_ns:
             break
     offloads |= _measure_video(engine, clock)
+    engine.inputs.forget()
     head = {p.id: undisturbed(samples[p.graphs]) for p in engine.bundle.points if samples[p.graphs]}
     return DeviceTimes(
         head_ms=head,

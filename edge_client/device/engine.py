@@ -15,10 +15,11 @@ from splitters.bundle.offload import OffloadOption, compress
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import Predictor, Symbols
 from splitters.runtime.head import Head, open_codec, run_options
+from splitters.runtime.inputs import Raw
 from splitters.runtime.local import open_local
 from splitters.runtime.sessions import Floats
 from splitters.tasks.base import open_task
-from splitters.tasks.preprocess import Frame, input_image, normalise
+from splitters.tasks.preprocess import Frame, input_image
 
 Reference = tuple[Symbols | None, int | None]
 NO_REFERENCE: Reference = (None, None)
@@ -77,6 +78,7 @@ class Engine:
         self._clock = clock
         self._options = run_options()
         self.head = Head(bundle, threads=threads, options=self._options)
+        self.inputs = self.head.inputs
         self.local = open_local(bundle, clock=clock, threads=threads, options=self._options)
         self.codec = open_codec(bundle)
         self._video_bps = {(o.quality, o.size_px): bitrate_of(o.payload_bytes.p50) for o in bundle.offloads if o.is_video}
@@ -96,13 +98,13 @@ class Engine:
         """The model's own input as a picture: the fair baseline for JPEG, and what offload sends."""
         return input_image(frame, self.bundle.manifest.preprocess)
 
-    def features(self, frame: Frame) -> Features:
-        """Preprocesses a frame and runs the stem."""
+    def features(self, frame: Frame, raw: Raw | None = None) -> Features:
+        """Preprocesses a frame, with the arrays that came with it, and runs the stem."""
         start_ns = self._clock()
         image = self.input_image(frame)
-        normalised = normalise(image, self.bundle.manifest.preprocess)
+        given = self.inputs(image, raw)
         ready_ns = self._clock()
-        maps = self.head.stem(normalised)
+        maps = self.head.stem(given)
         return Features(maps=maps, image=image, preprocess_ns=ready_ns - start_ns, stem_ns=self._clock() - ready_ns)
 
     def encode(self, features: Features, point: OperatingPoint, reference: Reference = NO_REFERENCE) -> Encoded:

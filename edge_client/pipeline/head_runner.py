@@ -65,7 +65,7 @@ class HeadRunner:
         """Runs on the worker."""
         engine, image = flight.engine, flight.frame.image
         assert image is not None  # noqa: S101 - flights keep it until they are encoded
-        features = flight.features or engine.features(image)
+        features = flight.features or engine.features(image, flight.frame.raw)
         flight.features = None
         encoded = make(engine, features)
         local_image = engine.local.prepare(image) if self._keep_local and engine.local else None

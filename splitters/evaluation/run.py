@@ -147,6 +147,9 @@ def rewrite(bundle: Bundle, report: Report) -> Bundle:
 
 def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick, show: Told | None) -> _Bench:
     detector = form_of(bundle.manifest.task) is Detection
+    if bundle.manifest.inputs:
+        taken = ", ".join(f"{i.name} ({i.source})" for i in bundle.manifest.inputs)
+        raise ConfigError(f"{bundle.manifest.name} takes {taken}; only bundles of one picture can be evaluated")
     if config.labels is not None:
         bundle = loose(bundle, config.score_min)  # against the whole model's boxes its own threshold is the right one
     tail = load_tail(bundle)

@@ -123,7 +123,7 @@ class FakeEngine:
     def abandon(self) -> None:
         raise AssertionError("no job here takes so long")
 
-    def features(self, image: Any) -> Features:
+    def features(self, image: Any, raw: Any = None) -> Features:
         return Features(maps=[], image=image, stem_ns=0, preprocess_ns=0)
 
     codec = SimpleNamespace(supports_reference=False)
