@@ -21,12 +21,14 @@ HERE = Path(__file__).parent
 def _parsers() -> dict[str, argparse.ArgumentParser]:
     from deploy.testbed.cli import build_parser as testbed
     from edge_client.cli import build_parser as client
+    from edge_client.doctor.command import build_parser as doctor
     from edge_server.cli import build_parser as server
     from splitters.cli import build_parser as splitters
 
     found: dict[str, argparse.ArgumentParser] = {}
     for name, parser in {
         "edge-client": client(),
+        "edge-client doctor": doctor(),
         "edge-server": server(),
         "splitters": splitters(),
         "edge-testbed": testbed(),

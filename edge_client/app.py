@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -28,6 +25,7 @@ from edge_client.extensions import SINKS, TRANSPORTS, make
 from edge_client.frames import Ledger, Outcome
 from edge_client.gates.interest import InterestGate, open_interest
 from edge_client.gates.tracking import Follower
+from edge_client.observe.facts import fact_lines, peak_memory_bytes, prefilter_facts, shown_name, source_facts
 from edge_client.observe.metrics import Connection, Metrics
 from edge_client.observe.status import Status
 from edge_client.observe.summary import JpegSampler, Summary
@@ -45,7 +43,6 @@ from edge_client.web.opening import link_estimate, open_page
 from edge_client.web.view import CameraView, Circumstances
 from protos.errors import ConfigError, HeadtailError, SourceError
 from protos.messages import Detection
-from protos.text import printable
 from protos.tracing import open_spans
 from protos.version import package_version
 
@@ -126,7 +123,7 @@ class App:
         self._runner: Runner | None = None
         self._session: Link | None = None
         self._capture: Capture | None = None
-        self._load = load or loads_here(self._store, clock=self._clock, threads=config.threads)
+        self._load = load or loads_here(self._store, clock=self._clock, threads=config.threads, encoder=config.h264_encoder)
         self._make_policy = policy or self._policy
         self._loader: ModelLoader | None = None
         self._follower: Follower | None = None
@@ -165,7 +162,7 @@ class App:
                 await loop.run_in_executor(None, server.stop)
             sampler.close()
         self._ending.summary = {**summary.as_json(), **self._facts()}
-        self._ending.text = summary.as_text() + self._fact_lines()
+        self._ending.text = summary.as_text() + fact_lines(self._facts())
         return self._ending
 
     def interrupt(self) -> None:
@@ -384,19 +381,10 @@ class App:
             "reconnects": self._session.reconnects if self._session else 0,
             "server_error": self._server_error(),
             "bundle_switches": runner.pipeline.bundle_switches if runner else 0,
-            "prefilter": self._prefilter_facts(),
+            "prefilter": prefilter_facts(self._runner.pipeline.model.interest if self._runner else None),
             "tracking_ms_p50": self._follower.ms_p50 if self._follower else None,
-            **self._source_facts(),
+            **source_facts(self._capture.faults if self._capture is not None else SourceFaults()),
             "peak_memory_bytes": peak_memory_bytes(),
-        }
-
-    def _source_facts(self) -> dict[str, Any]:
-        """What the source could not give."""
-        faults = self._capture.faults if self._capture is not None else SourceFaults()
-        return {
-            "unreadable_files": len(faults.unreadable),
-            "left_out_files": len(faults.left_out),
-            "source_faults": str(faults) or None,
         }
 
     def _server_error(self) -> str | None:
@@ -404,42 +392,7 @@ class App:
         error = self._session.error if self._session is not None else None
         return error.message if error is not None else None
 
-    def _prefilter_facts(self) -> dict[str, Any] | None:
-        gate = self._runner.pipeline.model.interest if self._runner else None
-        if gate is None:
-            return None
-        return {
-            "interest": list(gate.promise.interest), "recall_promised": gate.promise.recall, "threshold": gate.threshold,
-            "stopped": gate.stopped, "live_recall": gate.live_recall, "loosened": gate.loosened,
-        }  # fmt: skip
-
-    def _fact_lines(self) -> str:
-        facts = self._facts()
-        more = [f"{facts[key]} {text}" for key, text in (
-            ("late_results", "results came too late"), ("reconnects", "reconnects"), ("bundle_switches", "bundle switches"),
-            ("unreadable_files", "unreadable files left out"), ("left_out_files", "files that are no pictures left out"),
-        ) if facts[key]]  # fmt: skip
-        model = f"\nmodel    {printable(facts['model'])} ({str(facts['bundle_sha256'])[:12]})" if facts["model"] else ""
-        also = f"\nalso     {', '.join(more)}" if more else ""
-        gone = f"\nserver   none at the end: {facts['server_error']}" if facts["server_error"] else ""
-        lacks = f"\nsource   {facts['source_faults']}" if facts["source_faults"] else ""
-        return f"{model}{also}{lacks}{gone}\nmemory   {facts['peak_memory_bytes'] / 2**20:.0f} MiB at its peak"
-
 
 def _wanted(setting: str, source: Source, *, asked: bool = False) -> bool:
     """What ``auto`` means: gates are for cameras; of a file every frame is wanted, unless something else was asked for."""
     return setting == "on" or (setting == "auto" and (source.camera or asked))
-
-
-def shown_name(source: Source) -> str:
-    """What people call a camera that nobody named: a file by its name alone."""
-    return source.shown if source.camera else Path(source.shown).name
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process held. Not ``ru_maxrss`` where that can be avoided: it begins with the parent's."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -9,7 +9,9 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from edge_client.capture.given import Given
 from edge_client.frames import FrameReport
+from splitters.runtime.inputs import Raw
 from splitters.tasks.preprocess import Frame
 
 T = TypeVar("T")
@@ -23,7 +25,7 @@ class AsyncClient(Protocol):
         """See ``Client``."""
         ...
 
-    async def infer(self, frame: Frame) -> FrameReport:
+    async def infer(self, frame: Frame | None = None, *, raw: Raw | None = None) -> FrameReport:
         """See ``Client``."""
         ...
 
@@ -56,12 +58,12 @@ class BlockingClient:
         """Class ids and their names, of the model in use."""
         return self._client.labels
 
-    def infer(self, frame: Frame) -> FrameReport:
+    def infer(self, frame: Frame | None = None, *, raw: Raw | None = None) -> FrameReport:
         """See ``Client.infer``; blocks until the frame has its outcome."""
-        return self._wait(self._client.infer(frame))
+        return self._wait(self._client.infer(frame, raw=raw))
 
     def run(
-        self, source: str | Path | Iterable[Frame] | AsyncIterable[Frame], *, realtime: bool = False, loop: bool = False,
+        self, source: str | Path | Iterable[Given] | AsyncIterable[Given], *, realtime: bool = False, loop: bool = False,
         frames: int = 0, images: bool = False,
     ) -> Iterator[FrameReport]:  # fmt: skip
         """See ``Client.run``; blocks for each answer."""

@@ -41,6 +41,8 @@ examples:
   edge-client --camera rtsp://cam/1 --save-video out.mp4        annotated video
   edge-client --camera synthetic:fps=30,size=640x480 --frames 300 --json
 
+  edge-client doctor --camera 0 --server host:50051             what is wrong here, before anything runs
+
 live or file: cameras, URLs, synthetic: and --realtime are live: newest frame only, a deadline (500 ms), local answers
 when the network fails. Pictures, directories and files are not: every frame, no deadline, the server's answer.
 
@@ -117,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what carries the frames: grpc, quic, auto (quic where packets are lost), or module:Class (default grpc)",
     )
     add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
+    add("--h264-encoder", metavar="NAME", help="FFmpeg's encoder for offloaded video, auto or off (default auto: the device's own)")
     add = parser.add_argument_group("which frames need no answer").add_argument
     add(
         "--change-gate",
@@ -184,6 +187,11 @@ def main(argv: Sequence[str] | None = None, make: Callable[[ClientConfig, Consol
         argv: the command line; None: the process's own.
         make: makes the client, for a test bed that puts parts of its own in; None: ``App``.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["doctor"]:
+        from edge_client.doctor.command import main as doctor
+
+        return doctor(words[1:])
     interrupts = Interrupts()
     interrupts.install()
     try:

@@ -24,7 +24,7 @@ from edge_client.bundles.loader import ModelLoader, loads_here
 from edge_client.bundles.store import BundleStore
 from edge_client.capture.base import Frames
 from edge_client.capture.capture import Capture, CaptureConfig
-from edge_client.capture.given import IteratedFrames, PacedFrames, PushedFrames, checked_image
+from edge_client.capture.given import Given, IteratedFrames, PacedFrames, PushedFrames, checked_image
 from edge_client.capture.sources import parse_source
 from edge_client.config import EMBEDDED, LIVE_DEADLINE_MS
 from edge_client.control import Policy
@@ -45,7 +45,8 @@ from edge_client.transport.base import Link
 from edge_client.transport.embedded import EmbeddedServer
 from protos.errors import ConfigError, HeadtailError
 from protos.version import package_version
-from splitters.tasks.preprocess import Frame
+from splitters.runtime.inputs import Raw
+from splitters.tasks.preprocess import BLANK, Frame
 
 
 class Client:
@@ -98,35 +99,39 @@ class Client:
 
     # ------------------------------------------------------------------ use
 
-    async def infer(self, frame: Frame) -> FrameReport:
+    async def infer(self, frame: Frame | None = None, *, raw: Raw | None = None) -> FrameReport:
         """Answers one frame; several may be under way at a time.
 
         Without a deadline the server answers, however long that takes; the local model does where no server was reachable for
         ``wait_for_server_s``. With one the controller chooses what is sent, and the local model answers what comes too late.
 
         Args:
-            frame: (H, W, 3) uint8, blue green red.
+            frame: (H, W, 3) uint8, blue green red; None: the model takes no picture.
+            raw: arrays for the inputs that take none, by their names: tokens, volumes, readings of other sensors.
 
         Returns:
             The frame's outcome, answer, operating point, bytes and latency.
 
         Raises:
-            SourceError: it is no such array.
+            SourceError: it is no such array, or arrays that the model needs are absent or do not fit.
             HeadtailError: the server cannot be reached or refuses, and nothing here can answer.
         """
-        image = checked_image(frame)
+        inputs = self._engine.inputs
+        inputs.check(raw)
+        image = BLANK if frame is None and not inputs.pictures else checked_image(frame)
         if self._inference is None or self._inference.over:
             self._inference = self._begin_inference()
-        return await self._inference.infer(image)
+        return await self._inference.infer(image, raw)
 
     async def run(
-        self, source: str | Path | Iterable[Frame] | AsyncIterable[Frame], *, realtime: bool = False, loop: bool = False,
+        self, source: str | Path | Iterable[Given] | AsyncIterable[Given], *, realtime: bool = False, loop: bool = False,
         frames: int = 0, images: bool = False,
     ) -> AsyncIterator[FrameReport]:  # fmt: skip
         """Answers a source's frames, in the order of capture; ends with the source.
 
         Args:
-            source: what ``--camera`` takes (a camera's index, a URL, a file, a directory), or frames.
+            source: what ``--camera`` takes (a camera's index, a URL, a file, a directory), or frames, or mappings of arrays, in
+                which ``image`` is the frame.
             realtime: play a file at its own pace, and treat it as a camera: the newest frame wins.
             loop: begin a file again at its end.
             frames: end after this many; 0: no limit.
@@ -218,7 +223,7 @@ class Client:
         self._endpoint = options.endpoint(server)
         store = BundleStore(options.cache)
         self._stack.callback(store.close)
-        load = loads_here(store, clock=self._clock, threads=options.threads)
+        load = loads_here(store, clock=self._clock, threads=options.threads, encoder=options.h264_encoder)
         self._loader = ModelLoader(self._endpoint, self._model_there, store=store, load=load, key=key)
         engine = await self._loader.first(live=False, wait_s=options.wait_for_server_s)
         options.floor().check(engine.bundle)

@@ -41,6 +41,7 @@ class ClientConfig:
         wait_for_server_s: None: 0 live, 30 for files.
         operating_point: always this one; None: chosen frame by frame.
         threads: of the head.
+        h264_encoder: FFmpeg's name of the encoder for offloaded video; ``auto``: the device's own, else libx264; ``off``: none.
         change_gate: ``on``, ``off`` or ``auto`` (on for cameras, off for files).
         prefilter: the same; where the bundle has one.
         interest: comma-separated class names the prefilter looks for; empty: those the bundle was exported for.
@@ -78,6 +79,7 @@ class ClientConfig:
     save_video: str | None = None
     operating_point: int | None = None
     threads: int = 1
+    h264_encoder: str = "auto"
     change_gate: str = "auto"
     prefilter: str = "auto"
     interest: str = ""
@@ -116,10 +118,10 @@ class ClientConfig:
         self.floor()
         if self.recall is not None and not 0 < self.recall < 1:
             raise ConfigError(f"--recall must lie between 0 and 1, got {self.recall}")
-        for name in ("model", "group", "interest"):
+        for name in ("model", "group", "interest", "h264_encoder"):
             text = getattr(self, name)
             if not text.isprintable() or len(text) > _MAX_NAME_CHARS:
-                raise ConfigError(f"--{name} takes at most {_MAX_NAME_CHARS} printable characters, got {text!r}")
+                raise ConfigError(f"--{name.replace('_', '-')} takes at most {_MAX_NAME_CHARS} printable characters, got {text!r}")
         self._check_addresses()
 
     def _check_addresses(self) -> None:

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from protos.errors import InternalError
 from protos.messages import Answer
+from splitters.runtime.inputs import Raw
 from splitters.tasks.preprocess import Frame
 
 Clock = Callable[[], int]
@@ -41,6 +42,7 @@ class CapturedFrame:
         image: (H, W, 3) uint8 BGR; None once it was replaced or is needed no longer.
         camera: the camera's name as the user gave it, or the source as people may see it.
         source: the file's name, where the frame comes from one; otherwise as ``camera`` where nobody named it.
+        raw: arrays that came with it, for models that take such.
         position_ns: the frame's time since its source began, by the source's own stamps; None: it has no time, like a picture.
     """
 
@@ -51,6 +53,7 @@ class CapturedFrame:
     camera: str = ""
     source: str = ""
     position_ns: int | None = None
+    raw: Raw | None = None
     width_px: int
     height_px: int
 

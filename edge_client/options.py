@@ -21,6 +21,7 @@ class ClientOptions:
         max_in_flight: frames unanswered at a time; 0: as many as the network is ready for.
         wait_for_server_s: how long a server is waited for: at the beginning, and where there is no deadline for every frame.
         threads: of the head.
+        h264_encoder: FFmpeg's name of the encoder for offloaded video; ``auto``: the device's own, else libx264; ``off``: none.
         score_min: from which score on a box counts, ``"0.4"`` or ``"0.4,person=0.6"``; empty: the bundle's.
         change_gate: reuse the last answer where nothing moved.
         interest: classes the prefilter looks for; None: no prefilter; empty: those the bundle was exported for.
@@ -40,6 +41,7 @@ class ClientOptions:
     max_in_flight: int = 0
     wait_for_server_s: float = 10.0
     threads: int = 1
+    h264_encoder: str = "auto"
     score_min: str = ""
     change_gate: bool = False
     interest: tuple[str, ...] | None = None

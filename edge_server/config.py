@@ -60,6 +60,7 @@ class Limits:
         max_frame_bytes: of all layers of one frame.
         max_pending_bytes: payloads of all sessions that wait for an answer.
         max_pixels: of an offloaded image, read from its header before it is decoded.
+        max_video_streams: sessions that offload H.264 at once, each with a decoder of its own; 0: none may.
         max_sessions: open at once.
         max_connections: open at once, those that have not said anything yet included; further ones are closed.
         max_in_flight: frames one session may have unanswered.
@@ -84,6 +85,7 @@ class Limits:
     max_frame_bytes: int = 8 << 20
     max_pending_bytes: int = 256 << 20
     max_pixels: int = 16 << 20
+    max_video_streams: int = 256
     max_sessions: int = 2048
     max_connections: int = 8192
     max_in_flight: int = 64
@@ -112,6 +114,7 @@ class Limits:
             dict.fromkeys(counts, (1, 1 << 24))
             | dict.fromkeys(durations, (0.001, _DAY_S))
             | {
+                "max_video_streams": (0, 1 << 16),
                 "max_payload_bytes": (1024, MAX_PAYLOAD_BYTES),
                 "max_frame_bytes": (1024, MAX_FRAME_BYTES),
                 "max_pending_bytes": (1024, 1 << 40),

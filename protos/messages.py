@@ -61,6 +61,10 @@ class PayloadKind(Enum):
 
     LATENT = pb.PAYLOAD_KIND_LATENT
     IMAGE = pb.PAYLOAD_KIND_IMAGE
+    VIDEO = pb.PAYLOAD_KIND_VIDEO
+
+
+_KINDS = frozenset(kind.value for kind in PayloadKind)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +108,7 @@ class FrameLayer:
             raise LimitError(f"the payload has {len(message.payload)} bytes; this server allows {max_payload_bytes}")
         if not 1 <= message.layer_count <= MAX_LAYERS or message.layer >= message.layer_count:
             raise ProtocolError(f"layer {message.layer} of {message.layer_count} is not possible (at most {MAX_LAYERS} layers)")
-        if message.kind not in (pb.PAYLOAD_KIND_LATENT, pb.PAYLOAD_KIND_IMAGE):
+        if message.kind not in _KINDS:
             raise ProtocolError(f"payload kind {message.kind} is unknown")
         if not (1 <= message.source_width_px <= MAX_SIDE_PX and 1 <= message.source_height_px <= MAX_SIDE_PX):
             raise ProtocolError(f"source frame {message.source_width_px}x{message.source_height_px} px is out of range")

@@ -95,7 +95,7 @@ def encode_clip(engine: Engine, clip: Path, *, fps: float, frames: int) -> ClipS
                     del chain[:-age]
                 if not age or reference is not NO_REFERENCE:
                     sizes.setdefault(Split(point_id=point.id).name, {}).setdefault(age, []).append(encoded.payload_bytes)
-        for o in engine.bundle.offloads:
+        for o in (o for o in engine.offloads if not o.is_video):
             encoded = engine.compress(features, o.format, o.quality, o.size_px)
             sizes.setdefault(name_of(o), {}).setdefault(0, []).append(encoded.payload_bytes)
         count += 1

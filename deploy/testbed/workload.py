@@ -133,6 +133,7 @@ def _of_bundle(path: Path) -> Workload:
 def workload_of(engine: Engine, times: DeviceTimes) -> Workload:
     """What an opened bundle offers, with a device's times; the server's are the default ones."""
     bundle, points = engine.bundle, measured_points(engine)
+    stills = [o for o in bundle.offloads if not o.is_video]  # simulation knows no frames that depend on each other but latents
     spec = bundle.manifest.local
     local = None
     if spec is not None and times.local_ms is not None:
@@ -140,7 +141,7 @@ def workload_of(engine: Engine, times: DeviceTimes) -> Workload:
     return Workload(
         name=bundle.manifest.name,
         points=tuple(replace(p, head_ms=times.head_ms.get(p.id, p.head_ms)) for p in points),
-        offloads=tuple(replace(o, encode_ms=times.offload_ms.get(name_of(o), o.encode_ms)) for o in bundle.offloads),
+        offloads=tuple(replace(o, encode_ms=times.offload_ms.get(name_of(o), o.encode_ms)) for o in stills),
         local=local,
     )
 

@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import grpc.aio
 
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 MAX_DEVICE_BYTES = 1 << 30
 MIN_BYTES_PER_S = 8 << 10
 Pace = Callable[[], Awaitable[None]]
+
+_ARRIVING: WeakValueDictionary[tuple[int, Path], asyncio.Lock] = WeakValueDictionary()
 
 
 async def list_models(endpoint: Endpoint, *, timeout_s: float = 5.0) -> list[pb.ModelInfo]:
@@ -88,8 +91,19 @@ async def fetch_bundle(
     """
     if not sha256:
         sha256 = choose_model(await list_models(endpoint), model, endpoint.address).bundle_sha256
-    if cached := store.open(sha256):
-        return cached
+    # Cameras of one process share the folder that it arrives in: one fetches, the others find it there.
+    async with _under_way(store.path(sha256)):
+        return store.open(sha256) or await _fetch(endpoint, store, model, sha256, pace, idle_timeout_s)
+
+
+def _under_way(path: Path) -> asyncio.Lock:
+    """The lock of a bundle that may be arriving in this event loop."""
+    return _ARRIVING.setdefault((id(asyncio.get_running_loop()), path), asyncio.Lock())
+
+
+async def _fetch(
+    endpoint: Endpoint, store: BundleStore, model: str, sha256: str, pace: Pace | None, idle_timeout_s: float
+) -> Bundle:  # fmt: skip
     try:
         with store.partial(sha256) as directory:
             receiver = await _receive(endpoint, _Receiver(directory, sha256, store), model, pace, idle_timeout_s)

@@ -12,6 +12,7 @@ from edge_client.bundles.store import BundleStore
 from edge_client.device.choices import DeviceTimes
 from edge_client.device.engine import Engine
 from edge_client.device.proof import prove
+from edge_client.device.video import AUTO
 from edge_client.frames import Clock
 from edge_client.transport.rpc import Endpoint
 from protos.errors import HeadtailError
@@ -24,12 +25,12 @@ Load = Callable[[Bundle], Awaitable[tuple[Engine, DeviceTimes]]]
 """Opens a bundle; also how long this device takes for it."""
 
 
-def loads_here(store: BundleStore, *, clock: Clock, threads: int) -> Load:
+def loads_here(store: BundleStore, *, clock: Clock, threads: int, encoder: str = AUTO) -> Load:
     """Opens bundles for this device; one that was never tried here is tried, and measured, in a child process first."""
 
     async def load(bundle: Bundle) -> tuple[Engine, DeviceTimes]:
         times = await prove(bundle, threads=threads, cache=store.root / "times")
-        opened = functools.partial(Engine, bundle, clock=clock, threads=threads)
+        opened = functools.partial(Engine, bundle, clock=clock, threads=threads, encoder=encoder)
         return await asyncio.get_running_loop().run_in_executor(None, opened), times
 
     return load

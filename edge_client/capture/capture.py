@@ -149,7 +149,7 @@ class Capture:
         if position_s is None and self.live:
             position_s = (captured_ns - self._first_ns) / NS_PER_S
         frame = CapturedFrame(
-            index=self._index, image=shot.image, captured_ns=captured_ns, captured_unix_ns=captured_unix_ns,
+            index=self._index, image=shot.image, raw=shot.raw, captured_ns=captured_ns, captured_unix_ns=captured_unix_ns,
             camera=self.config.camera_id or self.config.source.shown,
             source=shot.name or self.config.source.shown,
             position_ns=None if position_s is None else round(position_s * NS_PER_S),

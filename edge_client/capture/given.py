@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,13 @@ from numpy.typing import NDArray
 from edge_client.capture.base import Delivery, Frames
 from edge_client.frames import CapturedFrame, Clock
 from protos.errors import SourceError
-from splitters.tasks.preprocess import Frame
+from splitters.runtime.inputs import Raw
+from splitters.tasks.preprocess import BLANK, Frame
 
 _CHANNELS = 3
+PICTURE = "image"
+Given = Frame | Raw
+"""A frame, or arrays by their names, of which ``image`` is the frame."""
 
 
 def checked_image(image: object) -> Frame:
@@ -43,10 +47,10 @@ class _Given:
         self._clock, self._name = clock, name
         self._index = 0
 
-    def _captured(self, image: Frame) -> CapturedFrame:
+    def _captured(self, image: Frame, raw: Raw | None = None) -> CapturedFrame:
         frame = CapturedFrame(
             index=self._index, image=image, captured_ns=self._clock(), captured_unix_ns=time.time_ns(), camera=self._name,
-            source=self._name, width_px=image.shape[1], height_px=image.shape[0],
+            source=self._name, raw=raw, width_px=image.shape[1], height_px=image.shape[0],
         )  # fmt: skip
         self._index += 1
         return frame
@@ -67,7 +71,7 @@ class PushedFrames(_Given):
         self._changed = asyncio.Event()
         self._closed = False
 
-    def push(self, image: Frame) -> int:
+    def push(self, image: Frame, raw: Raw | None = None) -> int:
         """Hands in a frame; its index.
 
         Raises:
@@ -75,7 +79,7 @@ class PushedFrames(_Given):
         """
         if self._closed:
             raise SourceError("the client takes no frames any more")
-        frame = self._captured(image)
+        frame = self._captured(image, raw)
         self._queue.append(frame)
         self._changed.set()
         return frame.index
@@ -108,12 +112,12 @@ class IteratedFrames(_Given):
     live = False
 
     def __init__(
-        self, images: Iterable[Frame] | AsyncIterable[Frame], *, clock: Clock, fps: float, name: str, limit: int = 0
+        self, images: Iterable[Given] | AsyncIterable[Given], *, clock: Clock, fps: float, name: str, limit: int = 0
     ) -> None:
         super().__init__(clock=clock, fps=fps, name=name)
         self._limit = limit
-        self._later: AsyncIterator[Frame] | None = aiter(images) if isinstance(images, AsyncIterable) else None
-        self._now: Iterator[Frame] = iter(()) if isinstance(images, AsyncIterable) else iter(images)
+        self._later: AsyncIterator[Given] | None = aiter(images) if isinstance(images, AsyncIterable) else None
+        self._now: Iterator[Given] = iter(()) if isinstance(images, AsyncIterable) else iter(images)
         self._closed = False
 
     async def start(self) -> None:
@@ -123,10 +127,13 @@ class IteratedFrames(_Given):
         """See ``Frames``."""
         if self._closed or (self._limit and self._index >= self._limit):
             return None
-        image = await anext(self._later, None) if self._later is not None else await asyncio.to_thread(next, self._now, None)
-        if image is None or self._closed:
+        given = await anext(self._later, None) if self._later is not None else await asyncio.to_thread(next, self._now, None)
+        if given is None or self._closed:
             return None
-        return Delivery(frame=self._captured(checked_image(image)))
+        if isinstance(given, Mapping):
+            raw = {str(name): np.asarray(array) for name, array in given.items() if name != PICTURE}
+            return Delivery(frame=self._captured(checked_image(given[PICTURE]) if PICTURE in given else BLANK, raw))
+        return Delivery(frame=self._captured(checked_image(given)))
 
     def close(self) -> tuple[CapturedFrame, ...]:
         """See ``Frames``."""

@@ -15,11 +15,13 @@ from typing import Literal, Protocol
 import cv2
 import numpy as np
 
+from edge_client.capture.given import PICTURE, checked_image
 from edge_client.capture.masking import may_hold_secret, shown_url
 from protos.errors import ConfigError, SourceError
+from splitters.runtime.inputs import ARRAY_SUFFIXES, Raw, read_arrays
 from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below, read_picture
 from splitters.runtime.video import DEFAULT_FPS, VideoReader
-from splitters.tasks.preprocess import Frame
+from splitters.tasks.preprocess import BLANK, Frame
 
 __all__ = ["DEFAULT_FPS", "Camera", "Shot", "Source", "SourceFaults", "open_camera", "parse_source"]
 
@@ -87,7 +89,8 @@ def parse_source(text: str) -> Source:
         return Source(kind="directory", target=str(path))
     if not path.is_file():
         raise SourceError(f"{text} is no regular file; --camera takes files, directories, a camera's index or its URL")
-    kind: Kind = "picture" if content_of(path) == "picture" or _damaged_picture(path) else "video"
+    single = path.suffix in ARRAY_SUFFIXES or content_of(path) == "picture" or _damaged_picture(path)
+    kind: Kind = "picture" if single else "video"
     return Source(kind=kind, target=str(path))
 
 
@@ -122,11 +125,13 @@ class Shot:
     """What a camera gives at a time.
 
     Attributes:
+        raw: arrays that came with the picture; without a picture, ``image`` is blank.
         name: the file's name, where the frame comes from one; empty otherwise.
         position_s: the frame's own time since the source's beginning; None where the source has none.
     """
 
     image: Frame
+    raw: Raw | None = None
     name: str = ""
     position_s: float | None = None
 
@@ -266,7 +271,7 @@ class DeviceCamera:
 
 
 class PictureCamera:
-    """Single pictures, in order of their names. One that cannot be read is an error for a file, a warning in a directory."""
+    """Single pictures, or files of arrays, by name. One that cannot be read is an error for a file, a warning in a directory."""
 
     def __init__(self, paths: list[Path], *, root: Path, directory: bool = False) -> None:
         self.fps = 0.0
@@ -287,7 +292,7 @@ class PictureCamera:
                 self._faults.left_out.append(path)
                 continue
             try:
-                image = read_picture(path)
+                image, raw = _arrays(path) if path.suffix in ARRAY_SUFFIXES else (read_picture(path), None)
             except SourceError as error:
                 if not self._directory:
                     raise
@@ -295,14 +300,16 @@ class PictureCamera:
                 self._faults.unreadable.append(path)
                 continue
             self._delivered += 1
-            return Shot(image=image, name=path.relative_to(self._root).as_posix())
+            return Shot(image=image, raw=raw, name=path.relative_to(self._root).as_posix())
         self._end()
         return None
 
     def _promising(self, path: Path) -> bool:
         """Whether a file is a picture by its content or, perhaps damaged, by its name."""
         try:
-            return path.is_file() and (content_of(path) != "other" or path.suffix.lower() in PICTURE_SUFFIXES)
+            return path.is_file() and (
+                path.suffix in ARRAY_SUFFIXES or content_of(path) != "other" or path.suffix.lower() in PICTURE_SUFFIXES
+            )
         except SourceError:
             return True  # it cannot be opened: reading it says why
 
@@ -322,6 +329,13 @@ class PictureCamera:
 
     def close(self) -> None:
         """See ``Camera``."""
+
+
+def _arrays(path: Path) -> tuple[Frame, Raw]:
+    """The arrays of a file, of which one called ``image`` is the frame's picture."""
+    raw = read_arrays(path)
+    picture = raw.pop(PICTURE, None)
+    return (BLANK if picture is None else checked_image(picture)), raw
 
 
 class SyntheticCamera:

@@ -22,7 +22,7 @@ from edge_client.control.estimating.estimator import Estimator
 from edge_client.control.estimating.sizes import PayloadSizes
 from edge_client.control.estimating.window import CreditWindow
 from edge_client.control.explain import explanation
-from edge_client.control.options import Option, useful
+from edge_client.control.options import KEY, Option, useful
 from edge_client.control.scoring import LEAST_GAIN, Moment, Score
 from protos.errors import ConfigError
 from splitters.bundle.offload import OffloadOption
@@ -73,18 +73,19 @@ class Controller:
         own = head_ms or {}
         remote = [
             Option(Split(point_id=p.id), p.accuracy, p.payload_bytes, own.get(p.id, p.head_ms)) for p in points if p.pareto
-        ] + [
-            Option(Offload(format=o.format, quality=o.quality, size_px=o.size_px), o.accuracy, o.payload_bytes, o.encode_ms)
-            for o in offloads
-        ]
+        ] + [Option.of(o) for o in offloads]
         self._local = Option(Local(), local.accuracy, _NOTHING, local.ms) if local else None
         if not remote and self._local is None:
             raise ConfigError("the controller has nothing to choose from: give it operating points, offloads or a local model")
         self._all = remote
         self._sizes: PayloadSizes | None = None
         if config.learn_sizes:
-            self._sizes = PayloadSizes({o.name: o.table_bytes for o in remote}, {o.name: o.kind for o in remote})
+            known = [(o.name, o.kind, o.table_bytes) for o in remote] + [
+                (o.name + KEY, o.kind + KEY, o.key_bytes) for o in remote if o.key_bytes is not None
+            ]
+            self._sizes = PayloadSizes({name: size for name, _, size in known}, {name: kind for name, kind, _ in known})
         self._age, self._resize = 0, False
+        self._video_px: int | None = None  # of the H.264 stream that stands
         self._least_ns = self._longest_ns = 0.0
         self._bytes = (0.0, 0.0)
         self._consider()
@@ -178,14 +179,19 @@ class Controller:
         if age != self._age:
             self._age, self._resize = age, True
 
+    def on_video(self, size_px: int | None) -> None:
+        """Of which size setting the H.264 stream is that the next frame could continue; None: it would begin with a key frame."""
+        if size_px != self._video_px:
+            self._video_px, self._resize = size_px, True
+
     def on_payload(self, decision: Decision, n_bytes: int, now_ns: int) -> None:
         """What a frame's payload is, all its layers together, sent or not; with the reference told last."""
         option = self._by_name.get(decision.name)
         if option is None or self._sizes is None:
             return
-        age = self._age if isinstance(decision, Split) else 0
-        self._sizes.learn(option.name, age, n_bytes, now_ns)
-        learnt = self._sizes.expect(option.name, age, now_ns)
+        name, age = self._sized(option)
+        self._sizes.learn(name, age, n_bytes, now_ns)
+        learnt = self._sizes.expect(name, age, now_ns)
         self._resize |= abs(learnt.p95 - option.n_bytes) > _SAME_SIZE * option.n_bytes
 
     def set_device_ms(self, decision: Decision, ms: Quantiles) -> None:
@@ -194,9 +200,9 @@ class Controller:
             self._by_name[decision.name].set_ms(ms)
             self._consider()
 
-    def withdraw_offloads(self) -> bool:
-        """The server runs no whole model: images are no choice any more. Whether they were one."""
-        kept = [o for o in self._all if not isinstance(o.decision, Offload)]
+    def withdraw_offloads(self, form: str = "") -> bool:
+        """The server takes no offloads any more, or none of one format. Whether there were any."""
+        kept = [o for o in self._all if not isinstance(o.decision, Offload) or form not in ("", o.decision.format)]
         gone, self._all = len(kept) < len(self._all), kept
         self._consider()
         return gone
@@ -281,11 +287,22 @@ class Controller:
     def _believe_sizes(self, now_ns: int) -> None:
         """Gives every choice the size that was learnt for it."""
         self._resize = False
-        if self._sizes is None:
-            return
         for o in self._all:
-            o.set_bytes(self._sizes.expect(o.name, self._age if isinstance(o.decision, Split) else 0, now_ns))
+            if self._sizes is not None:
+                o.set_bytes(self._sizes.expect(*self._sized(o), now_ns))
+            elif o.key_bytes is not None:
+                o.set_bytes(o.table_bytes if self._continues(o) else o.key_bytes)
         self._consider()
+
+    def _sized(self, o: Option) -> tuple[str, int]:
+        """Under which name and reference age an option's next payload is known by size."""
+        if o.key_bytes is not None:
+            return (o.name if self._continues(o) else o.name + KEY), 0
+        return o.name, self._age if isinstance(o.decision, Split) else 0
+
+    def _continues(self, o: Option) -> bool:
+        """Whether a video option's next frame can depend on the one before."""
+        return isinstance(o.decision, Offload) and o.decision.size_px == self._video_px
 
     def _scores(self, now_ns: int, deadline_ns: int, tokens: float) -> tuple[list[Score], str]:
         """Every option's score, and the word for a skip should none be worth it."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edge_client.control.decision import Decision
+from edge_client.control.decision import Decision, Offload
 from edge_client.control.quantile import SlidingQuantile
+from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import Quantiles
 
 _SEGMENT_BYTES = 1448
 _OVERHEAD_BYTES = 64
+KEY = " key"
+"""Added to a video option's name: the same for a frame that depends on no other."""
 # Device time over its median, in units of (p95 - median): five equally likely points of a log-normal whose p95 is 1.25 medians.
 DEVICE_NOISE = (-0.64, -0.27, 0.0, 0.3, 0.76)
 
@@ -21,26 +24,36 @@ class Option:
         kind: ``split``, ``jpeg``, ...: choices of one kind cost alike.
         accuracy: 0..1, measured.
         table_bytes: the payload as it was measured elsewhere.
+        key_bytes: the same of a video's key frame; None: it is no video.
         typical_bytes, n_bytes: middling and p95 payload, by the table or as learnt.
         packets: TCP segments of a p95 payload.
         mid_ns, high_ns: median and p95 of the device's time, as measured here once there are eight samples.
     """
 
     __slots__ = (
-        "_samples", "accuracy", "decision", "high_ns", "kind", "mid_ns", "n_bytes", "name", "packets", "table_bytes",
+        "_samples", "accuracy", "decision", "high_ns", "key_bytes", "kind", "mid_ns", "n_bytes", "name", "packets", "table_bytes",
         "typical_bytes",
     )  # fmt: skip
 
-    def __init__(self, decision: Decision, accuracy: float, payload: Quantiles, ms: Quantiles) -> None:
+    def __init__(
+        self, decision: Decision, accuracy: float, payload: Quantiles, ms: Quantiles, key_bytes: Quantiles | None = None
+    ) -> None:
         self.name = decision.name
         self.kind = self.name.partition(" ")[0]
         self.decision = decision
         self.accuracy = accuracy
         self.table_bytes = payload
-        self.set_bytes(payload)
+        self.key_bytes = key_bytes
+        self.set_bytes(key_bytes or payload)
         self._samples: SlidingQuantile | None = None  # most are never chosen
         self.mid_ns = self.high_ns = 0.0
         self.set_ms(ms)
+
+    @classmethod
+    def of(cls, o: OffloadOption) -> Option:
+        """A picture or video to send instead."""
+        decision = Offload(format=o.format, quality=o.quality, size_px=o.size_px)
+        return cls(decision, o.accuracy, o.payload_bytes, o.encode_ms, o.key_bytes)
 
     def set_bytes(self, payload: Quantiles) -> None:
         """What a payload is believed to cost."""

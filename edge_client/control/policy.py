@@ -90,6 +90,9 @@ class Policy(Protocol):
     def on_reference(self, age: int) -> None:
         """How many frame intervals old the reference is that the next frame could be predicted from; 0: there is none."""
 
+    def on_video(self, size_px: int | None) -> None:
+        """Of which size setting the H.264 stream is that the next frame could continue; None: it would begin with a key frame."""
+
     def on_payload(self, decision: Decision, n_bytes: int, now_ns: int) -> None:
         """What a frame's payload is, all its layers together, sent or not; its reference was as old as told last."""
 
@@ -97,6 +100,10 @@ class Policy(Protocol):
         """What is now believed of a choice's time on the device."""
 
     @abstractmethod
-    def withdraw_offloads(self) -> bool:
-        """The server runs no whole model: pictures are no choice any more. Whether they were one."""
+    def withdraw_offloads(self, form: str = "") -> bool:
+        """The server runs no whole model: pictures and video are no choice any more. Whether they were one.
+
+        Args:
+            form: only that format, ``h264`` for instance; empty: all.
+        """
         ...

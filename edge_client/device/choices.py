@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from edge_client.control import ControlConfig, Decision, Local, LocalOption, Offload, Policy, Split
@@ -63,7 +64,7 @@ def measure(engine: Engine, *, clock: Clock = time.monotonic_ns) -> DeviceTimes:
         ModelError: a graph fails on a picture.
     """
     picture = _picture(engine)
-    features = engine.features(picture)
+    features = engine.features(picture, engine.inputs.blank())
     promise = read_promise(engine.bundle)
     # More are no fault: a prefilter's last score may be "anything else", for which nothing is promised.
     if promise is not None and len(engine.head.prefilter_scores(features.maps)) < promise.width:
@@ -115,7 +116,7 @@ def _measure(engine: Engine, clock: Clock) -> DeviceTimes:
     until_ns = clock() + _BUDGET_NS
     heads = {p.graphs: p for p in engine.bundle.points}  # points with the same graphs cost the same
     samples: dict[tuple[str, ...], list[float]] = {graphs: [] for graphs in heads}
-    offloads: dict[str, list[float]] = {name_of(o): [] for o in engine.bundle.offloads}
+    offloads: dict[str, list[float]] = {name_of(o): [] for o in engine.offloads if not o.is_video}
     local: list[float] = []
     for turn in range(8):
         if engine.local is not None:
@@ -124,24 +125,46 @@ def _measure(engine: Engine, clock: Clock) -> DeviceTimes:
                 local.append(elapsed_ms)
         for graphs, point in heads.items():
             start_ns = clock()
-            engine.encode(engine.features(picture), point)
+            engine.encode(engine.features(picture, engine.inputs.blank()), point)
             if turn:
                 samples[graphs].append((clock() - start_ns) / NS_PER_MS)
             if clock() > until_ns:
                 break
-        for o in engine.bundle.offloads:
+        for o in (o for o in engine.offloads if not o.is_video):
             start_ns = clock()
             engine.compress(engine.picture(picture), o.format, o.quality, o.size_px)
             if turn:
                 offloads[name_of(o)].append((clock() - start_ns) / NS_PER_MS)
         if clock() > until_ns:
             break
+    offloads |= _measure_video(engine, clock)
+    engine.inputs.forget()
     head = {p.id: undisturbed(samples[p.graphs]) for p in engine.bundle.points if samples[p.graphs]}
     return DeviceTimes(
         head_ms=head,
         local_ms=undisturbed(local) if local else None,
         offload_ms={name: undisturbed(values) for name, values in offloads.items() if values},
     )
+
+
+def _measure_video(engine: Engine, clock: Clock) -> dict[str, list[float]]:
+    """Milliseconds of predicted frames, by option; of each size one, since the quality hardly tells in time."""
+    every = [o for o in engine.offloads if o.is_video]
+    height, width = engine.bundle.manifest.preprocess.size_px
+    coarse = np.random.default_rng(0).integers(0, 255, (height // 16 + 1, width // 16 + 1, 3)).astype(np.uint8)
+    scene = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.uint8, copy=False)
+    found: dict[str, list[float]] = {}
+    for size_px in dict.fromkeys(o.size_px for o in every):
+        same = [o for o in every if o.size_px == size_px]
+        taken = []
+        for turn in range(8):
+            moved = np.roll(scene, 3 * turn, axis=1)
+            start_ns = clock()
+            engine.video(engine.picture(moved), same[len(same) // 2].quality, size_px, turn or None)
+            if turn:
+                taken.append((clock() - start_ns) / NS_PER_MS)
+        found |= {name_of(o): taken for o in same}
+    return found
 
 
 def undisturbed(values: Sequence[float]) -> Quantiles:
@@ -183,7 +206,7 @@ def make_controller(
     config = ControlConfig(
         fps=min(max(fps, 1.0), 1000.0) if fps else 30.0, initial_bps=_INITIAL_BPS, learn_sizes=learn_sizes, explain=explain
     )
-    offloads = [replace(o, encode_ms=times.offload_ms.get(name_of(o), o.encode_ms)) for o in engine.bundle.offloads]
+    offloads = [replace(o, encode_ms=times.offload_ms.get(name_of(o), o.encode_ms)) for o in engine.offloads]
     made: Policy = make(POLICIES, Policy, policy, config, points, local=option, offloads=offloads, head_ms=times.head_ms)
     return made
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from edge_client.device.video import AUTO, VideoSender, bitrate_of
 from edge_client.frames import NS_PER_MS, Clock
 from protos.datagrams.pieces import BODY_BYTES
 from protos.errors import ConfigError, ModelError, PayloadError
-from protos.messages import SLICES, Result
+from protos.messages import SLICES, PayloadKind, Result
 from splitters.bundle import Bundle
-from splitters.bundle.offload import compress
+from splitters.bundle.offload import OffloadOption, compress
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import Predictor, Symbols
 from splitters.runtime.head import Head, open_codec, run_options
+from splitters.runtime.inputs import Raw
 from splitters.runtime.local import open_local
 from splitters.runtime.sessions import Floats
 from splitters.tasks.base import open_task
-from splitters.tasks.preprocess import Frame, input_image, normalise
+from splitters.tasks.preprocess import Frame, input_image
 
 Reference = tuple[Symbols | None, int | None]
 NO_REFERENCE: Reference = (None, None)
@@ -39,9 +41,10 @@ class Encoded:
 
     Attributes:
         payloads: one per layer, base first.
-        symbols: what they hold, for temporal prediction; None for an offloaded image.
+        symbols: what they hold, for temporal prediction; None for an offloaded image or video.
         reference: the frame they were predicted from; None for a key frame.
         stages_ms: preprocess, head and codec.
+        kind: what the payloads are.
         slices: of the only payload; 0: it is not in slices.
     """
 
@@ -49,6 +52,7 @@ class Encoded:
     symbols: Symbols | None
     stages_ms: Mapping[str, float]
     reference: int | None = None
+    kind: PayloadKind = PayloadKind.LATENT
     slices: int = 0
 
     @property
@@ -60,8 +64,8 @@ class Encoded:
 class Engine:
     """One opened bundle. Not safe for several threads at a time; the device's worker is one thread."""
 
-    def __init__(self, bundle: Bundle, *, clock: Clock, threads: int = 1) -> None:
-        """Opens every graph, so that no frame ever waits for one.
+    def __init__(self, bundle: Bundle, *, clock: Clock, threads: int = 1, encoder: str = AUTO) -> None:
+        """Opens every graph, so that no frame ever waits for one; ``encoder`` as in `VideoSender`.
 
         Raises:
             BundleError: a part is absent, altered or unusable.
@@ -74,8 +78,17 @@ class Engine:
         self._clock = clock
         self._options = run_options()
         self.head = Head(bundle, threads=threads, options=self._options)
+        self.inputs = self.head.inputs
         self.local = open_local(bundle, clock=clock, threads=threads, options=self._options)
         self.codec = open_codec(bundle)
+        self._video_bps = {(o.quality, o.size_px): bitrate_of(o.payload_bytes.p50) for o in bundle.offloads if o.is_video}
+        self._video = VideoSender(bundle.manifest.preprocess.size_px, encoder) if self._video_bps else None
+
+    @property
+    def offloads(self) -> tuple[OffloadOption, ...]:
+        """The bundle's offload options that this device can do."""
+        video = self._video is not None and bool(self._video.name)
+        return tuple(o for o in self.bundle.offloads if video or not o.is_video)
 
     def abandon(self) -> None:
         """Ends a graph that is running, from another thread, and every later run; the run raises ``ModelError``."""
@@ -85,13 +98,13 @@ class Engine:
         """The model's own input as a picture: the fair baseline for JPEG, and what offload sends."""
         return input_image(frame, self.bundle.manifest.preprocess)
 
-    def features(self, frame: Frame) -> Features:
-        """Preprocesses a frame and runs the stem."""
+    def features(self, frame: Frame, raw: Raw | None = None) -> Features:
+        """Preprocesses a frame, with the arrays that came with it, and runs the stem."""
         start_ns = self._clock()
         image = self.input_image(frame)
-        normalised = normalise(image, self.bundle.manifest.preprocess)
+        given = self.inputs(image, raw)
         ready_ns = self._clock()
-        maps = self.head.stem(normalised)
+        maps = self.head.stem(given)
         return Features(maps=maps, image=image, preprocess_ns=ready_ns - start_ns, stem_ns=self._clock() - ready_ns)
 
     def encode(self, features: Features, point: OperatingPoint, reference: Reference = NO_REFERENCE) -> Encoded:
@@ -129,7 +142,23 @@ class Engine:
         start_ns = self._clock()
         data = compress(features.image, image_format=image_format, quality=quality, size_px=size_px)
         stages = {"preprocess": features.preprocess_ns / NS_PER_MS, "codec": (self._clock() - start_ns) / NS_PER_MS}
-        return Encoded(payloads=(data,), symbols=None, stages_ms=stages)
+        return Encoded(payloads=(data,), symbols=None, stages_ms=stages, kind=PayloadKind.IMAGE)
+
+    def video(self, features: Features, quality: int, size_px: int = 0, reference: int | None = None) -> Encoded:
+        """The model's own input as the next frame of an H.264 stream; ``reference`` as in `VideoSender.encode`.
+
+        Raises:
+            ModelError: this bundle or device has no such stream.
+        """
+        if self._video is None:
+            raise ModelError("this bundle offers no H.264")
+        start_ns = self._clock()
+        bitrate_bps = self._video_bps.get((quality, size_px), 0)
+        payload = self._video.encode(features.image, quality, size_px, reference, bitrate_bps)
+        stages = {"preprocess": features.preprocess_ns / NS_PER_MS, "codec": (self._clock() - start_ns) / NS_PER_MS}
+        return Encoded(
+            payloads=(payload.to_bytes(),), symbols=None, stages_ms=stages, reference=payload.reference, kind=PayloadKind.VIDEO
+        )
 
     def picture(self, frame: Frame) -> Features:
         """A frame made ready for ``compress``: no head runs."""

@@ -8,11 +8,12 @@ from edge_client.control import Decision
 from edge_client.device.engine import NO_REFERENCE, Encoded, Engine, Reference, learn_reference
 from edge_client.device.references import ReferenceAges
 from edge_client.device.timings import DevicePace
+from edge_client.device.video import VideoChain
 from edge_client.frames import NS_PER_MS
 from edge_client.gates.interest import InterestGate
 from edge_client.pipeline.parts import Parts
 from protos.errors import HeadtailError, OverloadedError
-from protos.messages import Answer, Result
+from protos.messages import Answer, PayloadKind, Result
 from splitters.bundle.operating_point import Quantiles
 from splitters.codec import Predictor
 
@@ -43,6 +44,7 @@ class ActiveModel:
         self._make_controller = parts.controller
         self._predictor = _open_predictor(engine) if temporal else None
         self._ages = ReferenceAges()
+        self.video = VideoChain()
         self._choices = parts.times(engine).choices()
         self._pace = DevicePace({decision.name: ms.p50 * NS_PER_MS for decision, ms in self._choices.items()})
 
@@ -73,6 +75,7 @@ class ActiveModel:
     def on_frame(self, index: int) -> None:
         """Frame ``index`` is to be decided: what it costs depends on how old its reference is."""
         self.controller.on_reference(self._ages.age(self.reference()[1], index))
+        self.controller.on_video(self.video.standing_px)
 
     def on_encoded(self, decision: Decision, encoded: Encoded, now_ns: int) -> None:
         """A frame's payload is there, sent or not."""
@@ -80,6 +83,7 @@ class ActiveModel:
 
     def forget_references(self) -> None:
         """A new session: the server holds nothing yet."""
+        self.video.reset()
         if self._predictor is not None:
             self._predictor.reset()
 
@@ -92,6 +96,8 @@ class ActiveModel:
             encoded: its payloads.
             certain: the session never holds it back, however long it waits there: the next frame may refer to it at once.
         """
+        if encoded.kind is PayloadKind.VIDEO:
+            self.video.queued(wire_id, encoded.reference)
         if self._predictor is not None and encoded.symbols is not None:
             self._ages.sent(wire_id, index)
             self._predictor.sent(wire_id, encoded.symbols, reference=encoded.reference)
@@ -106,6 +112,7 @@ class ActiveModel:
 
     def on_unsent(self, wire_id: int) -> None:
         """The session held the frame back."""
+        self.video.lost(wire_id)
         if self._predictor is not None:
             self._predictor.lost(wire_id)
 
@@ -122,6 +129,7 @@ class ActiveModel:
 
     def on_result(self, result: Result, now_ns: int) -> None:
         """A result of the server, wanted or not."""
+        self.video.answered(result)
         if self._predictor is not None:
             learn_reference(self._predictor, result)
         if isinstance(result.error, OverloadedError):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from edge_client.bundles.update import BundleUpdate
 from edge_client.control import Offload
 from edge_client.device.engine import Encoded
+from edge_client.device.video import is_hopeless
 from edge_client.frames import NS_PER_MS, NS_PER_S, Outcome
 from edge_client.pipeline.flights import Flight
 from edge_client.pipeline.pipeline import LATE_GRACE_NS, Pipeline
@@ -16,6 +17,7 @@ from edge_client.transport.base import Gate, Link, Welcome
 from protos.errors import HeadtailError, ProtocolError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, FrameLayer, Grant, PayloadKind, Result
+from splitters.bundle.offload import VIDEO
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +79,11 @@ class Exchange:
     def send(self, flight: Flight, encoded: Encoded, payloads: tuple[bytes, ...], *, gate: Gate | None = None) -> None:
         """Hands a frame's layers to the session; of a frame whose local input is kept, the picture is let go."""
         frame = flight.frame
-        kind = PayloadKind.LATENT if encoded.symbols is not None else PayloadKind.IMAGE
         trace = self._pipeline.parts.traceparent(frame)
         layers = [
             FrameLayer(
-                frame_id=0, layer=i, layer_count=len(payloads), kind=kind, operating_point=flight.point_id or 0, payload=payload,
+                frame_id=0, layer=i, layer_count=len(payloads), kind=encoded.kind, operating_point=flight.point_id or 0,
+                payload=payload,
                 captured_unix_ns=frame.captured_unix_ns, source_width_px=frame.width_px, source_height_px=frame.height_px,
                 traceparent="" if i else trace, slices=encoded.slices,
             )
@@ -93,6 +95,7 @@ class Exchange:
         flight.payload_bytes = 0
         wire_id = self.link.send(layers, deadline_ns=flight.deadline_ns, gate=gate)
         self.flights[wire_id], flight.wire_id = flight, wire_id
+        flight.video, flight.key = encoded.kind is PayloadKind.VIDEO, encoded.reference is None
         certain = gate is None and flight.deadline_ns is None and len(payloads) == len(encoded.payloads)
         self._pipeline.model.on_queued(wire_id, frame.index, encoded, certain=certain)
         self._pipeline.notify()
@@ -144,6 +147,8 @@ class Exchange:
         model = self._pipeline.model
         self._draining = False
         model.forget_references()
+        if not welcome.takes_video:
+            model.controller.withdraw_offloads(VIDEO)
         self._server_sha256 = welcome.bundle_sha256
         self.limit = min([n for n in (welcome.max_in_flight, self._config.max_in_flight) if n > 0], default=0)
         model.controller.set_limit(self.limit)
@@ -206,6 +211,9 @@ class Exchange:
         flight.refusal, flight.refusal_text = error.code, error.message
         if isinstance(error, VersionMismatchError):
             self.link.restart()  # its welcome will name the bundle it has now
+        elif flight.video:
+            if is_hopeless(error, key=flight.key) and self._pipeline.model.controller.withdraw_offloads(VIDEO):
+                log.warning("the server takes no video (%s); from here on none is sent", error.message)
         elif isinstance(flight.decision, Offload) and not error.retryable and self._pipeline.model.controller.withdraw_offloads():
             log.warning("the server takes no images (%s); from here on frames are split or answered locally", error.message)
         self.strategy.on_lost([flight])

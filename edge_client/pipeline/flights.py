@@ -29,6 +29,7 @@ class Flight:
         features: the stem's, where the prefilter has run it already.
         tries: how often it was sent.
         wire_id: the id it was last sent under.
+        video, key: it was sent as H.264; it depends on no other frame.
         given_up: the local model's time is worth more elsewhere; the server answers before the deadline, or nobody.
         refusal, refusal_text: the code and the sentence with which the server refused it; empty: it did not.
     """
@@ -47,6 +48,8 @@ class Flight:
     held: Answer | None = None
     tries: int = 0
     wire_id: int = -1
+    video: bool = False
+    key: bool = False
     given_up: bool = False
     features: Features | None = None
     refusal: str = ""

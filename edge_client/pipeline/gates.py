@@ -39,7 +39,7 @@ class Gates:
 
     def looks_unchanged(self, frame: CapturedFrame) -> bool:
         """Whether the frame equals the last one that passed, ``passed_index``; else it is that one from here on."""
-        if self._change is None or frame.image is None:
+        if self._change is None or frame.image is None or frame.raw is not None:
             return False
         # A file is as fast as we are; how long ago something was seen, only its own stamps say.
         now_ns = self._clock() if self._frames.live or frame.position_ns is None else frame.position_ns
@@ -62,7 +62,7 @@ class Gates:
         assert image is not None  # noqa: S101 - just captured
 
         def work() -> tuple[Features, list[float], int]:
-            features = engine.features(image)
+            features = engine.features(image, flight.frame.raw)
             start_ns = self._clock()
             return features, engine.head.prefilter_scores(features.maps), self._clock() - start_ns
 

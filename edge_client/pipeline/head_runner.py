@@ -11,6 +11,7 @@ from edge_client.frames import NS_PER_S
 from edge_client.pipeline.flights import Flight
 from edge_client.pipeline.parts import Shot
 from edge_client.pipeline.pipeline import Pipeline
+from splitters.bundle.offload import VIDEO
 from splitters.bundle.operating_point import OperatingPoint
 
 Make = Callable[[Engine, Features], Encoded]
@@ -37,9 +38,12 @@ class HeadRunner:
         return await self._run(flight, lambda e, f: e.in_slices(e.encode(f, point, reference)))
 
     async def compress(self, flight: Flight, choice: Offload) -> Shot:
-        """The picture itself, as JPEG or WebP; no head runs."""
+        """The picture itself, as JPEG, WebP or a frame of video; no head runs."""
         if flight.features is None and flight.frame.image is not None:
             flight.features = flight.engine.picture(flight.frame.image)
+        if choice.format == VIDEO:
+            reference = self._pipeline.model.video.take(choice.size_px)
+            return await self._run(flight, lambda e, f: e.video(f, choice.quality, choice.size_px, reference))
         return await self._run(flight, lambda e, f: e.compress(f, choice.format, choice.quality, choice.size_px))
 
     async def _run(self, flight: Flight, make: Make) -> Shot:
@@ -61,7 +65,7 @@ class HeadRunner:
         """Runs on the worker."""
         engine, image = flight.engine, flight.frame.image
         assert image is not None  # noqa: S101 - flights keep it until they are encoded
-        features = flight.features or engine.features(image)
+        features = flight.features or engine.features(image, flight.frame.raw)
         flight.features = None
         encoded = make(engine, features)
         local_image = engine.local.prepare(image) if self._keep_local and engine.local else None

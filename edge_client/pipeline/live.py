@@ -21,6 +21,7 @@ from edge_client.pipeline.parts import Shot
 from edge_client.pipeline.pipeline import Pipeline
 from edge_client.pipeline.rescue import Rescue
 from protos.errors import HeadtailError, UnreachableError
+from protos.messages import PayloadKind
 
 log = logging.getLogger(__name__)
 explain_log = logging.getLogger("edge_client.explain")
@@ -154,13 +155,18 @@ class LiveStrategy:
                 fitting += total <= limit_bytes
             payloads = payloads[:fitting]
         model = self._pipeline.model
-        if not payloads or not self._exchange.connected or flight.engine is not model.engine:
+        video, reference = shot.encoded.kind is PayloadKind.VIDEO, shot.encoded.reference
+
+        def decodable() -> bool:  # what a video frame depends on may have been held back meanwhile
+            return not video or model.video.holds(reference)
+
+        if not payloads or not decodable() or not self._exchange.connected or flight.engine is not model.engine:
             return
         deadline_ns = flight.deadline_ns if flight.deadline_ns is not None else flight.encoded_ns + _FAR_NS
         index, controller = flight.frame.index, model.controller
 
         def gate(layer: int, n_bytes: int) -> bool:
-            return controller.may_send(index, n_bytes, self._clock(), deadline_ns, layer=layer)
+            return decodable() and controller.may_send(index, n_bytes, self._clock(), deadline_ns, layer=layer)
 
         self._exchange.send(flight, shot.encoded, payloads, gate=gate)
 

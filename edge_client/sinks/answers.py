@@ -10,6 +10,7 @@ from contextlib import suppress
 from edge_client.capture.given import PushedFrames
 from edge_client.frames import FrameReport, Outcome
 from protos.errors import HeadtailError, UnreachableError
+from splitters.runtime.inputs import Raw
 from splitters.tasks.preprocess import Frame
 
 _ROOM = 64
@@ -77,7 +78,7 @@ class Inference:
         self._task, self._stop = task, stop
         task.add_done_callback(lambda _task: self._on_end())
 
-    async def infer(self, image: Frame) -> FrameReport:
+    async def infer(self, image: Frame, raw: Raw | None = None) -> FrameReport:
         """Hands in a frame and waits for its outcome.
 
         Raises:
@@ -91,7 +92,7 @@ class Inference:
                 started.cancel()
         if self._task.done():
             raise self._error()
-        index = self._frames.push(image)
+        index = self._frames.push(image, raw)
         future: asyncio.Future[FrameReport] = asyncio.get_running_loop().create_future()
         self._waiting[index] = future
         try:

@@ -24,6 +24,7 @@ class Welcome:
     bundle_sha256: str
     max_in_flight: int
     max_payload_bytes: int
+    takes_video: bool = False
     datagrams: pb.DatagramOffer | None = None
 
 

@@ -228,6 +228,7 @@ class GrpcLink:
         return Welcome(
             session_id=w.session_id, model=w.model, bundle_sha256=bundle_hash(w.bundle_sha256), max_in_flight=w.max_in_flight,
             max_payload_bytes=w.max_payload_bytes, datagrams=w.datagrams if w.HasField("datagrams") else None,
+            takes_video=pb.PAYLOAD_KIND_VIDEO in w.payload_kinds,
         )  # fmt: skip
 
     def _stand(self, welcome: Welcome) -> None:

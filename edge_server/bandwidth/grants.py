@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import exp, log
 
 from edge_server.bandwidth.allocation import Segment, concave_hull, share
 from edge_server.bandwidth.arrivals import Arrivals, LinkRate
@@ -54,17 +55,40 @@ class BandwidthConfig:
             raise ConfigError("increase_per_s must exceed 1; interval_ns, idle_ns and min_bps must be positive")
 
 
+# Of the logarithm of a payload's bytes over those of the model's table, measured on stills: how fast a session learns it, and all
+# sessions of a model together, from whom a new one begins. Smaller differences leave the utility as it is.
+_OFF_GAIN, _MODEL_GAIN, _SAME_OFF, _MOST_OFF = 0.1, 0.02, 0.1, log(256.0)
+_MODELS = 64
+
+
 @dataclass(slots=True)
 class _Session:
     group: str  # as it is now
     fps: float
-    utility: tuple[Segment, ...]
+    table: tuple[Segment, ...]  # the utility as the model's table has it
+    model: str = ""
+    off: float = 0.0  # logarithm of what a payload costs over what the table says
+    frames: int = 0
+    utility: tuple[Segment, ...] = ()
     arrivals: Arrivals = field(default_factory=Arrivals)
     granted_bps: float = 0.0
     told_ns: int | None = None
     credit_bytes: float = 0.0
     credit_ns: int = 0
     named: bool = False  # the client said which group
+    used_off: float = 0.0
+
+    def learn(self, off: float) -> None:
+        """Takes one payload's; whoever sends video needs a fraction of what stills cost, and a fraction of the bitrate."""
+        self.frames += 1
+        self.off += max(_OFF_GAIN, 1 / (self.frames + 2)) * (off - self.off)
+        if abs(self.off - self.used_off) > _SAME_OFF:
+            self.scale()
+
+    def scale(self) -> None:
+        """The utility over the bitrates that it really takes."""
+        factor, self.used_off = exp(self.off), self.off
+        self.utility = tuple(Segment(slope=s.slope / factor, width_bps=s.width_bps * factor) for s in self.table)
 
 
 class BandwidthManager:
@@ -77,11 +101,19 @@ class BandwidthManager:
         self._shares: dict[str, tuple[int, dict[str, float]]] = {}
         self._members: dict[str, dict[str, _Session]] = {}
         self._bottlenecks = Bottlenecks(self.config.bottlenecks) if self.config.bottlenecks is not None else None
+        self._offs: dict[str, float] = {}  # by model
         self._queue_ns = 0
         self._tail_ns = 0
 
     def open(
-        self, session_id: str, group: str = "", *, owner: str = "", fps: float = 0.0, points: Sequence[tuple[float, float]] = ()
+        self,
+        session_id: str,
+        group: str = "",
+        *,
+        owner: str = "",
+        fps: float = 0.0,
+        points: Sequence[tuple[float, float]] = (),
+        model: str = "",
     ) -> None:
         """A session begins.
 
@@ -92,13 +124,15 @@ class BandwidthManager:
             fps: frames/s it means to send; 0: unknown (10 is assumed).
             points: (payload bytes, accuracy 0..1) of the operating points it can choose from; empty: unknown, the
                 session then counts as gaining from any bitrate, ever less.
+            model: whose points they are; what its payloads cost other sessions lately is where this one begins.
         """
         rate = fps if fps > 0 else 10.0
         curve = points or [(1e3 * 2**i, 1 - 0.5 ** (i + 1)) for i in range(8)]
         self.close(session_id)
         key = f"{owner} {group}" if group else ""
         session = self._sessions[session_id] = _Session(key, rate, concave_hull([(8 * b * rate, a) for b, a in curve]))
-        session.named = bool(key)
+        session.named, session.model, session.off = bool(key), model, self._offs.get(model, 0.0)
+        session.scale()
         self._move(session_id, session, key)
         if not key and self._bottlenecks is not None:
             self._bottlenecks.open(session_id, owner)
@@ -126,6 +160,18 @@ class BandwidthManager:
                     if not other.named:
                         self._move(name, other, self._bottlenecks.group(name))
         self._charge(session, n_bytes, now_ns)
+
+    def on_payload(self, session_id: str, said_bytes: float, n_bytes: int) -> None:
+        """A frame of an operating point arrived, whose payloads the model's table says to have ``said_bytes``."""
+        session = self._sessions.get(session_id)
+        if session is None or said_bytes <= 0 or n_bytes <= 0:
+            return
+        off = max(-_MOST_OFF, min(log(n_bytes / said_bytes), _MOST_OFF))
+        session.learn(off)
+        before = self._offs.pop(session.model, session.off)
+        self._offs[session.model] = before + _MODEL_GAIN * (off - before)
+        while len(self._offs) > _MODELS:
+            del self._offs[next(iter(self._offs))]
 
     def on_late(self, since_ns: int, now_ns: int) -> None:
         """The server read nothing in between although it should have: delays of that time are not any link's."""

@@ -15,10 +15,11 @@ from edge_server.backends import Backend, TailWork
 from edge_server.config import Limits
 from edge_server.frames.assembly import ArrivedFrame
 from edge_server.frames.decode import Decoded, decode_frame
+from edge_server.frames.video import VideoSlots, VideoStream
 from edge_server.models import Model
 from edge_server.observe.metrics import Metrics
 from edge_server.observe.tracing import NoTracing, Tracing
-from protos.errors import HeadtailError, InternalError, OverloadedError
+from protos.errors import HeadtailError, InternalError, OverloadedError, PayloadError
 from protos.messages import PayloadKind, Result, ServerTimings
 from splitters.codec import ReferenceStore
 
@@ -27,10 +28,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class History:
-    """A session's decoded symbols, and whose turn it is to decode: a frame may refer to the one just before it."""
+    """What a session's frames may refer to, and whose turn it is to decode: a frame may refer to the one just before it.
+
+    Attributes:
+        references: decoded symbols.
+        video: the H.264 stream; None: a call on its own, without any.
+        turn: held while a frame is decoded.
+    """
 
     references: ReferenceStore = field(default_factory=ReferenceStore)
+    video: VideoStream | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def close(self) -> None:
+        """No frame of the session will come any more."""
+        if self.video is not None:
+            self.video.close()
 
 
 class Answerer:
@@ -61,8 +74,15 @@ class Answerer:
         self._metrics = metrics
         self._tracing = tracing or NoTracing()
         self.pool = FairPool(decode_threads, clock=clock)
+        self.video_slots = VideoSlots(limits.max_video_streams, clock)
         self._pending_bytes = 0
         self._pending: Counter[str] = Counter()
+
+    def history(self, *, after: History | None = None) -> History:
+        """For a new session, or for one that says hello again and had another; to be closed at its end."""
+        if after is not None:
+            after.close()
+        return History(video=VideoStream(self.video_slots))
 
     @property
     def pending_bytes(self) -> int:
@@ -120,17 +140,34 @@ class Answerer:
     async def _decode_in_turn(self, model: Model, frame: ArrivedFrame, history: History, client: str) -> Decoded:
         if frame.error is not None:
             raise frame.error
-        refers = frame.kind is PayloadKind.LATENT and model.codec.supports_reference
+        video = frame.kind is PayloadKind.VIDEO
+        refers = video or (frame.kind is PayloadKind.LATENT and model.codec.supports_reference)
         if not refers and frame.deadline_ns is not None and self._clock() >= frame.deadline_ns:
             raise OverloadedError("the frame's deadline had passed before it was decoded")
         decode = functools.partial(self._decode, model, frame, history.references, late_too=refers)
         if not refers:
             return await self.pool.run(client, decode)
         async with history.turn:
+            if video:
+                return await self.pool.run(client, self._video(model, frame, history.video))
             decoded = await self.pool.run(client, decode)
             if decoded.symbols is not None:
                 history.references.add(frame.frame_id, decoded.symbols)
         return decoded
+
+    def _video(self, model: Model, frame: ArrivedFrame, stream: VideoStream | None) -> Callable[[], Decoded]:
+        """The work of decoding a video frame, once the session may have a decoder."""
+        if stream is None:
+            raise PayloadError("video is decoded where a session holds what its frames depend on: open a session")
+        stream.admit()
+
+        def decode() -> Decoded:
+            size_px = model.bundle.manifest.preprocess.size_px
+            return Decoded(
+                arrays=(stream.decode(b"".join(frame.layers), frame.frame_id, size_px, self._limits.max_pixels),), layers=1
+            )
+
+        return decode
 
     async def _answer(self, model: Model, frame: ArrivedFrame, decoded: Decoded, start_ns: int, client: str) -> Result:
         decode_ns = self._clock() - start_ns
@@ -138,7 +175,9 @@ class Answerer:
             raise OverloadedError("the frame's deadline had passed before its tail could run")
         done = await self._backend.run(
             TailWork(
-                bundle_sha256=model.sha256, kind=frame.kind, arrays=decoded.arrays, size_px=frame.size_px,
+                bundle_sha256=model.sha256,
+                kind=PayloadKind.LATENT if frame.kind is PayloadKind.LATENT else PayloadKind.IMAGE,  # to a tail, video is pictures
+                arrays=decoded.arrays, size_px=frame.size_px,
                 deadline_ns=frame.deadline_ns, client=client,
             )
         )  # fmt: skip

@@ -27,7 +27,8 @@ from edge_server.doors.answering import Answerer, History, failed
 from edge_server.doors.datagrams import MARGIN_NS, DatagramPath, Datagrams
 from edge_server.doors.wire import checked
 from edge_server.frames.assembly import ArrivedFrame, Assembler
-from edge_server.models import Model, ModelStore
+from edge_server.frames.video import payload_kinds
+from edge_server.models import Model, ModelStore, said_bytes
 from edge_server.observe.metrics import Metrics
 from edge_server.observe.tracing import NoTracing, Tracing
 from protos.errors import (
@@ -40,7 +41,7 @@ from protos.errors import (
     VersionMismatchError,
 )
 from protos.headtail.v1 import headtail_pb2 as pb
-from protos.messages import PROTOCOL_VERSION, FrameLayer, Result
+from protos.messages import PROTOCOL_VERSION, FrameLayer, PayloadKind, Result
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class Session:
         self._client_sha256 = ""
         self._max_in_flight = _DEFAULT_IN_FLIGHT
         self._assembler = self._new_assembler()
-        self._history = History()
+        self._history = services.answerer.history()
         self._tasks: set[asyncio.Task[None]] = set()
         self._owed: set[int] = set()  # ids of frames taken and not answered
         self._out: deque[pb.ServerMessage] = deque()
@@ -138,6 +139,7 @@ class Session:
                 task.cancel()
             if self._timer is not None:
                 self._timer.cancel()
+            self._history.close()
             self._path.close()
             self._s.bandwidth.close(self.id)
             self._s.metrics.on_session(name, -1)
@@ -205,16 +207,17 @@ class Session:
         self.model = model
         self._client_sha256 = hello.bundle_sha256
         self._max_in_flight = min(hello.max_in_flight or _DEFAULT_IN_FLIGHT, self._s.limits.max_in_flight)
-        self._history = History()
+        self._history = self._s.answerer.history(after=self._history)
         points = [(p.payload_bytes.p50, p.accuracy) for p in model.bundle.points if p.payload_bytes.p50 > 0 and p.accuracy > 0]
         fps = hello.fps if 0 < hello.fps < 10_000 else 0.0
         owner = self._quota.name if self._quota is not None else ""
-        self._s.bandwidth.open(self.id, hello.group[:64], owner=owner, fps=fps, points=points)
+        self._s.bandwidth.open(self.id, hello.group[:64], owner=owner, fps=fps, points=points, model=model.sha256)
         return pb.ServerMessage(
             welcome=pb.Welcome(
                 protocol_version=PROTOCOL_VERSION, session_id=self.id, model=model.name, bundle_sha256=model.sha256,
                 max_in_flight=self._max_in_flight, max_payload_bytes=self._s.limits.max_payload_bytes,
-                server_version=self._s.version, datagrams=self._path.offer(wanted=hello.datagrams),
+                server_version=self._s.version, payload_kinds=payload_kinds(self._s.limits.max_video_streams),
+                datagrams=self._path.offer(wanted=hello.datagrams),
             )
         )  # fmt: skip
 
@@ -285,6 +288,8 @@ class Session:
             self._s.metrics.on_result(self._greeted().name, result, frame.payload_bytes)
             self._send_result(result)
             return
+        if frame.kind is PayloadKind.LATENT:
+            self._s.bandwidth.on_payload(self.id, said_bytes(self._greeted(), frame.operating_point), frame.payload_bytes)
         task = asyncio.create_task(self._answer(self._greeted(), frame, self._history))
         self._tasks.add(task)
         self._owed.add(frame.frame_id)

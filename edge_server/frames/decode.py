@@ -50,6 +50,8 @@ def decode_frame(model: Model, frame: ArrivedFrame, references: Mapping[int, Sym
         PayloadError: the base layer is damaged, or refers to a frame that is no longer held: send a key frame.
         LimitError: larger than a payload of this bundle may be.
     """
+    if frame.kind is PayloadKind.VIDEO:
+        raise PayloadError("video is decoded where a session holds what its frames depend on: open a session")
     if frame.kind is PayloadKind.IMAGE:
         return Decoded(arrays=(decode_image(b"".join(frame.layers), model.bundle.manifest.preprocess.size_px, max_pixels),))
     symbols = model.codec.decode_slices(frame.layers[0]) if frame.slices else model.codec.decode(frame.layers, references)

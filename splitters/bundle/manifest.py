@@ -146,6 +146,41 @@ class Preprocess:
             raise BundleError(f"preprocess.mean and .std need three numbers each, at most {_MAX_MEAN:g}, std positive")
 
 
+DTYPES = ("float32", "float16", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
+MAX_INPUTS = 16
+MAX_CLIP = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Input:
+    """One input of the head, where it takes other things than one picture.
+
+    Attributes:
+        name: of the stem's input.
+        dtype: NumPy's name of its element type.
+        shape: with a batch axis of one; (1, 3, h, w) of a picture, (1, T, 3, h, w) of a clip.
+        source: ``picture``: the frame; ``previous``: the frame before it (the first frame has itself); ``clip``: the last T frames,
+            the newest last (before there are as many, the first again); ``raw``: an array that comes with the frame.
+    """
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+    dtype: Literal["float32", "float16", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"]
+    shape: tuple[Annotated[int, msgspec.Meta(ge=1)], ...]
+    source: Literal["picture", "previous", "clip", "raw"]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) > 8 or math.prod(self.shape) > MAX_ELEMENTS:
+            raise BundleError(f"input {self.name!r} has at most 8 axes and {MAX_ELEMENTS} elements")
+        if self.source != "raw" and (
+            len(self.shape) != (5 if self.source == "clip" else 4) or self.shape[-3] != 3 or self.dtype != "float32"
+        ):
+            raise BundleError(
+                f"input {self.name!r} takes a {self.source}: it is float32 (1, 3, h, w), or (1, T, 3, h, w) of a clip"
+            )
+        if self.source == "clip" and self.shape[1] > MAX_CLIP:
+            raise BundleError(f"input {self.name!r}: a clip has at most {MAX_CLIP} frames")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
     """The device's graphs: the stem always runs; an operating point's ``graphs`` are run on its output and summed."""
@@ -177,6 +212,7 @@ class Manifest:
         task: what the outputs mean; see ``splitters.tasks``.
         labels: class id to name; COCO category ids for COCO detectors.
         latent_shape: of each latent tensor, without the batch axis.
+        inputs: the stem's, in order; empty: one picture, made as ``preprocess`` says.
         score_min: of a detector, the score from which on boxes are shown and counted: that of the best F1, where it was measured.
             The server reports weaker ones too, from the postprocess's own ``score_min`` on.
         tail: ``{"kind": "onnx", "path"}`` or ``{"kind": "torch", "factory", "weights", ...}``.
@@ -193,6 +229,7 @@ class Manifest:
     tail: Mapping[str, Any]
     local: LocalModel | None = None
     postprocess: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[Input, ...] = ()
     score_min: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     licence: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -203,6 +240,13 @@ class Manifest:
             raise BundleError(f"a bundle's name has 1..{MAX_NAME_CHARS} characters")
         if len(self.labels) > MAX_LABELS:
             raise BundleError(f"a bundle has at most {MAX_LABELS} labels, this one {len(self.labels)}")
+        if len(self.inputs) > MAX_INPUTS or len({i.name for i in self.inputs}) < len(self.inputs):
+            raise BundleError(f"a bundle has at most {MAX_INPUTS} inputs, each of a name of its own")
+        for each in self.inputs:
+            if each.source != "raw" and tuple(each.shape[-2:]) != tuple(self.preprocess.size_px):
+                raise BundleError(
+                    f"input {each.name!r} has pictures of {each.shape[-2:]}, preprocess makes {self.preprocess.size_px}"
+                )
         sizes = [math.prod(shape) for shape in self.latent_shape]
         if len(sizes) > MAX_LATENTS or any(n < 1 for shape in self.latent_shape for n in shape) or sum(sizes) > MAX_ELEMENTS:
             raise BundleError(f"a bundle has at most {MAX_LATENTS} latents of together at most {MAX_ELEMENTS} elements")
@@ -225,6 +269,8 @@ class Manifest:
     def to_json(self) -> str:
         """Canonical text: the same manifest always gives the same bytes, hence the same hash."""
         data = asdict(self)
+        if not self.inputs:
+            del data["inputs"]
         data["labels"] = {str(k): v for k, v in sorted(self.labels.items())}
         return json.dumps(data, indent=1, sort_keys=True) + "\n"
 

@@ -1,7 +1,8 @@
-"""Offload: the model's input compressed as an image, for a server that runs the whole model.
+"""Offload: the model's input compressed as an image or as video, for a server that runs the whole model.
 
-Device, server and ``splitters evaluate`` all compress and restore with the two functions here, so what was measured is what is
-sent. Shape legend: a picture is (H, W, 3) uint8 BGR; ``size_px`` is the shorter side of what is compressed.
+Device, server and ``splitters evaluate`` all compress and restore with the functions here, and with `splitters.runtime.h264` for
+video, so what was measured is what is sent. Shape legend: a picture is (H, W, 3) uint8 BGR; ``size_px`` is the shorter side of what
+is compressed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ _LADDER: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "jpeg": ((14, 28, 50, 80), (128, 160, 192, 224)),
     "webp": ((12, 30, 60), (160, 224)),
 }
+# Constant rate factors and sizes, the latter as above; whole inputs and halves of detectors' are what the clips were measured with.
+_VIDEO_LADDER = ((22, 28, 34, 40, 46), (112, 168, 224))
+VIDEO = "h264"
+_MAX_RATE_FACTOR = 51
 _SAME_MS = 0.3
 _MAX_OPTIONS = 256
 _MAX_SIZE_PX = 8192
@@ -34,13 +39,15 @@ _MAX_SIZE_PX = 8192
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OffloadOption:
-    """The model's input, compressed as an image; the server runs the whole model.
+    """The model's input, compressed; the server runs the whole model.
 
     Attributes:
-        format: ``jpeg`` (baseline, 4:2:0) or ``webp``.
-        quality: 1..100, the encoder's own scale.
+        format: ``jpeg`` (baseline, 4:2:0), ``webp``, or ``h264``.
+        quality: the encoder's own scale: 1..100, or of ``h264`` the constant rate factor 1..51, of which 51 is worst.
         size_px: shorter side of what is compressed; 0: the model's input size.
-        payload_bytes, accuracy: as measured, accuracy 0..1 in the operating points' metric.
+        payload_bytes, accuracy: as measured, accuracy 0..1 in the operating points' metric; of ``h264`` those of a frame that
+            depends on the one before.
+        key_bytes: of ``h264`` alone: a frame that depends on no other.
         encode_ms: frame to payload, resizing included, on the machine that measured; a prior, the client measures its own.
     """
 
@@ -50,16 +57,29 @@ class OffloadOption:
     payload_bytes: Quantiles
     accuracy: float
     encode_ms: Quantiles
+    key_bytes: Quantiles | None = None
 
     def __post_init__(self) -> None:
-        if self.format not in _QUALITY_FLAG:
-            raise ConfigError(f"offload format must be jpeg or webp, got {self.format!r}")
+        if self.format not in (*_QUALITY_FLAG, VIDEO):
+            raise ConfigError(f"offload format must be jpeg, webp or h264, got {self.format!r}")
+        if self.is_video and (self.quality > _MAX_RATE_FACTOR or self.key_bytes is None):
+            raise ConfigError(f"offload as h264 needs key_bytes and a quality of 1..{_MAX_RATE_FACTOR}, got {self.quality}")
         if not 1 <= self.quality <= 100 or not 0 <= self.size_px <= _MAX_SIZE_PX:
             raise ConfigError(
                 f"offload quality must be 1..100 and size_px 0..{_MAX_SIZE_PX}, got {self.quality} and {self.size_px}"
             )
         if not 0 <= self.accuracy <= 1:
             raise ConfigError(f"offload accuracy must be a fraction 0..1, got {self.accuracy}")
+
+    @property
+    def is_video(self) -> bool:
+        """Whether its frames depend on each other."""
+        return self.format == VIDEO
+
+
+def video_ladder(input_px: int) -> list[tuple[int, int]]:
+    """What is worth measuring of H.264: rate factor, shorter side."""
+    return [(q, round(input_px * s / 224)) for s in _VIDEO_LADDER[1] for q in _VIDEO_LADDER[0]]
 
 
 def ladder(input_px: int, formats: Sequence[str] = ("jpeg", "webp")) -> list[tuple[str, int, int]]:
@@ -100,8 +120,13 @@ def restorable(height_px: int, width_px: int, size_px: tuple[int, int]) -> bool:
 
 
 def pareto_offloads(offloads: Iterable[OffloadOption]) -> list[OffloadOption]:
-    """Those no other beats in bytes, time and accuracy, fewest bytes first; times that differ little count as the same."""
+    """Those no other beats in bytes, time and accuracy, fewest bytes first; times that differ little count as the same.
+
+    Pictures and video are not weighed against each other: a device may have no encoder, and video begins with a key frame.
+    """
     every = list(offloads)
+    if len({o.is_video for o in every}) > 1:
+        return [*pareto_offloads(o for o in every if not o.is_video), *pareto_offloads(o for o in every if o.is_video)]
 
     def beaten(o: OffloadOption) -> bool:
         mine = (o.payload_bytes.p50, -o.accuracy)

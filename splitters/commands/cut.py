@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError, SourceError
-from splitters.commands.common.model_arguments import add_model_arguments, load_model, model_size
+from splitters.commands.common.model_arguments import add_input_arguments, add_model_arguments, load_model, model_size
 from splitters.commands.common.progress import Progress
 from splitters.commands.common.serving_arguments import UNKNOWN_LICENCE, add_serving_arguments, described
 from splitters.runtime.pictures import PICTURE_SUFFIXES, content_of, files_below, readable, shipped_pictures
@@ -33,6 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "codec's scales on photographs, and writes a bundle. `splitters profile MODEL` lists the cuts.",
     )
     add_model_arguments(parser, weights="hub")
+    add_input_arguments(parser)
     parser.add_argument(
         "--at", metavar="NAME",
         help="the submodule or node after which to cut (default: the fewest bytes with at most 35 %% of the work on the device)",
@@ -66,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from splitters.cutting.bundle import write_bundle
 
     source = load_model(args)
+    if source.inputs is not None:
+        return _of_other_inputs(source, args, photos)
     at, chosen = args.at, ""
     with Progress("cut", every_s=0.5) as show:
         detector = _detector(source, args, photos, show)
@@ -102,6 +105,20 @@ def run(args: argparse.Namespace) -> int:
             "points": [p.to_json() for p in bundle.points],
         }))  # fmt: skip
     return 0
+
+
+def _of_other_inputs(source: ModelSource, args: argparse.Namespace, photos: list[Frame]) -> int:
+    """A model of tokens, bytes, clips, volumes or several inputs: exported to ONNX with its own example, and cut as that."""
+    import tempfile
+
+    from splitters.commands import cut_onnx
+    from splitters.cutting.onnx_export import export_as_given
+
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / f"{source.name}.onnx"
+        example = export_as_given(source.module(), source.inputs, file)
+        taken = argparse.Namespace(**{**vars(args), "model": f"onnx:{file}"})
+        return cut_onnx.run(taken, photos, model_size(args), examples=[example], name=source.name)
 
 
 def _place(cutter: Cutter, at: str | None) -> tuple[str, str]:

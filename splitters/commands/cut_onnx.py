@@ -14,13 +14,16 @@ import cv2
 
 from protos.errors import StorageError
 from protos.messages import Classification, Detection
+from splitters.commands.common.model_arguments import input_roles, read_examples
 from splitters.commands.common.progress import Progress
 from splitters.commands.common.serving_arguments import UNKNOWN_LICENCE, read_labels, read_preprocess
+from splitters.runtime.inputs import ONLY
 from splitters.tasks.base import TASKS, form_of
 from splitters.tasks.canvas import Canvas
 from splitters.tasks.preprocess import Frame
 
 if TYPE_CHECKING:
+    from splitters.cutting.onnx.inputs import Feed
     from splitters.cutting.onnx.model import OnnxModel
     from splitters.cutting.onnx.write import OnnxWritten
 
@@ -32,31 +35,52 @@ def say(text: str) -> None:
     print(f"splitters: {text}", file=sys.stderr, flush=True)
 
 
-def run(args: argparse.Namespace, photos: Sequence[Frame], size_px: tuple[int, int] | None) -> int:
-    """Cuts and says what was proved, guessed and measured."""
+def run(
+    args: argparse.Namespace,
+    photos: Sequence[Frame],
+    size_px: tuple[int, int] | None,
+    *,
+    examples: Sequence[Feed] = (),
+    name: str = "",
+) -> int:
+    """Cuts and says what was proved, guessed and measured.
+
+    Args:
+        args: of the verb.
+        photos: to calibrate and to judge on.
+        size_px: (height, width) where the file's own is not wanted.
+        examples: values of inputs that take no picture, instead of --example's.
+        name: the model's, where the file's is not it.
+    """
     from splitters.cutting.onnx.meaning import Asked, understood
     from splitters.cutting.onnx.model import load_onnx_model
     from splitters.cutting.onnx.write import OnnxServing, write_onnx_bundle
 
     path = Path(str(args.model).removeprefix("onnx:"))
-    model = load_onnx_model(path, size_px=size_px)
+    given = list(examples) or read_examples(args.example)
+    roles = input_roles(args)
+    alone = [n for n, role in roles.items() if role == "raw"]
+    given = [{alone[0] if n == ONLY and alone else n: a for n, a in each.items()} for each in given]
+    model = load_onnx_model(path, size_px=size_px, roles=roles, example=given[0] if given else None)
     asked = Asked(
         output=str(args.output), labels=read_labels(args.labels) if args.labels else {},
         labels_from=str(args.labels or "the file's metadata"), score_min=args.score_min, iou=args.iou,
         spec=read_preprocess(args.preprocess, model.picture.size_px) if args.preprocess else None,
     )  # fmt: skip
-    told = understood(model, asked, photos, say)
+    told = understood(model, asked, photos, say, given)
     serving = OnnxServing(
-        name=args.name or path.stem, preprocess=told.preprocess, task=told.task, postprocess=told.postprocess, labels=told.labels,
+        name=args.name or name or path.stem, preprocess=told.preprocess, task=told.task, postprocess=told.postprocess,
+        labels=told.labels,
         licence=args.licence or licence_of(model),
         provenance={"model": f"onnx:{path.name}", "weights": path.name}, bits=tuple(args.bits or BITS), local=args.local,
         may_find_nothing=args.allow_nothing_found,
     )  # fmt: skip
     with Progress("cut", every_s=0.5) as show:
         show(0, len(photos), "proving the pieces against the whole file")
-        written = write_onnx_bundle(model, args.at, photos, serving, args.out, on_step=show)
-    picture = args.show or args.out.with_name(f"{args.out.name}.jpg")
-    _draw(written, photos, picture)
+        written = write_onnx_bundle(model, args.at, photos, serving, args.out, examples=given, on_step=show)
+    picture = (args.show or args.out.with_name(f"{args.out.name}.jpg")) if model.picture.name else None
+    if picture is not None:
+        _draw(written, photos, picture)
     _report(written, args, picture)
     return 0
 
@@ -84,9 +108,15 @@ def licence_of(model: OnnxModel) -> str:
     return model.metadata.get("license", "") or UNKNOWN_LICENCE
 
 
-def _report(written: OnnxWritten, args: argparse.Namespace, picture: Path) -> None:
+def _report(written: OnnxWritten, args: argparse.Namespace, picture: Path | None) -> None:
+    from splitters.cutting.onnx.cost import DEVICE_SHARE
+
     bundle, proof, seen = written.bundle, written.proof, written.agreement
-    chosen = "as asked" if args.at else "the fewest bytes among cuts with at most 35 % of the work on the device"
+    chosen = (
+        "as asked" if args.at
+        else "the fewest bytes among cuts with at most 35 % of the work on the device" if written.cut.work <= DEVICE_SHARE
+        else "none leaves the device with at most 35 % of the work; this one with the least"
+    )  # fmt: skip
     print(f"{bundle.manifest.name} cut at {written.cut.name} ({chosen}): {bundle.path} (sha256 {bundle.sha256[:16]}…)")
     print(f"  latents {list(bundle.manifest.latent_shape)}; {100 * written.cut.work:.0f} % of the work on the device; "
           f"{'any batch' if proof.free_batch else 'frame by frame'}")  # fmt: skip
@@ -109,7 +139,8 @@ def _report(written: OnnxWritten, args: argparse.Namespace, picture: Path) -> No
     for p in bundle.points:
         sent = f"{p.payload_bytes.p50:10.0f} B {p.payload_bytes.p95:7.0f}"
         print(f"  {p.id:5} {p.bits:4.0f} {sent} {p.head_ms.p50:8.2f}  {p.accuracy:.4f}")
-    print(f"  what was found in a photograph: {picture}")
+    if picture is not None:
+        print(f"  what was found in a photograph: {picture}")
     if args.json:
         print(json.dumps({
             "path": str(bundle.path), "sha256": bundle.sha256, "at": written.cut.name, "identical": proof.identical,

@@ -7,7 +7,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from splitters.commands.common.model_arguments import add_model_arguments, load_model, model_size, sample_of, sample_picture
+from splitters.commands.common.model_arguments import (
+    add_input_arguments,
+    add_model_arguments,
+    input_roles,
+    load_model,
+    model_size,
+    read_examples,
+    sample_of,
+    sample_picture,
+)
 from splitters.commands.common.progress import Progress
 
 if TYPE_CHECKING:
@@ -23,6 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "there and what each side would have to do. Cuts marked * send the least for the work they ask of the device.",
     )
     add_model_arguments(parser, weights="random")
+    add_input_arguments(parser)
     parser.add_argument(
         "--image", type=Path, help="a photograph to measure compressed bytes on (default: scikit-image's astronaut)"
     )
@@ -93,16 +103,17 @@ def _measured(args: argparse.Namespace) -> tuple[Profile, str, str]:
 
 def _of_onnx(args: argparse.Namespace) -> tuple[Profile, str, str]:
     """The table of the user's own graph, in ONNX Runtime alone."""
+    from splitters.cutting.onnx.feeds import feeds_of
     from splitters.cutting.onnx.meaning import preprocess_for
     from splitters.cutting.onnx.model import load_onnx_model
     from splitters.profiling.onnx_model import profile_onnx
-    from splitters.tasks.preprocess import preprocess
 
     path = Path(str(args.model).removeprefix("onnx:"))
-    model = load_onnx_model(path, size_px=model_size(args))
+    given = read_examples(args.example)
+    model = load_onnx_model(path, size_px=model_size(args), roles=input_roles(args), example=given[0] if given else None)
     spec = preprocess_for(model, {"resize": "letterbox", "anchor": "centre"})
     picture, where, jpeg_bytes = sample_of(args.image, spec)
-    image = preprocess(picture, spec)
+    feed = feeds_of(model, [picture], spec, given)[0]
     with Progress("profile", every_s=2) as show:
-        table = profile_onnx(model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s, on_step=show)
+        table = profile_onnx(model, feed, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s, on_step=show)
     return table, path.name, where

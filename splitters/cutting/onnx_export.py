@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from protos.errors import ModelError
@@ -35,15 +38,51 @@ def export_onnx(
     batch = torch.export.Dim("batch")
     # A batch of two: the exporter would take a batch of one for a constant.
     pair = tuple(torch.cat([x[:1], x[:1]]).contiguous() for x in examples)
+    _export(
+        module, pair, path, input_names=list(inputs), output_names=list(outputs), dynamic_shapes=tuple({0: batch} for _ in pair)
+    )
+
+
+def export_as_given(module: nn.Module, example: Any, path: Path) -> dict[str, NDArray[Any]]:
+    """Writes ``module`` with the very inputs of its example: their types, their sizes, their number.
+
+    Args:
+        module: in eval mode, on the CPU.
+        example: a tensor, a tuple or list of them, or a dict of keyword arguments.
+        path: the file to write.
+
+    Returns:
+        The example by the names of the file's inputs.
+
+    Raises:
+        ModelError: the example is none of that, or the exporter cannot express the module.
+    """
+    keywords = dict(example) if isinstance(example, Mapping) else {}
+    positional = () if keywords else tuple(example) if isinstance(example, tuple | list) else (example,)
+    if not all(isinstance(x, Tensor) for x in (*positional, *keywords.values())):
+        raise ModelError(f"the example of {type(module).__name__} must be a tensor, a tuple of tensors, or a dict of them by name")
+    named = [
+        p.name
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    names = list(keywords) or [named[i] if i < len(named) else f"input_{i}" for i in range(len(positional))]
+    _export(module, positional, path, kwargs=keywords or None, input_names=names)
+    return {n: x.detach().numpy() for n, x in zip(names, (*positional, *keywords.values()), strict=True)}
+
+
+def _export(module: nn.Module, given: tuple[Tensor, ...], path: Path, **settings: Any) -> None:
+    """Runs the exporter quietly.
+
+    Raises:
+        ModelError: it cannot express the module.
+    """
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                module, pair, dynamo=True, opset_version=OPSET, input_names=list(inputs), output_names=list(outputs),
-                dynamic_shapes=tuple({0: batch} for _ in pair), optimize=True, verbose=False,
-            )  # fmt: skip
+            program = torch.onnx.export(module, given, dynamo=True, opset_version=OPSET, optimize=True, verbose=False, **settings)
     except Exception as error:  # the exporter raises many kinds; all mean the same to the caller
         raise ModelError(f"{type(module).__name__} cannot be exported to ONNX: {str(error).splitlines()[0]}") from error
     if program is None:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from splitters.bundle.operating_point import UNMEASURED_METRIC, OperatingPoint, Quantiles
 from splitters.codec import LatentCodec
 
 _TIMED_RUNS = 20
+Given = TypeVar("Given")
 
 
 def channel_axis(shape: Sequence[int]) -> int:
@@ -26,8 +26,8 @@ def channel_axis(shape: Sequence[int]) -> int:
 
 
 def measure_points(
-    head: Callable[[NDArray[np.float32]], object],
-    images: Sequence[NDArray[np.float32]],
+    head: Callable[[Given], object],
+    images: Sequence[Given],
     runs: Sequence[Sequence[NDArray[Any]]],
     codec: LatentCodec,
     shapes: Sequence[Sequence[int]],
@@ -39,8 +39,8 @@ def measure_points(
     """One point for each number of bits.
 
     Args:
-        head: runs on one photograph's input (1, 3, H, W); its time is taken.
-        images: of the photographs.
+        head: runs on one frame's input; its time is taken.
+        images: inputs, of the photographs.
         runs: what the head made of them.
         codec: its points are named 0, 1, … in the order of ``bits``.
         shapes: of the latents, without batch.

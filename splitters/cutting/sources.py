@@ -36,6 +36,7 @@ class ModelSource:
         name: short, fit for a bundle's name.
         model: in evaluation mode; a module or, of a ``.pt2``, an exported program.
         example: an input of the right shape (zeros).
+        inputs: a factory's own example, where it is no float32 picture: a tensor, a tuple, or a dict of keyword arguments.
         preprocess: how a picture becomes that input; None where the source does not say.
         labels: class id → name; empty where unknown.
         weights: what its weights are, in words.
@@ -49,6 +50,7 @@ class ModelSource:
     preprocess: Preprocess | None
     labels: Mapping[int, str] = field(default_factory=dict)
     weights: str
+    inputs: Any = None
     check: Callable[[Sequence[NDArray[np.float32]]], float] | None = None
 
     def module(self) -> nn.Module:
@@ -232,11 +234,16 @@ def _python(text: str, weights: str, size_px: tuple[int, int] | None) -> ModelSo
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{factory_name}() must return an nn.Module, or one with an example input; got {type(model).__name__}")
     what = _fill(model, weights) if weights not in {"random", "hub"} else "the factory's"
+    inputs = None
+    if example is not None and not (
+        isinstance(example, Tensor) and example.ndim == 4 and example.shape[1] in (1, 3) and example.dtype == torch.float32
+    ):
+        inputs = example
     if not isinstance(example, Tensor):
         example = _example(size_px or (224, 224))
     elif size_px is not None and example.ndim == 4:
         example = example.new_zeros((*example.shape[:2], *size_px))
-    return ModelSource(name=factory_name, model=model.eval(), example=example, preprocess=None, weights=what)
+    return ModelSource(name=factory_name, model=model.eval(), example=example, inputs=inputs, preprocess=None, weights=what)
 
 
 def _pt2(path: Path) -> ModelSource:

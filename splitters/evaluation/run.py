@@ -22,7 +22,7 @@ from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint, Quantiles, best_point, mark_pareto
 from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
 from splitters.evaluation.cache import describe, load, photos_key, store
-from splitters.evaluation.choices import measure_local, measure_offloads, offload_ladder
+from splitters.evaluation.choices import measure_local, measure_offloads, offload_ladder, video_settings
 from splitters.evaluation.image_codecs import Setting, ladder
 from splitters.evaluation.judging.agreement import Agreement
 from splitters.evaluation.judging.tasks import AveragePrecision, Judge, Score, list_images, read_labels
@@ -147,6 +147,9 @@ def rewrite(bundle: Bundle, report: Report) -> Bundle:
 
 def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick, show: Told | None) -> _Bench:
     detector = form_of(bundle.manifest.task) is Detection
+    if bundle.manifest.inputs:
+        taken = ", ".join(f"{i.name} ({i.source})" for i in bundle.manifest.inputs)
+        raise ConfigError(f"{bundle.manifest.name} takes {taken}; only bundles of one picture can be evaluated")
     if config.labels is not None:
         bundle = loose(bundle, config.score_min)  # against the whole model's boxes its own threshold is the right one
     tail = load_tail(bundle)
@@ -180,7 +183,7 @@ def _runs(tail: Tail, photos: Photos, config: EvaluateConfig) -> int:
     manifest = tail.bundle.manifest
     detector = form_of(manifest.task) is Detection
     images = sum(len(ladder(c, photos.input_px, config.qualities, detector=detector)) for c in config.against)
-    offloads = len(offload_ladder(tail, photos)) + detector if config.against else 0
+    offloads = len(offload_ladder(tail, photos)) + len(video_settings(tail, photos)) + detector if config.against else 0
     return len(tail.bundle.points) + images + offloads + tail.takes_images + (manifest.local is not None)
 
 

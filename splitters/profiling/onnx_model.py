@@ -12,8 +12,9 @@ from protos.errors import CutError, HeadtailError
 from splitters.cutting.checks import OnStep, silent
 from splitters.cutting.onnx.cost import CrossingCost, best_cut, crossing_costs
 from splitters.cutting.onnx.cuts import Cuts, OnnxCut, reads
+from splitters.cutting.onnx.inputs import Feed
 from splitters.cutting.onnx.model import OnnxModel, at_batch_one, to_bytes
-from splitters.cutting.onnx.pieces import IMAGE, divide, latent_name, whole
+from splitters.cutting.onnx.pieces import divide, latent_name, whole
 from splitters.cutting.onnx.runtime import Session
 from splitters.profiling.table import CutCost, Profile, mark_good
 from splitters.profiling.times import clock_ms, coarse_to_fine
@@ -22,13 +23,13 @@ Array = np.ndarray[Any, Any]
 
 
 def profile_onnx(
-    model: OnnxModel, image: Array, *, name: str, picture_bytes: int, budget_s: float, on_step: OnStep = silent
+    model: OnnxModel, feed: Feed, *, name: str, picture_bytes: int, budget_s: float, on_step: OnStep = silent
 ) -> Profile:
     """Measures every cut on this machine, one thread.
 
     Args:
         model: ready to be cut.
-        image: one picture (1, 3, h, w).
+        feed: what the head is given for one frame.
         name: how the table calls the model.
         picture_bytes: what sending the picture would cost.
         budget_s: time for the latency measurements; rows that do not fit are interpolated and say so.
@@ -43,18 +44,19 @@ def profile_onnx(
     if not offered:
         raise CutError(f"{name} can be cut nowhere: at every place something crosses that cannot be sent exactly")
     on_step(0, len(offered), f"measuring what crosses at {len(offered)} places")
-    costs = crossing_costs(cuts, offered, image)
+    costs = crossing_costs(cuts, offered, feed)
     good = mark_good(
         [c.name for c in offered], [c.macs for c in offered], [costs[c.position].zstd_bytes for c in offered], picture_bytes
     )
     first = [c for c, is_good in zip(offered, good, strict=True) if is_good]
     notes = list(model.notes)
-    whole_ms = _ms(Session(to_bytes(whole(model), name), optimised=True, what=name), {IMAGE: image})
-    measured = _times(cuts, [*first, *coarse_to_fine(offered)], costs, image, budget_s, notes, on_step)
+    whole_ms = _ms(Session(to_bytes(whole(model), name), optimised=True, what=name), feed)
+    measured = _times(cuts, [*first, *coarse_to_fine(offered)], costs, feed, budget_s, notes, on_step)
     knots = [0, *sorted(measured), len(cuts.order)]
     heads = [0.0, *(measured[p][0] for p in sorted(measured)), whole_ms]
     tails = [whole_ms, *(measured[p][1] for p in sorted(measured)), 0.0]
     rows = []
+    given = sum(a.size for a in feed.values())
     for cut, is_good in zip(offered, good, strict=True):
         cost = costs[cut.position]
         before, after = _weights(cuts, cut.position)
@@ -70,9 +72,9 @@ def profile_onnx(
     if not all(r.timed for r in rows):
         timed = sum(r.timed for r in rows)
         notes.append(f"times marked ~ are interpolated between measured cuts ({timed} of {len(rows)} measured)")
-    notes.append(f"without --at, cut takes {best_cut(cuts, image)[0].name}")
+    notes.append(f"without --at, cut takes {best_cut(cuts, feed)[0].name}")
     return Profile(
-        model=name, rows=tuple(rows), input_bytes=image.size, picture_bytes=picture_bytes, total_macs=cuts.total_macs,
+        model=name, rows=tuple(rows), input_bytes=given, picture_bytes=picture_bytes, total_macs=cuts.total_macs,
         local_ms=whole_ms, local_torch_ms=whole_ms, notes=tuple(notes),
     )  # fmt: skip
 
@@ -81,7 +83,7 @@ def _times(
     cuts: Cuts,
     order: Sequence[OnnxCut],
     costs: dict[int, CrossingCost],
-    image: Array,
+    feed: Feed,
     budget_s: float,
     notes: list[str],
     on_step: OnStep,
@@ -98,8 +100,8 @@ def _times(
             pieces = divide(cuts.model, cut, costs[cut.position].shapes)
             head = Session(to_bytes(pieces.head, cut.name), optimised=True, what=f"the head at {cut.name}")
             tail = Session(to_bytes(pieces.tail, cut.name), optimised=True, what=f"the tail at {cut.name}")
-            latents = {latent_name(i): latent for i, latent in enumerate(head.run({IMAGE: image}))}
-            measured[cut.position] = (_ms(head, {IMAGE: image}), _ms(tail, latents))
+            latents = {latent_name(i): latent for i, latent in enumerate(head.run(feed))}
+            measured[cut.position] = (_ms(head, feed), _ms(tail, latents))
         except HeadtailError as error:
             failed.append(f"{cut.name}: {error.message}")
     on_step(len(costs), len(costs), f"{len(measured)} cuts timed, the others interpolated")
@@ -108,7 +110,7 @@ def _times(
     return measured
 
 
-def _ms(session: Session, arrays: dict[str, Array]) -> float:
+def _ms(session: Session, arrays: Feed) -> float:
     return clock_ms(lambda: session.run(arrays))
 
 

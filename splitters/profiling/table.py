@@ -143,6 +143,14 @@ class Profile:
         """The table as plain JSON types."""
         return asdict(self)
 
+    def _least(self) -> list[CutCost]:
+        """The cuts on the frontier of (device work, bytes), whatever the picture costs."""
+        most = 1 + max((r.zstd_bytes for r in self.rows), default=0)
+        marks = mark_good(
+            [r.name for r in self.rows], [r.head_macs for r in self.rows], [r.zstd_bytes for r in self.rows], 2 * most
+        )
+        return [r for r, is_least in zip(self.rows, marks, strict=True) if is_least]
+
     def __str__(self) -> str:
         """A table for people: the good cuts first, then all others in the network's order."""
         return self.text()
@@ -150,8 +158,9 @@ class Profile:
     def text(self, *, every: bool = True) -> str:
         """A table for people: the good cuts, and with ``every`` the others after them."""
         good = [r for r in self.rows if r.good]
-        others = [r for r in self.rows if not r.good]
-        shown = [*good, *others] if every or not good else good
+        # Where every cut sends more than the picture, those that come nearest to it are shown, and not marked.
+        first = good or self._least()
+        shown = [*first, *(r for r in self.rows if r not in first)] if every else first
         width = max([4, *(len(r.name) for r in shown)])
         other = f" or {self.local_torch_ms:.1f} ms (torch)" if self.local_torch_ms != self.local_ms else ""
         title = (
@@ -169,7 +178,10 @@ class Profile:
                 for runtime, eager in ((r.head_ms, r.head_torch_ms), (r.tail_ms, r.tail_torch_ms))
             )
             lines.append(f" {'*' if r.good else ' '} {r.name:{width}} {len(r.shapes):7}{sizes} {work} {head}  {tail}")
-        lines.append(" * good: no other cut sends fewer bytes for less work on the device")
+        lines.append(
+            " * good: no other cut sends fewer bytes for less work on the device" if good
+            else " no cut sends less than the picture; these send the least for the work they ask of the device"
+        )  # fmt: skip
         if len(shown) < len(self.rows):
             lines.append(f"   {len(self.rows) - len(shown)} others send more for as much work; --all lists them")
         lines += [f" note: {note}" for note in self.notes]

@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from protos.errors import BundleError, ModelError
 from protos.schema import read_json
 from splitters.bundle import Bundle
 from splitters.bundle.operating_point import Quantiles
 from splitters.codec import LatentCodec, codec_from_spec
+from splitters.runtime.inputs import FrameInputs, Raw
 from splitters.runtime.sessions import Floats, open_graph, open_session
-from splitters.tasks.preprocess import Frame, normalise
+from splitters.tasks.preprocess import Frame
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -72,7 +74,7 @@ class Maps(list[Floats]):
 
 
 class BoundStem:
-    """A graph of one input whose outputs land in buffers that are used again once the caller has let go of them.
+    """A graph whose outputs land in buffers that are used again once the caller has let go of them.
 
     Args:
         path: the ONNX file.
@@ -86,27 +88,29 @@ class BoundStem:
     def __init__(self, path: Path, *, threads: int = 1, options: ort.RunOptions | None = None) -> None:
         self._options = options
         self._session, self._path = open_session(path, threads=threads, bounded=True), path
-        self._input = self._session.get_inputs()[0].name
+        self._inputs = [i.name for i in self._session.get_inputs()]
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._binding = self._session.io_binding()
         self._free: list[list[Floats]] = []
-        self._shape: tuple[int, ...] = ()
+        self._shapes: list[tuple[int, ...]] = []
         self._sizes: list[tuple[int, ...]] = []
 
-    def __call__(self, image: Floats) -> Maps:
-        """Outputs of (1, 3, h, w); they stay as they are for as long as the returned list lives.
+    def __call__(self, given: Sequence[NDArray[Any]]) -> Maps:
+        """Outputs of the inputs, in their order; they stay as they are for as long as the returned list lives.
 
         Raises:
             ModelError: the run failed.
         """
         try:
-            if image.shape != self._shape:  # the first frame tells the outputs' shapes
-                buffers = list(self._session.run(None, {self._input: image}, self._options))
-                self._shape, self._free, self._sizes = image.shape, [], [b.shape for b in buffers]
+            named = dict(zip(self._inputs, map(np.ascontiguousarray, given), strict=True))
+            shapes = [array.shape for array in named.values()]
+            if shapes != self._shapes:  # the first frame tells the outputs' shapes
+                buffers = list(self._session.run(None, named, self._options))
+                self._shapes, self._free, self._sizes = shapes, [], [b.shape for b in buffers]
                 return Maps(buffers, self._free)
             buffers = self._free.pop() if self._free else [np.empty(size, np.float32) for size in self._sizes]
-            given = np.ascontiguousarray(image, dtype=np.float32)
-            self._binding.bind_cpu_input(self._input, given)
+            for name, array in named.items():
+                self._binding.bind_cpu_input(name, array)
             for name, buffer in zip(self._outputs, buffers, strict=True):
                 self._binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
             self._session.run_with_iobinding(self._binding, self._options)
@@ -122,11 +126,14 @@ class Head:
         bundle: opened and verified.
         threads: of ONNX Runtime.
         options: of every run of a graph.
+
+    Attributes:
+        inputs: makes the stem's inputs of frames.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int = 1, options: ort.RunOptions | None = None) -> None:
         spec = bundle.manifest.head
-        self._preprocess = bundle.manifest.preprocess
+        self.inputs = FrameInputs(bundle.manifest.inputs, bundle.manifest.preprocess)
         self._stem = BoundStem(bundle.part_path(spec.stem), threads=threads, options=options)
         opened = partial(open_graph, threads=threads, bounded=True, options=options)
         self._graphs = {name: opened(bundle.part_path(path)) for name, path in spec.graphs.items()}
@@ -136,13 +143,13 @@ class Head:
                 if name not in self._graphs:
                     raise BundleError(f"operating point {point.id} needs the graph {name!r}, which the manifest does not list")
 
-    def stem(self, image: Floats) -> list[Floats]:
-        """The stem's feature maps, shared by encoders and prefilter. ``image``: (1, 3, h, w), normalised."""
-        return self._stem(image)
+    def stem(self, given: Sequence[NDArray[Any]]) -> list[Floats]:
+        """The stem's feature maps, shared by encoders and prefilter, of its inputs as ``inputs`` makes them."""
+        return self._stem(given)
 
-    def stem_of(self, picture: Frame) -> list[Floats]:
-        """The stem's feature maps of a picture; they stay as they are for as long as the returned list lives."""
-        return self._stem(normalise(picture, self._preprocess))
+    def stem_of(self, picture: Frame, raw: Raw | None = None) -> list[Floats]:
+        """The stem's feature maps of a frame; they stay as they are for as long as the returned list lives."""
+        return self._stem(self.inputs(picture, raw))
 
     def prefilter_scores(self, features: list[Floats]) -> list[float]:
         """The prefilter's scores on the stem's first feature map, one a class; empty where the bundle has none."""
@@ -160,10 +167,10 @@ class Head:
     def times_ms(self, picture: Frame, settings: Sequence[tuple[str, ...]], rounds: int = 40) -> dict[tuple[str, ...], Quantiles]:
         """Time of every set of graphs, stem included, measured in turns so that disturbances hit all alike."""
         taken: dict[tuple[str, ...], list[float]] = {s: [] for s in settings}
-        image = normalise(picture, self._preprocess)
+        given = self.inputs(picture, self.inputs.blank())
         for _ in range(rounds):
             for graphs in settings:
                 start_ns = time.perf_counter_ns()
-                self.latents(self.stem(image), graphs)
+                self.latents(self.stem(given), graphs)
                 taken[graphs].append((time.perf_counter_ns() - start_ns) / 1e6)
         return {s: Quantiles.of(ms[_WARM:]) for s, ms in taken.items()}

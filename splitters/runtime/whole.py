@@ -15,9 +15,10 @@ from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.bundle.operating_point import OperatingPoint, best_point
 from splitters.runtime.head import Head, open_codec
+from splitters.runtime.inputs import Raw
 from splitters.runtime.sessions import Floats
 from splitters.runtime.tail import load_tail
-from splitters.tasks.preprocess import Frame, input_image
+from splitters.tasks.preprocess import BLANK, Frame, input_image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +65,12 @@ class BundleModel:
         """Every operating point, with its measured bytes, accuracy and head time."""
         return tuple(self.bundle.points)
 
-    def __call__(self, frame: Frame, *, point: int | None = None) -> Inference:
+    def __call__(self, frame: Frame | None = None, *, raw: Raw | None = None, point: int | None = None) -> Inference:
         """Answers a frame from what its payload says.
 
         Args:
-            frame: (H, W, 3) uint8 BGR of any size.
+            frame: (H, W, 3) uint8 BGR of any size; None: the model takes no picture.
+            raw: arrays for the inputs that take none, by their names.
             point: the operating point's id; None: the most accurate one.
 
         Raises:
@@ -76,20 +78,20 @@ class BundleModel:
             BundleError: there is no such point.
         """
         chosen = best_point(self.points) if point is None else self.bundle.point(point)
-        payloads = self.encode(frame, point=chosen.id)
-        height, width = frame.shape[:2]
+        payloads = self.encode(frame, raw=raw, point=chosen.id)
+        height, width = _checked(frame).shape[:2]
         return Inference(answer=self.decode(payloads, (width, height)), payloads=payloads, point=chosen)
 
-    def latents(self, frame: Frame, *, point: int | None = None) -> tuple[Floats, ...]:
+    def latents(self, frame: Frame | None = None, *, raw: Raw | None = None, point: int | None = None) -> tuple[Floats, ...]:
         """What the head makes of a frame, before it is quantised."""
         chosen = best_point(self.points) if point is None else self.bundle.point(point)
         picture = input_image(_checked(frame), self.bundle.manifest.preprocess)
-        return self._head.latents(self._head.stem_of(picture), chosen.graphs)
+        return self._head.latents(self._head.stem_of(picture, raw), chosen.graphs)
 
-    def encode(self, frame: Frame, *, point: int | None = None) -> tuple[bytes, ...]:
+    def encode(self, frame: Frame | None = None, *, raw: Raw | None = None, point: int | None = None) -> tuple[bytes, ...]:
         """The device's half: a frame's payload, a layer each."""
         chosen = best_point(self.points) if point is None else self.bundle.point(point)
-        return self._codec.compress(self.latents(frame, point=chosen.id), chosen.codec_point).payloads
+        return self._codec.compress(self.latents(frame, raw=raw, point=chosen.id), chosen.codec_point).payloads
 
     def decode(self, payloads: Sequence[bytes], size_px: tuple[int, int]) -> Answer:
         """The server's half: the answer that a payload, or its first layers alone, gives.
@@ -114,7 +116,9 @@ class BundleModel:
         return self._tail.run_images([picture], [(frame.shape[1], frame.shape[0])])[0]
 
 
-def _checked(frame: Frame) -> Frame:
+def _checked(frame: Frame | None) -> Frame:
+    if frame is None:
+        return BLANK
     if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
         got = f"{frame.dtype} of shape {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
         raise ConfigError(f"a frame is an array of uint8 of shape (height, width, 3), blue first; got {got}")

@@ -104,9 +104,21 @@ class Task(ABC):
 
     @classmethod
     def arrays(cls, answers: Sequence[Answer]) -> Arrays:
-        """The answers of a batch as arrays with a batch axis, for the Open Inference Protocol."""
+        """The answers of a batch as arrays with a batch axis, for the Open Inference Protocol.
+
+        What differs in length from frame to frame is filled up, class ids with -1 and all else with 0.
+        """
         given = [tensors_of(a) for a in answers]
-        return {name: np.stack([each[name] for each in given]) for name in given[0]} if given else {}
+        found: Arrays = {}
+        for name in dict.fromkeys(n for each in given for n in each):
+            parts = [each[name] for each in given if name in each]
+            most = [max(sides) for sides in zip(*(p.shape for p in parts), strict=True)]
+            filled = np.full((len(given), *most), -1 if name == "class_ids" else 0, parts[0].dtype)
+            for row, each in zip(filled, given, strict=True):
+                if name in each:
+                    row[tuple(slice(0, side) for side in each[name].shape)] = each[name]
+            found[name] = filled
+        return found
 
     def check(self, answer: Answer | None) -> Answer:
         """The answer that a server sent.

@@ -25,7 +25,7 @@ _NAMED = 5
 
 
 class SegmentationTask(Task):
-    """Logits (N, C, h, w), a logit (N, 1, h, w), or class numbers (N, h, w), to a class map of the source frame.
+    """Logits (N, C, h, w), a logit or a share (N, 1, h, w), or class numbers (N, h, w), to a class map of the source frame.
 
     Arrays: ``run_lengths`` and ``run_values`` of the map row by row, ``mask_size`` (2,).
     """
@@ -34,7 +34,8 @@ class SegmentationTask(Task):
 
     def __init__(self, spec: Mapping[str, Any], preprocess: Preprocess, *, decoded: bool = False) -> None:
         super().__init__(spec, preprocess, decoded=decoded)
-        self._which = declared_decoding(spec).scores.outputs[0]
+        how = declared_decoding(spec)
+        self._which, self._threshold = how.scores.outputs[0], how.threshold
 
     def decode(self, outputs: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
         """See `Task.decode`."""
@@ -49,7 +50,7 @@ class SegmentationTask(Task):
         if len(moved) > 1:
             best = np.argmax(moved, axis=0)
         else:
-            best = np.rint(moved[0]).astype(np.int64) if values.ndim == 2 else (moved[0] > 0).astype(np.int64)
+            best = np.rint(moved[0]).astype(np.int64) if values.ndim == 2 else (moved[0] > self._threshold).astype(np.int64)
         lengths, kinds = runs.encode(best)
         size = np.asarray(runs.mask_size(*size_px), np.int32)
         return Tensors(task=self.name, arrays={"run_lengths": lengths, "run_values": kinds, "mask_size": size})

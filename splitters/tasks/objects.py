@@ -72,21 +72,6 @@ class ObjectsTask(Task):
         )
 
     @classmethod
-    def arrays(cls, answers: Sequence[Answer]) -> Arrays:
-        """See `Task.arrays`; a frame with fewer rows is filled up, classes with -1 and all else with 0."""
-        given = [tensors_of(a) for a in answers]
-        found: Arrays = {}
-        for name in dict.fromkeys(n for each in given for n in each):
-            parts = [each[name] for each in given if name in each]
-            most = [max(sides) for sides in zip(*(p.shape for p in parts), strict=True)]
-            filled = np.full((len(given), *most), -1 if name == "class_ids" else 0, parts[0].dtype)
-            for row, each in zip(filled, given, strict=True):
-                if name in each:
-                    row[tuple(slice(0, side) for side in each[name].shape)] = each[name]
-            found[name] = filled
-        return found
-
-    @classmethod
     def agreement(cls, answer: Answer, wanted: Answer) -> tuple[float, float]:
         """As of a detection, by boxes."""
         return DetectionTask.agreement(as_detection(answer), as_detection(wanted))

@@ -19,6 +19,9 @@ from splitters.bundle.manifest import Preprocess
 Frame = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
+BLANK: Frame = np.zeros((8, 8, 3), np.uint8)
+"""The picture of a frame that has none, for models that take none."""
+
 _MAX_SCALED = 16  # times the input's pixels
 _MARGIN_PX = 4  # source pixels around what is seen, which the interpolation looks at
 

@@ -114,7 +114,7 @@ class Device:
 
     def latents(self, picture: NDArray[np.uint8], number: int) -> Latents:
         """Of operating point `number`; pictures are BGR."""
-        features = self.head.stem(preprocess(picture, self.bundle.manifest.preprocess))
+        features = self.head.stem([preprocess(picture, self.bundle.manifest.preprocess)])
         return self.head.latents(features, self.bundle.points[number].graphs)
 
 

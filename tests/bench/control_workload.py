@@ -58,7 +58,7 @@ def device_jobs(engine: Engine) -> dict[str, Callable[[Frame], object]]:
     jobs: dict[str, Callable[[Frame], object]] = {}
     image = normalise(np.zeros((*engine.bundle.manifest.preprocess.size_px, 3), np.uint8), engine.bundle.manifest.preprocess)
     for point in {p.graphs: p for p in engine.bundle.points}.values():
-        jobs["+".join(point.graphs) + _ALONE] = lambda _, p=point: engine.head.latents(engine.head.stem(image), p.graphs)  # type: ignore[misc]
+        jobs["+".join(point.graphs) + _ALONE] = lambda _, p=point: engine.head.latents(engine.head.stem([image]), p.graphs)  # type: ignore[misc]
         jobs["+".join(point.graphs)] = lambda f, p=point: engine.encode(engine.features(f), p)  # type: ignore[misc]
     for o in engine.bundle.offloads:
         jobs[f"{o.format} {o.quality} {o.size_px}"] = lambda f, o=o: engine.compress(  # type: ignore[misc]

@@ -46,13 +46,13 @@ def main() -> None:
         whole([image])
         taken["whole"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        head.stem(image)
+        head.stem([image])
         taken["stem"].append(time.perf_counter() - start)
         for graphs, point in tiers.items():
             times = []
             for _ in range(2):
                 start = time.perf_counter()
-                head.latents(head.stem(image), point.graphs)
+                head.latents(head.stem([image]), point.graphs)
                 times.append(time.perf_counter() - start)
             taken["+".join(graphs)].append(times[1])
             switch.append(times[0] - times[1])

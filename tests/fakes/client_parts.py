@@ -18,7 +18,7 @@ from edge_client.device.engine import Encoded, Features
 from edge_client.frames import CapturedFrame
 from edge_client.transport.base import Gate, Welcome
 from protos.errors import HeadtailError, OverloadedError, PayloadError, UnreachableError
-from protos.messages import Classification, ClassScore, Detection, FrameLayer, Result, ServerTimings
+from protos.messages import Classification, ClassScore, Detection, FrameLayer, PayloadKind, Result, ServerTimings
 from splitters.bundle.manifest import Preprocess
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
 from splitters.codec import Symbols
@@ -123,7 +123,7 @@ class FakeEngine:
     def abandon(self) -> None:
         raise AssertionError("no job here takes so long")
 
-    def features(self, image: Any) -> Features:
+    def features(self, image: Any, raw: Any = None) -> Features:
         return Features(maps=[], image=image, stem_ns=0, preprocess_ns=0)
 
     codec = SimpleNamespace(supports_reference=False)
@@ -137,7 +137,9 @@ class FakeEngine:
 
     def compress(self, features: Features, image_format: str, quality: int, size_px: int = 0) -> Encoded:
         self._device.cost_s += 0.002
-        return Encoded(payloads=(JPEG + bytes(898),), symbols=None, stages_ms={"preprocess": 0.0, "codec": 2.0})
+        return Encoded(
+            payloads=(JPEG + bytes(898),), symbols=None, stages_ms={"preprocess": 0.0, "codec": 2.0}, kind=PayloadKind.IMAGE
+        )
 
     def prepare(self, image: Any) -> Any:
         return image

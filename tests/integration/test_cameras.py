@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from edge_client.bundles.fetch import fetch_bundle
+from edge_client.bundles.store import BundleStore
+from edge_client.transport.rpc import Endpoint
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_process import standby, write_clip
 from tests.fakes.server_running import environment
@@ -57,6 +61,18 @@ def test_three_files_are_three_cameras_and_a_fourth_that_fails_touches_none(tmp_
         lines = [json.loads(line) for line in (tmp_path / f"c{i}.jsonl").read_text().splitlines()]
         assert [line["frame"] for line in lines] == list(range(10 + i))
         assert {line["camera"] for line in lines} == {f"c{i}"}
+
+
+async def test_cameras_that_want_the_same_new_bundle_fetch_it_once(
+    tmp_path: Path, server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="edge_client.bundles.fetch")
+    stores = [BundleStore(tmp_path / "cache") for _ in range(8)]
+    bundles = await asyncio.gather(*(fetch_bundle(Endpoint(address=server), s, model="", sha256="") for s in stores))
+    assert len({b.sha256 for b in bundles}) == 1
+    assert caplog.text.count("fetched bundle") == 1
+    for store in stores:
+        store.close()
 
 
 def test_cameras_of_one_server_share_one_connection(tmp_path: Path, server: str) -> None:

@@ -31,6 +31,7 @@ from edge_client.frames import NS_PER_MS, NS_PER_S
 from protos.messages import Answer
 from splitters.bundle import Bundle
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
+from splitters.runtime.inputs import Raw
 from splitters.runtime.local import Local
 from splitters.tasks.preprocess import Frame
 
@@ -80,10 +81,10 @@ class SlowEngine(Engine):
         if self.local is not None:
             self.local = SlowLocal(self.local, pace)
 
-    def features(self, frame: Frame) -> Features:
+    def features(self, frame: Frame, raw: Raw | None = None) -> Features:
         """See ``Engine``."""
         self._pace.begin()
-        return super().features(frame)
+        return super().features(frame, raw)
 
     def picture(self, frame: Frame) -> Features:
         """See ``Engine``."""

@@ -12,9 +12,11 @@ class PayloadKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PAYLOAD_KIND_UNSPECIFIED: _ClassVar[PayloadKind]
     PAYLOAD_KIND_LATENT: _ClassVar[PayloadKind]
     PAYLOAD_KIND_IMAGE: _ClassVar[PayloadKind]
+    PAYLOAD_KIND_VIDEO: _ClassVar[PayloadKind]
 PAYLOAD_KIND_UNSPECIFIED: PayloadKind
 PAYLOAD_KIND_LATENT: PayloadKind
 PAYLOAD_KIND_IMAGE: PayloadKind
+PAYLOAD_KIND_VIDEO: PayloadKind
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
@@ -315,7 +317,7 @@ class ServerMessage(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., bundle_changed: _Optional[_Union[BundleChanged, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol_version", "session_id", "model", "bundle_sha256", "max_in_flight", "max_payload_bytes", "server_version", "datagrams")
+    __slots__ = ("protocol_version", "session_id", "model", "bundle_sha256", "max_in_flight", "max_payload_bytes", "server_version", "datagrams", "payload_kinds")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -324,6 +326,7 @@ class Welcome(_message.Message):
     MAX_PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     DATAGRAMS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_KINDS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     session_id: str
     model: str
@@ -332,7 +335,8 @@ class Welcome(_message.Message):
     max_payload_bytes: int
     server_version: str
     datagrams: DatagramOffer
-    def __init__(self, protocol_version: _Optional[int] = ..., session_id: _Optional[str] = ..., model: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., max_in_flight: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., server_version: _Optional[str] = ..., datagrams: _Optional[_Union[DatagramOffer, _Mapping]] = ...) -> None: ...
+    payload_kinds: _containers.RepeatedScalarFieldContainer[PayloadKind]
+    def __init__(self, protocol_version: _Optional[int] = ..., session_id: _Optional[str] = ..., model: _Optional[str] = ..., bundle_sha256: _Optional[str] = ..., max_in_flight: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., server_version: _Optional[str] = ..., datagrams: _Optional[_Union[DatagramOffer, _Mapping]] = ..., payload_kinds: _Optional[_Iterable[_Union[PayloadKind, str]]] = ...) -> None: ...
 
 class DatagramOffer(_message.Message):
     __slots__ = ("ticket", "certificate_der", "port")

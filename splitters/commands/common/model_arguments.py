@@ -6,17 +6,20 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from protos.errors import ConfigError, SourceError
 from splitters.bundle.manifest import Preprocess
+from splitters.runtime.inputs import ARRAY_SUFFIXES, read_arrays
 from splitters.runtime.pictures import read_picture
 from splitters.tasks.preprocess import Frame, input_image
 
 if TYPE_CHECKING:
+    from splitters.cutting.onnx.inputs import Role
     from splitters.cutting.sources import ModelSource
 
 JPEG_QUALITY = 90
@@ -30,6 +33,51 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, weights: str) -> Non
         help="hub: fetched by timm or torchvision where this machine can reach it; FILE: safetensors (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--size", metavar="HxW", help="input size in pixels, where the model's own is not wanted")
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """--input and --example, of ONNX models that take other things than one picture."""
+    parser.add_argument(
+        "--input", action="append", default=[], metavar="NAME=ROLE",
+        help="ONNX: what an input takes: picture, previous (the picture before), clip (the last pictures), or raw (an array that "
+        "comes with each frame); default: what its shape says. Once for each input",
+    )  # fmt: skip
+    parser.add_argument(
+        "--example", type=Path, metavar="FILE|DIR",
+        help="ONNX: values of raw inputs to cut with, by their names: .npz files, or .npy where there is one such input",
+    )  # fmt: skip
+
+
+def input_roles(args: argparse.Namespace) -> dict[str, Role]:
+    """What --input says.
+
+    Raises:
+        ConfigError: it is no NAME=ROLE.
+    """
+    from splitters.cutting.onnx.inputs import ROLES
+
+    found: dict[str, Role] = {}
+    for text in args.input:
+        name, _, role = str(text).rpartition("=")
+        known = next((r for r in ROLES if r == role), None)
+        if not name or known is None:
+            raise ConfigError(f"--input must be NAME=ROLE with a role of {', '.join(ROLES)}, got {text!r}")
+        found[name] = known
+    return found
+
+
+def read_examples(path: Path | None) -> list[dict[str, NDArray[Any]]]:
+    """What --example holds, a frame each.
+
+    Raises:
+        SourceError: nothing of it can be read.
+    """
+    if path is None:
+        return []
+    files = sorted(f for f in path.iterdir() if f.suffix in ARRAY_SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise SourceError(f"{path} holds no .npz or .npy files")
+    return [read_arrays(f) for f in files]
 
 
 def load_model(args: argparse.Namespace) -> ModelSource:

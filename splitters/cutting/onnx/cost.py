@@ -12,6 +12,7 @@ import zstandard
 
 from protos.errors import CutError
 from splitters.cutting.onnx.cuts import Cuts, OnnxCut, device_share, run_for, static_shape
+from splitters.cutting.onnx.inputs import Feed
 
 DEVICE_SHARE = 0.35  # of the work, at most, where nobody says where to cut
 _LEVEL = 3
@@ -55,8 +56,8 @@ def compressed_bytes(array: Array) -> int:
     return len(zstandard.ZstdCompressor(level=_LEVEL).compress(np.ascontiguousarray(symbols).tobytes()))
 
 
-def crossing_costs(cuts: Cuts, chosen: Sequence[OnnxCut], image: Array) -> dict[int, CrossingCost]:
-    """Costs by position, on one picture; tensors are looked at a few at a time, since all of them may not fit in memory."""
+def crossing_costs(cuts: Cuts, chosen: Sequence[OnnxCut], feed: Feed) -> dict[int, CrossingCost]:
+    """Costs by position, on one frame; tensors are looked at a few at a time, since all of them may not fit in memory."""
     values = ir.convenience.create_value_mapping(cuts.model.graph.graph, include_subgraphs=False)
     names = list(dict.fromkeys(n for c in chosen for n in c.crossing))
     seen: dict[str, tuple[tuple[int, ...], int, int, int]] = {}
@@ -68,7 +69,7 @@ def crossing_costs(cuts: Cuts, chosen: Sequence[OnnxCut], image: Array) -> dict[
             held += 4 * int(np.prod(shape)) if shape else _RUN_BYTES // 8
             group.append(name)
         if group and (name is None or held >= _RUN_BYTES):
-            for each, array in run_for(cuts.model, group, [image])[0].items():
+            for each, array in run_for(cuts.model, group, [feed])[0].items():
                 seen[each] = (tuple(array.shape), array.nbytes, array.size, compressed_bytes(array))
             group, held = [], 0
     return {
@@ -80,7 +81,7 @@ def crossing_costs(cuts: Cuts, chosen: Sequence[OnnxCut], image: Array) -> dict[
     }  # fmt: skip
 
 
-def best_cut(cuts: Cuts, image: Array, share: float = DEVICE_SHARE) -> tuple[OnnxCut, CrossingCost]:
+def best_cut(cuts: Cuts, feed: Feed, share: float = DEVICE_SHARE) -> tuple[OnnxCut, CrossingCost]:
     """The cut that sends the fewest compressed bytes among those with at most ``share`` of the work on the device.
 
     Raises:
@@ -95,6 +96,6 @@ def best_cut(cuts: Cuts, image: Array, share: float = DEVICE_SHARE) -> tuple[Onn
         return sum(int(np.prod(static_shape(values[n]) or (1 << 24,))) for n in cut.crossing)
 
     least = sorted(offered, key=elements)[:_MEASURED]  # compression does not turn the order of the rest round
-    costs = crossing_costs(cuts, least, image)
+    costs = crossing_costs(cuts, least, feed)
     best = min(least, key=lambda c: (costs[c.position].zstd_bytes, c.position))
     return best, costs[best.position]

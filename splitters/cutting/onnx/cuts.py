@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from protos.errors import CutError
 from splitters.codec.base import MAX_TENSORS
+from splitters.cutting.onnx.inputs import IMAGE, Feed
 from splitters.cutting.onnx.model import BATCH, OnnxModel, to_bytes
 from splitters.cutting.onnx.runtime import Session
 
@@ -58,10 +59,11 @@ class Cuts:
     def __init__(self, model: OnnxModel) -> None:
         self.model = model
         graph = model.graph.graph
-        self._picture = next(v for v in graph.inputs if v.name == model.picture.name)
-        self.order = _data_nodes(graph, self._picture)
+        taken = {model.picture.name, *(b.name for b in model.beside)}
+        self._roots = [v for v in graph.inputs if v.name in taken]
+        self.order = _data_nodes(graph, self._roots)
         if len(self.order) < 2:
-            raise CutError(f"{model.path}: its outputs do not depend on the picture, so there is nothing to cut")
+            raise CutError(f"{model.path}: its outputs do not depend on what it is given, so there is nothing to cut")
         self.names = _names(self.order)
         self._spans = self._live()
         self.macs = _macs(model, self.order)
@@ -73,7 +75,7 @@ class Cuts:
         for position, node in enumerate(self.order):
             used.update(dict.fromkeys(reads(node), position))
         used.update(dict.fromkeys(self.model.graph.graph.outputs, len(self.order)))
-        made = [(self._picture, 0), *((v, i + 1) for i, n in enumerate(self.order) for v in n.outputs)]
+        made = [*((root, 0) for root in self._roots), *((v, i + 1) for i, n in enumerate(self.order) for v in n.outputs)]
         return {value: (position, used[value]) for value, position in made if value in used}
 
     def crossing(self, position: int) -> tuple[ir.Value, ...]:
@@ -82,8 +84,9 @@ class Cuts:
 
     def why_not(self, values: Sequence[ir.Value]) -> str:
         """Why these tensors cannot be sent; empty where they can."""
-        if self._picture in values:
-            return "the picture itself is still needed after it"
+        if root := next((v for v in values if v in self._roots), None):
+            what = "the picture" if root.name == self.model.picture.name else f"the input {root.name!r}"
+            return f"{what} itself is still needed after it"
         if len(values) > MAX_CROSSING:
             return f"{len(values)} tensors cross there, more than {MAX_CROSSING}"
         for value in values:
@@ -189,9 +192,9 @@ def is_size(node: ir.Node) -> bool:
     return all(isinstance(d, int) for d in sides[1:]) and all(isinstance(d, int) or str(d) == BATCH for d in sides[:1])
 
 
-def _data_nodes(graph: ir.Graph, picture: ir.Value) -> list[ir.Node]:
-    """Nodes whose result depends on the picture's values, not on its size alone."""
-    data: set[ir.Value] = {picture}
+def _data_nodes(graph: ir.Graph, roots: Sequence[ir.Value]) -> list[ir.Node]:
+    """Nodes whose result depends on the inputs' values, not on their sizes alone."""
+    data: set[ir.Value] = set(roots)
     found = []
     for node in graph:
         if not is_size(node) and any(v in data for v in reads(node)):
@@ -226,8 +229,8 @@ def _macs(model: OnnxModel, order: Sequence[ir.Node]) -> list[int]:
     ]  # fmt: skip
     shapes: Mapping[str, tuple[int, ...]] = {}
     if unknown:
-        zeros = np.zeros((1, 3, *model.picture.size_px), np.float32)
-        shapes = {name: array.shape for name, array in run_for(model, sorted(set(unknown)), [zeros])[0].items()}
+        blank = {b.head_name: b.sample for b in model.beside} | {IMAGE: np.zeros((1, *model.picture.head_shape), np.float32)}
+        shapes = {name: array.shape for name, array in run_for(model, sorted(set(unknown)), [blank])[0].items()}
 
     def shape(value: ir.Value | None) -> tuple[int, ...]:
         return shapes.get(str(value.name) if value is not None else "") or static_shape(value) or (1,)
@@ -250,10 +253,8 @@ def _node_macs(node: ir.Node, shape: Any) -> int:
     return out * int(left[-1])
 
 
-def run_for(
-    model: OnnxModel, names: Sequence[str], images: Sequence[np.ndarray[Any, Any]]
-) -> list[dict[str, np.ndarray[Any, Any]]]:
-    """Runs the graph with further tensors as outputs, unoptimised; their values, an image each."""
+def run_for(model: OnnxModel, names: Sequence[str], feeds: Sequence[Feed]) -> list[dict[str, np.ndarray[Any, Any]]]:
+    """Runs the graph with further tensors as outputs, unoptimised; their values, a frame each."""
     graph = model.graph.clone()
     values = ir.convenience.create_value_mapping(graph.graph, include_subgraphs=False)
     wanted = [values[name] for name in names]
@@ -261,9 +262,9 @@ def run_for(
     graph.graph.outputs.extend(v for v in wanted if v not in own and not v.is_graph_input())
     session = Session(to_bytes(graph, str(model.path)), optimised=False, what=str(model.path))
     found = []
-    for image in images:
-        given = {model.picture.name: np.repeat(model.picture.of(image), model.copies, axis=0), **model.constants}
-        found.append({n: a for n, a in zip(session.outputs, session.run(given), strict=True) if n in set(names)})
+    for feed in feeds:
+        run = session.run(model.given(feed, model.copies))
+        found.append({n: a for n, a in zip(session.outputs, run, strict=True) if n in set(names)})
     return found
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from protos.errors import BundleError, ConfigError
 from protos.messages import Answer, Box, Classification, Detection, Tensors
 from splitters.codec import LatentCodec
+from splitters.cutting.onnx.inputs import Feed
 from splitters.cutting.onnx.model import OnnxModel
 from splitters.cutting.onnx.pieces import whole_outputs
 from splitters.tasks.base import TASKS, task_of
@@ -94,14 +95,14 @@ class Judge:
         return _compared(self.wanted, answers, float(np.mean(distances))), answers
 
 
-def judge(model: OnnxModel, decode: Decode, tail: Tail, photos: Sequence[Frame], images: Sequence[Array]) -> Judge:
+def judge(model: OnnxModel, decode: Decode, tail: Tail, photos: Sequence[Frame], feeds: Sequence[Feed]) -> Judge:
     """Runs the whole file on the photographs.
 
     Raises:
         ConfigError: its outputs do not have the form declared.
     """
-    chosen = list(zip(photos, images, strict=True))[:_FEW]
-    outputs = [whole_outputs(model, image) for _, image in chosen]
+    chosen = list(zip(photos, feeds, strict=True))[:_FEW]
+    outputs = [whole_outputs(model, feed) for _, feed in chosen]
     sizes = tuple((photo.shape[1], photo.shape[0]) for photo, _ in chosen)
     try:
         wanted = tuple(decode(o, [size])[0] for o, size in zip(outputs, sizes, strict=True))

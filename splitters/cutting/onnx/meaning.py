@@ -10,11 +10,13 @@ import numpy as np
 
 from protos.errors import ConfigError
 from splitters.bundle.manifest import Preprocess
+from splitters.cutting.onnx.feeds import feeds_of
+from splitters.cutting.onnx.inputs import Feed
 from splitters.cutting.onnx.model import OnnxModel
 from splitters.cutting.onnx.pieces import whole_outputs
 from splitters.tasks.decoding import Decoding, Preset, read_other_task
 from splitters.tasks.decoding.guess import Guess, Outputs, fitted, guess, labels_of
-from splitters.tasks.preprocess import Frame, preprocess
+from splitters.tasks.preprocess import Frame
 
 AUTO, TENSORS = "auto", "tensors"
 _INTEGERS: Mapping[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
@@ -55,23 +57,26 @@ class Understood:
     labels: Mapping[int, str]
 
 
-def understood(model: OnnxModel, asked: Asked, photos: Sequence[Frame], say: Callable[[str], None]) -> Understood:
+def understood(
+    model: OnnxModel, asked: Asked, photos: Sequence[Frame], say: Callable[[str], None], examples: Sequence[Feed] = ()
+) -> Understood:
     """Task, decoding, preprocessing and labels; says which, and why.
 
     Args:
         model: ready to be cut.
         asked: what is known already.
         photos: of which the first is run.
+        examples: values of inputs that take no picture.
         say: told in one line what was decided.
 
     Raises:
         ConfigError: a guess is ambiguous, or what was asked for does not fit.
     """
     plain = preprocess_for(model, {"resize": "stretch", "interpolation": "bilinear"})
-    values = whole_outputs(model, preprocess(photos[0], plain))
+    values = whole_outputs(model, feeds_of(model, photos[:1], plain, examples)[0])
     outputs = Outputs(names=model.outputs, values=tuple(values), size_px=model.picture.size_px, metadata=model.metadata)
     other = read_other_task(asked.output)
-    chosen = guess(outputs) if asked.output == AUTO else Guess(preset=asked.output, why="as asked")
+    chosen = _guess(model, outputs) if asked.output == AUTO else Guess(preset=asked.output, why="as asked")
     labels = dict(asked.labels) or labels_of(model.metadata)
     if chosen.preset == TENSORS or other is not None:
         fields = {"resize": "letterbox", "anchor": "centre"} if "stride" in model.metadata else {"resize": "stretch"}
@@ -85,9 +90,18 @@ def understood(model: OnnxModel, asked: Asked, photos: Sequence[Frame], say: Cal
     if spec.size_px != model.picture.size_px:
         raise ConfigError(f"--preprocess makes pictures of {spec.size_px}, the model takes {model.picture.size_px} (height, width)")
     named = labels or task in (TENSORS, "embedding") or other is not None
-    say(f"outputs {outputs.shapes()} are read as {chosen.preset} ({chosen.why}); input {_words(spec)}"
+    taken = [f"{i.name} {i.source} {i.dtype} {list(i.shape)}" for i in model.manifest_inputs()]
+    say(f"outputs {outputs.shapes()} are read as {chosen.preset} ({chosen.why}); "
+        + (f"inputs {', '.join(taken)}; " if taken else "") + (f"input {_words(spec)}" if model.picture.name else "no picture")
         + ("" if named else "; class names are not known, numbers are shown (--labels)"))  # fmt: skip
     return Understood(task=task, postprocess=postprocess, preprocess=spec, labels=labels)
+
+
+def _guess(model: OnnxModel, outputs: Outputs) -> Guess:
+    """By the outputs' shapes; what a model of other things than a picture returns is named, unless it is class scores."""
+    if not model.manifest_inputs() or (model.picture.frames and not model.beside):
+        return guess(outputs)
+    return Guess(preset=TENSORS, why="the model takes more than one picture, or none")
 
 
 def _preset_fields(preset: Preset, how: Decoding) -> dict[str, Any]:

@@ -14,9 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from splitters.cutting.onnx.cuts import OnnxCut, is_size
-from splitters.cutting.onnx.model import BATCH, GREY, OnnxModel, Picture
-
-IMAGE = "image"
+from splitters.cutting.onnx.inputs import GREY, IMAGE, PREVIOUS, Feed, Picture
+from splitters.cutting.onnx.model import BATCH, OnnxModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +73,7 @@ def whole(model: OnnxModel) -> ir.Model:
     """The whole model, with ``image`` as its input and its own outputs."""
     piece = model.graph.clone()
     edit = _Edit(piece, model)
-    edit.picture()
+    edit.inputs()
     edit.outputs(model.outputs)
     return edit.done()
 
@@ -84,13 +83,18 @@ def unbatched_outputs(model: OnnxModel) -> tuple[bool, ...]:
     if model.free_batch:
         return tuple(False for _ in model.outputs)
     values = {str(v.name): v for v in model.graph.graph.outputs}
-    first = [list(values[name].shape or [None])[:1] for name in model.outputs]
-    return tuple(sides != [model.copies] for sides in first)
+    bare = []
+    for name, seen in zip(model.outputs, model.seen, strict=True):
+        first = next(iter(values[name].shape or ()), None)
+        # Where inference cannot tell, a table of rows for each picture has three axes, what a suppression leaves has two.
+        known = isinstance(first, int) or len(seen) < 3
+        bare.append(first != model.copies if known else seen[0] != model.batch)
+    return tuple(bare)
 
 
-def whole_outputs(model: OnnxModel, image: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-    """The user's own file on one image, as the pieces give it: batch first."""
-    return [a[None] if bare else a for a, bare in zip(model.run_reference(image), unbatched_outputs(model), strict=True)]
+def whole_outputs(model: OnnxModel, feed: Feed) -> list[np.ndarray[Any, Any]]:
+    """The user's own file on one frame, as the pieces give it: batch first."""
+    return [a[None] if bare else a for a, bare in zip(model.run_reference(feed), unbatched_outputs(model), strict=True)]
 
 
 def _extract(model: ir.Model, inputs: Iterable[str], outputs: Iterable[str]) -> ir.Model:
@@ -102,7 +106,7 @@ def _head(model: OnnxModel, latents: Sequence[Latent]) -> ir.Model:
     names = [latent.tensor for latent in latents]
     piece = _extract(model.graph, [str(v.name) for v in model.graph.graph.inputs], names)
     edit = _Edit(piece, model)
-    edit.picture()
+    edit.inputs()
     edit.send(latents)
     return edit.done()
 
@@ -177,7 +181,7 @@ class _Edit:
         self._model, self._source = piece, model
         self._graph = piece.graph
         self._count = 0
-        taken = {IMAGE, *(latent_name(i) for i in range(64))}
+        taken = {IMAGE, PREVIOUS, *(latent_name(i) for i in range(64))}
         for value in ir.convenience.create_value_mapping(self._graph, include_subgraphs=True).values():
             if value.name in taken:
                 value.name = f"{value.name}__own"
@@ -215,12 +219,19 @@ class _Edit:
         ir.convenience.replace_all_uses_with(old, last)
         self._graph.inputs[list(self._graph.inputs).index(old)] = new
 
-    def picture(self) -> None:
-        """``image`` (N, 3, h, w) float32 instead of the user's own input."""
-        spec: Picture = self._source.picture
+    def inputs(self) -> None:
+        """The head's inputs instead of the user's own; what is given as it is stays."""
+        for each in self._source.beside:
+            if each.picture is not None:
+                self._picture(each.picture, PREVIOUS)
+        if self._source.picture.name:
+            self._picture(self._source.picture, IMAGE)
+
+    def _picture(self, spec: Picture, name: str) -> None:
+        """A picture (N, 3, h, w) or a clip (N, T, 3, h, w) of float32 instead of the user's own input."""
         old = next(v for v in self._graph.inputs if v.name == self._own(spec.name))
         batch: Any = BATCH if self._source.free_batch else 1
-        new = ir.val(IMAGE, ir.DataType.FLOAT, [batch, 3, *spec.size_px])
+        new = ir.val(name, ir.DataType.FLOAT, [batch, *spec.head_shape])
         made: list[ir.Node] = []
         if spec.channels == 1:
             parts = []
@@ -232,9 +243,12 @@ class _Edit:
             made.append(self._node("Add", [made[-1].outputs[0], parts[2]]))
         last = made[-1].outputs[0] if made else new
         if self._source.copies > 1:
-            made.append(self._repeat(last, 3))
+            made.append(self._repeat(last, len(spec.head_shape)))
             last = made[-1].outputs[0]
-        if spec.channels_last:
+        if spec.frames:
+            made.append(self._node("Transpose", [last], perm=list(spec.axes)))
+            last = made[-1].outputs[0]
+        elif spec.channels_last:
             made.append(self._node("Transpose", [last], perm=[0, 2, 3, 1]))
             last = made[-1].outputs[0]
         made += self._cast(last, spec.dtype)
@@ -330,4 +344,6 @@ class _Edit:
                 constant = _constant(self._graph, self._name(), array)
                 ir.convenience.replace_all_uses_with(value, constant)
                 self._graph.inputs.remove(value)
+        order = {name: place for place, name in enumerate(self._source.inputs)}
+        self._graph.inputs[:] = sorted(self._graph.inputs, key=lambda v: order.get(str(v.name), len(order)))
         return self._model

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from protos.errors import CutError, ModelError
+from splitters.cutting.onnx.inputs import Feed
 from splitters.cutting.onnx.model import OnnxModel, to_bytes
-from splitters.cutting.onnx.pieces import IMAGE, Pieces, latent_name
+from splitters.cutting.onnx.pieces import Pieces, latent_name
 from splitters.cutting.onnx.runtime import Session
 
 TOLERANCE = 1e-3
@@ -40,22 +41,22 @@ class Proof:
     notes: tuple[str, ...]
 
 
-def prove(model: OnnxModel, pieces: Pieces, images: Sequence[Array]) -> Proof:
+def prove(model: OnnxModel, pieces: Pieces, feeds: Sequence[Feed]) -> Proof:
     """Compares the pieces with the whole file.
 
     Args:
         model: the file.
         pieces: cut from it.
-        images: (1, 3, h, w) of at least one picture; different ones where there are.
+        feeds: at least one frame; different ones where there are.
 
     Raises:
         CutError: they differ, or the model has a memory from one picture to the next.
         ModelError: a piece cannot be run.
     """
-    chosen = list(images[:3])
+    chosen = list(feeds[:3])
     if len(chosen) == 1:
-        chosen.append(np.ascontiguousarray(chosen[0][..., ::-1]))
-    wanted = [model.run_reference(image) for image in chosen]
+        chosen.append({n: np.ascontiguousarray(a[..., ::-1]) for n, a in chosen[0].items()})
+    wanted = [model.run_reference(feed) for feed in chosen]
     again = model.run_reference(chosen[0])
     if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(wanted[0], again, strict=True)):
         raise CutError(
@@ -65,9 +66,9 @@ def prove(model: OnnxModel, pieces: Pieces, images: Sequence[Array]) -> Proof:
     if not all(np.isfinite(a).all() for run in wanted for a in run if a.dtype.kind == "f"):
         raise CutError(f"{model.path.name}'s own output is not finite on a photograph: is its input prepared as it expects?")
     plain = _Halves(model, pieces, optimised=False)
-    plain_gap = max(_difference(model, w, plain(image)[1]) for w, image in zip(wanted, chosen, strict=True))
+    plain_gap = max(_difference(model, w, plain(feed)[1]) for w, feed in zip(wanted, chosen, strict=True))
     served = _Halves(model, pieces, optimised=True)
-    runs = [served(image) for image in chosen]
+    runs = [served(feed) for feed in chosen]
     gap = max(_difference(model, w, run[1]) for w, run in zip(wanted, runs, strict=True))
     if plain_gap > TOLERANCE or (plain_gap and gap > TOLERANCE):
         raise CutError(
@@ -92,8 +93,8 @@ class _Halves:
         self._head = Session(to_bytes(pieces.head, name), optimised=optimised, what=f"the head of {name}")
         self._tail = Session(to_bytes(pieces.tail, name), optimised=optimised, what=f"the tail of {name}")
 
-    def __call__(self, image: Array) -> tuple[list[Array], list[Array]]:
-        latents = self._head.run({IMAGE: image})
+    def __call__(self, feed: Feed) -> tuple[list[Array], list[Array]]:
+        latents = self._head.run(feed)
         return latents, self.tail(latents)
 
     def tail(self, latents: Sequence[Array]) -> list[Array]:
@@ -130,11 +131,11 @@ def _weak(halves: _Halves, first: tuple[list[Array], list[Array]], second: tuple
     return [f"another picture's {', '.join(weak)} changes no output: the model barely uses what crosses there"] if weak else []
 
 
-def _rows_apart(halves: _Halves, images: Sequence[Array], alone: Sequence[Sequence[Array]]) -> bool:
+def _rows_apart(halves: _Halves, feeds: Sequence[Feed], alone: Sequence[Sequence[Array]]) -> bool:
     """Whether different pictures in one batch, in both orders, give what each gives alone."""
     for order in ([0, 1], [1, 0], [0, 1, 0]):
         try:
-            _, got = halves(np.concatenate([images[i] for i in order]))
+            _, got = halves({name: np.concatenate([feeds[i][name] for i in order]) for name in feeds[0]})
         except ModelError:
             return False
         for output, rows in enumerate(zip(*(alone[i] for i in order), strict=True)):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from protos.errors import SourceError
+from protos.errors import ConfigError, SourceError
 from protos.messages import Answer
 from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, LocalModel, Preprocess
@@ -21,15 +21,17 @@ from splitters.codec import calibrate_plain, codec_from_spec
 from splitters.cutting.checks import OnStep, silent
 from splitters.cutting.onnx.cost import best_cut, crossing_costs
 from splitters.cutting.onnx.cuts import Cuts, OnnxCut
+from splitters.cutting.onnx.feeds import feeds_of
+from splitters.cutting.onnx.inputs import Feed
 from splitters.cutting.onnx.judge import METRIC, Agreement, judge
 from splitters.cutting.onnx.model import OnnxModel, at_batch_one, to_bytes
-from splitters.cutting.onnx.pieces import IMAGE, Latent, Pieces, divide, latent_name
+from splitters.cutting.onnx.pieces import Latent, Pieces, divide, latent_name
 from splitters.cutting.onnx.proof import Proof, prove
 from splitters.cutting.onnx.runtime import Session
 from splitters.cutting.points import channel_axis, measure_points
 from splitters.runtime.tail import batched
 from splitters.tasks.base import make_task
-from splitters.tasks.preprocess import Frame, preprocess
+from splitters.tasks.preprocess import BLANK, Frame
 
 Array = np.ndarray[Any, Any]
 
@@ -85,7 +87,14 @@ class OnnxWritten:
 
 
 def write_onnx_bundle(
-    model: OnnxModel, at: str | None, photos: Sequence[Frame], serving: OnnxServing, out: Path, *, on_step: OnStep = silent
+    model: OnnxModel,
+    at: str | None,
+    photos: Sequence[Frame],
+    serving: OnnxServing,
+    out: Path,
+    *,
+    examples: Sequence[Feed] = (),
+    on_step: OnStep = silent,
 ) -> OnnxWritten:
     """Cuts, proves, decodes, calibrates and writes.
 
@@ -95,6 +104,7 @@ def write_onnx_bundle(
         photos: frames as OpenCV reads them.
         serving: the rest of the manifest.
         out: the bundle's directory.
+        examples: values of the inputs that take no picture, a frame each; empty: what the model was loaded with.
         on_step: told how far the work is.
 
     Raises:
@@ -105,7 +115,10 @@ def write_onnx_bundle(
     """
     if not photos:
         raise SourceError("photographs are needed to choose the codec's scales: give --photos DIR")
-    images = [preprocess(photo, serving.preprocess) for photo in photos]
+    if serving.local and model.manifest_inputs():
+        raise ConfigError("--local is for models of one picture: the device's own copy is given nothing else")
+    images = feeds_of(model, photos, serving.preprocess, examples)
+    photos = photos if model.picture.name else [BLANK] * len(images)
     asked = model
     model, cut, pieces, proof = _proved(model, at, images)
     head = Session(to_bytes(pieces.head, serving.name), optimised=True, what="the head")
@@ -113,7 +126,7 @@ def write_onnx_bundle(
     runs = []
     for number, image in enumerate(images):
         on_step(number, len(images), "running the head on the photographs")
-        runs.append(head.run({IMAGE: image}))
+        runs.append(head.run(image))
     spec = _calibrated(pieces.latents, runs, serving.bits)
     codec = codec_from_spec(spec, lambda _path: b"")
     decode = make_task(serving.task, serving.postprocess, serving.preprocess).decode
@@ -127,7 +140,7 @@ def write_onnx_bundle(
     on_step(len(serving.bits), len(serving.bits), "writing the bundle")
     agreement, answers = agreements[int(np.argmax(serving.bits))]
     points = measure_points(
-        lambda image: head.run({IMAGE: image}), images, runs, codec, [latent.shape for latent in pieces.latents], serving.bits,
+        head.run, images, runs, codec, [latent.shape for latent in pieces.latents], serving.bits,
         accuracy=[a.accuracy for a, _ in agreements], metric=METRIC,
     )  # fmt: skip
     bundle = _written(model, cut, pieces, proof, serving, spec, points, out)
@@ -147,7 +160,7 @@ def write_prepared(model: OnnxModel, prepared: Prepared, serving: OnnxServing, o
         ModelError: a piece cannot be run.
     """
     noise = np.random.default_rng(0).integers(0, 256, (2, *model.picture.size_px, 3), dtype=np.uint8)
-    model, cut, pieces, proof = _proved(model, prepared.at, [preprocess(picture, serving.preprocess) for picture in noise])
+    model, cut, pieces, proof = _proved(model, prepared.at, feeds_of(model, list(noise), serving.preprocess))
     return _written(model, cut, pieces, proof, serving, prepared.codec, prepared.points, out, prepared.score_min)
 
 
@@ -156,11 +169,11 @@ def _written(
     points: Sequence[OperatingPoint], out: Path, score_min: float | None = None,
 ) -> Bundle:  # fmt: skip
     with BundleWriter(out) as writer:
-        for path, side, piece in (
-            ("device/stem.onnx", "device", pieces.head),
-            ("server/tail.onnx", "server", pieces.tail),
-            ("server/whole.onnx", "server", pieces.whole),
-        ):
+        inputs = model.manifest_inputs()
+        parts = [("device/stem.onnx", "device", pieces.head), ("server/tail.onnx", "server", pieces.tail)]
+        # The server runs a whole model on a picture that was sent instead; other inputs cannot be sent so.
+        whole = {} if inputs else {"whole": "server/whole.onnx"}
+        for path, side, piece in [*parts, *((p, "server", pieces.whole) for p in whole.values())]:
             writer.add(path, to_bytes(piece, serving.name), "device" if side == "device" else "server")
         local = None
         if serving.local:
@@ -171,11 +184,11 @@ def _written(
         batch = {} if proof.free_batch else {"batch": 1}
         return writer.finish(
             points=points, name=serving.name, task=serving.task, preprocess=serving.preprocess, score_min=score_min,
-            labels=dict(serving.labels),
+            labels=dict(serving.labels), inputs=inputs,
             latent_shape=tuple(latent.shape for latent in pieces.latents), head=Head(stem="device/stem.onnx"),
             codec="device/codec.json", local=local, postprocess=dict(serving.postprocess), licence=serving.licence,
             tail={
-                "kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx", "outputs": list(model.outputs), **batch,
+                "kind": "onnx", "path": "server/tail.onnx", **whole, "outputs": list(model.outputs), **batch,
             },
             provenance={
                 **serving.provenance, "cut": cut.name, "cut_by": "ONNX IR", "codec": "plain", "opset": model.opset,
@@ -184,7 +197,7 @@ def _written(
         )  # fmt: skip
 
 
-def _proved(model: OnnxModel, at: str | None, images: Sequence[Array]) -> tuple[OnnxModel, OnnxCut, Pieces, Proof]:
+def _proved(model: OnnxModel, at: str | None, images: Sequence[Feed]) -> tuple[OnnxModel, OnnxCut, Pieces, Proof]:
     """The cut and its proof; with a batch of one where a free batch does not hold."""
     cuts = Cuts(model)
     if at is None:

@@ -58,7 +58,7 @@ class Clip:
         return len(self.frames)
 
 
-def _decoded(path: Path) -> Iterator[tuple[float, Frame]]:
+def decoded(path: Path) -> Iterator[tuple[float, Frame]]:
     """Every frame with its time in seconds, turned upright.
 
     Raises:
@@ -107,7 +107,7 @@ def read_clip(path: Path, spec: Preprocess, *, fps: float = FPS, part: Part = WH
     pictures: list[NDArray[np.uint8]] = []
     sizes: list[tuple[int, int]] = []
     first, tick = None, 0
-    for time_s, frame in _decoded(path):
+    for time_s, frame in decoded(path):
         first = time_s if first is None else first
         if (time_s - first) * fps < tick - 0.25:
             continue

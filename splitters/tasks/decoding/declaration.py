@@ -37,6 +37,7 @@ class Decoding:
         class_ids: the id of each class column; empty: 0, 1, 2…
         extras: what else each row carries: key points, a box's angle in radians, or the coefficients of its mask.
         point_values: numbers of a key point: 2, or 3 with how sure it is.
+        threshold: of a map of one class, from which value on a pixel is of it; 0 fits logits.
         prototypes: the output (N, coefficients, h, w) whose weighted sums are masks.
     """
 
@@ -57,6 +58,7 @@ class Decoding:
     extras: Columns | None = None
     point_values: Literal[2, 3] = 3
     prototypes: int | str | None = None
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
         objects = self.task in ("detection", "keypoints", "oriented", "instances")

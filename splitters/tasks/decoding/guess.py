@@ -159,6 +159,8 @@ def _map(outputs: Outputs) -> list[Guess]:
         return [Guess(preset="segmentation", why=f"one map of class numbers {tuple(values.shape)}")]
     if over and values.ndim == 4 and values.shape[1] >= 2 and not (values.shape[1] == 3 and values.shape[2] >= height):
         return [Guess(preset="segmentation", why=f"one map {tuple(values.shape)} of {values.shape[1]} classes over the picture")]
+    if over and values.ndim == 4 and values.shape[1] == 1 and "sigmoid" in outputs.names[0].lower() and _given(values):
+        return [Guess(preset="mask", why=f"one map {tuple(values.shape)} of shares over the picture")]
     if len(outputs.values) == 1 and values.ndim == 4 and values.shape[1] > 5 and values.shape[2:] == (height // 16, width // 16):
         return [Guess(preset="fastestdet", why=f"one map {tuple(values.shape)} of stride 16")]
     return []

@@ -53,5 +53,5 @@ class Smallest(Policy):
     def on_lost(self, frame_id: int, now_ns: int) -> None:
         self._in_flight.discard(frame_id)
 
-    def withdraw_offloads(self) -> bool:
+    def withdraw_offloads(self, form: str = "") -> bool:
         return False

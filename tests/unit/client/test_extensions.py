@@ -43,7 +43,7 @@ class Whole(Derived):
     def ping_due(self, now_ns: int) -> bool:
         return False
 
-    def withdraw_offloads(self) -> bool:
+    def withdraw_offloads(self, form: str = "") -> bool:
         return False
 
 

@@ -199,7 +199,7 @@ def test_without_at_the_fewest_bytes_with_little_work_are_taken_and_named(
     assert chosen.work <= 0.35
     image = preprocess(read_photos(photos, 4)[0], open_bundle(tmp_path / "bundle").manifest.preprocess)
     rivals = [c for c in cuts.candidates() if c.work <= 0.35]
-    costs = crossing_costs(cuts, rivals, image)
+    costs = crossing_costs(cuts, rivals, {"image": image})
     assert costs[chosen.position].zstd_bytes == min(costs[c.position].zstd_bytes for c in rivals)
 
 

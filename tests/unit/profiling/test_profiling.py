@@ -192,3 +192,25 @@ def test_the_verb_ends_with_one_clear_sentence(capsys: pytest.CaptureFixture[str
     assert "names no model; write timm:NAME" in capsys.readouterr().err
     assert main(["profile", "py:tests.unit.profiling.test_profiling:build", "--size", "wide"]) == 2
     assert "--size must be HxW" in capsys.readouterr().err
+
+
+def test_where_no_cut_sends_less_than_the_picture_the_nearest_are_shown_and_not_marked() -> None:
+    from splitters.profiling.table import CutCost, Profile
+
+    def row(name: str, zstd_bytes: int, macs: int) -> CutCost:
+        return CutCost(
+            name=name, shapes=((8,),), float_bytes=4, int8_bytes=1, zstd_bytes=zstd_bytes, head_macs=macs, tail_macs=100 - macs,
+            head_params=1, tail_params=1, head_ms=1.0, tail_ms=1.0, head_torch_ms=1.0, tail_torch_ms=1.0, timed=True, good=False,
+        )  # fmt: skip
+
+    rows = (row("early", 900, 10), row("worse", 950, 20), row("middle", 500, 40), row("late", 800, 90))
+    table = Profile(
+        model="m", rows=rows, input_bytes=1, picture_bytes=100, total_macs=100, local_ms=1.0, local_torch_ms=1.0, notes=()
+    )
+    said = table.text(every=False)
+    assert "early" in said
+    assert "middle" in said
+    assert "worse" not in said
+    assert "no cut sends less than the picture" in said
+    assert "2 others send more" in said
+    assert all(name in table.text(every=True) for name in ("early", "worse", "middle", "late"))

@@ -13,6 +13,7 @@ from edge_server.backends import Load
 from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import Limits
 from edge_server.doors import session as module
+from edge_server.doors.answering import History
 from edge_server.doors.session import Services, Session
 from edge_server.frames.assembly import ArrivedFrame
 from edge_server.observe.metrics import NoMetrics
@@ -59,7 +60,7 @@ async def opened(answer: Answer) -> Any:
 
     store: Any = SimpleNamespace(get=lambda _name: MODEL)
     backend: Any = SimpleNamespace(load_now=lambda: Load(waiting=0, queue_ns=0, tail_ns=0))
-    answerer: Any = SimpleNamespace(answer=answers)
+    answerer: Any = SimpleNamespace(answer=answers, history=lambda after=None: History())
     services = Services(
         store=store, backend=backend, answerer=answerer, bandwidth=BandwidthManager(), limits=Limits(), metrics=NoMetrics(),
         clock=time.monotonic_ns, version="test",

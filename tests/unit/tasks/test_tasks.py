@@ -166,3 +166,36 @@ def test_answers_of_a_batch_become_arrays() -> None:
     assert {n: a.shape for n, a in TensorsTask.arrays([TENSORS, TENSORS]).items()} == {
         "mask": (2, 1, 2), "depth": (2, 2), "big": (2, 2000)
     }  # fmt: skip
+
+
+def test_frames_whose_answers_differ_in_length_are_one_batch() -> None:
+    """Class maps of two frames have as many runs as they need: for the Open Inference Protocol they are filled up."""
+    from splitters.tasks.base import make_task
+    from splitters.tasks.decoding import read_preset
+    from splitters.tasks.dense import class_map
+
+    spec = Preprocess(resize="stretch", size_px=(8, 8))
+    task = make_task("segmentation", read_preset("segmentation").decoding.to_json(), spec)
+    logits = np.zeros((2, 2, 8, 8), np.float32)
+    logits[0, 1, 2:4] = 1  # three runs in the first frame, one in the second
+    answers = task.decode([logits], [(8, 8), (8, 8)])
+    arrays = task.arrays(answers)
+    assert arrays["run_lengths"].shape == (2, 3)
+    assert set(arrays) == set(task.signature())
+    for row, answer in enumerate(answers):
+        alone = Tensors(task="segmentation", arrays={name: array[row] for name, array in arrays.items()})
+        assert np.array_equal(class_map(alone), class_map(answer))
+
+
+def test_a_map_of_shares_has_its_own_threshold() -> None:
+    from splitters.tasks.base import make_task
+    from splitters.tasks.decoding import read_preset
+    from splitters.tasks.decoding.guess import Outputs, guess
+    from splitters.tasks.dense import class_map
+
+    shares = np.full((1, 1, 8, 8), 0.1, np.float32)
+    shares[0, 0, :2] = 0.9
+    outputs = Outputs(names=("sigmoid_0.tmp_0",), values=(shares,), size_px=(8, 8), metadata={})
+    assert guess(outputs).preset == "mask"
+    task = make_task("segmentation", read_preset("mask").decoding.to_json(), Preprocess(resize="stretch", size_px=(8, 8)))
+    assert class_map(task.decode([shares], [(8, 8)])[0]).sum() == 16

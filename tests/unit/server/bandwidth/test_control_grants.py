@@ -168,3 +168,36 @@ def test_what_is_kept_is_on_time_and_nothing_less_would_have_to_go(rows: list[tu
         return True
 
     assert not any(feasible(some) for some in combinations(queue, len(kept) + 1))
+
+
+def steady(manager: BandwidthManager, sent_bytes: dict[str, int], said_bytes: float = 4000.0) -> None:
+    """Half a minute of two cameras behind one link of 1 Mbit/s."""
+    for i in range(300):
+        for name, n_bytes in sent_bytes.items():
+            manager.on_layer(name, n_bytes, i * 100 * MS, i * 100 * MS + 20 * MS + n_bytes * 8000)
+            manager.on_payload(name, said_bytes, n_bytes)
+
+
+def test_a_session_is_granted_what_its_payloads_really_cost() -> None:
+    """Both could use 640 kbit/s by the table; one of them sends video, whose frames cost a tenth of stills."""
+    manager = BandwidthManager()
+    for name in ("stills", "video"):
+        manager.open(name, "yard", fps=10, points=POINTS, model=name)
+    steady(manager, {"stills": 4000, "video": 400})
+    granted = {name: manager._target_bps(name, manager._sessions[name], 300 * 100 * MS) for name in ("stills", "video")}
+    most = {name: sum(s.width_bps for s in manager._sessions[name].utility) for name in granted}
+    assert 0.08 < most["video"] / most["stills"] < 0.13
+    assert granted["stills"] > granted["video"]
+
+
+def test_a_new_session_begins_with_what_the_others_of_its_model_learnt() -> None:
+    manager = BandwidthManager()
+    manager.open("a", "yard", fps=10, points=POINTS, model="m")
+    steady(manager, {"a": 400})
+    for name, model in (("b", "m"), ("c", "other")):
+        manager.open(name, "yard", fps=10, points=POINTS, model=model)
+    widths = {name: sum(s.width_bps for s in manager._sessions[name].utility) for name in "abc"}
+    assert widths["b"] < 0.2 * widths["c"]
+    manager.on_payload("c", 0.0, 400)
+    manager.on_payload("nobody", 4000.0, 400)
+    assert manager._sessions["c"].frames == 0

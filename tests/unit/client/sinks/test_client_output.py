@@ -330,4 +330,4 @@ def test_a_sink_that_fails_is_closed_and_the_others_get_every_frame() -> None:
 
 def test_every_setting_has_an_option() -> None:
     options = {a.dest for a in build_parser()._actions}
-    assert set(ClientConfig.__dataclass_fields__) <= options
+    assert set(ClientConfig.__dataclass_fields__) - options == {"events"}  # tables, in the TOML file alone
