@@ -79,13 +79,16 @@ class BundleModel:
         """
         chosen = best_point(self.points) if point is None else self.bundle.point(point)
         payloads = self.encode(frame, raw=raw, point=chosen.id)
-        height, width = _checked(frame).shape[:2]
+        height, width = self._frame(frame).shape[:2]
         return Inference(answer=self.decode(payloads, (width, height)), payloads=payloads, point=chosen)
+
+    def _frame(self, frame: Frame | None) -> Frame:
+        return BLANK if frame is None and not self._head.inputs.pictures else _checked(frame)
 
     def latents(self, frame: Frame | None = None, *, raw: Raw | None = None, point: int | None = None) -> tuple[Floats, ...]:
         """What the head makes of a frame, before it is quantised."""
         chosen = best_point(self.points) if point is None else self.bundle.point(point)
-        picture = input_image(_checked(frame), self.bundle.manifest.preprocess)
+        picture = input_image(self._frame(frame), self.bundle.manifest.preprocess)
         return self._head.latents(self._head.stem_of(picture, raw), chosen.graphs)
 
     def encode(self, frame: Frame | None = None, *, raw: Raw | None = None, point: int | None = None) -> tuple[bytes, ...]:
@@ -117,8 +120,6 @@ class BundleModel:
 
 
 def _checked(frame: Frame | None) -> Frame:
-    if frame is None:
-        return BLANK
     if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
         got = f"{frame.dtype} of shape {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
         raise ConfigError(f"a frame is an array of uint8 of shape (height, width, 3), blue first; got {got}")

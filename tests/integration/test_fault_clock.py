@@ -20,8 +20,11 @@ from tests.fakes.server_running import child, environment, running
 ROOT = Path(__file__).parents[2]
 DAY_NS = 86_400_000_000_000
 
-# Frames are stamped for people who read the results, spans for those who read traces; nothing is decided by either.
+# Frames are stamped for people who read the results, spans for those who read traces; nothing is decided by either. What looks
+# after the clock itself has to read it: `edge-client doctor` says whether it is set.
 STAMPS = {
+    ("edge_client/doctor/checks.py", "gmtime"),
+    ("edge_client/doctor/checks.py", "time"),
     ("edge_client/capture/capture.py", "time_ns"),
     ("edge_client/capture/given.py", "time_ns"),
     ("protos/tracing.py", "time_ns"),
