@@ -127,7 +127,7 @@ async def test_a_devices_clock_may_be_anything(bundle: Bundle, start_ns: int) ->
             assert result.error is None
             assert result.echo_sent_ns == layer.sent_ns
         grants = [m.grant for m in stream.others if m.WhichOneof("content") == "grant"]
-        # A clock that were believed would stretch each frame over its offset: less than a bit a second. A busy machine alone stays far above.
+        # A clock that is believed stretches a frame over its offset, to less than a bit a second. A busy machine stays far above.
         assert all(g.bitrate_bps == 0 or g.bitrate_bps > 1_000 for g in grants), grants
 
 
