@@ -19,8 +19,8 @@ from protos.errors import ModelError, first_line
 from splitters.cutting.checks import inference
 from splitters.runtime.sessions import open_session
 
-# Of an output's standard deviation over all pictures. Rounding alone makes 1.4e-3 of YOLOX-nano on two threads (other convolutions than on
-# one); a conversion that computes something else is off by far more.
+# Of an output's standard deviation over all pictures. Rounding alone makes 1.4e-3 of YOLOX-nano on two threads, where torch takes
+# other convolutions than on one; a conversion that computes something else is off by far more.
 TOLERANCE = 5e-3
 FLOOR = 1e-6  # absolute: what rounding alone leaves where an output is the same everywhere
 PICTURES = 4
