@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils.flop_counter import FlopCounterMode
 
 from protos.errors import CutError
-from splitters.cutting.checks import OnStep, inference, silent
+from splitters.cutting.checks import OnStep, inference, one_thread, silent
 from splitters.cutting.graph.partition import Cut
 from splitters.cutting.graph.split import Cutter
 from splitters.cutting.graph.trace import rebatch
@@ -91,14 +91,9 @@ def _counted(cutter: Cutter, cuts: Sequence[Cut]) -> tuple[_Counter, Sequence[Te
     """One run of the graph on its example, what it was given, and the batch."""
     batch = 1 if cutter.trace.dynamic_batch else cutter.trace.batches[0]
     inputs = rebatch(cutter.example, batch)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with inference(cutter.model):
-            counter = _Counter(cutter.trace.module, {n for c in cuts for n in c.crossing})
-            counter.count(inputs)
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), inference(cutter.model):
+        counter = _Counter(cutter.trace.module, {n for c in cuts for n in c.crossing})
+        counter.count(inputs)
     return counter, inputs, batch
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from protos.errors import ModelError, first_line
-from splitters.cutting.checks import OnStep, inference, silent
+from splitters.cutting.checks import OnStep, inference, one_thread, silent
 from splitters.cutting.graph.partition import Cut
 from splitters.cutting.graph.split import Cutter
 from splitters.runtime.sessions import open_session
@@ -58,29 +58,24 @@ def cut_times(
     on_step: OnStep = silent,
 ) -> tuple[Mapping[int, Mapping[str, Any]], tuple[float, float]]:
     """Times by position, and those of the whole model (ONNX Runtime, torch); cuts in ``first`` are measured first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     measured: dict[int, tuple[float, ...]] = {}
     failed: list[str] = []
     start = time.monotonic()
-    try:
-        with inference(cutter.model):
-            on_step(0, len(cuts), "exporting the whole model")
-            timer = _Timer(cutter, cuts, inputs, notes)
-            whole = timer.whole()
-            start, export_s = time.monotonic(), time.monotonic() - start
-            log.info("exported and timed the whole model in %.1f s", export_s)
-            for cut in dict.fromkeys((*first, *coarse_to_fine(cuts)), None):
-                if time.monotonic() - start > budget_s and len(measured) + len(failed) >= 2:
-                    break
-                on_step(len(measured), len(cuts), f"timing {cut.name} (for {budget_s:g} s at most)")
-                try:
-                    measured[cut.position] = timer.halves(cut)
-                except Exception as error:  # noqa: BLE001  (torch and ONNX Runtime raise many kinds; the rest is worth having)
-                    failed.append(f"{cut.name}: {first_line(error)}")
-            on_step(len(cuts), len(cuts), f"{len(measured)} cuts timed, the others interpolated")
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), inference(cutter.model):
+        on_step(0, len(cuts), "exporting the whole model")
+        timer = _Timer(cutter, cuts, inputs, notes)
+        whole = timer.whole()
+        start, export_s = time.monotonic(), time.monotonic() - start
+        log.info("exported and timed the whole model in %.1f s", export_s)
+        for cut in dict.fromkeys((*first, *coarse_to_fine(cuts)), None):
+            if time.monotonic() - start > budget_s and len(measured) + len(failed) >= 2:
+                break
+            on_step(len(measured), len(cuts), f"timing {cut.name} (for {budget_s:g} s at most)")
+            try:
+                measured[cut.position] = timer.halves(cut)
+            except Exception as error:  # noqa: BLE001  (torch and ONNX Runtime raise many kinds; the rest is worth having)
+                failed.append(f"{cut.name}: {first_line(error)}")
+        on_step(len(cuts), len(cuts), f"{len(measured)} cuts timed, the others interpolated")
     if failed:
         notes.append(f"{len(failed)} cuts could not be timed, the first {failed[0]}")
     at = sorted(measured)
