@@ -91,7 +91,7 @@ class H264Encoder:
         """
         import av
 
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="bgr24").reformat(format="yuv420p")
+        frame = coder_frame(picture)
         frame.pts, frame.time_base = self._count, Fraction(1, FPS)
         try:
             if self.name == SOFTWARE and quality != self.quality:
@@ -181,6 +181,13 @@ def reduced(picture: Picture, size: tuple[int, int]) -> Picture:
     if (picture.shape[1], picture.shape[0]) == size:
         return picture
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+
+
+def coder_frame(picture: Picture) -> Any:
+    """The picture as video encoders take it: 4:2:0."""
+    import av
+
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="bgr24").reformat(format="yuv420p")
 
 
 def find_encoder(size: tuple[int, int], wanted: Sequence[str] = ENCODERS) -> str:

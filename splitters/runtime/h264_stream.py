@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -79,13 +80,18 @@ def split_units(data: bytes) -> list[bytes]:
     return [unit for unit in _START.split(data)[1:] if unit]
 
 
+def joined_units(units: Iterable[bytes]) -> bytes:
+    """NAL units as a byte stream."""
+    return b"".join(_START_CODE + unit for unit in units)
+
+
 def picture_units(packet: bytes) -> tuple[bytes, bool]:
     """What of an encoder's packet a receiver needs, and whether it is a key frame.
 
     x264 writes its version and settings into every stream, 700 bytes of them; others write delimiters.
     """
     kept = [unit for unit in split_units(packet) if unit[0] & 0x1F in _PICTURE]
-    return b"".join(_START_CODE + unit for unit in kept), any(unit[0] & 0x1F == _IDR for unit in kept)
+    return joined_units(kept), any(unit[0] & 0x1F == _IDR for unit in kept)
 
 
 def _check(units: list[bytes], *, key: bool) -> None:

@@ -8,7 +8,6 @@ Shape legend: F frames; pictures are (h, w, 3) uint8 BGR.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import ConfigError, MissingDependencyError
+from splitters.runtime.h264 import coder_frame, reduced
+from splitters.runtime.h264_stream import joined_units, split_units
 
 if TYPE_CHECKING:
     from av.video.codeccontext import VideoCodecContext
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 Picture = NDArray[np.uint8]
 
 SHARES = (1.0, 0.75, 0.5)  # of the model's input size
-_START = re.compile(rb"\x00{2,3}\x01")
 _NO_KEY = 1_000_000  # frames between key frames: one, at the start
 
 
@@ -186,9 +186,9 @@ def _bare(packet: Any, drop: int) -> Any:
     """A packet without the NAL units of one type: x264 writes its version and settings into every stream, 700 bytes of them."""
     import av
 
-    units = _START.split(bytes(packet))[1:]
+    units = split_units(bytes(packet))
     kept = [u for u in units if u[0] & 0x1F != drop]
-    return packet if len(kept) == len(units) else av.Packet(b"".join(b"\0\0\0\1" + u for u in kept))
+    return packet if len(kept) == len(units) else av.Packet(joined_units(kept))
 
 
 def _decoder(spec: VideoCodec) -> VideoCodecContext:
@@ -200,11 +200,7 @@ def _decoder(spec: VideoCodec) -> VideoCodecContext:
 
 
 def _frame(picture: Picture, size: tuple[int, int], number: int) -> Any:
-    import av
-
-    if (picture.shape[1], picture.shape[0]) != size:
-        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="bgr24").reformat(format="yuv420p")
+    frame = coder_frame(reduced(picture, size))
     frame.pts = number
     return frame
 
