@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,19 +15,10 @@ import pytest
 from edge_client.bundles.fetch import fetch_bundle
 from edge_client.bundles.store import BundleStore
 from edge_client.transport.rpc import Endpoint
-from tests.fakes.bundles import write_tiny_bundle
-from tests.fakes.client_process import standby, write_clip
+from tests.fakes.client_process import write_clip
 from tests.fakes.server_running import environment
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("cameras")
-    bundle = write_tiny_bundle(folder / "bundle").path
-    with standby(folder, bundle) as s:
-        yield s.serve()
 
 
 def run(tmp_path: Path, text: str) -> tuple[int, dict[str, object], str]:

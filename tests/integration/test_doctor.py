@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from edge_client.cli import main
-from tests.fakes.bundles import write_tiny_bundle
-from tests.fakes.client_process import standby, write_clip
+from tests.fakes.client_process import write_clip
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("doctor")
-    bundle = write_tiny_bundle(folder / "bundle").path
-    with standby(folder, bundle) as s:
-        yield s.serve()
 
 
 @pytest.fixture(autouse=True)
