@@ -7,15 +7,16 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from edge_client.bundles.loader import Load, ModelLoader, loads_here
 from edge_client.bundles.store import BundleStore
 from edge_client.capture.capture import Capture, CaptureConfig
 from edge_client.capture.sources import Source, SourceFaults, parse_source
 from edge_client.config import EMBEDDED, ClientConfig
+from edge_client.console import Console, Ending
 from edge_client.control import Policy
 from edge_client.device.choices import DeviceTimes, make_controller
 from edge_client.device.engine import Engine
@@ -54,31 +55,6 @@ log = logging.getLogger(__name__)
 _TELL_S = 1.0
 
 MakePolicy = Callable[[Engine, DeviceTimes, float], Policy]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Console:
-    """The streams a client speaks to.
-
-    Attributes:
-        stopping: whether the client was told to end, also while its event loop is stuck in a write.
-    """
-
-    results: TextIO
-    status: Callable[[str], None]
-    terminal: bool
-    columns: int = 120
-    stopping: Callable[[], bool] = lambda: False
-
-
-@dataclass(slots=True, kw_only=True)
-class Ending:
-    """How a run ended: its summary, and the error it ended with, if any."""
-
-    summary: Mapping[str, Any] = field(default_factory=dict)
-    text: str = ""
-    error: HeadtailError | None = None
-    interrupted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,14 +123,9 @@ class App:
             if self._config.server == EMBEDDED:
                 server = EmbeddedServer(self._config.model)
             self._task = asyncio.create_task(self._everything(source, server, summary, sampler, page))
-            if self._ending.interrupted:
-                self._task.cancel()
-            await self._task
+            await self._ending.settle(self._task)
         except HeadtailError as error:
             self._ending.error = error
-        except asyncio.CancelledError:
-            if not self._ending.interrupted:
-                raise
         finally:
             if own_page is not None:
                 await own_page.close()

@@ -23,9 +23,10 @@ from protos.process import leave, steady_streams, was_closed
 from protos.version import package_version
 
 if TYPE_CHECKING:
-    from edge_client.app import App, Console, Ending
+    from edge_client.app import App
     from edge_client.cameras.tables import CamerasConfig
     from edge_client.config import ClientConfig
+    from edge_client.console import Console, Ending
 
 _DESCRIPTION = """\
 Runs the head of a vision model on this device and sends what it says to a headtail server, which runs the tail.
@@ -215,7 +216,8 @@ def _run(
     # FFmpeg's and OpenCV's own complaints would stand beside our one clear sentence; both read this when they are loaded.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    from edge_client.app import App, Console
+    from edge_client.app import App
+    from edge_client.console import Console
 
     status_log = logging.getLogger(f"{__package__}.status")
     status_log.setLevel("INFO")

@@ -16,10 +16,11 @@ from deploy.testbed.arguments import number
 from deploy.testbed.link.synthetic import KINDS
 from deploy.testbed.plots import Dot, plot_run
 from deploy.testbed.scenario import Scenario, load_scenario
-from deploy.testbed.simulate.report import Summary, jain, summarise
+from deploy.testbed.simulate.report import Summary, summarise
 from deploy.testbed.simulate.run import Run, simulate
 from deploy.testbed.study import ALL_POLICIES
 from deploy.testbed.workload import Workload, find_workload, with_clip
+from edge_client.observe.fairness import jain
 from protos.errors import ConfigError, HeadtailError, SourceError, StorageError
 from protos.version import package_version
 

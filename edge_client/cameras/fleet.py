@@ -8,13 +8,15 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from edge_client.app import App, Console, Ending, Shared
+from edge_client.app import App, Shared
 from edge_client.cameras.metrics import CamerasMetrics
 from edge_client.cameras.tables import CamerasConfig
 from edge_client.cameras.worker import SharedWorker
 from edge_client.capture.sources import parse_source
 from edge_client.config import EMBEDDED, ClientConfig
+from edge_client.console import Console, Ending
 from edge_client.device.worker import ThreadExecutor
+from edge_client.observe.fairness import jain
 from edge_client.transport.embedded import EmbeddedServer
 from edge_client.web.opening import open_page
 from protos.errors import HeadtailError
@@ -166,7 +168,7 @@ class Fleet:
             "frames": sum(s.get("frames", 0) for s in cameras.values()), "outcomes": dict(outcomes),
             "balanced": all(s.get("balanced", True) for s in cameras.values()),
             "payload_bytes_total": sum(s.get("payload_bytes_total", 0) for s in cameras.values()),
-            "jain_answered": round(sum(shares) ** 2 / (len(shares) * sum(x * x for x in shares)), 4) if any(shares) else None,
+            "jain_answered": round(jain(shares), 4) if any(shares) else None,
             "cameras": cameras,
         }  # fmt: skip
 

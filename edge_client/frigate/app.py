@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from edge_client.app import Console, Ending
 from edge_client.client import Client
 from edge_client.config import ClientConfig
+from edge_client.console import Console, Ending
 from edge_client.options import ClientOptions
-from protos.errors import HeadtailError, MissingDependencyError
+from protos.errors import MissingDependencyError
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +32,7 @@ class FrigateApp:
     async def run(self) -> Ending:
         """Answers until interrupted."""
         self._task = asyncio.create_task(self._serve())
-        if self._ending.interrupted:
-            self._task.cancel()
-        try:
-            await self._task
-        except HeadtailError as error:
-            self._ending.error = error
-        except asyncio.CancelledError:
-            if not self._ending.interrupted:
-                raise
+        await self._ending.settle(self._task)
         return self._ending
 
     def interrupt(self) -> None:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edge_client.observe.fairness import jain
 from tests.fakes.server_running import child, environment
 
 _START_S = 120.0
@@ -61,7 +62,7 @@ def sit(commands: list[list[str]], cache: Path, seconds: float) -> dict[str, Any
     return {
         "frames": sum(c["frames"] for c in cameras), "balanced": all(c["balanced"] for c in cameras),
         "answered": round(sum(answered) / len(answered), 4), "least_answered": round(min(answered), 4),
-        "jain": round(sum(answered) ** 2 / (len(answered) * sum(a * a for a in answered)), 4),
+        "jain": round(jain(answered), 4),
         "result_share": round(sum(c["outcomes"]["result"] for c in cameras) / sum(c["frames"] for c in cameras), 4),
         "memory_mib": round(memory / 2**20), "cpu_s": round(used, 1), "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip

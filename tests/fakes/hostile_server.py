@@ -16,8 +16,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from edge_client.app import App, Console
+from edge_client.app import App
 from edge_client.config import ClientConfig
+from edge_client.console import Console
 from protos.headtail.v1 import headtail_pb2 as pb
 from splitters.bundle import Bundle
 from splitters.bundle.manifest import MANIFEST

@@ -15,10 +15,11 @@ from deploy.testbed.link.layering import Layer
 from deploy.testbed.scenario import Direction, Scenario, load_scenario, parse_scenario
 from deploy.testbed.simulate.oracle import _prune, oracle
 from deploy.testbed.simulate.policies import POLICIES
-from deploy.testbed.simulate.report import jain, summarise
+from deploy.testbed.simulate.report import summarise
 from deploy.testbed.simulate.run import Run, simulate
 from deploy.testbed.study import pairwise_conditions
 from deploy.testbed.workload import Workload, load_workload
+from edge_client.observe.fairness import jain
 from protos.errors import ConfigError
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

@@ -21,9 +21,10 @@ from functools import partial
 from deploy.testbed.simulate.camera import log_normal
 from deploy.testbed.simulate.policies import make_policy
 from deploy.testbed.workload import Workload, find_workload, workload_of
-from edge_client.app import App, Console
+from edge_client.app import App
 from edge_client.cli import main as run_client
 from edge_client.config import ClientConfig
+from edge_client.console import Console
 from edge_client.control import ControlConfig, Policy
 from edge_client.device.choices import DeviceTimes, make_controller, name_of
 from edge_client.device.engine import NO_REFERENCE, Encoded, Engine, Features, Reference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,10 +60,3 @@ def summarise(frames: Sequence[Frame]) -> Summary:
 def quantile(ordered: Sequence[float], q: float) -> float:
     """Of sorted numbers; 0 when there are none."""
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else 0.0
-
-
-def jain(values: Iterable[float]) -> float:
-    """Jain's fairness index: 1 when all are equal, 1/n when one has everything."""
-    xs = list(values)
-    squares = sum(x * x for x in xs)
-    return sum(xs) ** 2 / (len(xs) * squares) if squares > 0 else 1.0
