@@ -239,6 +239,27 @@ def test_a_constant_output_may_differ_by_rounding_only(tmp_path: Path) -> None:
         check_conversion(path, Off(1e-5), inputs)
 
 
+def test_a_conversion_is_judged_alike_however_many_cores_there_are(tmp_path: Path) -> None:
+    """On several threads torch takes other convolutions, which round otherwise: a published detector was refused for that."""
+    path = write_onnx(tmp_path / "m.onnx", [helper.make_node("Identity", ["r"], ["m"])], {})
+    module = load_source(f"onnx:{path}").module()
+    threads: list[int] = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            threads.append(torch.get_num_threads())
+            return module(x)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        check_conversion(path, Watched(), [np.zeros((1, 3, SIDE, SIDE), "f")])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1]
+
+
 def test_an_onnx_file_of_another_type_is_refused_by_name(tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "m.onnx", [helper.make_node("Identity", ["r"], ["m"])], {}, kind=TensorProto.UINT8)
     with pytest.raises(ModelError, match="takes uint8 as 'x'; only float32 pictures"):
