@@ -153,9 +153,7 @@ class Gather(nn.Module):
         super().__init__()
         self.crossings, self.grid = tuple(crossings), grid
         self.folds = tuple(_fold(c, grid) for c in crossings)
-        self.sizes = tuple(
-            c.channels * f * f + _loose_channels(c, grid) for c, f in zip(crossings, self.folds, strict=True)
-        )
+        self.sizes = tuple(c.channels * f * f + _loose_channels(c, grid) for c, f in zip(crossings, self.folds, strict=True))
         self.register_buffer("scale", torch.ones(len(self.crossings)))
         if self.channels > MAX_FUSED:
             raise ConfigError(

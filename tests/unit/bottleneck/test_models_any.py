@@ -202,9 +202,7 @@ def test_raw_outputs_are_found_before_sigmoid_and_table() -> None:
 @pytest.mark.parametrize(("name", "at", "scores"), [("tokens", "blocks.0", "softmax"), ("queries", "layers.0", "sigmoid")])
 def test_queries_are_compared_by_what_the_teacher_sees_in_them(name: str, at: str, scores: Scores) -> None:
     model, example = getattr(any_models, name)()
-    base, _ = build_any(
-        model, example, AnyCutConfig(at=at, channels=8, task="detection", scores=scores), torch.randn(4, 3, 64, 64)
-    )
+    base, _ = build_any(model, example, AnyCutConfig(at=at, channels=8, task="detection", scores=scores), torch.randn(4, 3, 64, 64))
     logits, boxes = base.raw
     assert (logits.probability, logits.softmax) == (scores == "sigmoid", scores == "softmax")
     assert not boxes.probability, "a squashed box is no probability"
