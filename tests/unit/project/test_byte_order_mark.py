@@ -38,4 +38,4 @@ def test_scenarios_and_traces(tmp_path: Path) -> None:
     rows = "0 1000000\n1 2000000\n2 1000000\n"
     (tmp_path / "plain").write_text(rows)
     one, other = load_trace(marked(tmp_path / "marked", rows)), load_trace(tmp_path / "plain")
-    assert (one.mean_bps, one.period_ns) == (other.mean_bps, other.period_ns)
+    assert (one.mean_bps(), one.period_ns) == (other.mean_bps(), other.period_ns)
