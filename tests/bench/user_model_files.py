@@ -54,7 +54,7 @@ def _tell_apart(net: Any) -> None:
     from torch import nn
 
     for name, module in net.named_modules():
-        if "score_head" in name and isinstance(module, nn.Linear):
+        if ("score_head" in name or "class_embed" in name) and isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.5 / module.in_features**0.5)
 
 
@@ -201,7 +201,9 @@ def rfdetr(folder: Path, size: int) -> Path:
     from rfdetr import RFDETRNano
 
     torch.manual_seed(0)
-    return Path(RFDETRNano(pretrain_weights=None).export(output_dir=str(folder), shape=(192, 192), verbose=False))
+    detector = RFDETRNano(pretrain_weights=None)
+    _tell_apart(detector.model.model)
+    return Path(detector.export(output_dir=str(folder), shape=(192, 192), verbose=False))
 
 
 def video(folder: Path, size: int) -> Path:
