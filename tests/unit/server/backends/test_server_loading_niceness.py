@@ -1,0 +1,34 @@
+"""A replica's load gives way to frames; the frames' own thread does not."""
+
+import os
+import time
+
+import pytest
+
+from edge_server.backends.embedded import EmbeddedBackend
+from edge_server.config import BatchConfig, TailConfig
+
+
+def niceness(of: int = 0) -> int:
+    return os.getpriority(os.PRIO_PROCESS, of)
+
+
+@pytest.mark.parametrize(("threads", "more"), [(1, 4), (2, 0)])  # a second thread would keep it for the frames to come
+async def test_a_load_gives_way_and_the_tail_does_not(threads: int, more: int) -> None:
+    backend = EmbeddedBackend(BatchConfig(), TailConfig(threads=threads), time.monotonic_ns, loading_niceness=4)
+    try:
+        before = niceness()
+        assert backend._loader.submit(niceness).result() == before + more
+        assert backend._thread.native_id is not None
+        assert niceness(backend._thread.native_id) == before
+        assert niceness() == before
+    finally:
+        await backend.close()
+
+
+async def test_the_servers_own_loads_do_not_give_way() -> None:
+    backend = EmbeddedBackend(BatchConfig(), TailConfig(threads=1), time.monotonic_ns)
+    try:
+        assert backend._loader.submit(niceness).result() == niceness()
+    finally:
+        await backend.close()
