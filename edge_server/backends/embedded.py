@@ -106,6 +106,11 @@ class EmbeddedBackend:
             while self._unprepared:
                 self._loader.submit(self._prepare, self._unprepared.pop(0))
 
+    async def prepared(self) -> None:
+        """Until every tail that is loaded runs at full speed."""
+        self._prepare_all()
+        await self._loop.run_in_executor(self._loader, int)  # behind everything that was handed to the loader before
+
     def _load(self, bundle: Bundle) -> Tail:
         self._set_threads(bundle)
         tail = load_tail(bundle, device=self._config.device, threads=self._config.threads, ready_soon=True)
