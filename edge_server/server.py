@@ -330,12 +330,9 @@ class Server:
 
     def _fail(self, what: str, error: BaseException) -> None:
         """A part without which nothing can be served has died: health says so, and the server ends with a message."""
-        if isinstance(error, InternalError):  # which says itself what died
-            log.critical("%s; the server ends", error.message)
-        else:
-            log.critical("%s has died; the server ends", what, exc_info=error)
-            error = InternalError(f"{what} has died ({type(error).__name__}: {error}); the log says where")
-        self._failure = self._failure or error
+        log.critical("%s has died; the server ends", what, exc_info=error)
+        if self._failure is None:
+            self._failure = InternalError(f"{what} has died ({type(error).__name__}: {error}); the log says where")
         self.stop_soon()
 
 
