@@ -6,11 +6,10 @@ aioquic's own Reno and CUBIC take every loss for congestion and collapse at 5 %.
 * it is bounded by what the path delivered lately (the newest ten round trips' best) times the least round trip, and a quarter;
 * where every round trip of late is longer than the least by more than a target, the window shrinks in proportion, once a
   round trip (cf. LEDBAT, RFC 6817). The target is 25 ms, and 5 where packets are lost while the window is full: a short queue
-  that overflows shows no more delay than that, and losses without any are the path's own;
+  that overflows shows no more delay than that, and losses without any are the path's own. Losses never narrow it below the
+  initial window;
 * a window that is always full keeps a queue, and would in the end take it for the path: every few seconds it is halved for two
-  round trips, so that the least is seen (cf. BBR's ProbeRTT). A queue that stands even then is another flow's, which fills it
-  whatever we do: the window then grows by a packet a round trip and falls by three tenths at a loss, as TCP's does (cf. Copa's
-  competitive mode), until a queue that empties shows that the other has gone;
+  round trips, so that the least is seen (cf. BBR's ProbeRTT);
 * a circuit breaker: a path on which almost nothing arrives for seconds is sent the least that still probes it.
 
 Times are seconds, as aioquic hands them over.
@@ -32,11 +31,9 @@ _TARGET_S = 0.025  # of queueing delay
 _ACK_DELAY_S = 0.025  # that a receiver may add to any round trip
 _LOSSY_TARGET_S, _LOSSY = 0.005, 0.02  # where so many packets are lost
 _LEAST_WINDOW_S = 10.0  # for which the least round trip is remembered
-_LEAST_BESIDE_S = 60.0  # the same beside a flow that keeps the queue full, and so hides it
 _DRAIN_EVERY_S, _DRAIN_RTTS = 4.0, 2.0
 _YIELD = 0.7
-_LEAST_PACKETS = 2
-_ANOTHERS_S = 0.05  # a queue that stands so long when ours should be gone is another flow's
+_LEAST_PACKETS, _INITIAL_PACKETS = 4, 10
 _HEADROOM = 1.25
 _BROKEN_SHARE, _BROKEN_S = 0.9, 3.0
 
@@ -66,7 +63,6 @@ class DelayControl(QuicCongestionControl):
         self._acted_s = 0.0
         self._full_s = self._drained_s = -1.0  # when the window was full last; when it was last seen drained, or was drained
         self._draining: tuple[float, int] | None = None  # until when, and the window afterwards
-        self._competing = False
         self._broken_since_s: float | None = None
 
     @property
@@ -105,9 +101,8 @@ class DelayControl(QuicCongestionControl):
         if full:
             self._full_s = now
             if self._draining is None:
-                packets = 1 if self._competing else 2
                 share = packet.sent_bytes / self.congestion_window
-                gain = packet.sent_bytes if self._starting else packets * self._packet_bytes * share
+                gain = packet.sent_bytes if self._starting else 2 * self._packet_bytes * share
                 self.congestion_window += int(gain)
                 self._bound()
 
@@ -142,7 +137,7 @@ class DelayControl(QuicCongestionControl):
         while self._rtts and self._rtts[-1][1] >= rtt:
             self._rtts.pop()
         self._rtts.append((now, rtt))
-        while now - self._rtts[0][0] > (_LEAST_BESIDE_S if self._competing else _LEAST_WINDOW_S):
+        while now - self._rtts[0][0] > _LEAST_WINDOW_S:
             self._rtts.popleft()
         self._lately.append((now, rtt))
         while now - self._lately[0][0] > max(self.rtt_s, 0.1):
@@ -156,33 +151,29 @@ class DelayControl(QuicCongestionControl):
         """Narrows the window where a queue stands."""
         limited = now - self._full_s <= 2 * self.rtt_s
         lossy = limited and self.losses.counted >= 20 and self.losses.lately > _LOSSY
-        if self._competing:
-            if lossy:
-                self._acted_s = now
-                self._narrow(int(self.congestion_window * _YIELD))
-            return
         target_s = _LOSSY_TARGET_S if lossy else _TARGET_S
         # A receiver may sit on an acknowledgement: only what is beyond that, or stands in every round trip, is the path's.
         over = (standing_s - target_s) / target_s
         if over > 0 and (len(self._lately) > 2 or standing_s > target_s + _ACK_DELAY_S):
             self._acted_s = now
-            self._narrow(int(self.congestion_window * (1 - (1 - _YIELD) * min(1.0, over))))
+            narrower = int(self.congestion_window * (1 - (1 - _YIELD) * min(1.0, over)))
+            if standing_s <= _TARGET_S:  # losses alone say that it is too wide
+                narrower = max(narrower, min(self.congestion_window, _INITIAL_PACKETS * self._packet_bytes))
+            self._narrow(narrower)
 
     def _drain(self, now: float, standing_s: float) -> None:
-        """Lets the queue run empty now and then, and finds out whether it is ours."""
+        """Lets the queue run empty now and then."""
         if self._draining is not None:
             until_s, window_bytes = self._draining
             if now < until_s:
                 return
             self._draining = None
-            self._competing = standing_s > (_TARGET_S if self._competing else _ANOTHERS_S)
             self.congestion_window = max(self.congestion_window, window_bytes)
             self._drained_s = self._acted_s = self._full_s = now  # nothing left meanwhile
         elif standing_s < _LOSSY_TARGET_S or self._drained_s < 0 or now - self._full_s > 4 * self.rtt_s:
             self._drained_s = now
-            self._competing = False
         elif now - self._drained_s > _DRAIN_EVERY_S and not self._starting:
-            self._draining = now + _DRAIN_RTTS * self.rtt_s, int(self.congestion_window * (1.0 if self._competing else _YIELD))
+            self._draining = now + _DRAIN_RTTS * self.rtt_s, int(self.congestion_window * _YIELD)
             self.congestion_window = max(self.congestion_window // 2, _LEAST_PACKETS * self._packet_bytes)
 
     def _note_rate(self, rate: float, now: float, *, full: bool) -> None:
@@ -196,7 +187,7 @@ class DelayControl(QuicCongestionControl):
             self._rates.popleft()
 
     def _bound(self) -> None:
-        if not self._starting and not self._competing and self._rates:
+        if not self._starting and self._rates:
             most = _HEADROOM * self._rates[0][1] * (self.least_rtt_s + _ACK_DELAY_S) + _LEAST_PACKETS * self._packet_bytes
             self.congestion_window = min(self.congestion_window, int(most))
 

@@ -4,8 +4,9 @@
 
 ``alone``, ``cameras`` (20 of ours) and ``collapse`` (10 to 1 Mbit/s) are two aioquic connections' real code over the testbed's
 link in virtual time, so a busy machine changes nothing. ``cubic`` is our datagrams and a TCP flow of the kernel's CUBIC, both
-saturating, ours a second earlier, through two network namespaces whose packets the testbed's relay delays, paces and drops. ``core`` is processor time
-of a server process on loopback, the kernel's part included. Links: 10 Mbit/s, round trip 40 ms, drop-tail.
+saturating, ours a second earlier, through two network namespaces whose packets the testbed's relay delays, paces and drops.
+``core`` is processor time of a server process on loopback, the kernel's part included. Links: 10 Mbit/s, round trip 40 ms,
+drop-tail.
 """
 
 from __future__ import annotations

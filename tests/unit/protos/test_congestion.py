@@ -172,24 +172,14 @@ def test_a_short_queue_is_not_overrun() -> None:
     assert pair.up.link.dropped < 0.05 * len(pair.up.delays_s)
 
 
-def test_a_queue_that_another_flow_keeps_full_is_competed_for_and_an_empty_one_is_not() -> None:
+def test_losses_beside_a_short_queue_leave_the_initial_window() -> None:
     sender = Sender()
-    for _ in range(6):
-        sender.round_trip(0.05)
-    for _ in range(30):
-        sender.round_trip(0.2)  # whatever we do
-    least = sender.control.congestion_window
-    assert sender.control._competing
     for _ in range(10):
-        sender.round_trip(0.2)
-    grown = sender.control.congestion_window
-    assert grown > least
-    sender.round_trip(0.2, lambda number: number % 3 == 0)
-    sender.round_trip(0.2)
-    assert sender.control.congestion_window < grown
-    for _ in range(6):
         sender.round_trip(0.05)
-    assert not sender.control._competing
+    wide = sender.control.congestion_window
+    for _ in range(60):
+        sender.round_trip(0.065, lambda number: number % 4 == 0)
+    assert 10 * PACKET_BYTES <= sender.control.congestion_window < wide / 2
 
 
 def test_a_message_leaves_evenly_and_not_at_once() -> None:
