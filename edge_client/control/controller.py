@@ -124,6 +124,8 @@ class Controller:
         self.budget.spend(max(0, n_bytes), now_ns)
         self.estimator.on_sent(frame_id, n_bytes, now_ns)
         self._look_ahead()
+        if self._resize:  # now, with the frame on its way, rather than in the next decision
+            self._believe_sizes(now_ns)
 
     def on_ack(self, frame_id: int, now_ns: int, server_ns: int = 0) -> None:
         """A result arrived, late or not; see ``Estimator.on_ack``."""
