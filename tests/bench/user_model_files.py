@@ -26,8 +26,7 @@ def ultralytics(name: str, **settings: Any) -> Make:
         torch.manual_seed(0)
         model = (RTDETR if "detr" in name else YOLO)(f"{name}.yaml")
         _settle(model.model, size)
-        if "detr" in name:
-            _tell_apart(model.model)
+        _tell_apart(model.model)
         here = Path.cwd()
         os.chdir(folder)
         try:
@@ -38,21 +37,37 @@ def ultralytics(name: str, **settings: Any) -> Make:
     return make
 
 
-def _settle(net: Any, size: int) -> None:
-    """Running statistics of noise: an untrained network's activations neither vanish nor explode."""
+def _settle(net: Any, size: int, frames: int = 0) -> None:
+    """Norm statistics of noise, averaged over a few batches: an untrained network's activations neither vanish nor explode."""
     import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
 
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches; Ultralytics' own .03 would hardly move in three
     net.train()
     with torch.no_grad():
         for _ in range(3):
-            net(torch.rand(2, 3, size, size))
+            net(torch.rand(2, 3, *((frames,) if frames else ()), size, size))
     net.eval()
 
 
 def _tell_apart(net: Any) -> None:
-    """Heads that score queries as differently as a trained network's do: which of equal ones a selection takes is chance."""
+    """Heads that tell cells and queries apart, as a trained network's do.
+
+    A fresh head answers nearly the same everywhere: its answer says little of what came through the codec, and which of
+    equal ones a selection takes is chance.
+    """
+    import torch
     from torch import nn
 
+    last = net.model[-1] if isinstance(getattr(net, "model", None), nn.Sequential) else None
+    ends = [] if last is None else [m for m in last.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
+    for module in ends:
+        nn.init.normal_(module.weight, std=2 / module.weight[0].numel() ** 0.5)
+        with torch.no_grad():
+            module.bias.clamp_(min=-5.0)  # of classes: a fresh head finds nothing at all
     for name, module in net.named_modules():
         if ("score_head" in name or "class_embed" in name) and isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.5 / module.in_features**0.5)
@@ -218,13 +233,10 @@ def video(folder: Path, size: int) -> Path:
 
     torch.manual_seed(0)
     net = models.get_model("r3d_18", weights=None)
-    net.train()
-    with torch.no_grad():
-        for _ in range(3):
-            net(torch.rand(2, 3, 8, 64, 64))
+    _settle(net, 64, frames=8)
     out = folder / "r3d_18.onnx"
     torch.onnx.export(
-        net.eval(), (torch.rand(1, 3, 8, 64, 64),), str(out), dynamo=False, opset_version=17, input_names=["clip"]
+        net, (torch.rand(1, 3, 8, 64, 64),), str(out), dynamo=False, opset_version=17, input_names=["clip"]
     )  # fmt: skip
     return out
 
