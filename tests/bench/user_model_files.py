@@ -25,8 +25,8 @@ def ultralytics(name: str, **settings: Any) -> Make:
 
         torch.manual_seed(0)
         model = (RTDETR if "detr" in name else YOLO)(f"{name}.yaml")
-        _settle(model.model, size)
         _tell_apart(model.model)
+        _settle(model.model, size)
         here = Path.cwd()
         os.chdir(folder)
         try:
@@ -38,19 +38,43 @@ def ultralytics(name: str, **settings: Any) -> Make:
 
 
 def _settle(net: Any, size: int, frames: int = 0) -> None:
-    """Norm statistics of noise, averaged over a few batches: an untrained network's activations neither vanish nor explode."""
+    """Norms as a trained network's: statistics of what comes through, and scales at which it neither dies out nor blows up.
+
+    A fresh network is one or the other: its answer does not depend on the picture, or a rounding moves it by a hundredth. The
+    scales are the largest of a few at which noise of 1e-4 in the picture moves the outputs by little more than that.
+    """
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm
 
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
+    shape = (2, 3, *((frames,) if frames else ()), size, size)
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean of all batches; Ultralytics' own .03 would hardly move in three
     net.train()
     with torch.no_grad():
         for _ in range(3):
-            net(torch.rand(2, 3, *((frames,) if frames else ()), size, size))
-    net.eval()
+            net(torch.rand(shape))
+        net.eval()
+        here = torch.rand(shape)
+        near = here + 1e-4 * torch.randn(shape)
+        for scale in (1.0, 0.8, 0.7, 0.6, 0.5, 0.4):
+            for norm in norms:
+                norm.weight.fill_(scale)
+            if not norms or _moved(net(here), net(near)) <= 3e-4:
+                break
+
+
+def _moved(one: Any, other: Any) -> float:
+    """The largest change of an output over its largest value."""
+    from torch.utils import _pytree as pytree
+
+    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=True)
+    return max(
+        float((a - b).abs().max() / a.abs().max().clamp_min(1e-9))
+        for a, b in pairs
+        if hasattr(a, "is_floating_point") and a.is_floating_point()
+    )
 
 
 def _tell_apart(net: Any) -> None:
