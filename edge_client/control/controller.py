@@ -91,6 +91,8 @@ class Controller:
         self._consider()
         self._by_name = {o.name: o for o in [*remote, *([self._local] if self._local else [])]}
         self._learnt = 0
+        self._stretch = 1.0  # of a job, on a device that were this camera's alone and as much slower as its share is small
+        self._free_ns = 0.0  # when that device is free
         self._last: Option | None = None
         self._hoped_ns = -_HOPE_INTERVAL_NS
         self._span_ns = 0  # capture to deadline: the longest seen
@@ -122,6 +124,8 @@ class Controller:
         self.budget.spend(max(0, n_bytes), now_ns)
         self.estimator.on_sent(frame_id, n_bytes, now_ns)
         self._look_ahead()
+        if self._resize:  # now, with the frame on its way, rather than in the next decision
+            self._believe_sizes(now_ns)
 
     def on_ack(self, frame_id: int, now_ns: int, server_ns: int = 0) -> None:
         """A result arrived, late or not; see ``Estimator.on_ack``."""
@@ -163,6 +167,7 @@ class Controller:
     def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None:
         """How long the device worked: decision to payload (split, offload) or to answer (local, fallback: pass ``Local()``)."""
         option = self._by_name.get(decision.name)
+        self._free_ns = max(self._free_ns, now_ns - elapsed_ns) + elapsed_ns * self._stretch
         if option is self._local:
             self._look_ahead()
         if option is not None:
@@ -173,6 +178,12 @@ class Controller:
             elif option is not self._local:
                 self._least_ns = min(self._least_ns, option.mid_ns)
                 self._longest_ns = max(self._longest_ns, option.high_ns)
+
+    def on_share(self, share: float) -> None:
+        """Which part of the device's time this camera may take; what it takes beyond is the other cameras' loss."""
+        self._stretch = 1.0 / share
+        if self._stretch > 1.0 and self._local is not None:  # a share too small for the local model is still for the local model
+            self._stretch = max(1.0, min(self._stretch, self._interval_ns / max(1.0, self._local.high_ns)))
 
     def on_reference(self, age: int) -> None:
         """How many frame intervals old the newest reference is that the next frame could be predicted from; 0: there is none."""
@@ -270,7 +281,8 @@ class Controller:
             return False
         gain = (1 - self.estimator.p_still(frame_id, now_ns, deadline_ns)) * local.accuracy
         since_ns = max(0.0, now_ns - self._captured_ns) % self._interval_ns
-        later = self._backlog.expected(since_ns + local.mid_ns - self._interval_ns, local.high_ns - local.mid_ns)
+        mid_ns, high_ns = local.mid_ns * self._stretch, local.high_ns * self._stretch
+        later = self._backlog.expected(since_ns + mid_ns - self._interval_ns, high_ns - mid_ns)
         return gain > later + LEAST_GAIN * local.accuracy
 
     # ------------------------------------------------------------------ inside
@@ -311,13 +323,15 @@ class Controller:
         e = self.estimator
         self._span_ns = max(self._span_ns, deadline_ns - now_ns)
         self._captured_ns = deadline_ns - self._span_ns
-        late_ns = now_ns - self._captured_ns
+        since_ns = now_ns - self._captured_ns
+        late_ns = since_ns if self._stretch == 1.0 else max(0.0, self._free_ns - self._captured_ns)
         local_ns = self._local.mid_ns if self._local else 0.0
-        roomy = self._longest_ns + 2 * local_ns <= self._interval_ns
+        roomy = (self._longest_ns + 2 * local_ns) * self._stretch <= self._interval_ns
         usual_ns = self._last.mid_ns if self._last is not None else local_ns
         moment = Moment(
             e, self._local, now_ns, deadline_ns, self._backlog, late_ns,
             target=self.config.target_on_time, fine=self._fine, usual_ns=usual_ns, roomy=roomy,
+            since_ns=since_ns, stretch=self._stretch,
         )  # fmt: skip
         scores = [moment.score_local(self._local)] if self._local else []
         closed = e.connected and self._score_remotes(scores, moment, tokens)

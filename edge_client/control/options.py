@@ -81,6 +81,10 @@ def useful(options: Sequence[Option]) -> list[Option]:
     """Those no other beats in bytes, device time and accuracy at once, the most accurate first."""
     kept: list[Option] = []
     for o in sorted(options, key=lambda o: (o.n_bytes, o.high_ns, -o.accuracy, o.name)):
-        if not any(p.high_ns <= o.high_ns and p.accuracy >= o.accuracy for p in kept):
+        high_ns, accuracy = o.high_ns, o.accuracy
+        for p in kept:
+            if p.high_ns <= high_ns and p.accuracy >= accuracy:
+                break
+        else:
             kept.append(o)
     return sorted(kept, key=lambda o: (-o.accuracy, o.n_bytes))
