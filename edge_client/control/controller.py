@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from math import inf
 
 from edge_client.control.backlog import Backlog
 from edge_client.control.budget import GrantBudget
 from edge_client.control.config import ControlConfig
-from edge_client.control.decision import Decision, Local, LocalOption, Offload, Skip, Split
+from edge_client.control.decision import Decision, Local, LocalOption, Offload, Skip, Split, with_terms
 from edge_client.control.estimating.estimator import Estimator
 from edge_client.control.estimating.sizes import PayloadSizes
 from edge_client.control.estimating.window import CreditWindow
 from edge_client.control.explain import explanation
 from edge_client.control.options import KEY, Option, useful
-from edge_client.control.scoring import LEAST_GAIN, Moment, Score
+from edge_client.control.scoring import LEAST_GAIN, Moment, Score, most_hopeful
 from protos.errors import ConfigError
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
@@ -245,17 +244,8 @@ class Controller:
             self._picks.append(best.option)
         if best.p < _HOPELESS:
             self._hoped_ns = now_ns
-        limit = None if tokens == inf else int(tokens)
-        if best.fallback_ns is None and limit is None and explain is None:
-            return best.option.decision
         hold = best.fallback_ns is not None and self._local is not None and best.option.accuracy > self._local.accuracy
-        match best.option.decision:
-            case Split(point_id=point_id):
-                return Split(point_id=point_id, fallback_ns=best.fallback_ns, limit_bytes=limit, hold=hold, explain=explain)
-            case Offload() as o:
-                return replace(o, fallback_ns=best.fallback_ns, limit_bytes=limit, hold=hold, explain=explain)
-            case _:
-                return Local(explain=explain)
+        return with_terms(best.option.decision, fallback_ns=best.fallback_ns, tokens_bytes=tokens, hold=hold, explain=explain)
 
     def may_send(self, frame_id: int, n_bytes: int, now_ns: int, deadline_ns: int, *, layer: int = 0) -> bool:  # noqa: ARG002
         """Whether this layer may enter the network now.
@@ -299,11 +289,13 @@ class Controller:
     def _believe_sizes(self, now_ns: int) -> None:
         """Gives every choice the size that was learnt for it."""
         self._resize = False
-        for o in self._all:
-            if self._sizes is not None:
-                o.set_bytes(self._sizes.expect(*self._sized(o), now_ns))
-            elif o.key_bytes is not None:
-                o.set_bytes(o.table_bytes if self._continues(o) else o.key_bytes)
+        if self._sizes is not None:
+            for o, size in zip(self._all, self._sizes.expect_all(map(self._sized, self._all), now_ns), strict=True):
+                o.set_sizes(*size)
+        else:
+            for o in self._all:
+                if o.key_bytes is not None:
+                    o.set_bytes(o.table_bytes if self._continues(o) else o.key_bytes)
         self._consider()
 
     def _sized(self, o: Option) -> tuple[str, int]:
@@ -361,8 +353,7 @@ class Controller:
         frames, room = self.window.limits() if e.in_flight else (0, inf)
         room -= e.backlog_bytes
         full = 0 < frames <= e.in_flight
-        closed, last, margin, options = False, self._last, self._margin, self._remote
-        everything = self.config.explain
+        closed, last, margin, options, everything = False, self._last, self._margin, self._remote, self.config.explain
         best = scores[0].net if scores and not everything else -inf
         if moment.roomy and best > -inf and moment.too_late(self._least_ns, self._longest_ns, self._bytes):
             options = [last] if last in options else []
@@ -406,7 +397,4 @@ class Controller:
     def _probe(self, scores: list[Score]) -> Score | None:
         """A frame that nothing can be done with is a free probe: without it, a bad estimate would never be corrected."""
         e = self.estimator
-        if not e.connected or e.in_flight or not self._remote:
-            return None
-        open_ = [s for s in scores if not s.refused and s.option.n_bytes]
-        return min(open_, key=lambda s: s.expected_ns, default=None)
+        return most_hopeful(scores) if e.connected and not e.in_flight and self._remote else None

@@ -57,8 +57,12 @@ class Option:
 
     def set_bytes(self, payload: Quantiles) -> None:
         """What a payload is believed to cost."""
-        self.n_bytes = max(payload.p50, payload.p95)
-        self.typical_bytes = (payload.p50 + self.n_bytes) / 2
+        self.set_sizes(payload.p50, payload.p95)
+
+    def set_sizes(self, p50: float, p95: float) -> None:
+        """The same by median and 95th percentile."""
+        self.n_bytes = p95 if p95 > p50 else p50
+        self.typical_bytes = (p50 + self.n_bytes) / 2
         self.packets = int(-(-(self.typical_bytes + _OVERHEAD_BYTES) // _SEGMENT_BYTES))
 
     def set_ms(self, ms: Quantiles) -> None:

@@ -270,3 +270,9 @@ class Moment:
             if local is not None:
                 found.append((stretch * (o.mid_ns + local.mid_ns), stretch * (local.high_ns - local.mid_ns), backed))
         return found
+
+
+def most_hopeful(scores: Iterable[Score]) -> Score | None:
+    """Of what may be sent, what is expected back first."""
+    open_ = [s for s in scores if not s.refused and s.option.n_bytes]
+    return min(open_, key=lambda s: s.expected_ns, default=None)

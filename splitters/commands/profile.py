@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -45,6 +46,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw bytes and cumulative MACs along the network")
     parser.add_argument("--all", action="store_true", help="list every cut, not the good ones alone")
+    parser.add_argument(
+        "--verbose", action="store_true", default=argparse.SUPPRESS, help="write the model's graph, a line a node, to a file"
+    )
     parser.add_argument("--budget-s", type=float, default=20.0, help="time for latency measurements (default: %(default)s)")
     network = parser.add_argument_group("where to run it, given a network")
     network.add_argument("--bitrate-bps", type=float, help="uplink; prints the fastest places to run, local and server included")
@@ -161,9 +165,27 @@ def _measured(args: argparse.Namespace) -> tuple[Profile, str, str]:
     source.check_takes_pictures()
     picture, spec, where, jpeg_bytes = sample_picture(args.image, source)
     image = flat_inputs(torch.from_numpy(preprocess(picture, spec)))
+    if args.verbose:
+        from splitters.cutting.graph.trace import trace
+
+        _write_graph(args.model, str(trace(source.model, image).module.graph))
     with Progress("profile", every_s=2) as show:
         table = profile(source.model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s, on_step=show)
     return table, source.weights, where
+
+
+def _write_graph(model: str, text: str) -> None:
+    """The graph as a file beside the terminal, which it would fill.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    path = Path(re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-") + ".graph.txt")
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"the graph cannot be written to {path}: {error.strerror or error}") from error
+    print(f" graph: {path}, {len(text.splitlines())} lines")
 
 
 def _of_onnx(args: argparse.Namespace) -> tuple[Profile, str, str]:
@@ -179,6 +201,8 @@ def _of_onnx(args: argparse.Namespace) -> tuple[Profile, str, str]:
     spec = preprocess_for(model, {"resize": "letterbox", "anchor": "centre"})
     picture, where, jpeg_bytes = sample_of(args.image, spec)
     feed = feeds_of(model, [picture], spec, given)[0]
+    if args.verbose:
+        _write_graph(path.name, "\n".join(str(node) for node in model.graph.graph))
     with Progress("profile", every_s=2) as show:
         table = profile_onnx(model, feed, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s, on_step=show)
     return table, path.name, where

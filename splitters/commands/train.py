@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from splitters.commands.train_detector import add_detector, train_detector
 from splitters.tasks.base import form_of
 
 if TYPE_CHECKING:
+    from splitters.bottleneck.raw_outputs import Scores
     from splitters.bundle import Bundle
     from splitters.training.config import TrainConfig
     from splitters.training.loop import StepReport
@@ -122,11 +124,20 @@ def _any(args: argparse.Namespace) -> TrainConfig:
         print(f"{most} channels cross at {args.at}: the latent has {most}, not {cut.channels}", file=sys.stderr)
         cut = replace(cut, channels=most)
     serving = described(source, args, read_photos(args.data, PHOTOS))
+    cut = replace(cut, scores=_scores(serving.postprocess))
     config = any_cut(
         args.model, cut, weights=args.weights, size_px=height, steps=args.steps or 3000, batch=32,
         target_bytes=tuple(args.bytes), serving={**serving.to_json(), "licence": args.licence or UNKNOWN_LICENCE},
     )  # fmt: skip
     return replace(config, amp=args.amp, data=tuple(args.data_parts))
+
+
+def _scores(postprocess: Mapping[str, Any]) -> Scores:
+    """What a decoding makes of a detector's logits; a softmax counts where its last class is nothing."""
+    told = postprocess.get("scores", {}).get("activation")
+    if told == "softmax":
+        return "softmax" if postprocess.get("background") == "last" else "given"
+    return "sigmoid" if told == "sigmoid" else "given"
 
 
 def settings(recipe: str, data: Path, **options: Any) -> TrainConfig:
