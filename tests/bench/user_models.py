@@ -8,10 +8,11 @@ loads, cuts, is served by real processes, and answers as ONNX Runtime does on th
 
 A row passes if the pieces are the file (to the last bit, or within 1e-3 where a half rounds at the cut), and if what comes through
 client and server equals the whole file's answer: boxes within .5 px and scores within .005, other tensors within 1e-3 of the
-largest. Boxes of an untrained network are near ties, and which of them a suppression keeps is chance: where none scores above the
-threshold, raw outputs are compared; they must lie ten times nearer to the whole file's than those of two pictures lie to
-one another, which says that the answer depends on what came through. Rows that a network sorted by score itself are compared as a set. Of a segmentation the masks
-may agree instead, to within 1e-3 of their overlap. Clips, volumes and pairs of pictures go through `edge_client.Client`.
+largest. Boxes of an untrained network are near ties, and which of them a suppression keeps is chance: where none scores above
+the threshold, raw outputs are compared; they must lie ten times nearer to the whole file's than those of two pictures lie to
+one another, which says that the answer depends on what came through. Rows that a network sorted by score itself are compared as
+a set. Of a segmentation the masks may agree instead, to within 1e-3 of their overlap. Clips, volumes and pairs of pictures go
+through `edge_client.Client`.
 """
 
 from __future__ import annotations
