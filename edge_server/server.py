@@ -166,9 +166,9 @@ class Server:
         self._loading = Loading(store, backend, ingress.sessions, grace_s=self.config.grace_s, linger_s=self.config.linger_s)
         self._ingress = ingress
         if self.config.web is not None and self._tally is not None:
-            page = open_page(self.config.web, self._tally, store, ingress, backend.load_now, backend=self.config.backend)
-            self._page, self.page_port = page, await page.start()
+            self._page = open_page(self.config.web, self._tally, ingress, backend=self.config.backend)
         await self._listen(ingress, self._loading, anyone)
+        self.page_port = await self._page.start() if self._page is not None else 0
 
     async def _listen(self, ingress: Ingress, loading: Loading, anyone: Caller) -> None:
         limits = self.config.limits
@@ -304,10 +304,10 @@ class Server:
         if self._server is not None:
             await self._server.stop(0)
             self._server = None
-        if self._quic is not None:
-            self._quic.close()
         if self._page is not None:
             await self._page.close()
+        if self._quic is not None:
+            self._quic.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
