@@ -22,6 +22,8 @@ from grpc_health.v1 import health, health_pb2
 from edge_server import preflight
 from edge_server.access.auth import Tokens, open_tokens
 from edge_server.access.quota import Caller
+from edge_server.adapting.adapting import Adapting
+from edge_server.adapting.seen import Seen
 from edge_server.backends import BACKENDS, Backend
 from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import ServerConfig, split_address
@@ -79,6 +81,7 @@ class Server:
         self._ingress: Ingress | None = None
         self._quic = _quic_door(config)
         self._loading: Loading | None = None
+        self._seen = Seen() if config.adapt_dir is not None else None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # set at import
         self._server: grpc.aio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -147,6 +150,7 @@ class Server:
             clock=time.monotonic_ns,
             metrics=self._metrics,
             tracing=self.tracing,
+            seen=self._seen,
         )
         bandwidth = BandwidthManager()
         self._spawn(_watch_lag(bandwidth), "the watch of the event loop")
@@ -158,6 +162,9 @@ class Server:
         anyone = Caller(max_unary=self.config.limits.max_unary_in_flight)
         ingress = Ingress(services, anyone)
         self._loading = Loading(store, backend, ingress.sessions, grace_s=self.config.grace_s, linger_s=self.config.linger_s)
+        if self._seen is not None and self.config.adapt_dir is not None:
+            adapting = Adapting(self.config.adapt_dir, self.config.adapt_every_s, store, self._loading, self._seen)
+            self._spawn(adapting.run(), "the fitting of bundles", vital=False)
         self._ingress = ingress
         await self._listen(ingress, self._loading, anyone)
 
