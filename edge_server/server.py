@@ -23,7 +23,6 @@ from edge_server import preflight
 from edge_server.access.auth import Tokens, open_tokens
 from edge_server.access.quota import Caller
 from edge_server.adapting.adapting import Adapting
-from edge_server.adapting.seen import Seen
 from edge_server.backends import BACKENDS, Backend
 from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import ServerConfig, split_address
@@ -81,7 +80,7 @@ class Server:
         self._ingress: Ingress | None = None
         self._quic = _quic_door(config)
         self._loading: Loading | None = None
-        self._seen = Seen() if config.adapt_dir is not None else None
+        self._seen = Adapting.sample(config.adapt_dir)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # set at import
         self._server: grpc.aio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -144,14 +143,9 @@ class Server:
         if failures and not store.all():
             raise failures[0]
         self._answerer = Answerer(
-            backend,
-            self.config.limits,
-            decode_threads=self.config.tail.decode_threads,
-            clock=time.monotonic_ns,
-            metrics=self._metrics,
-            tracing=self.tracing,
-            seen=self._seen,
-        )
+            backend, self.config.limits, decode_threads=self.config.tail.decode_threads, clock=time.monotonic_ns,
+            metrics=self._metrics, tracing=self.tracing, seen=self._seen,
+        )  # fmt: skip
         bandwidth = BandwidthManager()
         self._spawn(_watch_lag(bandwidth), "the watch of the event loop")
         services = Services(

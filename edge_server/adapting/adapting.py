@@ -39,6 +39,11 @@ class Adapting:
         self._folder, self._every_s, self._least_runs = folder, every_s, least_runs
         self._store, self._loading, self._seen = store, loading, seen
 
+    @staticmethod
+    def sample(folder: Path | None) -> Seen | None:
+        """Where what is decoded is kept; None: there is no folder, and nothing is."""
+        return Seen() if folder is not None else None
+
     async def run(self) -> None:
         """For as long as the server runs."""
         while True:

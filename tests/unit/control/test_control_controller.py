@@ -150,7 +150,7 @@ def test_offload_is_chosen_where_the_head_is_too_slow() -> None:
     ("accuracy", "size", "wins"), [(0.9, 500, True), (0.9, 20_000, False), (0.55, 500, False)], ids=["better", "dearer", "worse"]
 )
 def test_video_is_chosen_where_its_measured_bytes_and_accuracy_are_better(accuracy: float, size: int, wins: bool) -> None:
-    h264 = OffloadOption(format="h264", quality=32, payload_bytes=q(size), accuracy=accuracy, encode_ms=q(4), key_bytes=q(3000))
+    h264 = OffloadOption(format="h264", quality=32, payload_bytes=q(size), accuracy=accuracy, encode_ms=q(4), key_bytes=q(6 * size))
     c = Controller(ControlConfig(fps=10.0), POINTS, local=LOCAL, offloads=[h264])
     c.estimator.on_connect(0)
     sizes = {p.id: int(p.payload_bytes.p50) for p in POINTS}
@@ -166,8 +166,8 @@ def test_video_is_chosen_where_its_measured_bytes_and_accuracy_are_better(accura
                 c.estimator.on_ack(i, now + 8 * MS + int(80 * MS + 8e9 * sent / 0.5e6), 4 * MS)
                 c.estimator.on_pong(80 * MS, now + 90 * MS)
     last = chosen[-40:]
-    assert all(isinstance(d, Offload) == wins for d in last), last[-5:]
-    assert wins or all(isinstance(d, Split) for d in last)
+    videos, splits = (sum(isinstance(d, kind) for d in last) for kind in (Offload, Split))
+    assert (videos if wins else splits) >= 36, last[-5:]  # it may try again what it has not heard of for a while
 
 
 def test_a_model_whose_frames_are_all_large_is_tried_and_kept() -> None:
