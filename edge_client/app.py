@@ -20,7 +20,7 @@ from edge_client.console import Console, Ending
 from edge_client.control import Policy
 from edge_client.device.choices import DeviceTimes, make_controller
 from edge_client.device.engine import Engine
-from edge_client.device.worker import DeviceWorker, ThreadExecutor
+from edge_client.device.worker import DeviceWorker, Lanes, ThreadExecutor
 from edge_client.events.sink import EventSink
 from edge_client.extensions import SINKS, TRANSPORTS, make
 from edge_client.frames import Ledger, Outcome
@@ -62,12 +62,12 @@ class Shared:
     """What the cameras of one process have in common.
 
     Attributes:
-        worker: makes a camera's part of the device's worker.
+        lanes: where the device's work is done.
         page: the live page; None: there is none.
         metrics: makes a camera's counters, by its name; None: nobody counts.
     """
 
-    worker: Callable[[], DeviceWorker]
+    lanes: Lanes
     page: LivePage | None = None
     metrics: Callable[[str, Connection], Metrics] | None = None
 
@@ -186,7 +186,7 @@ class App:
         if traces is not None:
             sinks.add(traces)
         own = ThreadExecutor()
-        worker = self._shared.worker() if self._shared is not None else DeviceWorker(own)
+        worker = DeviceWorker(self._shared.lanes if self._shared is not None else Lanes(own))
         asked = bool(config.interest) or config.recall is not None
         parts = Parts(
             frames=capture, worker=worker, clock=self._clock, emit=sinks.take, sample=sampler.offer,

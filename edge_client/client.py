@@ -30,7 +30,7 @@ from edge_client.config import EMBEDDED, LIVE_DEADLINE_MS
 from edge_client.control import Policy
 from edge_client.device.choices import make_controller
 from edge_client.device.engine import Engine
-from edge_client.device.worker import DeviceWorker, ThreadExecutor
+from edge_client.device.worker import DeviceWorker, Lanes, ThreadExecutor
 from edge_client.extensions import TRANSPORTS, make
 from edge_client.frames import FrameReport
 from edge_client.gates.interest import InterestGate, open_interest
@@ -186,7 +186,7 @@ class Client:
         options = self._options
         deadline_ms = options.deadline_ms if options.deadline_ms is not None else LIVE_DEADLINE_MS if frames.live else 0.0
         parts = Parts(
-            frames=frames, worker=DeviceWorker(self._executor), clock=self._clock, emit=emit, fetch=self._loader.fetch,
+            frames=frames, worker=DeviceWorker(Lanes(self._executor)), clock=self._clock, emit=emit, fetch=self._loader.fetch,
             controller=self._policy, times=self._loader.times, interest=self._interest,
         )  # fmt: skip
         config = PipelineConfig(

@@ -197,7 +197,7 @@ def read_settings(path: Path | None) -> tuple[str, dict[str, Any]]:
     """
     what = f"--config {path}" if path else "the command line"
     try:
-        return what, read_toml(path.read_text(encoding="utf-8"), what=what) if path else {}
+        return what, read_toml(path.read_text(encoding="utf-8-sig"), what=what) if path else {}
     except OSError as error:
         raise ConfigError(f"{what} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

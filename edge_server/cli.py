@@ -101,6 +101,10 @@ def build_parser() -> argparse.ArgumentParser:
     ray.add_argument("--cpus-per-replica", type=float, default=1.0, help="cores Ray sets aside for one (default %(default)s)")
     ray.add_argument("--gpus-per-replica", type=float, default=0.0, help="GPUs, fractions allowed (default %(default)s)")
     ray.add_argument(
+        "--deploy-timeout-s", type=float, default=300.0, metavar="S",
+        help="how long a tail's start may take, waiting for free cores included (default %(default)s)",
+    )  # fmt: skip
+    ray.add_argument(
         "--tails-per-replica", type=int, default=0, metavar="N",
         help="where memory is short: all bundles share the replicas, each of which holds the N tails used last (default: a bundle "
         "has replicas of its own)",
@@ -176,7 +180,7 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
         ),
         ray=RayConfig(
             address=args.ray_address, replicas=_replicas(args.replicas), cpus_per_replica=args.cpus_per_replica,
-            gpus_per_replica=args.gpus_per_replica, tails_per_replica=args.tails_per_replica,
+            gpus_per_replica=args.gpus_per_replica, tails_per_replica=args.tails_per_replica, deploy_s=args.deploy_timeout_s,
         ),
         security=SecurityConfig(
             tls_cert=args.tls_cert, tls_key=args.tls_key, tls_client_ca=args.tls_client_ca, token_file=args.token_file,

@@ -180,6 +180,7 @@ class RayConfig:
         tails_per_replica: tails each replica keeps in memory, whichever bundles' they are; 0: every bundle has replicas of its
             own, an application each.
         cpus: of the cluster started here; None: all cores.
+        deploy_s: how long the start of an application may take, waiting for free cores included.
     """
 
     address: str = ""
@@ -188,12 +189,21 @@ class RayConfig:
     gpus_per_replica: float = 0.0
     tails_per_replica: int = 0
     cpus: int | None = None
+    deploy_s: float = 300.0
 
     def __post_init__(self) -> None:
         lowest, highest = self.replicas
         if not 1 <= lowest <= highest <= 1000:
             raise ConfigError("--replicas must be N or MIN:MAX with 1 <= MIN <= MAX <= 1000")
-        _check(self, {"cpus_per_replica": (0, _CPUS), "gpus_per_replica": (0, _CPUS), "tails_per_replica": (0, _MANY)})
+        _check(
+            self,
+            {
+                "cpus_per_replica": (0, _CPUS),
+                "gpus_per_replica": (0, _CPUS),
+                "tails_per_replica": (0, _MANY),
+                "deploy_s": (1, _DAY_S),
+            },
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

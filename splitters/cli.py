@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = [word for word in arguments if word in known]
     args = build_parser(named[:1] or known).parse_args(arguments)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for library in ("torch", "onnxscript", "onnx_ir"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # at INFO they print pages of graphs
     with _Interrupts() as interrupts:
         try:
             code: int = args.run(args)

@@ -50,12 +50,30 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(config.stash[_OURS], ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     root = Path(__file__).parent
     for item in items:
         folder = item.path.relative_to(root).parts[0] if item.path.is_relative_to(root) else ""
         if folder in FOLDERS:
             item.add_marker(getattr(pytest.mark, folder))
+    if hasattr(config, "workerinput"):  # of several processes none ends long after the others when what takes longest goes first
+        items.sort(key=lambda item: (not starts_ray(item.nodeid), item.get_closest_marker("unit") is not None))
+
+
+def starts_ray(nodeid: str) -> bool:
+    """Whether a test may start a Ray cluster: those files have ``_ray`` in their names."""
+    return "_ray" in Path(nodeid.split("::", 1)[0]).name
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """File by file; all files with Ray go to one process, since two clusters would take each other's cores."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesAndRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if starts_ray(nodeid) else super()._split_scope(nodeid)
+
+    return FilesAndRay(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,7 @@ def load_scenario(path: Path) -> Scenario:
         ConfigError: unreadable, an unknown key, or a value out of range.
     """
     try:
-        data = read_toml(path.read_text(encoding="utf-8"), what=f"scenario {path}")
+        data = read_toml(path.read_text(encoding="utf-8-sig"), what=f"scenario {path}")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"scenario {path} cannot be read: {error}") from error
     return parse_scenario({"name": path.stem, **data}, path.parent)

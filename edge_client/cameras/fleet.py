@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -11,11 +12,10 @@ from typing import Any
 from edge_client.app import App, Shared
 from edge_client.cameras.metrics import CamerasMetrics
 from edge_client.cameras.tables import CamerasConfig
-from edge_client.cameras.worker import SharedWorker
 from edge_client.capture.sources import parse_source
 from edge_client.config import EMBEDDED, ClientConfig
 from edge_client.console import Console, Ending
-from edge_client.device.worker import ThreadExecutor
+from edge_client.device.worker import Lanes, ThreadExecutor
 from edge_client.observe.fairness import jain
 from edge_client.transport.embedded import EmbeddedServer
 from edge_client.web.opening import open_page
@@ -46,7 +46,8 @@ class Fleet:
     async def run(self) -> Ending:
         """Runs until every camera has ended, or to the interrupt."""
         config = self._config
-        executor = ThreadExecutor()
+        lanes = _lanes(config)
+        executor = ThreadExecutor(lanes)
         servers: dict[str, EmbeddedServer] = {}
         page = metrics = None
         ending = Ending()
@@ -58,7 +59,7 @@ class Fleet:
                 metrics = CamerasMetrics()
                 log.info("metrics on port %d", metrics.serve(*config.metrics_address()))
             cameras = [await self._with_server(camera, servers) for camera in config.cameras]
-            shared = Shared(worker=SharedWorker(executor).part, page=page, metrics=metrics.camera if metrics else None)
+            shared = Shared(lanes=Lanes(executor, lanes), page=page, metrics=metrics.camera if metrics else None)
             telling = asyncio.create_task(self._tell())
             try:
                 await asyncio.gather(*(self._keep(camera, shared) for camera in cameras))
@@ -174,6 +175,12 @@ class Fleet:
 
     def _text(self) -> str:
         return "\n".join(f"camera   {name}\n{ending.text}" for name, ending in self._endings.items() if ending.text)
+
+
+def _lanes(config: CamerasConfig) -> int:
+    """Heads side by side: as many as fill the cores that this process may use, and no more than there are cameras."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores // max(camera.threads for camera in config.cameras), len(config.cameras)))
 
 
 def _answered(summary: dict[str, Any]) -> int:

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from math import inf
 
 from edge_client.control.backlog import Backlog
 from edge_client.control.budget import GrantBudget
 from edge_client.control.config import ControlConfig
-from edge_client.control.decision import Decision, Local, LocalOption, Offload, Skip, Split
+from edge_client.control.decision import Decision, Local, LocalOption, Offload, Skip, Split, with_terms
 from edge_client.control.estimating.estimator import Estimator
 from edge_client.control.estimating.sizes import PayloadSizes
 from edge_client.control.estimating.window import CreditWindow
 from edge_client.control.explain import explanation
 from edge_client.control.options import KEY, Option, useful
-from edge_client.control.scoring import LEAST_GAIN, Moment, Score
+from edge_client.control.scoring import LEAST_GAIN, Moment, Score, most_hopeful
 from protos.errors import ConfigError
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint, Quantiles
@@ -91,6 +90,8 @@ class Controller:
         self._consider()
         self._by_name = {o.name: o for o in [*remote, *([self._local] if self._local else [])]}
         self._learnt = 0
+        self._stretch = 1.0  # of a job, on a device that were this camera's alone and as much slower as its share is small
+        self._free_ns = 0.0  # when that device is free
         self._last: Option | None = None
         self._hoped_ns = -_HOPE_INTERVAL_NS
         self._span_ns = 0  # capture to deadline: the longest seen
@@ -122,6 +123,8 @@ class Controller:
         self.budget.spend(max(0, n_bytes), now_ns)
         self.estimator.on_sent(frame_id, n_bytes, now_ns)
         self._look_ahead()
+        if self._resize:  # now, with the frame on its way, rather than in the next decision
+            self._believe_sizes(now_ns)
 
     def on_ack(self, frame_id: int, now_ns: int, server_ns: int = 0) -> None:
         """A result arrived, late or not; see ``Estimator.on_ack``."""
@@ -163,6 +166,7 @@ class Controller:
     def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None:
         """How long the device worked: decision to payload (split, offload) or to answer (local, fallback: pass ``Local()``)."""
         option = self._by_name.get(decision.name)
+        self._free_ns = max(self._free_ns, now_ns - elapsed_ns) + elapsed_ns * self._stretch
         if option is self._local:
             self._look_ahead()
         if option is not None:
@@ -173,6 +177,12 @@ class Controller:
             elif option is not self._local:
                 self._least_ns = min(self._least_ns, option.mid_ns)
                 self._longest_ns = max(self._longest_ns, option.high_ns)
+
+    def on_share(self, share: float) -> None:
+        """Which part of the device's time this camera may take; what it takes beyond is the other cameras' loss."""
+        self._stretch = 1.0 / share
+        if self._stretch > 1.0 and self._local is not None:  # a share too small for the local model is still for the local model
+            self._stretch = max(1.0, min(self._stretch, self._interval_ns / max(1.0, self._local.high_ns)))
 
     def on_reference(self, age: int) -> None:
         """How many frame intervals old the newest reference is that the next frame could be predicted from; 0: there is none."""
@@ -234,17 +244,8 @@ class Controller:
             self._picks.append(best.option)
         if best.p < _HOPELESS:
             self._hoped_ns = now_ns
-        limit = None if tokens == inf else int(tokens)
-        if best.fallback_ns is None and limit is None and explain is None:
-            return best.option.decision
         hold = best.fallback_ns is not None and self._local is not None and best.option.accuracy > self._local.accuracy
-        match best.option.decision:
-            case Split(point_id=point_id):
-                return Split(point_id=point_id, fallback_ns=best.fallback_ns, limit_bytes=limit, hold=hold, explain=explain)
-            case Offload() as o:
-                return replace(o, fallback_ns=best.fallback_ns, limit_bytes=limit, hold=hold, explain=explain)
-            case _:
-                return Local(explain=explain)
+        return with_terms(best.option.decision, fallback_ns=best.fallback_ns, tokens_bytes=tokens, hold=hold, explain=explain)
 
     def may_send(self, frame_id: int, n_bytes: int, now_ns: int, deadline_ns: int, *, layer: int = 0) -> bool:  # noqa: ARG002
         """Whether this layer may enter the network now.
@@ -270,7 +271,8 @@ class Controller:
             return False
         gain = (1 - self.estimator.p_still(frame_id, now_ns, deadline_ns)) * local.accuracy
         since_ns = max(0.0, now_ns - self._captured_ns) % self._interval_ns
-        later = self._backlog.expected(since_ns + local.mid_ns - self._interval_ns, local.high_ns - local.mid_ns)
+        mid_ns, high_ns = local.mid_ns * self._stretch, local.high_ns * self._stretch
+        later = self._backlog.expected(since_ns + mid_ns - self._interval_ns, high_ns - mid_ns)
         return gain > later + LEAST_GAIN * local.accuracy
 
     # ------------------------------------------------------------------ inside
@@ -287,11 +289,13 @@ class Controller:
     def _believe_sizes(self, now_ns: int) -> None:
         """Gives every choice the size that was learnt for it."""
         self._resize = False
-        for o in self._all:
-            if self._sizes is not None:
-                o.set_bytes(self._sizes.expect(*self._sized(o), now_ns))
-            elif o.key_bytes is not None:
-                o.set_bytes(o.table_bytes if self._continues(o) else o.key_bytes)
+        if self._sizes is not None:
+            for o, size in zip(self._all, self._sizes.expect_all(map(self._sized, self._all), now_ns), strict=True):
+                o.set_sizes(*size)
+        else:
+            for o in self._all:
+                if o.key_bytes is not None:
+                    o.set_bytes(o.table_bytes if self._continues(o) else o.key_bytes)
         self._consider()
 
     def _sized(self, o: Option) -> tuple[str, int]:
@@ -311,13 +315,15 @@ class Controller:
         e = self.estimator
         self._span_ns = max(self._span_ns, deadline_ns - now_ns)
         self._captured_ns = deadline_ns - self._span_ns
-        late_ns = now_ns - self._captured_ns
+        since_ns = now_ns - self._captured_ns
+        late_ns = since_ns if self._stretch == 1.0 else max(0.0, self._free_ns - self._captured_ns)
         local_ns = self._local.mid_ns if self._local else 0.0
-        roomy = self._longest_ns + 2 * local_ns <= self._interval_ns
+        roomy = (self._longest_ns + 2 * local_ns) * self._stretch <= self._interval_ns
         usual_ns = self._last.mid_ns if self._last is not None else local_ns
         moment = Moment(
             e, self._local, now_ns, deadline_ns, self._backlog, late_ns,
             target=self.config.target_on_time, fine=self._fine, usual_ns=usual_ns, roomy=roomy,
+            since_ns=since_ns, stretch=self._stretch,
         )  # fmt: skip
         scores = [moment.score_local(self._local)] if self._local else []
         closed = e.connected and self._score_remotes(scores, moment, tokens)
@@ -347,8 +353,7 @@ class Controller:
         frames, room = self.window.limits() if e.in_flight else (0, inf)
         room -= e.backlog_bytes
         full = 0 < frames <= e.in_flight
-        closed, last, margin, options = False, self._last, self._margin, self._remote
-        everything = self.config.explain
+        closed, last, margin, options, everything = False, self._last, self._margin, self._remote, self.config.explain
         best = scores[0].net if scores and not everything else -inf
         if moment.roomy and best > -inf and moment.too_late(self._least_ns, self._longest_ns, self._bytes):
             options = [last] if last in options else []
@@ -392,7 +397,4 @@ class Controller:
     def _probe(self, scores: list[Score]) -> Score | None:
         """A frame that nothing can be done with is a free probe: without it, a bad estimate would never be corrected."""
         e = self.estimator
-        if not e.connected or e.in_flight or not self._remote:
-            return None
-        open_ = [s for s in scores if not s.refused and s.option.n_bytes]
-        return min(open_, key=lambda s: s.expected_ns, default=None)
+        return most_hopeful(scores) if e.connected and not e.in_flight and self._remote else None

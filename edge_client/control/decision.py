@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Self
 
 from protos.errors import ConfigError
@@ -143,3 +144,17 @@ class Skip:
 
 
 Decision = Split | Offload | Local | Skip
+
+
+def with_terms(
+    decision: Decision, *, fallback_ns: int | None, tokens_bytes: float, hold: bool, explain: Explanation | None
+) -> Decision:
+    """The same choice with when to fall back, what the grant has left (infinite: no grant), whether to hold, and its record."""
+    limit_bytes = None if tokens_bytes == inf else int(tokens_bytes)
+    if fallback_ns is None and limit_bytes is None and explain is None:
+        return decision
+    match decision:
+        case Split() | Offload():
+            return replace(decision, fallback_ns=fallback_ns, limit_bytes=limit_bytes, hold=hold, explain=explain)
+        case _:
+            return replace(decision, explain=explain)

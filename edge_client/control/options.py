@@ -57,8 +57,12 @@ class Option:
 
     def set_bytes(self, payload: Quantiles) -> None:
         """What a payload is believed to cost."""
-        self.n_bytes = max(payload.p50, payload.p95)
-        self.typical_bytes = (payload.p50 + self.n_bytes) / 2
+        self.set_sizes(payload.p50, payload.p95)
+
+    def set_sizes(self, p50: float, p95: float) -> None:
+        """The same by median and 95th percentile."""
+        self.n_bytes = p95 if p95 > p50 else p50
+        self.typical_bytes = (p50 + self.n_bytes) / 2
         self.packets = int(-(-(self.typical_bytes + _OVERHEAD_BYTES) // _SEGMENT_BYTES))
 
     def set_ms(self, ms: Quantiles) -> None:
@@ -81,6 +85,10 @@ def useful(options: Sequence[Option]) -> list[Option]:
     """Those no other beats in bytes, device time and accuracy at once, the most accurate first."""
     kept: list[Option] = []
     for o in sorted(options, key=lambda o: (o.n_bytes, o.high_ns, -o.accuracy, o.name)):
-        if not any(p.high_ns <= o.high_ns and p.accuracy >= o.accuracy for p in kept):
+        high_ns, accuracy = o.high_ns, o.accuracy
+        for p in kept:
+            if p.high_ns <= high_ns and p.accuracy >= accuracy:
+                break
+        else:
             kept.append(o)
     return sorted(kept, key=lambda o: (-o.accuracy, o.n_bytes))

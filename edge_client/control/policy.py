@@ -87,6 +87,9 @@ class Policy(Protocol):
     def on_device(self, decision: Decision, elapsed_ns: int, now_ns: int) -> None:
         """How long the device worked: decision to payload (split, offload), or to answer (``Local()``, fallbacks too)."""
 
+    def on_share(self, share: float) -> None:
+        """Which part of the device's time this camera may take, (0, 1]; the other cameras of its process have the rest."""
+
     def on_reference(self, age: int) -> None:
         """How many frame intervals old the reference is that the next frame could be predicted from; 0: there is none."""
 

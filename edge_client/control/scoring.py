@@ -77,6 +77,8 @@ class Moment:
         "now_ns",
         "roomy",
         "server_ns",
+        "since_ns",
+        "stretch",
         "target",
         "usual_ns",
         "waited",
@@ -95,8 +97,15 @@ class Moment:
         fine: float,
         usual_ns: float = 0.0,
         roomy: bool = False,
+        since_ns: float | None = None,
+        stretch: float = 1.0,
     ) -> None:
-        """``late_ns``: how long after the frame's capture the device came free; ``usual_ns``: what a frame's job takes lately."""
+        """What holds now.
+
+        ``late_ns``: how long after the frame's capture the device came free; ``usual_ns``: what a frame's job takes lately;
+        ``since_ns``: time since its capture, where the device was kept by others, too; ``stretch``: device time that the frames to
+        come lose by a job, over what it takes: more than 1 where the device is shared.
+        """
         self.backlog = backlog
         self.target, self.fine = target, fine
         self.usual_ns = usual_ns
@@ -107,6 +116,8 @@ class Moment:
         self.deadline_ns = deadline_ns
         self.interval_ns = backlog.interval_ns
         self.late_ns = late_ns
+        self.since_ns = late_ns if since_ns is None else since_ns
+        self.stretch = stretch
         self.roomy = roomy
         estimator.expire(now_ns)
         self.base_ns = estimator.base_rtt_ns
@@ -141,7 +152,8 @@ class Moment:
 
     def takes(self, mid_ns: float, high_ns: float) -> float:
         """What the frames to come lose by a job with these quantiles."""
-        return self.backlog.expected(self.late_ns + mid_ns - self.interval_ns, high_ns - mid_ns)
+        stretch = self.stretch
+        return self.backlog.expected(self.late_ns + stretch * mid_ns - self.interval_ns, stretch * (high_ns - mid_ns))
 
     def too_late(self, least_ns: float, most_ns: float, n_bytes: tuple[float, float]) -> bool:
         """Whether no choice within these device times and sizes (least, most) has any hope of an answer in time."""
@@ -188,7 +200,7 @@ class Moment:
         missed, ready_ns = 1 - score.p, now_ns + o.high_ns
         spread_ns = local.high_ns - local.mid_ns
         latest_ns = self.deadline_ns - local.mid_ns - _CAREFUL * spread_ns
-        since_ns = latest_ns - now_ns + self.late_ns
+        since_ns = latest_ns - now_ns + self.since_ns
         # The job of a later frame has the device from its capture on: start before it rather than wait for it.
         phase_ns = since_ns % interval_ns
         before_ns = latest_ns - phase_ns - _LEAD_NS
@@ -210,7 +222,8 @@ class Moment:
             p_early = self.estimator.lateness.p_after_device(start_ns - done_ns, o.high_ns - o.mid_ns, scale_ns, o.packets)
             if self.waited and p_early > 0.0:
                 p_early *= self.estimator.p_unblocked(now_ns, start_ns - service_ns)
-            later = (1 - p_early) * self.backlog.expected(begins_ns + local.mid_ns - interval_ns, spread_ns)
+            taken_ns, taken_spread_ns = self.stretch * local.mid_ns, self.stretch * spread_ns
+            later = (1 - p_early) * self.backlog.expected(begins_ns + taken_ns - interval_ns, taken_spread_ns)
             gain = missed * p_local * local.accuracy - later
             if gain > most:
                 most, best = gain, (start_ns, p_local, later)
@@ -233,14 +246,14 @@ class Moment:
     def rows(self, options: Iterable[Option]) -> list[Row]:
         """What a frame to come could be given, for ``Backlog.sweep``: the local model, and these, alone and backed by it."""
         fine, target = self.fine, self.target
-        span_ns = self.deadline_ns - self.now_ns + self.late_ns
+        span_ns, stretch = self.deadline_ns - self.now_ns + self.since_ns, self.stretch
         lates_ns = [cell * self.interval_ns / CELLS for cell in range(CELLS + 1)]
         local = self.local
         ends = [self.p_local(span_ns - late_ns) for late_ns in lates_ns]
         found: list[Row] = []
         if local is not None:
             rewards = [p * local.accuracy - fine * max(0.0, target - p) for p in ends]
-            found.append((local.mid_ns, local.high_ns - local.mid_ns, rewards))
+            found.append((stretch * local.mid_ns, stretch * (local.high_ns - local.mid_ns), rewards))
         for o in options:
             spread_ns = o.high_ns - o.mid_ns
             service_ns = o.typical_bytes * self.estimator.ns_per_byte
@@ -253,7 +266,13 @@ class Moment:
                     then = self.p_local(span_ns - late_ns - o.mid_ns)
                     both = p + (1 - p) * then
                     backed.append(p * o.accuracy + (1 - p) * then * local.accuracy - fine * max(0.0, target - both))
-            found.append((o.mid_ns, spread_ns, alone))
+            found.append((stretch * o.mid_ns, stretch * spread_ns, alone))
             if local is not None:
-                found.append((o.mid_ns + local.mid_ns, local.high_ns - local.mid_ns, backed))
+                found.append((stretch * (o.mid_ns + local.mid_ns), stretch * (local.high_ns - local.mid_ns), backed))
         return found
+
+
+def most_hopeful(scores: Iterable[Score]) -> Score | None:
+    """Of what may be sent, what is expected back first."""
+    open_ = [s for s in scores if not s.refused and s.option.n_bytes]
+    return min(open_, key=lambda s: s.expected_ns, default=None)

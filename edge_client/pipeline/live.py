@@ -54,7 +54,9 @@ class LiveStrategy:
         while (delivery := await pipeline.frames.next()) is not None:
             exchange.take_new_bundle()
             self._current = pipeline.take(delivery)
-            await self._frame(self._current)
+            due_ns = self._current.deadline_ns or self._clock() + _FAR_NS
+            async with pipeline.worker.turn(due_ns=due_ns):
+                await self._frame(self._current)
             self._current = None
             await asyncio.sleep(0)  # the session's writer hands the frame over before the next one is predicted from it
         await self._land()
@@ -114,6 +116,7 @@ class LiveStrategy:
         deadline_ns = flight.deadline_ns if flight.deadline_ns is not None else now_ns + _FAR_NS
         connected = self._exchange.connected
         self._pipeline.model.on_frame(flight.frame.index)
+        controller.on_share(self._pipeline.worker.share)
         if self._config.point_id is not None and connected and deadline_ns > now_ns:
             return Split(point_id=self._config.point_id) if controller.allows() else Local()
         decision = controller.decide(flight.frame.index, now_ns, deadline_ns)

@@ -84,7 +84,12 @@ class Rescue:
             pipeline.settle(flight, Outcome.EXPIRED if late else Outcome.DROPPED, "" if late else flight.refusal or reason)
             return
         limit_ns = flight.deadline_ns + LATE_GRACE_NS if flight.deadline_ns is not None else None
-        if limit_ns is not None and now_ns + pipeline.timings.local.quantile(0.5) > limit_ns:
+        usual_ns = pipeline.timings.local.quantile(0.5)
+
+        def too_late() -> bool:
+            return limit_ns is not None and pipeline.clock() + usual_ns > limit_ns
+
+        if too_late():
             pipeline.settle(flight, Outcome.EXPIRED)
             return
         size_px = (flight.frame.width_px, flight.frame.height_px)
@@ -92,6 +97,8 @@ class Rescue:
         def work() -> tuple[Answer, float] | None:
             if not pipeline.is_open(flight):
                 return None  # the server's answer came while this job waited
+            if too_late():
+                return None  # other cameras' jobs were more urgent for too long: the time is better spent on theirs
             image = flight.local_image
             if image is None:
                 assert flight.frame.image is not None  # noqa: S101 - checked above
@@ -101,6 +108,8 @@ class Rescue:
         due_ns = (flight.deadline_ns or now_ns) - int(pipeline.timings.local.quantile(0.95))
         done = await pipeline.worker.run(work, due_ns=due_ns)
         if done is None:
+            if pipeline.is_open(flight):
+                pipeline.settle(flight, Outcome.EXPIRED)
             return
         answer, elapsed_ms = done
         end_ns = pipeline.clock()

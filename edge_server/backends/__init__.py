@@ -98,5 +98,5 @@ should the backend die; on the event loop, before any bundle is loaded. Gives a 
 BACKENDS: Registry[Opener] = Registry(
     "headtail.backends",
     "backend",
-    {"embedded": "edge_server.backends.embedded:open_backend", "ray": "edge_server.backends.ray_serve:open_backend"},
+    {"embedded": "edge_server.backends.embedded:open_backend", "ray": "edge_server.backends.ray.backend:open_backend"},
 )

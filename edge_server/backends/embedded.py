@@ -53,6 +53,8 @@ class EmbeddedBackend:
         tail: device, threads and cores.
         clock: monotonic ns.
         on_death: told, on the event loop, why the tail's thread has ended before it was closed.
+        loading_niceness: how far loads give way to everything else on the machine. With more than one thread they do not: a
+            library's threads would keep it for the frames to come, and only root can take it back.
 
     Raises:
         ConfigError: this process has not the cores the thread shall be pinned to.
@@ -65,6 +67,7 @@ class EmbeddedBackend:
         clock: Callable[[], int],
         *,
         on_death: Callable[[BaseException], None] | None = None,
+        loading_niceness: int = 0,
     ) -> None:
         check_cpus(tail.cpus)
         self._config = tail
@@ -76,7 +79,8 @@ class EmbeddedBackend:
         self._closing = False
         self._in_hand: list[_Job] = []  # taken from the queue by the tail's thread
         self._on_death = on_death
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="tail-loader")
+        niceness = loading_niceness if tail.threads == 1 else 0
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="tail-loader", initializer=_give_way, initargs=(niceness,))
         self._loading = 0  # loads under way
         self._unprepared: list[Tail] = []
         self._loop = asyncio.get_running_loop()
@@ -101,6 +105,11 @@ class EmbeddedBackend:
         if not self._loading and not self._closing:
             while self._unprepared:
                 self._loader.submit(self._prepare, self._unprepared.pop(0))
+
+    async def prepared(self) -> None:
+        """Until every tail that is loaded runs at full speed."""
+        self._prepare_all()
+        await self._loop.run_in_executor(self._loader, int)  # behind everything that was handed to the loader before
 
     def _load(self, bundle: Bundle) -> Tail:
         self._set_threads(bundle)
@@ -252,6 +261,13 @@ class EmbeddedBackend:
     def _deliver(self, outcomes: list[tuple[_Job, Outcome]]) -> None:
         if outcomes and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_resolve, outcomes)
+
+
+def _give_way(niceness: int) -> None:
+    """For the thread that calls this, and the threads it will start."""
+    if niceness:
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
 
 
 def _run(tail: Tail, works: list[TailWork]) -> list[Answer]:

@@ -3,7 +3,8 @@
 Inputs are either the latents (``latent_0`` …, FP32, batch first) or the model's own input as pixels (``image``, UINT8,
 (N, h, w, 3) RGB, resized and cropped as the manifest says). Outputs are answers, not logits: ``class_ids`` INT64 (N, K) and
 ``scores`` FP32 (N, K), best first; for detectors also ``boxes`` FP32 (N, K, 4), xyxy pixels of a source frame whose size the
-request's parameters ``source_width`` and ``source_height`` give (default: the model's input), padded with class -1.
+request's parameters ``source_width`` and ``source_height`` give (default: the model's input), padded with class -1. Every
+other task gives its own arrays, ``tensors`` the model's outputs by their own names; `ModelMetadata` lists them.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ from splitters.bottleneck.bottleneck import Decoder, GainQuantiser
 from splitters.bottleneck.crossing import Crossing, Gather, Scatter, describe, latent_grid
 from splitters.bottleneck.ensemble import EncoderEnsemble, OwnEncoder, SmallEncoder, SmallEncoderConfig, Tier
 from splitters.bottleneck.learned import LearnedSplit, StagedModel
-from splitters.bottleneck.raw_outputs import RawOutput, raw_outputs
+from splitters.bottleneck.raw_outputs import RawOutput, Scores, as_queries, raw_outputs
 from splitters.bottleneck.sensitivity import output_metric, sensitive_start
+from splitters.bottleneck.token_grids import token_grids
 from splitters.cutting.graph.partition import Cut
 from splitters.cutting.graph.split import Cutter, Split
 from splitters.cutting.graph.trace import TensorInfo
@@ -45,6 +46,7 @@ class AnyCutConfig:
         depth: the decoder's residual blocks.
         small: channels of the cheap encoder's stages at width 1.
         task: ``classification`` or ``detection``.
+        scores: what the decoding makes of a detector's logits outside the model.
     """
 
     at: str
@@ -57,6 +59,7 @@ class AnyCutConfig:
     depth: int = 2
     small: tuple[int, ...] = (48, 96, 144, 192)
     task: str = "classification"
+    scores: Scores = "given"
 
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= 4096 or self.shrink < 0:
@@ -209,13 +212,17 @@ def _taps(cutter: Cutter, split: Split, config: AnyCutConfig) -> list[str]:
     return taps
 
 
-def _raw(cutter: Cutter, tail: fx.GraphModule) -> tuple[RawOutput, ...]:
+def _crossings(cutter: Cutter, split: Split, at: str) -> tuple[Crossing, ...]:
+    return describe(split.latent_shapes, at, token_grids(cutter.trace))
+
+
+def _raw(cutter: Cutter, tail: fx.GraphModule, scores: Scores) -> tuple[RawOutput, ...]:
     """The branches of a detector's output that the tail computes."""
     shapes = {n.name: v[0] for n, v in cutter.trace.values.items() if isinstance(v[0], TensorInfo)}
     output = next(n for n in tail.graph.nodes if n.op == "output")
     nodes = [n for n in output.all_input_nodes if n.name in shapes and shapes[n.name].dtype.is_floating_point]
     inside = {n.name for n in tail.graph.nodes if n.op != "placeholder"}
-    return tuple(r for r in raw_outputs(nodes, shapes) if r.node in inside)
+    return as_queries([r for r in raw_outputs(nodes, shapes) if r.node in inside], shapes, scores)
 
 
 def fused_channels(model: nn.Module, example: Tensor, config: AnyCutConfig) -> int:
@@ -225,7 +232,8 @@ def fused_channels(model: nn.Module, example: Tensor, config: AnyCutConfig) -> i
         ConfigError: what crosses the cut has no grid.
         CutError: no such cut.
     """
-    crossings = describe(Cutter(model, example).split(config.at).latent_shapes, config.at)
+    cutter = Cutter(model, example)
+    crossings = _crossings(cutter, cutter.split(config.at), config.at)
     return Gather(crossings, latent_grid(crossings, config.shrink or _shrink(crossings, example.shape[-2]))).channels
 
 
@@ -245,10 +253,10 @@ def build_any(model: nn.Module, example: Tensor, config: AnyCutConfig, sample: T
     cutter = Cutter(model, example)
     split = cutter.split(config.at)
     cutter.partitioner.check_payload(config.at)
-    crossings = describe(split.latent_shapes, config.at)
+    crossings = _crossings(cutter, split, config.at)
     gather = Gather(crossings, latent_grid(crossings, config.shrink or _shrink(crossings, example.shape[-2])))
     taps = _taps(cutter, split, config)
-    raw = _raw(cutter, split.tail) if form_of(config.task) is Detection else ()
+    raw = _raw(cutter, split.tail, config.scores) if form_of(config.task) is Detection else ()
     stages = (TappedTail(split.tail, [*taps, *(r.node for r in raw)]),)
     stem, body, strides, c_stem = _front(cutter, split, config, gather.grid[0])
     base = StagedModel(
@@ -303,7 +311,7 @@ def _front(
     if not config.stem_at:
         return _Flat(split.head), nn.Identity(), None, 0
     early = cutter.split(config.stem_at)
-    maps = describe(early.latent_shapes, config.stem_at)
+    maps = _crossings(cutter, early, config.stem_at)
     if len(maps) != 1 or maps[0].layout != "chw":
         shapes = ", ".join(map(str, early.latent_shapes))
         raise ConfigError(f"cheap encoders start from one (C, H, W) map; {config.stem_at!r} is crossed by {shapes}: choose another")

@@ -7,12 +7,17 @@ empty cells; one step earlier lie logits on their grids, where a cell's confiden
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import fx
 
 from splitters.cutting.graph.trace import TensorInfo
 
+Scores = Literal["given", "sigmoid", "softmax"]
+"""What a decoding makes of the scores: nothing, or an activation; of a softmax the last class is nothing."""
+
+_BOX = 4
 _JOINS = ("cat", "concat", "stack")
 _VIEWS = (
     "reshape", "view", "permute", "transpose", "flatten", "contiguous", "clone", "unsqueeze", "squeeze", "alias", "to", "_to_copy",
@@ -28,12 +33,14 @@ class RawOutput:
         probability: a sigmoid follows; else it is used as it is.
         channel_axis: of its shape with the batch axis.
         cells: the rest of its shape; branches of equal cells speak of the same places.
+        softmax: logits of classes of which the last is nothing.
     """
 
     node: str
     probability: bool
     channel_axis: int
     cells: tuple[int, ...]
+    softmax: bool = False
 
 
 def _name(node: fx.Node) -> str:
@@ -75,3 +82,28 @@ def raw_outputs(outputs: Sequence[fx.Node], shape: Mapping[str, TensorInfo]) -> 
     for node in outputs:
         walk(node, squashed=False)
     return tuple(found.values())
+
+
+def as_queries(found: Sequence[RawOutput], shape: Mapping[str, TensorInfo], scores: Scores) -> tuple[RawOutput, ...]:
+    """The branches of a transformer detector, told apart: its boxes are squashed in the graph, its class logits outside.
+
+    Others are as they were.
+
+    Args:
+        found: of `raw_outputs`.
+        shape: by node name, with the batch axis.
+        scores: what becomes of its logits.
+    """
+    boxes = {r.cells for r in found if r.probability and shape[r.node].shape[r.channel_axis] == _BOX}
+    logits = {r.cells for r in found if not r.probability}
+    if scores == "given" or not boxes & logits:
+        return tuple(found)
+
+    def told(one: RawOutput) -> RawOutput:
+        if one.cells not in boxes & logits:
+            return one
+        if one.probability:
+            return replace(one, probability=False)
+        return replace(one, probability=scores == "sigmoid", softmax=scores == "softmax")
+
+    return tuple(told(one) for one in found)

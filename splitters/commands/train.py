@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from splitters.commands.cut import read_photos
 from splitters.tasks.base import form_of
 
 if TYPE_CHECKING:
+    from splitters.bottleneck.raw_outputs import Scores
     from splitters.bundle import Bundle
     from splitters.training.config import TrainConfig
     from splitters.training.loop import StepReport
@@ -130,6 +132,7 @@ def _any(args: argparse.Namespace) -> TrainConfig:
         print(f"{most} channels cross at {args.at}: the latent has {most}, not {cut.channels}", file=sys.stderr)
         cut = replace(cut, channels=most)
     serving = described(source, args, read_photos(args.data, PHOTOS))
+    cut = replace(cut, scores=_scores(serving.postprocess))
     config = any_cut(
         args.model, cut, weights=args.weights, size_px=height, steps=args.steps or 3000, batch=32,
         target_bytes=tuple(args.bytes), serving={**serving.to_json(), "licence": args.licence or UNKNOWN_LICENCE},
@@ -139,6 +142,14 @@ def _any(args: argparse.Namespace) -> TrainConfig:
 
         config = replace(config, video=VideoLearning(clips=checked(args.video, args.data), until=args.video_until))
     return replace(config, amp=args.amp, data=tuple(args.data_parts))
+
+
+def _scores(postprocess: Mapping[str, Any]) -> Scores:
+    """What a decoding makes of a detector's logits; a softmax counts where its last class is nothing."""
+    told = postprocess.get("scores", {}).get("activation")
+    if told == "softmax":
+        return "softmax" if postprocess.get("background") == "last" else "given"
+    return "sigmoid" if told == "sigmoid" else "given"
 
 
 def settings(recipe: str, data: Path, **options: Any) -> TrainConfig:

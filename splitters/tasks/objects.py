@@ -34,6 +34,9 @@ _OWN = ("boxes", "scores", "class_ids")
 class ObjectsTask(Task):
     """What the three have in common; ``spec`` is declared, see `splitters.tasks.decoding`."""
 
+    added: ClassVar[Mapping[str, tuple[str, tuple[int, ...]]]] = {}
+    """The arrays of `more`, as `Task.signature` gives them."""
+
     def __init__(self, spec: Mapping[str, Any], preprocess: Preprocess, *, decoded: bool = False) -> None:
         super().__init__(spec, preprocess, decoded=decoded)
         self.how = declared_decoding(spec)
@@ -61,7 +64,8 @@ class ObjectsTask(Task):
 
     def signature(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """See `Task.signature`."""
-        return {"boxes": ("float32", (-1, -1, 4)), "scores": ("float32", (-1, -1)), "class_ids": ("int64", (-1, -1))}
+        own = {"boxes": ("float32", (-1, -1, 4)), "scores": ("float32", (-1, -1)), "class_ids": ("int64", (-1, -1))}
+        return {**own, **self.added}
 
     @classmethod
     def empty(cls) -> Answer | None:
@@ -109,6 +113,7 @@ class KeypointsTask(ObjectsTask):
     """Adds ``keypoints`` (K, J, 3): x, y in source pixels, and how sure, 0..1."""
 
     name: ClassVar[str] = "keypoints"
+    added: ClassVar[Mapping[str, tuple[str, tuple[int, ...]]]] = {"keypoints": ("float32", (-1, -1, -1, 3))}
 
     def more(self, kept: Kept, outputs: Sequence[Floats], number: int, size_px: SizePx) -> Arrays:
         """See `ObjectsTask.more`."""
@@ -144,6 +149,7 @@ class OrientedTask(ObjectsTask):
     """Adds ``corners`` (K, 4, 2): of the turned box, in source pixels; ``boxes`` are what encloses them."""
 
     name: ClassVar[str] = "oriented"
+    added: ClassVar[Mapping[str, tuple[str, tuple[int, ...]]]] = {"corners": ("float32", (-1, -1, 4, 2))}
 
     def more(self, kept: Kept, outputs: Sequence[Floats], number: int, size_px: SizePx) -> Arrays:
         """See `ObjectsTask.more`."""
@@ -183,6 +189,10 @@ class InstancesTask(ObjectsTask):
     """Adds masks as run lengths: ``run_lengths``, ``run_values``, ``runs`` (K,) how many are each object's, ``mask_size`` (2,)."""
 
     name: ClassVar[str] = "instances"
+    added: ClassVar[Mapping[str, tuple[str, tuple[int, ...]]]] = {
+        "run_lengths": ("int32", (-1, -1)), "run_values": ("uint8", (-1, -1)),
+        "runs": ("int32", (-1, -1)), "mask_size": ("int32", (-1, 2)),
+    }  # fmt: skip
 
     def more(self, kept: Kept, outputs: Sequence[Floats], number: int, size_px: SizePx) -> Arrays:
         """See `ObjectsTask.more`."""

@@ -61,7 +61,8 @@ def detection_mismatch(student: Sequence[Tensor], teacher: Sequence[Tensor], raw
 
     A branch of probabilities costs its Bernoulli divergence from the teacher's, summed over cells and classes; class
     probabilities count as much as the teacher believes an object to be there at all. Other branches (boxes) cost squared
-    error in units of their variance over the teacher's objects, weighted by its confidence. The sum is divided by the
+    error in units of their variance over the teacher's objects, weighted by its confidence. Logits of classes of which one is
+    nothing cost their divergence, summed over the queries. The sum is divided by the
     number of objects the teacher sees in a picture of the batch, so that empty cells, thousands to one, weigh what they should.
 
     Args:
@@ -80,6 +81,7 @@ def detection_mismatch(student: Sequence[Tensor], teacher: Sequence[Tensor], raw
             {i: side[i].movedim(raw[i].channel_axis, -1).flatten(1, -2) for i in members} for side in (student, teacher)
         )
         sure = {i: theirs[i].amax(2).sigmoid() for i in members if raw[i].probability}
+        sure |= {i: 1 - theirs[i].softmax(2)[..., -1] for i in members if raw[i].softmax}
         if not sure:
             terms += [relative_error(mine[i], theirs[i]) for i in members]
             continue
@@ -87,6 +89,9 @@ def detection_mismatch(student: Sequence[Tensor], teacher: Sequence[Tensor], raw
         confidence = torch.stack(list(sure.values())).prod(0)
         objects = objects + confidence.sum() / n
         for i in members:
+            if raw[i].softmax:
+                terms.append(divergence(mine[i].movedim(2, 1), theirs[i].movedim(2, 1)).sum(1))
+                continue
             if i in sure and (theirs[i].shape[2] == 1 or not present):
                 terms.append(_bernoulli(mine[i], theirs[i]).sum((1, 2)))
                 continue

@@ -81,3 +81,56 @@ class _Detector(nn.Module):
 def detector() -> tuple[nn.Module, Tensor]:
     """A little single-shot detector with a pyramid."""
     return _seeded(_Detector)
+
+
+class _Tokens(nn.Module):
+    """A detector of the kind of YOLOS: a class token, patches, 24 detection tokens; logits with a class of nothing, and boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from timm.models.vision_transformer import Block
+
+        width = 24
+        self.patches = nn.Conv2d(3, width, 8, 8)
+        self.class_token, self.queries = (nn.Parameter(torch.randn(1, n, width)) for n in (1, 24))
+        self.position = nn.Parameter(0.1 * torch.randn(1, 1 + (SIZE_PX // 8) ** 2 + 24, width))
+        self.blocks = nn.ModuleList(Block(width, 3) for _ in range(3))
+        self.classes, self.boxes = nn.Linear(width, 4), nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps images to logits (N, 24, 4) and boxes (N, 24, 4), cxcywh of the picture."""
+        patches, n = self.patches(x).flatten(2).transpose(1, 2), x.shape[0]
+        tokens = torch.cat((self.class_token.expand(n, -1, -1), patches, self.queries.expand(n, -1, -1)), 1) + self.position
+        for block in self.blocks:
+            tokens = block(tokens)
+        found = tokens[:, -24:]
+        return self.classes(found), self.boxes(found).sigmoid()
+
+
+class _Queries(nn.Module):
+    """A detector of the kind of DETR: a convolutional map, and 20 queries that look at it; logits for a sigmoid, and boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.ReLU(), nn.Conv2d(16, 24, 2, 2))
+        self.queries = nn.Parameter(torch.randn(1, 20, 24))
+        self.layers = nn.ModuleList(nn.TransformerDecoderLayer(24, 3, 48, batch_first=True) for _ in range(3))
+        self.classes, self.boxes = nn.Linear(24, 3), nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps images to logits (N, 20, 3) and boxes (N, 20, 4), cxcywh of the picture."""
+        memory = self.stem(x).flatten(2).transpose(1, 2)
+        found = self.queries.expand(x.shape[0], -1, -1)
+        for layer in self.layers:
+            found = layer(found, memory)
+        return self.classes(found), self.boxes(found).sigmoid()
+
+
+def tokens() -> tuple[nn.Module, Tensor]:
+    """A transformer detector whose detection tokens lie behind the patches."""
+    return _seeded(_Tokens)
+
+
+def queries() -> tuple[nn.Module, Tensor]:
+    """A transformer detector whose queries cross beside the map."""
+    return _seeded(_Queries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -20,10 +21,10 @@ class Broker:
         self._config = folder / "mosquitto.conf"
         settings = [
             f"listener {self.port} 127.0.0.1", "persistence true", f"persistence_location {folder}/", "max_queued_messages 0",
+            *(("user root",) if os.geteuid() == 0 else ()),  # as "mosquitto" it could not write into pytest's folders
             *(lines or ("allow_anonymous true",)),
         ]  # fmt: skip
         self._config.write_text("\n".join(settings) + "\n")
-        folder.chmod(0o777)
         self._log = folder / "mosquitto.log"
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -208,6 +208,15 @@ def classifier(
     return save(path, g, inputs, [(x, T.FLOAT)], {})
 
 
+def maps(path: Path, *, size: int = 32) -> Path:
+    """A class for every pixel: logits (1, 4, size/4, size/4)."""
+    g = Graph()
+    x = g.add("Relu", [g.conv("input", 3, 8, 3, 2, "/stem/Conv", gain=3)], "/stem/Relu")
+    x = g.add("Relu", [g.conv(x, 8, 8, 3, 2, "/body/Conv", gain=3)], "/body/Relu")
+    x = g.conv(x, 8, 4, 1, 1, "/head/Conv", gain=3)
+    return save(path, g, [("input", T.FLOAT, [1, 3, size, size])], [(x, T.FLOAT)], {})
+
+
 def save(
     path: Path, g: Graph, inputs: Sequence[tuple[str, int, Sequence[Any]]], outputs: Sequence[tuple[str, int]],
     meta: dict[str, str], *, external: bool = False,

@@ -66,9 +66,9 @@ def cluster() -> Iterator[Cluster]:
 
 def main() -> None:
     """Until the input ends."""
-    from edge_server.backends.ray_import import ray
+    from edge_server.backends.ray.imports import ray
 
-    context = ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False, num_cpus=4)
+    context = ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False, num_cpus=4)
     sys.stdout.write(f"address {context.address_info['gcs_address']}\n")
     sys.stdout.flush()
     sys.stdin.read()

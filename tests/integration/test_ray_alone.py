@@ -1,5 +1,6 @@
 """Ray's own way, without our door: ``serve run`` of deploy/ray/serve.yaml answers the unary call through Serve's proxy."""
 
+import asyncio
 import os
 import secrets
 import signal
@@ -7,9 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import grpc
+import grpc.aio
 import pytest
 
 from protos.headtail.v1 import headtail_pb2 as pb
@@ -47,7 +50,9 @@ def test_serve_run_answers_as_the_tail_does(tmp_path: Path) -> None:
             cwd=CONFIG.parents[2], start_new_session=True,
         )  # fmt: skip
     try:
-        result = asked(f"127.0.0.1:{config['grpc_options']['port']}", application["name"], device, process, tmp_path / "log")
+        address = f"127.0.0.1:{config['grpc_options']['port']}"
+        result = asked(address, application["name"], device, process, tmp_path / "log")
+        crowd = asyncio.run(all_at_once(address, application["name"], device, 400))
     finally:
         os.killpg(process.pid, signal.SIGINT)
         try:
@@ -58,6 +63,29 @@ def test_serve_run_answers_as_the_tail_does(tmp_path: Path) -> None:
     (wanted,) = load_tail(bundle).run([x[None] for x in device.codec.dequantise(symbols)], [(48, 40)])
     assert result.error is None, result.error
     assert [s.class_id for s in result.answer.top] == [s.class_id for s in wanted.top]
+    # Nobody waits long before the door, where a deadline does not count yet: whoever does not fit is refused at once.
+    assert sum(crowd.values()) == 400
+    assert set(crowd) <= {"answered", "overloaded", "RESOURCE_EXHAUSTED"}, crowd
+    assert crowd["RESOURCE_EXHAUSTED"] > 0
+    assert crowd["answered"] > 0
+
+
+async def all_at_once(address: str, application: str, device: Device, callers: int) -> Counter[str]:
+    """How so many calls end that come together, each with a deadline of ten seconds."""
+    layers = device.layers(picture(3), 0, deadline_ns=10_000_000_000)
+    request = pb.InferRequest(protocol_version=PROTOCOL_VERSION, bundle_sha256=device.bundle.sha256, layers=layers)
+
+    async def one(stub: pb_grpc.HeadtailStub) -> str:
+        try:
+            reply = await stub.Infer(request, timeout=120, metadata=[("application", application)])
+        except grpc.aio.AioRpcError as error:
+            return error.code().name
+        error = Result.from_proto(reply.result).error
+        return "answered" if error is None else error.code
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = pb_grpc.HeadtailStub(channel)
+        return Counter(await asyncio.gather(*(one(stub) for _ in range(callers))))
 
 
 def asked(address: str, application: str, device: Device, process: subprocess.Popen[bytes], log: Path) -> Result:

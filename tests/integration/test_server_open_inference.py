@@ -139,7 +139,7 @@ async def test_a_shape_of_very_many_dimensions_is_not_written_out(stub: oip_grpc
 
 async def test_tritonclient_agrees_with_our_own_stream(server: Server, bundle: Bundle, tmp_path: Path) -> None:
     if not TRITON.exists():
-        pytest.skip(f"no tritonclient at {TRITON}: make test-triton")
+        pytest.skip(f"no tritonclient at {TRITON}: make test makes it")
     np.save(tmp_path / "pixels.npy", pixels(bundle, 4))
     np.save(tmp_path / "latent.npy", Device(bundle).latents(picture(4))[0][None])
     process = await asyncio.create_subprocess_exec(

@@ -128,8 +128,8 @@ async def test_a_site_that_deploys_the_tails_itself_has_them_used(joined: Cluste
 
 DEPLOY = """
 import sys
-from edge_server.backends.ray_import import ray, serve
-from edge_server.backends.ray_apps import tails
+from edge_server.backends.ray.imports import ray, serve
+from edge_server.backends.ray.apps import tails
 address, model, name = sys.argv[1:]
 ray.init(address=address, namespace="headtail", log_to_driver=False)
 serve.start(proxy_location="Disabled")

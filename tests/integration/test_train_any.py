@@ -25,7 +25,10 @@ CASES = [
     ("densenet", ["--at", "features.denseblock2.denselayer2"]),
     ("vit", ["--at", "blocks.0", "--match", "blocks.1"]),
     ("detector", ["--at", "c4", "--task", "detection", "--output", "yolox", "--score-min", "0.02", "--amp"]),
+    ("tokens", ["--at", "blocks.0", "--task", "detection", "--output", "detr", "--score-min", "0.02"]),
+    ("queries", ["--at", "layers.0", "--task", "detection", "--output", "rtdetr", "--score-min", "0.02"]),
 ]
+BOXES = {"detector": ("letterbox", "yolox"), "tokens": ("stretch", "declared"), "queries": ("stretch", "declared")}
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +44,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("name", "arguments"), CASES, ids=[f"{n}-{a[1]}" for n, a in CASES])
 def test_a_trained_bottleneck_is_what_its_bundle_runs(name: str, arguments: list[str], photos: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.json"
-    labels.write_text('{"1": "one", "2": "two", "3": "three"}')
+    first = 1 if name == "detector" else 0
+    labels.write_text(json.dumps({str(first + i): told for i, told in enumerate(("one", "two", "three"))}))
     run, out = tmp_path / "run", tmp_path / "bundle"
     options = ["--model", f"py:tests.fakes.any_models:{name}", "--weights", "random", *arguments, "--channels", "8"]
     options += ["--data", str(photos), "--out", str(run), "--steps", "3", "--batch", "4", "--hold-out", "2", "--fit", "4"]
-    if name == "detector":
+    if name in BOXES:
         options += ["--labels", str(labels)]
     assert main(["train", "any", *options, "--bundle", str(out)]) == 0
     bundle = open_bundle(out)
@@ -67,19 +71,20 @@ def test_a_trained_bottleneck_is_what_its_bundle_runs(name: str, arguments: list
     payload = codec.encode(codec.quantise([latents[0][0]], bundle.points[0].codec_point))
     (restored,) = codec.dequantise(codec.decode(payload))
     with torch.no_grad():
-        trained = student.answer(torch.from_numpy(restored[None]))[-1].numpy()
+        answers = [t.numpy() for t in student.answer(torch.from_numpy(restored[None]))]
     session = ort.InferenceSession(str(out / "server/tail.onnx"), providers=["CPUExecutionProvider"])
-    served = session.run(None, {"latent_0": restored[None]})[0]
-    assert np.abs(served - trained).max() < 1e-3 * np.abs(trained).max()
+    outputs = session.run(None, {"latent_0": restored[None]})
+    for served, trained in zip(outputs, answers[-len(outputs) :], strict=True):
+        assert np.abs(served - trained).max() < 1e-3 * np.abs(trained).max()
     (answer,) = load_tail(bundle).run([restored[None]], [(96, 72)])
-    detects = name == "detector"
+    detects = name in BOXES
     assert isinstance(answer, Detection if detects else Classification)
     if detects:
         spec = bundle.manifest
-        assert (spec.task, spec.preprocess.resize, spec.postprocess["kind"]) == ("detection", "letterbox", "yolox")
+        assert (spec.task, spec.preprocess.resize, spec.postprocess.get("kind")) == ("detection", *BOXES[name])
         assert spec.postprocess["score_min"] == 0.02
-        assert spec.labels == {1: "one", 2: "two", 3: "three"}
-        assert recipe["config"]["amp"]
+        assert spec.labels == {first: "one", first + 1: "two", first + 2: "three"}
+        assert recipe["config"]["amp"] == ("--amp" in arguments)
 
 
 def _on_device(bundle: Bundle, graphs: tuple[str, ...], image: np.ndarray) -> np.ndarray:

@@ -137,7 +137,9 @@ def load_trace(path: Path) -> Trace:
     """
     try:
         lines = [
-            line.replace(",", " ").split() for line in path.read_text().splitlines() if line.strip() and line.strip()[0] != "#"
+            line.replace(",", " ").split()
+            for line in path.read_text(encoding="utf-8-sig").splitlines()
+            if line.strip() and line.strip()[0] != "#"
         ]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"trace {path} cannot be read: {error}") from error

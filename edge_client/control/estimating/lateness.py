@@ -90,10 +90,15 @@ class Lateness:
             and (not tail or repairs[tail - 1] <= worst_ns)
         ):  # so it is almost always: no sample lies in between
             return self._p(body, prior, tail, packets) if body or prior or tail else 0.0
-        p = 0.0
+        # The mean over the noise's points; a probability is linear in the counts, so these are added up.
+        body = prior = tail = 0
         for at in DEVICE_NOISE:
-            p += self.p_within(slack_ns - at * spread_ns, scale_ns, packets)
-        return p / len(DEVICE_NOISE)
+            late_ns = slack_ns - at * spread_ns
+            unit = late_ns / scale_ns
+            body += bisect_right(residuals, unit)
+            prior += bisect_right(_PRIOR_RESIDUALS, unit)
+            tail += bisect_right(repairs, late_ns)
+        return self._p(body, prior, tail, packets) / len(DEVICE_NOISE) if body or prior or tail else 0.0
 
     def is_never(self, slack_ns: float, scale_ns: float) -> bool:
         """Whether ``p_within`` is zero whatever the packets: no frame was ever that early."""

@@ -13,7 +13,7 @@ A choice's own part fades, so that a choice that once cost much is tried again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import exp, inf, log, sqrt
 
@@ -129,16 +129,29 @@ class PayloadSizes:
 
     def expect(self, name: str, age: int, now_ns: int) -> Quantiles:
         """What a payload of that choice is expected to cost with a reference of that age."""
-        said = self.table[name]
-        context = self._nearest(self.kinds[name], _bounded(age))
-        if said.p50 <= 0 or (context is None and age <= 0):
-            return said
-        if context is None:
-            return Quantiles(p50=said.p50 * exp(_PREDICTED_MEAN), p95=max(said.p50, said.p95) * exp(_PREDICTED_MEAN))
-        own = self._own.get((name, age > 0))
-        off = context.common.mean_at(now_ns) + (own.mean_at(now_ns) if own is not None else 0.0)
-        middle = said.p50 * exp(min(max(off, -_MOST), _MOST))
-        return Quantiles(p50=middle, p95=middle * exp(_P95 * context.noise))
+        p50, p95 = self.expect_all(((name, age),), now_ns)[0]
+        return Quantiles(p50=p50, p95=p95)
+
+    def expect_all(self, rows: Iterable[tuple[str, int]], now_ns: int) -> list[tuple[float, float]]:
+        """The same of several choices with the ages of their references, as medians and 95th percentiles."""
+        commons: dict[tuple[str, int], tuple[float, float] | None] = {}  # logarithm over the table, p95 over the median
+        found: list[tuple[float, float]] = []
+        for name, age in rows:
+            said, key, predicted = self.table[name], (self.kinds[name], age), age > 0
+            if key not in commons:
+                context = self._nearest(key[0], _bounded(age))
+                commons[key] = (context.common.mean_at(now_ns), exp(_P95 * context.noise)) if context is not None else None
+            common = commons[key]
+            if said.p50 <= 0 or (common is None and not predicted):
+                found.append((said.p50, said.p95))
+            elif common is None:
+                found.append((said.p50 * exp(_PREDICTED_MEAN), max(said.p50, said.p95) * exp(_PREDICTED_MEAN)))
+            else:
+                own = self._own.get((name, predicted))
+                off = common[0] + (own.mean_at(now_ns) if own is not None else 0.0)
+                middle = said.p50 * exp(min(max(off, -_MOST), _MOST))
+                found.append((middle, middle * common[1]))
+        return found
 
     def _context(self, kind: str, age: int, said: Quantiles, now_ns: int) -> _Context:
         """The context a payload belongs to; a new one starts from the nearest age that is known."""

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 JPEG_QUALITY = 90
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, weights: str) -> None:
-    """MODEL, --weights and --size."""
-    parser.add_argument("model", metavar="MODEL", help="timm:NAME, torchvision:NAME, onnx:PATH, py:MODULE:FACTORY or a .pt2 file")
+def add_model_arguments(parser: argparse.ArgumentParser, *, weights: str, also: str = "") -> None:
+    """MODEL, --weights and --size; ``also``: what else MODEL may be."""
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"{also}timm:NAME, torchvision:NAME, onnx:PATH, py:MODULE:FACTORY or a .pt2 file"
+    )
     parser.add_argument(
         "--weights", default=weights, metavar="random|hub|FILE",
         help="hub: fetched by timm or torchvision where this machine can reach it; FILE: safetensors (default: %(default)s)",

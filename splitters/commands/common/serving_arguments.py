@@ -173,7 +173,7 @@ def read_labels(path: Path) -> dict[int, str]:
     if str(path) in _DATA_SETS and not path.exists():
         return _DATA_SETS[str(path)]()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if path.suffix.lower() != ".json":
@@ -191,7 +191,7 @@ def read_labels(path: Path) -> dict[int, str]:
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):

@@ -87,7 +87,8 @@ def trace(model: nn.Module, example_inputs: Any, *, method: Method | None = None
     Args:
         model: runs on the example; its training mode is left as it was.
         example_inputs: a tensor or a tuple of tensors, batch axis first, any batch size.
-        method: ``export`` or ``fx`` alone; by default export, then fx, then export with a fixed batch.
+        method: ``export`` or ``fx`` alone; by default export, then fx, then strict export, which reads the Python code and so
+            gets by some checks of shapes, then export with a fixed batch.
 
     Raises:
         CutError: the model does not run on the example or cannot be traced; names the module and the way out.
@@ -96,18 +97,20 @@ def trace(model: nn.Module, example_inputs: Any, *, method: Method | None = None
     check_devices(model, given)
     run_model(model, given)
     notes: list[str] = []
-    attempts = [("export", True), ("fx", True), ("export", False)]
-    for kind, dynamic in attempts:
+    attempts: list[tuple[Method, bool, bool]] = [
+        ("export", True, False), ("fx", True, False), ("export", True, True), ("export", False, False),
+    ]  # fmt: skip
+    for kind, dynamic, strict in attempts:
         if method is not None and kind != method:
             continue
         batches = (2, _CHECK_BATCH) if dynamic else (given[0].shape[0],)
         with ModuleTracker(model) as tracker, inference(model), _quiet():
             try:
-                build = _by_export if kind == "export" else _by_fx
-                module, out_spec = build(model, rebatch(given, batches[0]), dynamic)
-                return _finish(module, out_spec, given, batches, "export" if kind == "export" else "fx", tuple(notes))
+                here = rebatch(given, batches[0])
+                module, out_spec = _by_fx(model) if kind == "fx" else _by_export(model, here, dynamic=dynamic, strict=strict)
+                return _finish(module, out_spec, given, batches, kind, tuple(notes))
             except Exception as error:  # noqa: BLE001  (tracers raise anything; each reason is kept and told)
-                how = f"torch.{kind}" + ("" if dynamic else " with a fixed batch size")
+                how = f"torch.{kind}" + (" (strict)" if strict else "") + ("" if dynamic else " with a fixed batch size")
                 notes.append(f"{how} failed in {tracker.where()}: {type(error).__name__}: {first_line(error)}")
     raise CutError(
         "the model cannot be traced to a graph. " + ". ".join(notes) + ". Control flow that depends on tensor values "
@@ -129,15 +132,18 @@ def _quiet() -> Iterator[None]:
         talker.setLevel(level)
 
 
-def _by_export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool) -> tuple[fx.GraphModule, pytree.TreeSpec]:
+def _by_export(
+    model: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool, strict: bool
+) -> tuple[fx.GraphModule, pytree.TreeSpec]:
     size = inputs[0].shape[0]
     batch = torch.export.Dim("batch", min=1, max=4096)
-    shapes = tuple({0: batch} if x.ndim and x.shape[0] == size else {} for x in inputs) if dynamic else None
-    # One *args entry holds a tuple of specs; a plain forward takes one spec an argument.
-    variadic = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
-    return _of_program(
-        torch.export.export(model, inputs, dynamic_shapes=(shapes,) if variadic and shapes else shapes, strict=False)
-    )
+    each = tuple({0: batch} if x.ndim and x.shape[0] == size else {} for x in inputs)
+    # The parameters that have a name take one spec each; what is beyond them lands in *args, whose entry is a tuple of specs.
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    named = sum(k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds)
+    variadic = inspect.Parameter.VAR_POSITIONAL in kinds and len(inputs) > named
+    shapes: Any = (*each[:named], each[named:]) if variadic else each
+    return _of_program(torch.export.export(model, inputs, dynamic_shapes=shapes if dynamic else None, strict=strict))
 
 
 def trace_program(program: torch.export.ExportedProgram, example_inputs: Any) -> Trace:
@@ -179,8 +185,7 @@ def _of_program(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, 
     return module, spec
 
 
-def _by_fx(model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool) -> tuple[fx.GraphModule, pytree.TreeSpec]:
-    del inputs, dynamic
+def _by_fx(model: nn.Module) -> tuple[fx.GraphModule, pytree.TreeSpec]:
     module = fx.symbolic_trace(model)
     output = next(n for n in module.graph.nodes if n.op == "output")
     leaves, spec = pytree.tree_flatten(output.args[0])

@@ -12,7 +12,9 @@ from splitters.bottleneck.bottleneck import GainQuantiser
 from splitters.bottleneck.crossing import Gather, Scatter, describe, latent_grid
 from splitters.bottleneck.learned import run_stages
 from splitters.bottleneck.learned_any import AnyCutConfig, build_any
-from splitters.bottleneck.raw_outputs import RawOutput
+from splitters.bottleneck.raw_outputs import RawOutput, Scores
+from splitters.bottleneck.token_grids import token_grids
+from splitters.cutting.graph.split import Cutter
 from splitters.training.losses import detection_mismatch
 from tests.fakes import any_models
 
@@ -29,6 +31,8 @@ from tests.fakes import any_models
         ([(65, 12)], 1, (8, 8)),
         ([(4, 6, 10), (60, 5)], 1, (6, 10)),
         ([(16, 8, 8), (32,)], 2, (4, 4)),
+        ([(6, 4, 4), (37, 5)], 1, (4, 4)),
+        ([(300, 12), (8, 6, 10)], 2, (3, 5)),
     ],
 )
 def test_what_crosses_becomes_one_map_and_comes_back(shapes: list[tuple[int, ...]], shrink: int, grid: tuple[int, int]) -> None:
@@ -61,11 +65,31 @@ def test_what_lies_on_no_grid_is_refused_with_a_way_out(shapes: list[tuple[int, 
     assert "choose" in str(told.value)
 
 
+def test_tokens_lie_where_the_graph_puts_them() -> None:
+    model, example = any_models.tokens()
+    cutter = Cutter(model, example)
+    known = token_grids(cutter.trace)
+    assert known[1 + 64 + 24] == (1, (8, 8))
+    shapes = cutter.split("blocks.0").latent_shapes
+    assert shapes == ((89, 24),)
+    (crossing,) = describe(shapes, "blocks.0", known)
+    assert (crossing.extra, crossing.height, crossing.width, crossing.trailing) == (1, 8, 8, 24)
+    gather = Gather((crossing,), (4, 4))
+    tensor = torch.randn(3, 89, 24)
+    assert gather.channels == 24 * 4 + 24 * 2, "25 tokens beside 16 cells: two to a cell, not 25"
+    patch = torch.zeros(1, 89, 24)
+    patch[0, 1 + 8 * 2 + 6] = 1  # the third row, the seventh column
+    assert torch.nonzero(gather(patch).amax(1)[0]).tolist() == [[1, 3]]
+    assert torch.equal(Scatter(gather)(gather(tensor))[0], tensor)
+
+
 CASES = [
     ("resnet", AnyCutConfig(at="layer2.0.conv1", channels=24), 2),
     ("densenet", AnyCutConfig(at="features.denseblock2.denselayer2", channels=16), 3),
     ("vit", AnyCutConfig(at="blocks.0", channels=16), 1),
     ("detector", AnyCutConfig(at="c4", channels=16, task="detection"), 2),
+    ("tokens", AnyCutConfig(at="blocks.0", channels=16, task="detection", scores="softmax"), 1),
+    ("queries", AnyCutConfig(at="layers.0", channels=16, task="detection", scores="sigmoid"), 2),
 ]
 
 
@@ -80,7 +104,9 @@ def test_a_bottleneck_fits_cuts_crossed_by_several_tensors(name: str, config: An
         cut = base.body(base.stem(sample))
         cuts = cut if isinstance(cut, tuple) else (cut,)
         teacher = [*cuts, *run_stages(base.stages, cut)]
-        assert torch.allclose(teacher[-1], model(sample), atol=1e-5)
+        whole = model(sample)
+        outputs = whole if isinstance(whole, tuple) else (whole,)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(teacher[-len(outputs) :], outputs, strict=True))
         latent = student.latent(sample, 0)
         answer = student.answer(latent)
     assert latent.shape[:2] == (6, config.channels)
@@ -171,3 +197,30 @@ def test_raw_outputs_are_found_before_sigmoid_and_table() -> None:
         outputs = run_stages(base.stages, base.body(base.stem(sample)))
     present = outputs[base.taps + 1].sigmoid()
     assert torch.allclose(outputs[-1][:, :64, 4], present.flatten(1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "at", "scores"), [("tokens", "blocks.0", "softmax"), ("queries", "layers.0", "sigmoid")])
+def test_queries_are_compared_by_what_the_teacher_sees_in_them(name: str, at: str, scores: Scores) -> None:
+    model, example = getattr(any_models, name)()
+    base, _ = build_any(model, example, AnyCutConfig(at=at, channels=8, task="detection", scores=scores), torch.randn(4, 3, 64, 64))
+    logits, boxes = base.raw
+    assert (logits.probability, logits.softmax) == (scores == "sigmoid", scores == "softmax")
+    assert not boxes.probability, "a squashed box is no probability"
+    torch.manual_seed(0)
+    queries, classes = logits.cells[0], 4 if logits.softmax else 3
+    told = torch.full((2, queries, classes), -9.0)
+    if logits.softmax:
+        told[..., -1] = 0.0  # nothing, but for the first query
+        told[:, 0, -1] = -18.0
+    told[:, 0, 1] = 4.0
+    teacher = [told, torch.randn(2, queries, 4)]
+    assert float(detection_mismatch(teacher, teacher, base.raw).abs().max()) < 1e-5
+
+    def off(branch: int, query: int) -> float:
+        student = [t.clone() for t in teacher]
+        student[branch][:, query, 0] += 8.0
+        return float(detection_mismatch(student, teacher, base.raw).mean())
+
+    assert off(1, 0) > 0.05
+    assert off(1, 3) < 0.01 * off(1, 0), "boxes of a query that found nothing have no say"
+    assert off(0, 3) > 1e-3, "an object where there is none does"

@@ -12,10 +12,16 @@ import pytest
 
 from edge_client.cameras.metrics import CamerasMetrics
 from edge_client.cameras.tables import CamerasConfig, read_any
-from edge_client.cameras.worker import SharedWorker
 from edge_client.config import ClientConfig
+from edge_client.device.worker import DeviceWorker, Lanes
 from edge_client.frames import CapturedFrame, FrameReport, Outcome
+from edge_client.observe.fairness import jain
+from edge_client.pipeline.live import LiveStrategy
+from edge_client.pipeline.parts import Parts, PipelineConfig
+from edge_client.pipeline.runner import Runner
 from protos.errors import ConfigError
+from tests.fakes.client_loop import VirtualLoop, run_virtual
+from tests.fakes.client_parts import FakeDevice, FakeEngine, FakeFrames, FakeLink, fake_controller
 
 TWO = """server = "edge:50051"
 deadline-ms = 300
@@ -97,14 +103,17 @@ class Hand:
             await asyncio.sleep(0)
         function, future = self.jobs.pop(0)
         future.set_result(function())
-        for _ in range(4):
+        await self.settle()
+
+    async def settle(self) -> None:
+        for _ in range(6):
             await asyncio.sleep(0)
 
 
 async def test_the_earliest_deadline_goes_first_whoevers_it_is() -> None:
     hand, order = Hand(), list[str]()
-    shared = SharedWorker(hand)
-    a, b = shared.part(), shared.part()
+    lanes = Lanes(hand)
+    a, b = DeviceWorker(lanes), DeviceWorker(lanes)
     jobs = [
         asyncio.create_task(part.run(lambda name=name: order.append(name), due_ns=due_ns))
         for part, name, due_ns in ((a, "a last", 9), (a, "a late", 5), (b, "b early", 1), (a, "a middle", 3))
@@ -115,27 +124,113 @@ async def test_the_earliest_deadline_goes_first_whoevers_it_is() -> None:
     assert order == ["b early", "a middle", "a late", "a last"]
 
 
-async def test_a_camera_that_ends_takes_only_its_own_jobs_along_and_an_overdue_job_is_its_owners() -> None:
-    hand, told = Hand(), list[str]()
-    shared = SharedWorker(hand)
-    a, b = shared.part(), shared.part()
-    a.overdue, b.overdue = lambda: told.append("a"), lambda: told.append("b")
+async def test_two_lanes_work_side_by_side_but_never_twice_for_one_camera() -> None:
+    hand, order = Hand(), list[str]()
+    lanes = Lanes(hand, 2)
+    a, b = DeviceWorker(lanes), DeviceWorker(lanes)
+    jobs = [
+        asyncio.create_task(worker.run(lambda name=name: order.append(name), due_ns=due_ns))
+        for worker, name, due_ns in ((a, "a first", 1), (a, "a second", 2), (b, "b", 3), (b, "b more", 4))
+    ]
+    await hand.settle()
+    assert len(hand.jobs) == 2
+    for _ in jobs:
+        await hand.finish()
+        assert len(hand.jobs) <= 2
+    await asyncio.gather(*jobs)
+    assert order == ["a first", "b", "a second", "b more"]
+    assert a.idle
+    assert b.idle
 
-    def work() -> str:
-        shared._overdue()
-        return "done"
 
-    first = asyncio.create_task(a.run(work, due_ns=0))
-    gone = asyncio.create_task(b.run(work, due_ns=1))
-    last = asyncio.create_task(a.run(work, due_ns=2))
-    await asyncio.sleep(0)
-    gone.cancel()
+async def test_a_camera_that_ends_takes_only_its_own_jobs_along() -> None:
+    hand = Hand()
+    lanes = Lanes(hand)
+    a, b = DeviceWorker(lanes), DeviceWorker(lanes)
+    first = asyncio.create_task(a.run(lambda: "done", due_ns=0))
+    gone = asyncio.create_task(b.run(lambda: "never", due_ns=1))
+    last = asyncio.create_task(a.run(lambda: "done", due_ns=2))
+    await hand.settle()
     await b.join()
     await hand.finish()
     await hand.finish()
     assert await asyncio.gather(first, last) == ["done", "done"]
-    assert told == ["a", "a"]
+    assert gone.cancelled()
     assert hand.jobs == []
+
+
+async def test_a_camera_that_holds_a_lane_does_all_its_jobs_in_it_and_the_others_wait() -> None:
+    hand, order = Hand(), list[str]()
+    lanes = Lanes(hand)
+    a, b = DeviceWorker(lanes), DeviceWorker(lanes)
+    async with a.turn(due_ns=5):
+        other = asyncio.create_task(b.run(lambda: order.append("b"), due_ns=0))
+        for name in ("first", "second"):
+            job = asyncio.create_task(a.run(lambda name=name: order.append(name), due_ns=9))
+            await hand.finish()
+            await job
+        await hand.settle()
+        assert hand.jobs == []
+    await hand.finish()
+    await other
+    assert order == ["first", "second", "b"]
+
+
+async def test_a_camera_that_is_cancelled_while_it_waits_for_a_lane_keeps_none() -> None:
+    hand = Hand()
+    lanes = Lanes(hand)
+    a, b = DeviceWorker(lanes), DeviceWorker(lanes)
+
+    async def frame() -> None:
+        async with b.turn(due_ns=1):
+            raise AssertionError("it never had its turn")
+
+    async with a.turn(due_ns=0):
+        waiting = asyncio.create_task(frame())
+        await hand.settle()
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    job = asyncio.create_task(a.run(lambda: "done", due_ns=2))
+    await hand.finish()
+    assert await job == "done"
+
+
+def test_ten_cameras_on_a_device_too_slow_for_ten_heads_are_answered_nearly_all_and_alike() -> None:
+    """Ten heads of 25 ms and as many local answers of 18 would take 2.15 times what there is."""
+
+    async def main(loop: VirtualLoop) -> list[tuple[Runner, list[FrameReport]]]:
+        device = FakeDevice()
+        lanes = Lanes(device)
+        runs = []
+
+        async def camera(i: int) -> None:
+            engine: Any = FakeEngine(device, head_ms=25, local_ms=18)
+            reports: list[FrameReport] = []
+            frames = FakeFrames(loop, count=100, fps=5, live=True)
+            parts = Parts(
+                frames=frames, worker=DeviceWorker(lanes), clock=loop.clock, emit=reports.append, fetch=_no_bundle,
+                controller=fake_controller,
+            )  # fmt: skip
+            runner = Runner(PipelineConfig(deadline_ms=500.0), parts, engine, LiveStrategy)
+            runs.append((runner, reports))
+            await asyncio.sleep(i * 0.013)
+            await runner.run(FakeLink(loop, runner.exchange, tail_s=0.05))
+
+        await asyncio.gather(*(camera(i) for i in range(10)))
+        return runs
+
+    shares = []
+    for runner, reports in run_virtual(main):
+        ledger = runner.pipeline.ledger
+        assert ledger.balanced
+        assert ledger.captured == len(reports) == 100
+        shares.append(sum(r.outcome in (Outcome.RESULT, Outcome.LOCAL) for r in reports) / 100)
+    assert sum(shares) / len(shares) >= 0.9
+    assert jain(shares) >= 0.99
+
+
+async def _no_bundle(_sha256: str) -> Any:
+    raise AssertionError("the bundle does not change")
 
 
 def test_every_cameras_counters_carry_its_name() -> None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_client.control import ControlConfig, Controller, LocalOption, OffloadOption, Split
-from edge_client.device.worker import DeviceWorker
+from edge_client.device.worker import DeviceWorker, Lanes
 from edge_client.frames import FrameReport, Ledger, Outcome
 from edge_client.pipeline.files import FileStrategy
 from edge_client.pipeline.live import LiveStrategy
@@ -73,7 +73,7 @@ def run(
             return make_engine(device, sha256, head_ms=head_ms, local_ms=local_ms, local=local)
 
         parts = Parts(
-            frames=FakeFrames(loop, count=frames, fps=fps, live=live), worker=DeviceWorker(device), clock=loop.clock,
+            frames=FakeFrames(loop, count=frames, fps=fps, live=live), worker=DeviceWorker(Lanes(device)), clock=loop.clock,
             emit=reports.append, fetch=fetch, controller=controller,
         )  # fmt: skip
         config = PipelineConfig(deadline_ms=deadline_ms, wait_for_server_s=wait_s, point_id=point_id, temporal=temporal)
@@ -396,7 +396,8 @@ def test_a_frame_is_sent_again_although_the_source_has_no_other_yet() -> None:
         reports: list[FrameReport] = []
         frames = Rare(loop, count=2, live=False)
         parts = Parts(
-            frames=frames, worker=DeviceWorker(device), clock=loop.clock, emit=reports.append, fetch=lambda _: asyncio.sleep(0),
+            frames=frames, worker=DeviceWorker(Lanes(device)), clock=loop.clock, emit=reports.append,
+            fetch=lambda _: asyncio.sleep(0),
             controller=fake_controller,
         )  # fmt: skip
         runner = Runner(PipelineConfig(wait_for_server_s=30), parts, engine, FileStrategy)

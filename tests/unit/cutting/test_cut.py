@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -336,6 +337,53 @@ def test_control_flow_on_values_names_the_module_and_the_way_out(capfd: pytest.C
     assert "torch.export failed" in error.value.message
     assert "torch.fx failed" in error.value.message
     assert capfd.readouterr() == ("", ""), "one sentence stands for the pages that tracers print"
+
+
+@functools.lru_cache
+def _kept(batch: int) -> Tensor:
+    return torch.full((batch, 1, 1, 1), 0.5)
+
+
+class Caching(nn.Module):
+    """What is computed once for each size is kept, as RT-DETR keeps its anchors: a symbolic size cannot be a key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] < 1:
+            raise ValueError("an empty batch")
+        return self.body(self.stem(x) * _kept(x.shape[0])).mean((2, 3))
+
+
+def test_strict_export_frees_a_batch_that_the_other_tracers_do_not() -> None:
+    cutter = Cutter(Caching(), IMAGE)
+    assert cutter.trace.dynamic_batch
+    assert [n.split(" failed")[0] for n in cutter.trace.notes] == ["torch.export", "torch.fx"]
+    cutter.split("stem").verify(IMAGE)
+
+
+class Beyond(nn.Module):
+    """Inputs beyond those that have a name land in ``*others``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        x = self.stem(x)
+        for other in others:
+            x = x + other[:, :, None, None]
+        return self.body(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_inputs_beyond_the_named_ones_land_in_args(count: int) -> None:
+    given = (IMAGE, *(torch.randn(IMAGE.shape[0], 4) for _ in range(count)))
+    cutter = Cutter(Beyond(), given)
+    assert (cutter.trace.method, cutter.trace.dynamic_batch) == ("export", True)
+    cutter.split("stem").verify(given)
 
 
 def test_an_unknown_name_suggests_those_nearby() -> None:

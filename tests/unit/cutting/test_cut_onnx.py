@@ -284,6 +284,26 @@ def test_profile_lists_the_good_cuts_of_the_users_own_graph(tmp_path: Path, caps
     assert all(r["head_ms"] > 0 and r["head_macs"] + r["tail_macs"] == table["total_macs"] for r in table["rows"])
 
 
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_a_graph_goes_to_a_file_and_never_to_the_terminal(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = f"onnx:{detector(tmp_path / 'model.onnx')}" if kind == "onnx" else "py:tests.fakes.any_models:detector"
+    file = Path("model.onnx.graph.txt" if kind == "onnx" else "py-tests.fakes.any_models-detector.graph.txt")
+    assert main(["profile", model, "--budget-s", "0.1"]) == 0
+    assert not file.exists()
+    plain = capfd.readouterr()
+    assert main(["profile", model, "--budget-s", "0.1", "--verbose"]) == 0
+    told = capfd.readouterr()
+    graph = file.read_text().splitlines()
+    assert sum("Conv" in line or "conv2d" in line for line in graph) >= 4
+    assert f" graph: {file}, {len(graph)} lines" in told.out
+    assert len(told.out.splitlines()) <= len(plain.out.splitlines()) + 1
+    assert "Conv(" not in told.out + told.err
+    assert "aten" not in told.out + told.err
+
+
 def test_an_input_beside_the_picture_is_fed_its_size(tmp_path: Path, photos: Path) -> None:
     plain, sized = classifier(tmp_path / "plain.onnx"), classifier(tmp_path / "sized.onnx", body="sizes", batch=1)
     assert cut(plain, tmp_path / "a", photos) == cut(sized, tmp_path / "b", photos) == 0

@@ -21,8 +21,8 @@ def constant(module: str, name: str) -> Any:
     return ast.literal_eval(found)
 
 
-SETTINGS = constant("edge_server/backends/ray_import.py", "SETTINGS")
-ARGS = constant("edge_server/backends/ray_apps.py", "_DEFAULTS")
+SETTINGS = constant("edge_server/backends/ray/imports.py", "SETTINGS")
+ARGS = constant("edge_server/backends/ray/apps.py", "_DEFAULTS")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def groups(service: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_every_cluster_gets_the_settings_we_measured_with(service: dict[str, Any]) -> None:
     lines = [line for line in (FOLDER / "cluster.env").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
-    assert dict(line.split("=", 1) for line in lines) == SETTINGS
+    assert dict(line.split("=", 1) for line in lines) == SETTINGS | {"RAY_AUTH_MODE": "token"}
     for group in groups(service):
         (container,) = group["template"]["spec"]["containers"]
         assert {e["name"]: e["value"] for e in container["env"]} == SETTINGS

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edge_server.backends import TailAnswer, TailWork
-from edge_server.backends.packing import pack_answer, pack_call, pack_error, unpack_call, unpack_reply
+from edge_server.backends.ray.packing import pack_answer, pack_call, pack_error, unpack_call, unpack_reply
 from protos.errors import OverloadedError, UnknownModelError
 from protos.messages import Answer, Box, Classification, ClassScore, Detection, PayloadKind, Tensors
 

@@ -16,12 +16,14 @@ pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
-from edge_server.backends import TailAnswer, TailWork, ray_serve
-from edge_server.backends.packing import pack_answer
-from edge_server.backends.ray_replica import dealt
-from edge_server.backends.ray_serve import RayBackend
+from edge_server.backends import TailAnswer, TailWork
+from edge_server.backends.ray import cluster
+from edge_server.backends.ray.backend import RayBackend
+from edge_server.backends.ray.cluster import Cluster
+from edge_server.backends.ray.packing import pack_answer
+from edge_server.backends.ray.replica import dealt
 from edge_server.config import BatchConfig, RayConfig, TailConfig
-from protos.errors import ModelError, OverloadedError
+from protos.errors import DrainingError, ModelError, OverloadedError
 from protos.messages import Classification, ClassScore, PayloadKind
 
 DONE = TailAnswer(answer=Classification(top=(ClassScore(class_id=1, score=0.5),)), queue_ns=0, tail_ns=9, batch_size=1)
@@ -129,19 +131,31 @@ async def test_more_than_the_queue_holds_is_refused_at_once() -> None:
     await asyncio.gather(*waiting, return_exceptions=True)
 
 
-def test_what_another_ingress_deployed_while_this_one_waited_is_not_deployed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, inside, runs = RayBackend(BatchConfig(), TailConfig(), RayConfig(), time.monotonic_ns), [False], list[str]()
+def test_what_another_door_deployed_while_this_one_waited_is_not_deployed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, inside, runs = Cluster(RayConfig()), [False], list[str]()
 
     @contextlib.contextmanager
-    def turn(name: str) -> Iterator[None]:
+    def turn(name: str, until_s: float) -> Iterator[Callable[[], None]]:
         inside[0] = True  # by now the other one has done it
-        yield
+        yield lambda: None
 
-    monkeypatch.setattr(ray_serve, "_turn", turn)
-    monkeypatch.setattr(made, "_deployed", lambda name: name if inside[0] else None)
-    monkeypatch.setattr(ray_serve.serve, "run", lambda *_args, **_names: runs.append("again"))
-    assert made._deploy("app", lambda: None) == "app"
+    monkeypatch.setattr(made, "_turn", turn)
+    monkeypatch.setattr(made, "_state", lambda name: name if inside[0] else None)
+    monkeypatch.setattr(made, "_wait", lambda name, until_s, prolong: name)
+    monkeypatch.setattr(cluster.serve, "run_many", lambda *_args, **_names: runs.append("again"))
+    assert made.deploy("app", lambda: None) == "app"
     assert runs == []
+
+
+def test_no_call_goes_into_ray_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one would start another cluster."""
+    made = Cluster(RayConfig())
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.serve, "status", lambda: pytest.fail("Ray was called"))
+    made.close()
+    for call in (made.connect, lambda: made.found("app"), lambda: made.deploy("app", lambda: None), lambda: made.missing(["app"])):
+        with pytest.raises(DrainingError):
+            call()
 
 
 @pytest.mark.parametrize(

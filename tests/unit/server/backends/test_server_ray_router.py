@@ -10,9 +10,9 @@ pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install
 
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 
-from edge_server.backends import ray_router
-from edge_server.backends.ray_replica import ROUTER
-from edge_server.backends.ray_router import LeastOutstandingRouter
+from edge_server.backends.ray import router as ray_router
+from edge_server.backends.ray.replica import ROUTER
+from edge_server.backends.ray.router import LeastOutstandingRouter
 
 TAIL = DeploymentID("tail", "app")
 

@@ -7,21 +7,26 @@ sites with more bundles than memory; Serve sends a bundle's frames to where its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 from edge_server.backends.embedded import EmbeddedBackend
-from edge_server.backends.packing import Call, Reply, pack_answer, pack_error, unpack_call
-from edge_server.backends.ray_import import RequestRouterConfig, serve
+from edge_server.backends.ray.bundles import obtained
+from edge_server.backends.ray.imports import RequestRouterConfig, ray, serve
+from edge_server.backends.ray.packing import Call, Reply, pack_answer, pack_error, unpack_call
+from edge_server.backends.ray.register import NAME, NAMESPACE, Files
 from edge_server.config import BatchConfig, RayConfig, TailConfig
 from edge_server.memory import keep_freed_memory
 from protos.errors import HeadtailError, UnknownModelError
-from splitters.bundle import Bundle, open_bundle
+from splitters.bundle import Bundle
 
 SHELF_APP = "headtail-shelf"
-ROUTER = "edge_server.backends.ray_router.LeastOutstandingRouter"
+# Of the thread in which a replica loads its tail: on two cores a replica that started took frames/s of another from 81 to 32.
+_LOADING_NICENESS = 5
+ROUTER = "edge_server.backends.ray.router.LeastOutstandingRouter"
 
 
 def app_name(bundle: Bundle) -> str:
@@ -45,11 +50,32 @@ def dealt(cpus: tuple[int, ...], rank: int, replicas: int) -> tuple[int, ...]:
     return cpus[rank % hands :: hands] if hands else ()
 
 
-def _opened(path: str, sha256: str) -> Bundle:
-    bundle = open_bundle(Path(path))
-    if bundle.sha256 != sha256:
-        raise UnknownModelError(f"{path} holds bundle {bundle.sha256[:12]} on this node, not {sha256[:12]}")
-    return bundle
+async def fetched(sha256: str) -> Files | None:
+    """A bundle's files from the cluster's register; None: it has none, or there is no register."""
+    try:
+        register = ray.get_actor(NAME, namespace=NAMESPACE)
+    except ValueError:
+        return None
+    files: Files | None = await register.bundle.remote(sha256)
+    return files
+
+
+@contextlib.asynccontextmanager
+async def _told() -> AsyncIterator[None]:
+    """Around a replica's start: the register learns how it went, and after a failure the next try on this node waits its time."""
+    app, node = serve.get_replica_context().app_name, ray.util.get_node_ip_address()
+    try:
+        register = ray.get_actor(NAME, namespace=NAMESPACE)
+    except ValueError:  # a cluster without a door
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        text = error.message if isinstance(error, HeadtailError) else f"{type(error).__name__}: {error}"
+        await asyncio.sleep(await register.failed.remote(app, node, text))
+        raise
+    await register.started.remote(app, node)
 
 
 class _Replica:
@@ -65,7 +91,7 @@ class _Replica:
         keep_freed_memory()
         rank = serve.get_replica_context().rank.local_rank if replicas > 1 else 0
         here = dataclasses.replace(tail, cpus=dealt(tail.cpus, rank, replicas))
-        self._backend = EmbeddedBackend(batch, here, time.monotonic_ns)
+        self._backend = EmbeddedBackend(batch, here, time.monotonic_ns, loading_niceness=_LOADING_NICENESS)
 
     async def _answer(self, call: Call) -> Reply:
         try:
@@ -83,7 +109,7 @@ class TailReplica(_Replica):
     """One bundle's tail.
 
     Args:
-        path: the bundle's directory, which every node must see.
+        path: the bundle's directory on the door's machine; a node that has it not fetches the bundle.
         sha256: the bundle it must be.
         batch: how frames wait.
         tail: device, threads and cores.
@@ -91,9 +117,13 @@ class TailReplica(_Replica):
     """
 
     async def __init__(self, path: str, sha256: str, batch: BatchConfig, tail: TailConfig, replicas: int) -> None:  # type: ignore[misc]
-        super().__init__(batch, tail, replicas)
-        self._sha256 = sha256
-        await self._backend.load(_opened(path, sha256))
+        async with _told():
+            super().__init__(batch, tail, replicas)
+            self._sha256 = sha256
+            await self._backend.load(await obtained(path, sha256, fetched))
+            # Frames come as soon as this returns, to the plain form at first: beside a load its fast form took long to make, and
+            # this replica was the slow one meanwhile.
+            await self._backend.prepared()
 
     def holds(self) -> str:
         """The bundle's hash, for a door that finds this application by its name alone."""
@@ -132,7 +162,8 @@ def _shelf_replica(size: int) -> type[_Replica]:
         """
 
         async def __init__(self, batch: BatchConfig, tail: TailConfig, replicas: int) -> None:  # type: ignore[misc]
-            super().__init__(batch, tail, replicas)
+            async with _told():
+                super().__init__(batch, tail, replicas)
             self._loading: dict[str, asyncio.Task[None]] = {}
 
         @serve.multiplexed(max_num_models_per_replica=size)  # type: ignore[untyped-decorator]
@@ -151,8 +182,7 @@ def _shelf_replica(size: int) -> type[_Replica]:
             return _Shelved(sha256, self._backend, asyncio.get_running_loop())
 
         async def _load(self, sha256: str, path: str) -> None:
-            bundle = await asyncio.get_running_loop().run_in_executor(None, _opened, path, sha256)
-            await self._backend.load(bundle)
+            await self._backend.load(await obtained(path, sha256, fetched))
 
         async def ready(self, sha256: str, path: str) -> Reply | None:
             """Loads a tail ahead of its first frame; None when it is there."""
@@ -192,7 +222,7 @@ def _options(batch: BatchConfig, config: RayConfig) -> dict[str, Any]:
         "max_queued_requests": batch.max_queue,
         "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         "logging_config": {"enable_access_log": False},
-        "request_router_config": RequestRouterConfig(request_router_class=ROUTER),
+        "request_router_config": RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 10.0,
         "graceful_shutdown_timeout_s": 5.0,
@@ -208,8 +238,9 @@ def _options(batch: BatchConfig, config: RayConfig) -> dict[str, Any]:
 
 
 def _device(tail: TailConfig, config: RayConfig) -> TailConfig:
+    """A replica's own: on a card where it is given one, and with no more threads than the cores that Ray sets aside for it."""
     device = "cuda" if config.gpus_per_replica and tail.device == "cpu" else tail.device
-    return dataclasses.replace(tail, device=device)
+    return dataclasses.replace(tail, device=device, threads=tail.threads or max(1, int(config.cpus_per_replica)))
 
 
 def deployment(bundle: Bundle, batch: BatchConfig, tail: TailConfig, config: RayConfig) -> serve.Application:

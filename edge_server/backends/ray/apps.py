@@ -8,6 +8,7 @@ prediction, and whatever TLS and authentication the site puts in front.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from edge_server.backends import TailWork
-from edge_server.backends.packing import Reply, pack_call, unpack_reply
-from edge_server.backends.ray_import import serve
-from edge_server.backends.ray_replica import deployment
+from edge_server.backends.ray.bundles import files_of, obtained
+from edge_server.backends.ray.imports import ray, serve
+from edge_server.backends.ray.packing import Reply, pack_call, unpack_reply
+from edge_server.backends.ray.register import open_register
+from edge_server.backends.ray.replica import deployment, fetched
 from edge_server.config import BatchConfig, Limits, RayConfig, TailConfig
 from edge_server.frames.assembly import ArrivedFrame, read_frame
 from edge_server.frames.decode import decode_frame
@@ -25,7 +28,7 @@ from edge_server.models import locate, open_model
 from protos.errors import ConfigError, HeadtailError, OverloadedError, VersionMismatchError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, Result, ServerTimings
-from splitters.bundle import open_bundle
+from splitters.bundle import Bundle, open_bundle
 
 _DEFAULTS = {"model": "efficientnet-lite0", "replicas": "1", "threads": "1", "max_batch": "16", "cpus": "1", "gpus": "0"}
 
@@ -49,19 +52,28 @@ def tails(args: dict[str, str]) -> serve.Application:
         replicas=(int(fewest), int(most or fewest)), cpus_per_replica=float(s["cpus"]), gpus_per_replica=float(s["gpus"])
     )
     batch, tail = BatchConfig(max_batch=int(s["max_batch"])), TailConfig(threads=int(s["threads"]))
-    return deployment(open_bundle(locate(s["model"])), batch, tail, ray_config)
+    return deployment(_handed_in(locate(s["model"])), batch, tail, ray_config)
+
+
+def _handed_in(path: Path) -> Bundle:
+    """The bundle, whose files are there for every node of the cluster from now on."""
+    bundle = open_bundle(path)
+    if ray.is_initialized():  # not where `serve build` only writes a file
+        ray.get(open_register().keep.remote(bundle.sha256, files_of(bundle)))
+    return bundle
 
 
 class UnaryDoor:
     """`Infer` and `ListModels` behind Serve's gRPC proxy.
 
     Args:
-        path: the bundle's directory.
+        path: the bundle's directory, where this node has it.
+        sha256: the bundle.
         tail: its tail.
     """
 
-    def __init__(self, path: str, tail: DeploymentHandle[Any]) -> None:
-        self._model = open_model(Path(path))
+    async def __init__(self, path: str, sha256: str, tail: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+        self._model = open_model((await obtained(path, sha256, fetched)).path)
         self._tail = tail
         self._limits = Limits()
 
@@ -90,7 +102,8 @@ class UnaryDoor:
         if request.bundle_sha256 != self._model.sha256:
             raise VersionMismatchError(f"the frame was made with another bundle; the server's tail is {self._model.sha256[:12]}")
         frame: ArrivedFrame = read_frame(request, self._limits, begun_ns)
-        decoded = decode_frame(self._model, frame, {}, max_pixels=self._limits.max_pixels)
+        # In a thread: whoever comes meanwhile has its deadline begin at once.
+        decoded = await asyncio.to_thread(decode_frame, self._model, frame, {}, max_pixels=self._limits.max_pixels)
         decoded_ns = time.monotonic_ns()
         work = TailWork(bundle_sha256=self._model.sha256, kind=frame.kind, arrays=decoded.arrays, size_px=frame.size_px)
         remaining_ns = None if frame.deadline_ns is None else frame.deadline_ns - decoded_ns
@@ -113,8 +126,34 @@ def unary(args: dict[str, str]) -> serve.Application:
     """A bundle's tail behind Serve's own gRPC proxy; the settings of `tails`.
 
     Raises:
-        ConfigError: an unknown setting.
+        ConfigError: an unknown setting, or Serve runs here without the proxies that this needs.
     """
+    _check_proxies()
     path = locate(_settings(args)["model"])
-    door = serve.deployment(name="door", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.5})(UnaryDoor)
-    return door.bind(str(path.resolve()), tails(args))
+    # A frame's deadline begins when the door has it: what waits before the door is refused at once instead of being answered late.
+    door = serve.deployment(
+        name="door", max_ongoing_requests=64, max_queued_requests=16, ray_actor_options={"num_cpus": 0.5}
+    )(UnaryDoor)  # fmt: skip
+    return door.bind(str(path.resolve()), open_bundle(path).sha256, tails(args))
+
+
+def _check_proxies() -> None:
+    """Serve keeps the ways in that it was started with, whatever a file says later: an application would listen nowhere.
+
+    Raises:
+        ConfigError: it runs already, without a gRPC proxy for our calls.
+    """
+    if not ray.is_initialized():
+        return
+    try:
+        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return  # it is about to start, as the file says
+    location: Any
+    grpc: Any
+    location, grpc = ray.get([controller.get_proxy_location.remote(), controller.get_grpc_config.remote()])
+    if location == "Disabled" or not grpc.grpc_servicer_functions:
+        raise ConfigError(
+            "Serve runs on this cluster without a gRPC proxy for headtail, as edge-server or another program started it: nothing "
+            "would listen. Call edge-server instead, or run `serve shutdown` and deploy this file before any edge-server starts"
+        )

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from typing import Any
 
-from edge_server.backends.ray_import import request_router as base
+from edge_server.backends.ray.imports import request_router as base
 
 _SHUNNED_S = 1.0  # a replica that could not be reached; its death is noticed by then, or it is there again
 

@@ -1,0 +1,1 @@
+"""Tails on Ray Serve; only this room imports Ray."""
