@@ -12,7 +12,7 @@ from edge_client.events.rules import EventRule
 from edge_client.gates.floor import ScoreFloor, read_floor
 from edge_client.transport.rpc import Endpoint, is_port, token_from_environment
 from protos.errors import ConfigError
-from protos.schema import checked, read_toml
+from protos.schema import checked, read_toml_file
 from protos.web.address import page_address, token_for
 
 LIVE_DEADLINE_MS = 500.0
@@ -196,12 +196,7 @@ def read_settings(path: Path | None) -> tuple[str, dict[str, Any]]:
         ConfigError: unreadable, or not TOML.
     """
     what = f"--config {path}" if path else "the command line"
-    try:
-        return what, read_toml(path.read_text(encoding="utf-8-sig"), what=what) if path else {}
-    except OSError as error:
-        raise ConfigError(f"{what} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{what} is not TOML: {error}") from error
+    return what, read_toml_file(path, what=what) if path else {}
 
 
 def make_config(settings: Mapping[str, Any], *, what: str) -> ClientConfig:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from edge_server.config import (
     DEFAULT_LISTEN,
@@ -28,14 +29,18 @@ from edge_server.memory import keep_freed_memory
 from protos.errors import ConfigError, HeadtailError
 from protos.logs import FORMATS, say, set_up
 from protos.process import leave, steady_streams
+from protos.schema import read_toml_file
 from protos.version import package_version
 
 log = logging.getLogger("edge_server")
+
+_NOT_IN_FILE = ("help", "version", "config")
 
 _EPILOG = """\
 examples:
   edge-server --model efficientnet-lite0
   edge-server --listen 0.0.0.0:50051 --model detector --tls-cert s.pem --tls-key s.key --token-file tokens
+  edge-server --config /etc/headtail/server.toml
   edge-server --backend ray --replicas 1:4 --model detector
   edge-server --listen 127.0.0.1:0 --model ./my-bundle --port-file port.txt
 
@@ -55,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
+    p.add_argument("--config", type=Path, metavar="FILE.toml", help="options from a TOML file; the command line wins")
     p.add_argument(
         "--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help="address; port 0 picks a free one (default %(default)s)"
     )
@@ -77,6 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--port-file", type=Path, metavar="FILE", help="write HOST:PORT here once listening")
     p.add_argument("--parent-pid", type=int, metavar="PID", help="end when this process does")
     p.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics there; 0 picks a free port")
+    p.add_argument(
+        "--web", metavar="HOST:PORT", help="serve a page of sessions, models, load and refusals there, e.g. 127.0.0.1:8081"
+    )
     p.add_argument(
         "--otel-endpoint", metavar="URL",
         help="send traces to this OpenTelemetry collector, e.g. http://127.0.0.1:4317; the OTEL_* variables work too",
@@ -133,6 +142,44 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
+def with_file(args: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line ``argv`` once more, above the file of ``--config``, whose keys are the long options, with ``_`` or ``-``.
+
+    Raises:
+        ConfigError: the file cannot be read, has a name that is no option, or a value of another kind.
+    """
+    parser = build_parser()
+    what = f"--config {args.config}"
+    options = {action.dest: action for action in parser._actions if action.dest not in _NOT_IN_FILE}  # noqa: SLF001 - no public way
+    found = {}
+    for name, value in read_toml_file(args.config, what=what).items():
+        if name not in options:
+            raise ConfigError(f"{what} has the unknown name {name!r}; known are {', '.join(sorted(options))}")
+        found[name] = _given(options[name], value, f"{what}, {name}")
+    if args.model:  # what is given on the command line is not added to the file's
+        found.pop("model", None)
+    parser.set_defaults(**found)
+    return parser.parse_args(argv)
+
+
+def _given(option: argparse.Action, value: object, what: str) -> object:
+    """A value of the file as the option's own."""
+    if option.dest == "model" and isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return value
+    kinds: dict[object, Any] = {None: str, Path: str, float: int | float}
+    kind: Any = kinds.get(option.type, option.type)
+    if option.nargs == 0:
+        kind = bool
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        words = {bool: "true or false", int: "a whole number", str: "a text"}.get(kind, "a number")
+        raise ConfigError(f"{what} must be {words}, got {value!r}")
+    if option.choices is not None and value not in option.choices:
+        raise ConfigError(f"{what} must be one of {', '.join(option.choices)}, got {value!r}")
+    if option.dest == "model":
+        return [value]
+    return Path(value) if option.type is Path and isinstance(value, str) else value
+
+
 def _cpus(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
@@ -165,6 +212,7 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
         listen=args.listen, models=tuple(args.model or [DEFAULT_MODEL]), models_dir=args.models_dir,
         adapt_dir=args.adapt, adapt_every_s=args.adapt_every_s, backend=args.backend,
         grace_s=args.grace_s, port_file=args.port_file, parent_pid=args.parent_pid, metrics_port=args.metrics_port,
+        web=args.web,
         otel_endpoint=args.otel_endpoint, reuse_port=args.reuse_port, quic=not args.no_quic,
         limits=Limits(
             max_payload_bytes=payload_bytes, max_frame_bytes=max(8 << 20, payload_bytes), max_sessions=args.max_sessions,
@@ -213,15 +261,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if own:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a reload that is asked for before there is anything to load
         steady_streams()
-    code = _run(build_parser().parse_args(argv))
+    code = _run(argv)
     if own:
         leave(code)
     return code
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(argv: Sequence[str] | None) -> int:
+    args = build_parser().parse_args(argv)
     set_up(args.log_level, args.log_format, sys.stderr)
     try:
+        if args.config is not None:
+            args = with_file(args, argv)
+            set_up(args.log_level, args.log_format, sys.stderr)
         config = config_from(args)
         if config.exposed:
             log.warning("%s is open to other machines without TLS or token: anyone who reaches it can use it", config.listen)

@@ -10,6 +10,7 @@ from typing import Any
 
 from protos.errors import ConfigError
 from protos.messages import MAX_PAYLOAD_BYTES
+from protos.web.address import page_address, token_for
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
 DEFAULT_MODEL = "efficientnet-lite0"
@@ -259,6 +260,7 @@ class ServerConfig:
         port_file: where the bound address is written, for the program that started the server.
         parent_pid: the server ends when this process does.
         metrics_port: Prometheus; None: off.
+        web: host:port of the page; None: there is none.
         otel_endpoint: an OTLP collector for traces; None: as OpenTelemetry's own variables say.
         reuse_port: several ingress processes may share the address.
         adapt_dir: bundles are fitted to what the cameras show, and the fitted copies lie there; None: they stay as they are.
@@ -275,6 +277,7 @@ class ServerConfig:
     port_file: Path | None = None
     parent_pid: int | None = None
     metrics_port: int | None = None
+    web: str | None = None
     otel_endpoint: str | None = None
     reuse_port: bool = False
     adapt_dir: Path | None = None
@@ -293,6 +296,8 @@ class ServerConfig:
         _check(self, {"grace_s": (0, 3600), "linger_s": (0, 3600), "adapt_every_s": (1, 1e9)})
         if self.metrics_port is not None:
             _check(self, {"metrics_port": (0, 65535)})
+        if self.web is not None:
+            token_for(page_address(self.web)[0])
         if self.parent_pid is not None:
             _check(self, {"parent_pid": (1, 1 << 22)})
         if self.models_dir is not None and self.security.operator_token_file is None:

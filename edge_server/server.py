@@ -25,6 +25,7 @@ from edge_server.access.quota import Caller
 from edge_server.adapting.adapting import Adapting
 from edge_server.backends import BACKENDS, Backend
 from edge_server.bandwidth.grants import BandwidthManager
+from edge_server.bandwidth.lag import watch_lag
 from edge_server.config import ServerConfig, split_address
 from edge_server.doors import listen, wire
 from edge_server.doors.answering import Answerer
@@ -35,19 +36,20 @@ from edge_server.doors.session import Services
 from edge_server.loading import Loading, bring_up_to_date
 from edge_server.models import Model, ModelStore
 from edge_server.observe.metrics import Metrics, NoMetrics, PrometheusMetrics
+from edge_server.observe.tally import Tally
 from edge_server.observe.tracing import NoTracing, Traces
+from edge_server.web.opening import open_page
 from protos.errors import DrainingError, HeadtailError, InternalError
 from protos.tracing import open_spans
 from protos.version import package_version
 
 if TYPE_CHECKING:
     from edge_server.doors.quic import QuicDoor
+    from edge_server.web.page import ServerPage
 
 log = logging.getLogger(__name__)
 
 _TOKEN_POLL_S = 0.5
-_LAG_POLL_S = 0.05
-_LATE_S = 0.01
 CLOSE_S = 0.9  # for what is closed behind the grace, before it is left to the system
 
 
@@ -68,16 +70,19 @@ class Server:
     def __init__(self, config: ServerConfig, *, on_ending: Callable[[], None] | None = None) -> None:
         self.config = config
         self.address = ""
-        self.metrics_port = 0
+        self.metrics_port = self.page_port = 0
         self.gate: Gate | None = None
         self.ending = asyncio.Event()
         self.tracing: NoTracing | Traces = NoTracing()
         self._on_ending = on_ending
         self._metrics: Metrics = NoMetrics()
+        self._prometheus: PrometheusMetrics | None = None
         self._store = ModelStore(config.models)
         self._backend: Backend | None = None
         self._answerer: Answerer | None = None
         self._ingress: Ingress | None = None
+        self._tally: Tally | None = None
+        self._page: ServerPage | None = None
         self._quic = _quic_door(config)
         self._loading: Loading | None = None
         self._seen = Adapting.sample(config.adapt_dir)
@@ -127,9 +132,10 @@ class Server:
         open_backend = BACKENDS.find(self.config.backend)
         await asyncio.get_running_loop().run_in_executor(None, preflight.check, self.config)
         if self.config.metrics_port is not None:
-            metrics = PrometheusMetrics()
-            self.metrics_port = metrics.serve(self.config.metrics_port)
-            self._metrics = metrics
+            self._metrics = self._prometheus = PrometheusMetrics()
+            self.metrics_port = self._prometheus.serve(self.config.metrics_port)
+        if self.config.web is not None:
+            self._metrics = self._tally = Tally(self._metrics)
         spans = open_spans("headtail-server", package_version(), self.config.otel_endpoint)
         if spans is not None:
             self.tracing = Traces(spans)
@@ -147,7 +153,7 @@ class Server:
             metrics=self._metrics, tracing=self.tracing, seen=self._seen,
         )  # fmt: skip
         bandwidth = BandwidthManager()
-        self._spawn(_watch_lag(bandwidth), "the watch of the event loop")
+        self._spawn(watch_lag(bandwidth), "the watch of the event loop")
         services = Services(
             store=store, backend=backend, answerer=self._answerer, bandwidth=bandwidth, limits=self.config.limits,
             metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=package_version(),
@@ -160,6 +166,9 @@ class Server:
             adapting = Adapting(self.config.adapt_dir, self.config.adapt_every_s, store, self._loading, self._seen)
             self._spawn(adapting.run(), "the fitting of bundles", vital=False)
         self._ingress = ingress
+        if self.config.web is not None and self._tally is not None:
+            page = open_page(self.config.web, self._tally, store, ingress, backend.load_now, backend=self.config.backend)
+            self._page, self.page_port = page, await page.start()
         await self._listen(ingress, self._loading, anyone)
 
     async def _listen(self, ingress: Ingress, loading: Loading, anyone: Caller) -> None:
@@ -298,6 +307,8 @@ class Server:
             self._server = None
         if self._quic is not None:
             self._quic.close()
+        if self._page is not None:
+            await self._page.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -307,8 +318,8 @@ class Server:
             await self._backend.close()
         if self._answerer is not None:
             self._answerer.close()
-        if isinstance(self._metrics, PrometheusMetrics):
-            self._metrics.close()
+        if self._prometheus is not None:
+            self._prometheus.close()
         if isinstance(self.tracing, Traces):
             await asyncio.get_running_loop().run_in_executor(None, self.tracing.close)
         log.info("stopped")
@@ -388,13 +399,3 @@ async def _refresh(tokens: Tokens) -> None:
     while True:
         await asyncio.sleep(_TOKEN_POLL_S)
         tokens.refresh()
-
-
-async def _watch_lag(bandwidth: BandwidthManager) -> None:
-    """Tells the grants when this process itself was late: then every session's frames seem delayed, and by no link."""
-    while True:
-        before_ns = time.monotonic_ns()
-        await asyncio.sleep(_LAG_POLL_S)
-        now_ns = time.monotonic_ns()
-        if now_ns - before_ns > (_LAG_POLL_S + _LATE_S) * 1e9:
-            bandwidth.on_late(before_ns, now_ns)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import cache
 from math import isfinite
+from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -68,6 +69,20 @@ def read_toml(text: str, *, what: str) -> dict[str, Any]:
     if len(named) != len(data):
         raise ConfigError(f"{what} gives a setting twice, with - and with _")
     return named
+
+
+def read_toml_file(path: Path, *, what: str) -> dict[str, Any]:
+    """A file's, see `read_toml`.
+
+    Raises:
+        ConfigError: it cannot be read, or is not TOML.
+    """
+    try:
+        return read_toml(path.read_text(encoding="utf-8-sig"), what=what)
+    except OSError as error:
+        raise ConfigError(f"{what} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} is not TOML: {error}") from error
 
 
 def checked(raw: object, kind: type[T], *, what: str, error: type[HeadtailError] = BundleError) -> T:

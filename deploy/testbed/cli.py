@@ -109,6 +109,10 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--explain", type=Path, metavar="FILE", help="write every decision's inputs, candidates and choice as JSON lines"
     )
+    run.add_argument("--sample", type=int, default=0, help="scenarios of several servers: simulate so many of them (default: all)")
+    run.add_argument(
+        "--processes", type=int, default=1, help="scenarios of several servers: so many at a time (default %(default)s)"
+    )
     _workload_arguments(run)
     _clip_argument(run)
     _output_arguments(run)
@@ -179,6 +183,8 @@ def _run(args: argparse.Namespace) -> int:
             raise ConfigError("--clip is for --mode simulate; in the other modes --frames names the video")
         return _run_real(args, scenario)
     workload = _workload(args, scenario.fps)
+    if scenario.servers > 1:
+        return _run_fleet(args, scenario, workload)
     if args.policy == "oracle":
         if workload.clip is not None:
             raise ConfigError("the oracle reads the table's payload sizes; leave --clip out")
@@ -205,6 +211,19 @@ def _run(args: argparse.Namespace) -> int:
             out=args.plot,
         )
     _show(args, scenario.name, workload, args.policy, run.summary(), extra)
+    return 0
+
+
+def _run_fleet(args: argparse.Namespace, scenario: Scenario, workload: Workload) -> int:
+    from deploy.testbed.simulate.fleet import simulate_fleet
+
+    if args.policy == "oracle" or args.explain or args.plot or args.clip:
+        raise ConfigError("a scenario of several servers knows no oracle, --explain, --plot or --clip")
+    found = simulate_fleet(scenario, workload, args.policy, sample=args.sample, processes=args.processes)
+    for key, value in found.summary().items():
+        print(f"{key:<18}{value:.4f}" if isinstance(value, float) else f"{key:<18}{value}")
+    if args.json:
+        print(json.dumps({"scenario": scenario.name, "workload": workload.name, "policy": args.policy, **found.to_json()}))
     return 0
 
 

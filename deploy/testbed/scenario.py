@@ -14,6 +14,8 @@ from deploy.testbed.link.trace import Trace, constant, load_trace
 from protos.errors import ConfigError
 from protos.schema import checked, read_toml
 
+_MOST_TAILS, _MOST_DOOR_MS = 1024, 1000.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Direction:
@@ -74,6 +76,9 @@ class Scenario:
         start_spread_ms: cameras begin this far apart in all.
         grants: whether the server grants bitrates.
         transport: ``grpc``, ``quic`` (datagrams), or ``auto``: datagrams where the path loses packets. In simulation.
+        servers: how many; the cameras spread over them at random, each for the whole run. In simulation.
+        tails: of each server: so many batches run at a time.
+        door_ms: what a server's door takes for a frame, one after the other, before it may wait for a tail.
         folder: what relative trace paths start from.
     """
 
@@ -90,6 +95,9 @@ class Scenario:
     start_spread_ms: float = 1000.0
     grants: bool = True
     transport: str = "grpc"
+    servers: int = 1
+    tails: int = 1
+    door_ms: float = 0.0
     uplink: Direction = field(default_factory=Direction)
     downlink: Direction = field(default_factory=lambda: Direction(mbps=20.0))
     folder: Path = field(default_factory=Path)
@@ -103,6 +111,10 @@ class Scenario:
             raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
         if self.cameras < 1 or not 0 <= self.greedy <= self.cameras or self.start_spread_ms < 0:
             raise ConfigError("cameras must be at least 1, greedy 0..cameras, start_spread_ms not negative")
+        if not (1 <= self.servers <= self.cameras and 1 <= self.tails <= _MOST_TAILS and 0 <= self.door_ms <= _MOST_DOOR_MS):
+            raise ConfigError(f"servers must be 1..cameras, tails 1..{_MOST_TAILS} and door_ms 0..{_MOST_DOOR_MS:g}")
+        if self.servers > 1 and (self.shared_link or self.greedy):
+            raise ConfigError("several servers are simulated one by one: their cameras share no link, and none is greedy")
 
 
 def _trace(name: str, mbps: float, duration_s: float, folder: Path) -> Trace:

@@ -183,6 +183,11 @@ class BandwidthManager:
         session = self._sessions.get(session_id)
         return max(0, session.arrivals.queue_ns) if session is not None else 0
 
+    def facts(self, session_id: str) -> dict[str, float]:
+        """What an operator sees: the bitrate granted (0: no limit was told), and how long the session's bytes queue on its link."""
+        session = self._sessions.get(session_id)
+        return {"granted_bps": round(session.granted_bps) if session else 0, "link_queue_ms": self.queue_ns(session_id) / 1e6}
+
     def group(self, session_id: str) -> str:
         """Key of the group the session is in, named or detected; empty: it is in none."""
         session = self._sessions.get(session_id)

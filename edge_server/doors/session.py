@@ -14,12 +14,13 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import grpc.aio
 from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs lack it
 
 from edge_server.access.fair import Pace
+from edge_server.access.quota import Caller
 from edge_server.backends import Backend
 from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.config import Limits
@@ -42,6 +43,7 @@ from protos.errors import (
 )
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, FrameLayer, PayloadKind, Result
+from protos.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -50,17 +52,6 @@ _GRACE_NS = 250_000_000  # beyond a frame's deadline, or its arrival where that 
 _NO_DEADLINE_NS = 120_000_000_000  # what a frame without deadline is given
 _LEAVE_S = 5.0  # for tasks that are cancelled at the end of a stream
 _PAUSE_NS = 200_000_000  # longest a session that overruns its grant is left unread at a time
-
-
-class Quota(Protocol):
-    """What one client may use; shared by all who hold the same token."""
-
-    name: str
-    """The token's, without white space; empty: there are no tokens."""
-
-    def admit_frame(self, n_bytes: int, now_ns: int) -> HeadtailError | None:
-        """Counts a frame, or says why it is refused."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +85,7 @@ class Session:
         quota: of the client's token; None: none.
     """
 
-    def __init__(self, services: Services, context: grpc.aio.ServicerContext[Any, Any], quota: Quota | None = None) -> None:
+    def __init__(self, services: Services, context: grpc.aio.ServicerContext[Any, Any], quota: Caller | None = None) -> None:
         self.id = secrets.token_hex(6)
         self.model: Model | None = None
         self._s = services
@@ -106,6 +97,7 @@ class Session:
         self._assembler = self._new_assembler()
         self._history = services.answerer.history()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._sent = {"answered": 0, "refused": 0}
         self._owed: set[int] = set()  # ids of frames taken and not answered
         self._out: deque[pb.ServerMessage] = deque()
         self._wake = asyncio.Event()
@@ -176,6 +168,12 @@ class Session:
         """The tail of this session's model was replaced; frames in hand still run on the old one."""
         if self.model is not None and self.model.name == model.name and self.model.sha256 != model.sha256:
             self._send(pb.ServerMessage(bundle_changed=pb.BundleChanged(bundle_sha256=model.sha256)))
+
+    def facts(self) -> dict[str, object]:
+        """What an operator sees of it."""
+        who, model = printable(self._who), self.model.name if self.model is not None else ""
+        facts = {"id": self.id, "who": who, "model": model, "in_flight": len(self._tasks), "max_in_flight": self._max_in_flight}
+        return {**facts, **self._sent, **self._s.bandwidth.facts(self.id)}
 
     # ------------------------------------------------------------ hello
 
@@ -370,6 +368,7 @@ class Session:
 
     def _send_result(self, result: Result) -> None:
         message = result.to_proto()
+        self._sent["answered" if result.error is None else "refused"] += 1
         if not self._path.answers(message):
             self._send(pb.ServerMessage(result=message))
         load = self._s.backend.load_now()

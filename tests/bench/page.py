@@ -75,13 +75,18 @@ def turn(video: Path, frames: int, browsers: int) -> dict[str, float]:
     return {"answered": answered / done.summary["frames"], "latency_ms_p50": done.summary["latency_ms_p50"]}
 
 
-async def screenshot(url: str, to: Path, width: int) -> None:
-    """A picture of the page as it is now."""
+async def screenshot(url: str, to: Path, width: int, axe: Path | None) -> list[str]:
+    """A picture of a page (the device's or the server's) as it is now; what axe-core finds wrong with it."""
     async with browser_tab() as tab:
         await tab.open(url, width=width, height=800)
-        await tab.wait_for("document.getElementById('picture').naturalWidth > 0")
+        await tab.wait_for("document.getElementById('picture')?.naturalWidth > 0 || !!document.querySelector('#models tbody tr')")
         await asyncio.sleep(2)
         to.write_bytes(await tab.screenshot())
+        if axe is None:
+            return []
+        await tab.value(axe.read_text(encoding="utf-8") + ";0")
+        found = await tab.value("axe.run().then((r) => r.violations.map((v) => `${v.impact}: ${v.id}, ${v.nodes.length} places`))")
+        return list(found)
 
 
 def main() -> int:
@@ -91,12 +96,13 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=300)
     parser.add_argument("--browsers", type=int, default=10)
     parser.add_argument("--screenshot", type=Path, help="instead: a picture of the page at --look, as PNG")
+    parser.add_argument("--axe", type=Path, help="axe.min.js of axe-core: the screenshot's page is tried with it")
     parser.add_argument("--width", type=int, default=1100, help="of the screenshot, px")
     parser.add_argument("--look", help="instead: only look at the page there")
     args = parser.parse_args()
     if args.screenshot:
         assert CHROMIUM is not None, "Chromium is not installed"
-        asyncio.run(screenshot(args.look, args.screenshot, args.width))
+        print(json.dumps({"axe": asyncio.run(screenshot(args.look, args.screenshot, args.width, args.axe))}))
         return 0
     if args.look:
         asyncio.run(browse(args.look, args.browsers))

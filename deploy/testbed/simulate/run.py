@@ -33,6 +33,7 @@ class Run:
     policy: str
     cameras: tuple[Camera, ...]
     uplinks: tuple[Link, ...]
+    server: Server
 
     def summary(self) -> Summary:
         """Over all cameras."""
@@ -48,7 +49,7 @@ class Run:
 def simulate(
     scenario: Scenario, workload: Workload, policy: str = "ours", *, explain: bool = False, layers: Layers | None = None
 ) -> Run:
-    """Runs a scenario. The same arguments give the same result, to the byte.
+    """Runs a scenario on one server (for several see `fleet`). The same arguments give the same result, to the byte.
 
     Args:
         scenario: what happens.
@@ -63,7 +64,14 @@ def simulate(
     layers = checked(layers or {})
     loop = Loop()
     duration_ns = int(scenario.duration_s * 1e9)
-    server = Server(loop, workload.server, seed=str(scenario.seed), bandwidth=BandwidthManager() if scenario.grants else None)
+    server = Server(
+        loop,
+        workload.server,
+        seed=str(scenario.seed),
+        bandwidth=BandwidthManager() if scenario.grants else None,
+        tails=scenario.tails,
+        door_ms=scenario.door_ms,
+    )
     slowed = workload.slowed(scenario.device_slowdown)
     up_config = scenario.uplink.link(scenario.duration_s, scenario.folder)
     down_config = scenario.downlink.link(scenario.duration_s, scenario.folder)
@@ -101,7 +109,7 @@ def simulate(
         loop.run(duration_ns + _DRAIN_NS)
     for camera in cameras:
         camera.finish()
-    return Run(scenario=scenario, policy=policy, cameras=tuple(cameras), uplinks=tuple(ups))
+    return Run(scenario=scenario, policy=policy, cameras=tuple(cameras), uplinks=tuple(ups), server=server)
 
 
 def _path(loop: Loop, scenario: Scenario, forward: Link, reverse: Link, seed: str) -> Path:

@@ -1,4 +1,4 @@
-"""A simulated server: one tail executor, batches, earliest deadline first, grants from the real bandwidth manager."""
+"""A simulated server: a door, tails, batches, earliest deadline first, grants from the real bandwidth manager."""
 
 from __future__ import annotations
 
@@ -18,19 +18,45 @@ _MARGIN_NS = 5_000_000  # as the real server's
 
 
 class Server:
-    """All sessions' tail. ``bandwidth`` None: no grants."""
+    """All sessions' door and tails.
 
-    def __init__(self, loop: Loop, times: ServerTimes, *, seed: str, bandwidth: BandwidthManager | None = None) -> None:
+    Args:
+        loop: virtual time.
+        times: of a tail.
+        seed: of the tails' times.
+        bandwidth: None: no grants.
+        tails: batches that run at a time.
+        door_ms: the door's own time for a frame; frames pass it one after the other.
+
+    Attributes:
+        refused: frames that were told no.
+        served: frames that were answered.
+        door_busy_ns, tails_busy_ns: how long the door, and the tails together, worked.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        times: ServerTimes,
+        *,
+        seed: str,
+        bandwidth: BandwidthManager | None = None,
+        tails: int = 1,
+        door_ms: float = 0.0,
+    ) -> None:
         self._loop = loop
+        self._tails = tails
+        self._door_ns = int(door_ms * 1e6)
+        self._door_free_ns = 0
         self._times = times
         self._rng = random.Random(f"server/{seed}")  # noqa: S311
         self._queue: list[tuple[int, Frame, int]] = []  # deadline, frame, arrived
-        self._busy = False
+        self._busy = 0
         self._bandwidth = bandwidth
         self._sessions: dict[int, str] = {}
         self._arrivals: dict[int, Arrivals] = {}
         self._partial: dict[int, tuple[Frame, int]] = {}  # by camera: a frame of which layers are missing, its deadline
-        self.refused = 0
+        self.refused = self.served = self.door_busy_ns = self.tails_busy_ns = 0
 
     def open(self, camera: Device, session_id: str, group: str, fps: float, points: list[tuple[float, float]]) -> None:
         """A camera connects."""
@@ -85,8 +111,18 @@ class Server:
         return waited_ns
 
     def _take(self, frame: Frame, due_ns: int, arrived_ns: int) -> None:
-        self._queue.append((due_ns, frame, arrived_ns))
-        if not self._busy:
+        row = (due_ns, frame, arrived_ns)
+        if not self._door_ns:
+            self._wait(row)
+            return
+        self._door_free_ns = max(self._door_free_ns, self._loop.now_ns) + self._door_ns
+        self.door_busy_ns += self._door_ns
+        self._loop.at(self._door_free_ns, self._wait, row)
+
+    def _wait(self, row: tuple[int, Frame, int]) -> None:
+        """A frame has passed the door."""
+        self._queue.append(row)
+        if self._busy < self._tails:
             self._start()
 
     def _start(self) -> None:
@@ -100,12 +136,13 @@ class Server:
             return
         first = max((times.whole_ms if f.whole else times.tail_ms for _, f, _ in batch), key=lambda q: q.p50)
         ms = times.decode_ms + _draw(self._rng, first) * (1 + times.marginal * (len(batch) - 1))
-        self._busy = True
+        self._busy += 1
+        self.tails_busy_ns += int(ms * 1e6)
         self._loop.at(now + int(ms * 1e6), self._done, batch)
 
     def _shed(self, now_ns: int) -> None:
         """Work that cannot make it is refused before it costs anything."""
-        cost = int(self._times.tail_ms.p50 * 1e6 * self._times.marginal)
+        cost = int(self._times.tail_ms.p50 * 1e6 * self._times.marginal / self._tails)
         rows = dict(enumerate(self._queue))
         _, refused = shed([Work(key=i, deadline_ns=row[0], cost_ns=cost) for i, row in rows.items()], now_ns)
         for work in refused:
@@ -120,7 +157,8 @@ class Server:
         for _, frame, arrived_ns in batch:
             frame.read_ns = now - arrived_ns
             frame.camera.down.send(frame.camera.result_bytes, frame.camera.result, frame)
-        self._busy = False
+        self.served += len(batch)
+        self._busy -= 1
         if self._queue:
             self._start()
 

@@ -1,5 +1,6 @@
 // The device's page. Everything that comes from outside is put in as text, never as HTML.
 import { Chart } from "/static/chart.js";
+import { $, bits, bytes, element, put } from "/static/words.js";
 
 const OUTCOMES = ["result", "local", "filtered", "unchanged", "dropped", "expired"];
 const MEANING = {
@@ -9,28 +10,17 @@ const MEANING = {
 const CHOICES = ["#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#1f78b4"];
 const camera = new URLSearchParams(location.search).get("camera");
 const query = camera === null ? "" : `camera=${encodeURIComponent(camera)}`;
-const $ = (id) => document.getElementById(id);
 const seconds = new Map();
 const choices = new Map();
 let since = 0, failures = 0, keptS = 300;
 
-function element(name, text, className) {
-  const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
-  if (className) made.className = className;
-  return made;
-}
 function swatch(colour) {
   const made = element("span", "", "swatch");
   made.style.background = colour;
   made.setAttribute("aria-hidden", "true");
   return made;
 }
-const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 const colourOf = (outcome) => getComputedStyle(document.documentElement).getPropertyValue(`--${outcome}`).trim();
-const short = (n) => (Number.isInteger(n) || n >= 100 ? Math.round(n) : n.toFixed(1));
-const bytes = (n) => (n >= 10000 ? `${short(n / 1000)} kB` : `${Math.round(n).toLocaleString("en")} B`);
-const bits = (n) => (n >= 1e6 ? `${short(n / 1e6)} Mbit/s` : `${Math.round(n / 1e3)} kbit/s`);
 
 function choiceColour(name) {
   if (!choices.has(name)) choices.set(name, CHOICES[choices.size % CHOICES.length]);

@@ -40,7 +40,8 @@ def load(path: Path) -> Any:
 
 def server_config(arguments: list[str]) -> ServerConfig:
     """The arguments through the real parser and all its checks; an unknown flag or a bad value ends the test."""
-    return edge_server.cli.config_from(edge_server.cli.build_parser().parse_args(arguments))
+    args = edge_server.cli.build_parser().parse_args(arguments)
+    return edge_server.cli.config_from(edge_server.cli.with_file(args, arguments) if args.config else args)
 
 
 # ------------------------------------------------------------------------------------------------ all files
@@ -55,7 +56,7 @@ def test_yaml_parses(path: Path) -> None:
 
 def commented_commands() -> Iterator[tuple[str, str, str]]:
     """Flags of our commands on lines that name them: comments, unit files, the security page."""
-    rooms = ("docker", "kubernetes", "systemd", "prometheus", "grafana")
+    rooms = ("compose", "docker", "kubernetes", "systemd", "prometheus", "grafana")
     files = [p for room in rooms for p in sorted((DEPLOY / room).rglob("*")) if p.is_file()]
     for path in [*files, DEPLOY / "compose.yaml", DEPLOY / "certs.sh", ROOT / ".github" / "SECURITY.md"]:
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -167,16 +168,60 @@ def interpolated(text: str) -> str:
 COMPOSE = load(DEPLOY / "compose.yaml")
 
 
+@pytest.fixture
+def web_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `compose.yaml` demands of whoever starts it."""
+    monkeypatch.setenv("HEADTAIL_WEB_TOKEN", "correct-horse-battery")
+
+
+def client_arguments() -> list[str]:
+    """The client's command in `compose.yaml`, its file where it lies here."""
+    service = COMPOSE["services"]["client"]
+    mounted = {v.split(":")[1]: v.split(":")[0] for v in map(interpolated, service["volumes"])}
+    arguments = [interpolated(a) for a in service["command"]]
+    (config,) = [a for a in arguments if a.startswith("--config=")]
+    return [a if a != config else f"--config={DEPLOY / mounted[config.partition('=')[2]]}" for a in arguments]
+
+
+@pytest.mark.usefixtures("web_token")
 def test_compose_commands_parse() -> None:
     services = COMPOSE["services"]
     config = server_config([*SERVER_IMAGE.last_json("ENTRYPOINT")[1:], *services["server"]["command"]])
     assert set(config.models) <= set(EXPORTERS)
-    arguments = [interpolated(a) for a in services["client"]["command"]]
-    client, *_ = edge_client.cli.parse(arguments)
+    client, *_ = edge_client.cli.parse(client_arguments())
     assert client.server == f"server:{split_address(config.listen)[1]}"
     assert client.model in config.models
     grace_s = int(services["server"]["stop_grace_period"].rstrip("s"))
     assert grace_s > config.grace_s
+    for service, page, extras in ((services["server"], config.web, "web"), (services["client"], client.web, "web,events,metrics")):
+        assert page is not None
+        port = page.rpartition(":")[2]
+        assert f"127.0.0.1:{port}:{port}" in service["ports"]
+        assert "HEADTAIL_WEB_TOKEN" in service["environment"]
+        assert set(extras.split(",")) <= set(service["build"]["args"]["EXTRAS"].split(","))
+
+
+@pytest.mark.usefixtures("web_token")
+def test_the_clients_events_reach_the_broker_and_the_listener_hears_them() -> None:
+    services = COMPOSE["services"]
+    client, *_ = edge_client.cli.parse(client_arguments())
+    (rule,) = client.events
+    host, port = rule.to.removeprefix("mqtt://").split(":")
+    conf = (DEPLOY / "compose" / "mosquitto.conf").read_text().splitlines()
+    assert f"listener {port}" in conf
+    for name in ("client", "listener"):
+        assert set(services[name]["networks"]) & set(services[host]["networks"])
+    assert "ports" not in services[host], "a broker without a password is not for other machines"
+    listener = services["listener"]["command"]
+    assert listener[listener.index("-h") + 1] == host
+    assert f"{rule.prefix}/#" in listener
+    assert rule.discovery
+    assert "homeassistant/#" in listener
+
+
+def test_what_a_service_logs_is_rotated() -> None:
+    for service in COMPOSE["services"].values():
+        assert {"max-size", "max-file"} <= set(service["logging"]["options"])
 
 
 def test_compose_is_wired() -> None:
@@ -197,13 +242,14 @@ def test_compose_is_wired() -> None:
         assert service["cap_drop"] == ["ALL"]
 
 
+@pytest.mark.usefixtures("web_token")
 def test_prometheus_scrapes_both_sides_metrics() -> None:
     config = load(DEPLOY / "prometheus" / "prometheus.yaml")
     server = COMPOSE["services"]["server"]
     port = server_config(server["command"]).metrics_port
     targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
     client = COMPOSE["services"]["client"]
-    config_of_client, *_ = edge_client.cli.parse([interpolated(a) for a in client["command"]])
+    config_of_client, *_ = edge_client.cli.parse(client_arguments())
     client_port = config_of_client.metrics_address()[1]
     assert targets == {"headtail-server": [f"server:{port}"], "headtail-client": [f"client:{client_port}"]}
     assert "metrics" in client["build"]["args"]["EXTRAS"].split(",")
@@ -423,6 +469,7 @@ def test_kubernetes_pod_has_least_privilege() -> None:
 # ------------------------------------------------------------------------------------------------ systemd, certificates, CI
 
 UNIT = DEPLOY / "systemd" / "headtail-client.service"
+SERVER_UNIT = DEPLOY / "systemd" / "headtail-server.service"
 
 
 def test_unit_starts_the_client_with_its_sample_settings(tmp_path: Path) -> None:
@@ -439,15 +486,36 @@ def test_unit_starts_the_client_with_its_sample_settings(tmp_path: Path) -> None
     assert set(map(int, lines["RestartPreventExitStatus"].split())) <= {0, *(error.exit_code for error in BY_CODE.values())}
 
 
+def test_unit_starts_the_server_with_its_sample_settings(tmp_path: Path) -> None:
+    text = SERVER_UNIT.read_text()
+    lines = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
+    command, *arguments = lines["ExecStart"].split()
+    assert Path(command).name in project()["scripts"]
+    sample = (DEPLOY / "systemd" / "server.toml").read_text()
+    everything = re.sub(r"^# (?=\w+ = )", "", sample, flags=re.MULTILINE)
+    handed_over = {
+        f"/run/credentials/{SERVER_UNIT.name}/{name}" for name in re.findall(r"^LoadCredential=(\S+?):", text, re.MULTILINE)
+    }
+    for settings in (sample, everything):
+        (tmp_path / "server.toml").write_text(settings)
+        given = [str(tmp_path / "server.toml") if a == "/etc/headtail/server.toml" else a for a in arguments]
+        config = server_config(given)
+        assert set(config.models) <= set(EXPORTERS)
+        assert {str(config.security.tls_cert), str(config.security.tls_key), str(config.security.token_file)} == handed_over
+        assert int(lines["TimeoutStopSec"]) > config.grace_s
+    assert set(map(int, lines["RestartPreventExitStatus"].split())) <= {0, *(error.exit_code for error in BY_CODE.values())}
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
-def test_unit_verifies(tmp_path: Path) -> None:
-    text = UNIT.read_text().replace("/opt/headtail/bin/edge-client", "/bin/true")
-    unit = tmp_path / UNIT.name
+@pytest.mark.parametrize("unit_file", [UNIT, SERVER_UNIT], ids=lambda path: path.stem)
+def test_unit_verifies(tmp_path: Path, unit_file: Path) -> None:
+    text = re.sub("/opt/headtail/bin/edge-(client|server)", "/bin/true", unit_file.read_text())
+    unit = tmp_path / unit_file.name
     unit.write_text(text)
     run = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, timeout=30, check=False
     )
-    if "Failed to" in run.stderr and UNIT.name not in run.stderr:
+    if "Failed to" in run.stderr and unit_file.name not in run.stderr:
         pytest.skip(f"systemd-analyze cannot verify here: {run.stderr.strip()}")
     assert (run.returncode, run.stderr) == (0, "")
 

@@ -1,0 +1,33 @@
+"""Opens the page where ``--web`` asks for one; the only module of this room that the rest of the server needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from edge_server.backends import Load
+from edge_server.doors.grpc import Ingress
+from edge_server.models import ModelStore
+from edge_server.observe.tally import Tally
+from protos.errors import MissingDependencyError
+from protos.web.address import page_address
+
+if TYPE_CHECKING:
+    from edge_server.web.page import ServerPage
+
+
+def open_page(
+    listen: str, tally: Tally, store: ModelStore, ingress: Ingress, load: Callable[[], Load], *, backend: str
+) -> ServerPage:
+    """The page of ``--web``, not yet listening.
+
+    Raises:
+        MissingDependencyError: aiohttp is not installed.
+        ConfigError: no address; or others can reach it and no token is set.
+    """
+    try:
+        from edge_server.web.page import ServerPage
+    except ImportError as error:
+        raise MissingDependencyError("--web needs aiohttp: pip install 'headtail[web]'") from error
+    host, port = page_address(listen)
+    return ServerPage(tally, store, ingress, load, backend=backend, host=host, port=port)
