@@ -156,8 +156,7 @@ class Server:
         self._spawn(watch_lag(bandwidth), "the watch of the event loop")
         services = Services(
             store=store, backend=backend, answerer=self._answerer, bandwidth=bandwidth, limits=self.config.limits,
-            metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=package_version(),
-            datagrams=self._quic,
+            metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=package_version(), datagrams=self._quic,
         )  # fmt: skip
         anyone = Caller(max_unary=self.config.limits.max_unary_in_flight)
         ingress = Ingress(services, anyone)

@@ -138,7 +138,8 @@ class Predicted:
     Attributes:
         restored: (P, C, h, w) latents as the receiver has them; the gradient is that of the second frames' own latents.
         bits: (P,) a smooth estimate of what is sent.
-        flicker: squared steps by which still cells differ between the frames before they are rounded, their mean.
+        flicker: squared steps by which still cells lie from the symbols that the receiver holds, their mean: whatever has not left
+            its symbol's cell costs nothing, so values are drawn to the middle.
     """
 
     restored: Tensor
@@ -159,8 +160,7 @@ def predict(quantiser: GainQuantiser, before: Tensor, now: Tensor, gain: Tensor,
     """
     wanted = quantiser.symbols(now, gain)
     with torch.no_grad():
-        earlier = quantiser.symbols(before, gain)
-        reference = earlier.round()
+        reference = quantiser.symbols(before, gain).round()
         coarsest = gain == len(quantiser.log_gain) - 1
         prices = torch.where(coarsest, price * _COARSEST, price).tolist()
         chosen, changed = _choose(wanted, reference, prices)
@@ -168,7 +168,7 @@ def predict(quantiser: GainQuantiser, before: Tensor, now: Tensor, gain: Tensor,
     # A step of one costs about 1.5 bits where a cell is sent at all, a doubling as much again (see `choice`).
     bits = (1.5 * torch.log2(1 + off.square()) * changed).sum((1, 2, 3))
     cells = (still.sum() * off.shape[1]).clamp_min(1.0)
-    flicker = ((wanted - earlier).square().clamp_max(_MOST) * still).sum() / cells
+    flicker = (off.square().clamp_max(_MOST) * still).sum() / cells
     return Predicted(restored=quantiser.restore(wanted + (chosen - wanted).detach(), gain), bits=bits, flicker=flicker)
 
 

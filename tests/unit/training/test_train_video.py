@@ -87,8 +87,6 @@ def test_what_the_choice_leaves_stays_behind_and_motion_costs_bits() -> None:
     told.restored.sum().backward()  # type: ignore[no-untyped-call]
     assert now.grad is not None
     assert torch.allclose(now.grad, torch.ones_like(now))  # straight through the choice
-    cheap = predict(quantiser, before, now, torch.tensor([1, 1]), still, 0.4)
-    assert cheap.flicker < told.flicker
 
 
 def run(data: Path, out: Path, config: TrainConfig, finer: float = 0.0) -> tuple[Trainer, list[StepReport]]:
@@ -106,9 +104,9 @@ def run(data: Path, out: Path, config: TrainConfig, finer: float = 0.0) -> tuple
     return trainer, told
 
 
-def test_flicker_is_what_still_cells_do_before_rounding() -> None:
+def test_flicker_is_how_far_still_cells_lie_from_what_the_receiver_holds() -> None:
     quantiser = GainQuantiser(2, (0.5,))
-    before = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(2))
+    before = torch.randint(-5, 6, (1, 2, 4, 4), generator=torch.Generator().manual_seed(2)) / 2
     now = (before + 0.1).requires_grad_()
     still = torch.zeros(1, 1, 4, 4)
     still[..., :2, :] = 1
