@@ -23,6 +23,7 @@ from splitters.bundle.operating_point import OperatingPoint, Quantiles, best_poi
 from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
 from splitters.evaluation.cache import describe, load, photos_key, store
 from splitters.evaluation.choices import measure_local, measure_offloads, offload_ladder, video_settings
+from splitters.evaluation.encoder_cost import encoder_costs
 from splitters.evaluation.image_codecs import Setting, ladder
 from splitters.evaluation.judging.agreement import Agreement
 from splitters.evaluation.judging.tasks import AveragePrecision, Judge, Score, list_images, read_labels
@@ -136,7 +137,7 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info, s
         curves=(curve, *curves), bd_rates=rates, encode_ms={s.codec: encode_ms(photos, s) for s in middle},
         jpeg95=_jpeg95(bench, curve, points, whole) if whole and detector and config.against else None,
         also={-1: whole.also if whole else {}, **also}, offloads=tuple(offloads), local=local,
-        unreadable=tuple(str(f) for f in photos.unreadable), best_f1=best,
+        unreadable=tuple(str(f) for f in photos.unreadable), best_f1=best, encoders=tuple(encoder_costs(bundle)),
     )  # fmt: skip
 
 
