@@ -11,7 +11,7 @@ from typing import Any
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.evaluation.bdrate import BdRate, Curve
-from splitters.evaluation.encoder_cost import EncoderCost
+from splitters.profiling.encoder_cost import EncoderCost
 
 Gap = tuple[float, float, float]
 

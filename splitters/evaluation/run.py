@@ -23,7 +23,6 @@ from splitters.bundle.operating_point import OperatingPoint, Quantiles, best_poi
 from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
 from splitters.evaluation.cache import describe, load, photos_key, store
 from splitters.evaluation.choices import measure_local, measure_offloads, offload_ladder, video_settings
-from splitters.evaluation.encoder_cost import encoder_costs
 from splitters.evaluation.image_codecs import Setting, ladder
 from splitters.evaluation.judging.agreement import Agreement
 from splitters.evaluation.judging.tasks import AveragePrecision, Judge, Score, list_images, read_labels
@@ -39,6 +38,7 @@ from splitters.evaluation.measure import (
 )
 from splitters.evaluation.report import Gap, Jpeg95, Report, dump
 from splitters.evaluation.steps import Steps, Told
+from splitters.profiling.encoder_cost import encoder_costs
 from splitters.runtime.head import Head, open_codec
 from splitters.runtime.tail import Tail, load_tail
 from splitters.tasks.base import form_of

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from splitters.bundle import Bundle
-from splitters.evaluation.encoder_cost import encoder_costs
+from splitters.profiling.encoder_cost import encoder_costs
 from splitters.zoo.defaults import find
 from tests.fakes.detector_bundle import write_cell_detector
 
