@@ -129,7 +129,7 @@ def _cells(x: Tensor, c: Crossing) -> tuple[Tensor | None, Tensor | None]:
         return None, x[:, None]
     if not c.height:
         return None, x
-    leading, placed, trailing = x.split([c.extra, c.height * c.width, c.trailing], 1)
+    leading, placed, trailing = torch.split(x, [c.extra, c.height * c.width, c.trailing], 1)
     grid = placed.transpose(1, 2).reshape(-1, c.channels, c.height, c.width)
     return grid, torch.cat([leading, trailing], 1) if c.loose else None
 
@@ -193,12 +193,12 @@ def _laid_into_cells(tokens: Tensor, h: int, w: int) -> Tensor:
     """Tokens (N, K, D) as (N, R * D, h, w), R of them to a cell; cells that are left over hold zeros."""
     rounds = math.ceil(tokens.shape[1] / (h * w))
     padded = functional.pad(tokens, (0, 0, 0, rounds * h * w - tokens.shape[1]))
-    return padded.unflatten(1, (rounds, h * w)).transpose(2, 3).reshape(-1, rounds * tokens.shape[2], h, w)
+    return torch.unflatten(padded, 1, (rounds, h * w)).transpose(2, 3).reshape(-1, rounds * tokens.shape[2], h, w)
 
 
 def _taken_from_cells(cells: Tensor, c: Crossing) -> Tensor:
     """The inverse: (N, R * D, h, w) as tokens (N, K, D)."""
-    rounds = cells.flatten(2).unflatten(1, (-1, c.channels)).transpose(2, 3)
+    rounds = torch.unflatten(cells.flatten(2), 1, (-1, c.channels)).transpose(2, 3)
     return rounds.flatten(1, 2)[:, : c.loose]
 
 
@@ -229,7 +229,7 @@ class Scatter(nn.Module):
             if placed:
                 cells = functional.pixel_shuffle(cells, fold) if fold > 1 else cells
                 cells = cells[:, :, : c.height, : c.width]
-            apart = _taken_from_cells(loose, c) if c.spread else loose.mean((2, 3)).unflatten(1, (c.loose, c.channels))
+            apart = _taken_from_cells(loose, c) if c.spread else torch.unflatten(loose.mean((2, 3)), 1, (c.loose, c.channels))
             found.append(_laid_out(cells, apart, c) * self.scale[i])
         return tuple(found)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from splitters.bundle import Bundle
     from splitters.evaluation.bdrate import BdRate
     from splitters.evaluation.report import Report
+    from splitters.evaluation.run import EvaluateConfig
     from splitters.evaluation.video.clips import Part
     from splitters.evaluation.video.report import VideoReport
 
@@ -55,7 +56,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="1,2,3",
         help="video: how many frames back the reference lies (default: %(default)s; the first is the headline)",
     )
-    parser.add_argument("--points", help="video: ids of operating points (default: all of the largest encoder)")
+    parser.add_argument(
+        "--points",
+        help="ids of operating points; video: default all of the largest encoder; --corrupt: the most accurate, and the most "
+        "accurate of half its bytes",
+    )
+    parser.add_argument(
+        "--corrupt",
+        nargs="?",
+        const="dark,noise,blur,jpeg",
+        metavar="NAMES",
+        help="photos: what darkness, noise, blur and JPEG at three strengths cost the bundle beside its own whole model "
+        "(default: all four); the bundle stays as it is",
+    )
     parser.add_argument(
         "--score-min",
         type=float,
@@ -83,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         images=args.images, labels=args.labels, against=against, limit=args.limit, cache=cache_dir() / "evaluations",
         draws=args.draws or 1000, score_min=args.score_min,
     )  # fmt: skip
+    if args.corrupt:
+        return _corrupted(bundle, config, args)
     with Progress(f"evaluating {bundle.manifest.name}") as show:
         report = evaluate(bundle, config, show=show)
     _tell(report)
@@ -96,6 +111,26 @@ def run(args: argparse.Namespace) -> int:
         rewrite(bundle, report)
     if args.json:
         print(json.dumps(report.to_json()))
+    return 0
+
+
+def _corrupted(bundle: Bundle, config: EvaluateConfig, args: argparse.Namespace) -> int:
+    """Measures on corrupted photos and tells; the bundle stays as it is."""
+    from splitters.evaluation.corruption import evaluate_corrupted
+
+    points = _numbers(args.points, "--points") if args.points else None
+    with Progress(f"evaluating {bundle.manifest.name}") as show:
+        report = evaluate_corrupted(bundle, config, _names(args.corrupt, ""), points=points, show=show)
+    print(f"{report.model}: {report.photos} photos, {report.metric}; lost beyond the whole model [95 %]")
+    print("corruption       whole  " + "  ".join(f"point {i} at {b:.0f} bytes".ljust(32) for i, b in report.bytes_mean.items()))
+    for row in report.rows:
+        told = "  ".join(f"{row.points[i]:.4f}  {g[0]:+.4f} [{g[1]:+.4f}, {g[2]:+.4f}]" for i, g in row.more.items())
+        print(f"{row.corruption:8s} {row.strength or '':1}     {row.whole:.4f}  {told}")
+    told = json.dumps(report.to_json())
+    if args.report is not None:
+        args.report.write_text(told + "\n", encoding="utf-8")
+    if args.json:
+        print(told)
     return 0
 
 

@@ -166,9 +166,11 @@ def _measured(args: argparse.Namespace) -> tuple[Profile, str, str]:
     picture, spec, where, jpeg_bytes = sample_picture(args.image, source)
     image = flat_inputs(torch.from_numpy(preprocess(picture, spec)))
     if args.verbose:
-        from splitters.cutting.graph.trace import trace
+        from splitters.cutting.graph.trace import trace, trace_program
 
-        _write_graph(args.model, str(trace(source.model, image).module.graph))
+        model = source.model
+        traced = trace(model, image) if isinstance(model, torch.nn.Module) else trace_program(model, image)
+        _write_graph(args.model, str(traced.module.graph))
     with Progress("profile", every_s=2) as show:
         table = profile(source.model, image, name=args.model, picture_bytes=jpeg_bytes, budget_s=args.budget_s, on_step=show)
     return table, source.weights, where

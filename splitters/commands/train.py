@@ -17,6 +17,7 @@ from protos.messages import Detection
 from splitters.commands.common.progress import Progress
 from splitters.commands.common.serving_arguments import AUTO, UNKNOWN_LICENCE, add_serving_arguments, described
 from splitters.commands.cut import read_photos
+from splitters.commands.train_detector import add_detector, train_detector
 from splitters.tasks.base import form_of
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="efficientnet-lite0, its -cheap or -joint (go on from --start), or any (with --model, --at)",
+        help="efficientnet-lite0, its -cheap or -joint (go on from --start), any (with --model, --at), or detector: our small "
+        "detector itself",
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of photographs, searched recursively")
     parser.add_argument("--out", type=Path, required=True, help="run directory: checkpoints, then weights and tables")
@@ -63,6 +65,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--cache", type=Path, help="where decoded photos lie (default: in OUT)")
     parser.add_argument("--fit", type=int, default=240, help="photos the probability tables are fitted on (default: %(default)s)")
     _add_any(parser)
+    add_detector(parser)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.set_defaults(run=run)
 
@@ -190,6 +193,10 @@ def _config(args: argparse.Namespace) -> TrainConfig:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, with a progress bar; a signal saves and stops."""
+    if args.recipe == "detector":
+        return train_detector(args)
+    if args.pack is not None or args.seconds is not None:
+        raise ConfigError("--pack and --seconds belong to the recipe detector")
     import torch
 
     from splitters.training.run import run_training

@@ -42,7 +42,7 @@ from splitters.runtime.head import Head, open_codec
 from splitters.runtime.tail import Tail, load_tail
 from splitters.tasks.base import form_of
 
-__all__ = ["EvaluateConfig", "Report", "dump", "evaluate", "rewrite"]
+__all__ = ["Bench", "EvaluateConfig", "Report", "dump", "evaluate", "open_bench", "rewrite"]
 
 log = logging.getLogger(__name__)
 Tick = Callable[[str], None]
@@ -81,7 +81,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Bench:
+class Bench:
     """The model, the photos and the judge that every setting shares."""
 
     bundle: Bundle
@@ -95,9 +95,11 @@ class _Bench:
     whole: Sequence[Answer] | None
 
     def score(self, answers: Sequence[Answer]) -> Score:
+        """How good these answers are, one a photo."""
         return self.judge.score(answers, self.counts)
 
     def curve(self, name: str, labels: Sequence[str], sizes: Sequence[object], scores: Sequence[Score]) -> Curve:
+        """A measured curve over these photos."""
         return Curve(
             name=name, labels=tuple(labels), sizes=np.stack([np.asarray(s, np.float64) for s in sizes]), counts=self.counts,
             accuracy=np.array([s.value for s in scores]), drawn=np.stack([s.drawn for s in scores]),
@@ -118,7 +120,7 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info, s
             or the labels are at odds with model or photos.
         SourceError: no photos.
     """
-    bench = _open(bundle, config, tick, show)
+    bench = open_bench(bundle, config, tick, show)
     photos = bench.photos
     whole = bench.score(bench.whole) if bench.whole is not None else None
     points, curve, also, best = _measure_points(bench)
@@ -145,7 +147,8 @@ def rewrite(bundle: Bundle, report: Report) -> Bundle:
     return rewrite_points(bundle, report.points, offloads=report.offloads or None, local=local, score_min=score_min)
 
 
-def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick, show: Told | None) -> _Bench:
+def open_bench(bundle: Bundle, config: EvaluateConfig, tick: Tick, show: Told | None) -> Bench:
+    """Opens model, photos and judge, and runs the whole model once over the photos; errors as with ``evaluate``."""
     detector = form_of(bundle.manifest.task) is Detection
     if bundle.manifest.inputs:
         taken = ", ".join(f"{i.name} ({i.source})" for i in bundle.manifest.inputs)
@@ -173,7 +176,7 @@ def _open(bundle: Bundle, config: EvaluateConfig, tick: Tick, show: Told | None)
     if judge is None:
         judge = Agreement(files=photos.files, wanted=tuple(whole or ()))
     counts = resample(len(photos), config.draws)
-    return _Bench(
+    return Bench(
         bundle=bundle, tail=tail, photos=photos, judge=judge, counts=counts, config=config, tick=tick, each=each, whole=whole
     )
 
@@ -206,7 +209,7 @@ def loose(bundle: Bundle, score_min: float) -> Bundle:
 
 
 def _measure_points(
-    bench: _Bench,
+    bench: Bench,
 ) -> tuple[list[OperatingPoint], Curve, dict[int, dict[str, float]], tuple[float, float] | None]:
     bundle, photos = bench.bundle, bench.photos
     measured = run_points(bundle, open_codec(bundle), bench.tail, photos, bundle.points, tick=bench.tick, each=bench.each)
@@ -245,7 +248,7 @@ def _gap(curve: Curve, row: int, other: Score) -> Gap:
     return (float(curve.accuracy[row] - other.value), *interval(curve.drawn[row] - other.drawn))
 
 
-def _image_curve(bench: _Bench, codec: str) -> Curve:
+def _image_curve(bench: Bench, codec: str) -> Curve:
     config, detector = bench.config, form_of(bench.bundle.manifest.task) is Detection
     settings = ladder(codec, bench.photos.input_px, config.qualities, detector=detector)
     sizes, scores = [], []
@@ -257,14 +260,14 @@ def _image_curve(bench: _Bench, codec: str) -> Curve:
     return bench.curve(codec, [str(s) for s in settings], sizes, scores)
 
 
-def _offloads(bench: _Bench) -> list[OffloadOption]:
+def _offloads(bench: Bench) -> list[OffloadOption]:
     def value(answers: Sequence[Answer]) -> float:
         return bench.score(answers).value
 
     return measure_offloads(bench.tail, bench.photos, value, tick=bench.tick, remember=partial(_remembered, bench), each=bench.each)
 
 
-def _jpeg95(bench: _Bench, curve: Curve, points: Sequence[OperatingPoint], whole: Score) -> Jpeg95:
+def _jpeg95(bench: Bench, curve: Curve, points: Sequence[OperatingPoint], whole: Score) -> Jpeg95:
     measured = _cached(bench, Setting(codec="jpeg", quality=95, size_px=bench.photos.input_px))
     jpeg, size = bench.score(measured.answers), float(measured.sizes.mean())
     means = curve.sizes.mean(axis=1)
@@ -283,11 +286,11 @@ def _minus(gap: Gap) -> Gap:
     return -gap[0], -gap[2], -gap[1]
 
 
-def _cached(bench: _Bench, setting: Setting) -> Measured:
+def _cached(bench: Bench, setting: Setting) -> Measured:
     return _remembered(bench, describe(setting), lambda: run_image_codec(bench.tail, bench.photos, setting, each=bench.each))
 
 
-def _remembered(bench: _Bench, what: Mapping[str, object], run: Callable[[], Measured]) -> Measured:
+def _remembered(bench: Bench, what: Mapping[str, object], run: Callable[[], Measured]) -> Measured:
     """What ``run`` measures, or measured on an earlier call for the same photos and whole model."""
     cache = bench.config.cache
     if cache is None:

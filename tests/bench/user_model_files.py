@@ -25,9 +25,8 @@ def ultralytics(name: str, **settings: Any) -> Make:
 
         torch.manual_seed(0)
         model = (RTDETR if "detr" in name else YOLO)(f"{name}.yaml")
+        _tell_apart(model.model)
         _settle(model.model, size)
-        if "detr" in name:
-            _tell_apart(model.model)
         here = Path.cwd()
         os.chdir(folder)
         try:
@@ -38,21 +37,61 @@ def ultralytics(name: str, **settings: Any) -> Make:
     return make
 
 
-def _settle(net: Any, size: int) -> None:
-    """Running statistics of noise: an untrained network's activations neither vanish nor explode."""
-    import torch
+def _settle(net: Any, size: int, frames: int = 0) -> None:
+    """Norms as a trained network's: statistics of what comes through, and scales at which it neither dies out nor blows up.
 
+    A fresh network is one or the other: its answer does not depend on the picture, or a rounding moves it by a hundredth. The
+    scales are the largest of a few at which noise of 1e-4 in the picture moves the outputs by little more than that.
+    """
+    import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
+    shape = (2, 3, *((frames,) if frames else ()), size, size)
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches; Ultralytics' own .03 would hardly move in three
     net.train()
     with torch.no_grad():
         for _ in range(3):
-            net(torch.rand(2, 3, size, size))
-    net.eval()
+            net(torch.rand(shape))
+        net.eval()
+        here = torch.rand(shape)
+        near = here + 1e-4 * torch.randn(shape)
+        for scale in (1.0, 0.8, 0.7, 0.6, 0.5, 0.4):
+            for norm in norms:
+                norm.weight.fill_(scale)
+            if not norms or _moved(net(here), net(near)) <= 3e-4:
+                break
+
+
+def _moved(one: Any, other: Any) -> float:
+    """The largest change of an output over its largest value."""
+    from torch.utils import _pytree as pytree
+
+    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=True)
+    return max(
+        float((a - b).abs().max() / a.abs().max().clamp_min(1e-9))
+        for a, b in pairs
+        if hasattr(a, "is_floating_point") and a.is_floating_point()
+    )
 
 
 def _tell_apart(net: Any) -> None:
-    """Heads that score queries as differently as a trained network's do: which of equal ones a selection takes is chance."""
+    """Heads that tell cells and queries apart, as a trained network's do.
+
+    A fresh head answers nearly the same everywhere: its answer says little of what came through the codec, and which of
+    equal ones a selection takes is chance.
+    """
+    import torch
     from torch import nn
 
+    last = net.model[-1] if isinstance(getattr(net, "model", None), nn.Sequential) else None
+    ends = [] if last is None else [m for m in last.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
+    for module in ends:
+        nn.init.normal_(module.weight, std=2 / module.weight[0].numel() ** 0.5)
+        with torch.no_grad():
+            module.bias.clamp_(min=-5.0)  # of classes: a fresh head finds nothing at all
     for name, module in net.named_modules():
         if ("score_head" in name or "class_embed" in name) and isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.5 / module.in_features**0.5)
@@ -218,13 +257,10 @@ def video(folder: Path, size: int) -> Path:
 
     torch.manual_seed(0)
     net = models.get_model("r3d_18", weights=None)
-    net.train()
-    with torch.no_grad():
-        for _ in range(3):
-            net(torch.rand(2, 3, 8, 64, 64))
+    _settle(net, 64, frames=8)
     out = folder / "r3d_18.onnx"
     torch.onnx.export(
-        net.eval(), (torch.rand(1, 3, 8, 64, 64),), str(out), dynamo=False, opset_version=17, input_names=["clip"]
+        net, (torch.rand(1, 3, 8, 64, 64),), str(out), dynamo=False, opset_version=17, input_names=["clip"]
     )  # fmt: skip
     return out
 

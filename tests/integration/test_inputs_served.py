@@ -66,6 +66,8 @@ def test_the_previous_picture_is_the_one_of_the_frame_before(tmp_path: Path, fra
     assert "before takes the picture before" in capsys.readouterr().err
     bundle = open_bundle(tmp_path / "b")
     assert [(i.name, i.source) for i in bundle.manifest.inputs] == [("image", "picture"), ("previous", "previous")]
+    assert main(["evaluate", str(tmp_path / "b"), "--images", str(pictures)]) == 2
+    assert "only bundles of one picture can be evaluated" in capsys.readouterr().err.strip().splitlines()[-1]
     made_ready = [preprocess(f, bundle.manifest.preprocess) for f in frames]
     with served(tmp_path, tmp_path / "b") as server, opened(server.address, tmp_path) as client:
         for number, frame in enumerate(frames):

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from splitters.runtime.folders import pictures_below
 from splitters.tasks.decoding.boxes import Detections, Floats, Pixels, iou_matrix, nms, read_rgb
 from splitters.tasks.labels.coco_classes import INDEX_OF
 from splitters.zoo.onnx_detectors import Detector, YoloxNano
@@ -27,6 +28,8 @@ VOC5_CATEGORIES = frozenset({1, 3, 6, 7, 17})
 LABELLED = {"coco/train": frozenset(INDEX_OF), "photos/voc5": VOC5_CATEGORIES}
 PHOTO_FOLDERS = ("photos/voc_unlabelled", "photos/bsds", "photos/street", "photos/camvid", "photos/indoor", "photos/coco_extra")
 VIDEO_STEP = 8
+Photo = tuple[str, Pixels, Floats]
+"""Source, picture, boxes."""
 HELD_OUT_EVERY = {"coco/train": 8, "photos/voc5": 16}
 
 
@@ -45,7 +48,8 @@ class Example:
     source: str
 
 
-def _fit(image: Pixels, longest_px: int) -> tuple[Pixels, float]:
+def fit(image: Pixels, longest_px: int) -> tuple[Pixels, float]:
+    """The picture scaled down to a longest side of at most ``longest_px``, and the scale."""
     scale = min(1.0, longest_px / max(image.shape[:2]))
     if scale < 1:
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA).astype(np.uint8)
@@ -69,8 +73,8 @@ def _rows(found: Detections) -> Floats:
     return np.concatenate([found.boxes_px, index, found.scores[:, None]], axis=1).astype(np.float32)
 
 
-def _photos(data: Path) -> Iterator[tuple[str, Pixels, Floats | None]]:
-    """Every training picture with its ground truth (None where it has none)."""
+def labelled_photos(data: Path) -> Iterator[Photo]:
+    """Every training picture with ground truth: its folder, the picture, its boxes."""
     for folder in LABELLED:
         truth = json.loads((data / folder / "instances.json").read_text())
         per_image: dict[int, list[list[float]]] = {}
@@ -81,6 +85,19 @@ def _photos(data: Path) -> Iterator[tuple[str, Pixels, Floats | None]]:
         for entry in truth["images"]:
             image = read_rgb(data / folder / "images" / entry["file_name"])
             yield folder, image, np.asarray(per_image.get(entry["id"], []), np.float32).reshape(-1, 6)
+
+
+def every_photo(data: Path) -> Iterator[Photo]:
+    """Every training picture, those of ``photos/diverse`` too; without boxes where nobody drew any: dense teachers need none."""
+    for folder, image, truth in _photos(data):
+        yield folder, image, np.zeros((0, 6), np.float32) if truth is None else truth
+    for path in pictures_below(data / "photos" / "diverse"):
+        yield "photos/diverse", read_rgb(path), np.zeros((0, 6), np.float32)
+
+
+def _photos(data: Path) -> Iterator[tuple[str, Pixels, Floats | None]]:
+    """Every training picture with its ground truth (None where it has none)."""
+    yield from labelled_photos(data)
     for folder in (*PHOTO_FOLDERS, "imagenette160/train"):
         for path in sorted(p for p in (data / folder).rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"}):
             yield folder, read_rgb(path), None
@@ -131,19 +148,44 @@ def build_examples(data: Path, cache: Path, *, longest_px: int = 320, score_min:
     examples = []
     for (folder, image, truth), found in zip(_photos(data), taught, strict=True):
         boxes = _merge(folder, truth, found)
-        small, scale = _fit(image, longest_px)
+        small, scale = fit(image, longest_px)
         boxes[:, :4] *= scale
         examples.append(Example(image=small, boxes=boxes, source=folder))
     return examples
 
 
+def _every(source: str, seen: dict[str, int]) -> bool:
+    """Whether the next picture of ``source`` is one to leave out; counts it."""
+    number = seen.setdefault(source, 0)
+    seen[source] += 1
+    every = HELD_OUT_EVERY.get(source, 0)
+    return every > 0 and number % every == 0
+
+
 def held_out(examples: Sequence[Example]) -> list[bool]:
     """Which training pictures a run may leave out to judge itself: every 8th of ``coco/train``, every 16th of ``photos/voc5``."""
     seen: dict[str, int] = {}
-    left = []
-    for example in examples:
-        number = seen.setdefault(example.source, 0)
-        seen[example.source] += 1
-        every = HELD_OUT_EVERY.get(example.source, 0)
-        left.append(every > 0 and number % every == 0)
-    return left
+    return [_every(example.source, seen) for example in examples]
+
+
+def left_out(photos: Iterable[Photo]) -> Iterator[Photo]:
+    """Of the photos, those that ``held_out`` names."""
+    seen: dict[str, int] = {}
+    return (photo for photo in photos if _every(photo[0], seen))
+
+
+def without_held_out(photos: Iterable[Photo]) -> Iterator[Photo]:
+    """Of the photos, all but those."""
+    seen: dict[str, int] = {}
+    return (photo for photo in photos if not _every(photo[0], seen))
+
+
+def examples_of(photos: Iterable[Photo], *, longest_px: int = 320) -> list[Example]:
+    """The photos as training pictures, scaled down to this longest side."""
+    examples = []
+    for source, image, boxes in photos:
+        small, scale = fit(image, longest_px)
+        scaled = boxes.astype(np.float32)
+        scaled[:, :4] *= scale
+        examples.append(Example(image=small, boxes=scaled, source=source))
+    return examples

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from splitters.runtime.sessions import open_session
 from splitters.tasks.decoding.boxes import Pixels
 from splitters.training.detector.augment import Sampler
-from splitters.training.detector.data import build_examples, held_out
+from splitters.training.detector.data import Example, build_examples, held_out
 from splitters.training.detector.fast import speed_up
 from splitters.training.detector.loss import detection_loss, pad_boxes
-from splitters.training.detector.teacher import DenseTeacher
+from splitters.training.detector.picodet import PicoDetTeacher, mean_of
+from splitters.training.detector.teacher import Dense, DenseTeacher
 from splitters.training.photos import normalise
 from splitters.training.schedule import average_in, rise_and_fall, use_one_core
 from splitters.zoo.detector.network import INPUT_SIZE_PX, TAPS, Backbone, Detector, load_detector
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 # Scarce photos with COCO's full ground truth come often, narrow sources seldom.
 SOURCE_WEIGHTS = {
     "coco/train": 5.0, "photos/coco_extra": 4.0, "photos/indoor": 2.0, "photos/street": 0.7, "photos/camvid": 0.5,
-    "photos/bsds": 1.0, "imagenette160/train": 0.35, "video/vtest.avi": 0.5,
+    "photos/bsds": 1.0, "imagenette160/train": 0.35, "video/vtest.avi": 0.5, "photos/diverse": 0.35,
 }  # fmt: skip
 
 
@@ -63,6 +64,7 @@ class DetectorRecipe:
         seed: of all chance.
         start: weights to begin with; ImageNet's when empty.
         dense: whether the teacher also looks at every augmented picture and teaches each position, see ``teacher``.
+        two_teachers: whether PicoDet-S does so together with YOLOX-nano, see ``picodet``; only with ``dense``.
         bfloat16: whether the trained part runs in bfloat16 where that is fast (parameters and losses stay float32).
         hold_out: whether the photos of ``data.held_out`` are left out.
     """
@@ -81,6 +83,7 @@ class DetectorRecipe:
     seed: int = 5
     start: str = ""
     dense: bool = False
+    two_teachers: bool = False
     bfloat16: bool = False
     hold_out: bool = False
 
@@ -121,7 +124,7 @@ class Trainer:
         teacher: for ``recipe.dense``.
     """
 
-    def __init__(self, recipe: DetectorRecipe, out: Path, teacher: DenseTeacher | None = None) -> None:
+    def __init__(self, recipe: DetectorRecipe, out: Path, teacher: Callable[[Pixels], Dense] | None = None) -> None:
         self.recipe, self.out, self._teacher = recipe, out, teacher
         out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
@@ -222,18 +225,58 @@ def _write(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None
     temporary.replace(path)
 
 
+def dense_teacher(recipe: DetectorRecipe, weights: Path) -> Callable[[Pixels], Dense] | None:
+    """What teaches every position: YOLOX-nano, or it and PicoDet-S together; None without ``recipe.dense``."""
+    if not recipe.dense:
+        return None
+    yolox = DenseTeacher(weights / "yolox_nano_416.onnx")
+    if not recipe.two_teachers:
+        return yolox
+    picodet = PicoDetTeacher(weights / "picodet_s_416_coco.onnx")
+    return lambda images: mean_of([yolox(images), picodet(images)])
+
+
 def train(recipe: DetectorRecipe, data: Path, out: Path, *, cache: Path) -> None:
-    """Runs (or goes on with) a training; leaves ``detector.safetensors`` (fp16, averaged) and ``recipe.json`` in ``out``."""
-    trainer = Trainer(recipe, out, DenseTeacher(data / "weights" / "yolox_nano_416.onnx") if recipe.dense else None)
+    """Runs (or goes on with) a training on the photos of ``data`` with the teacher's boxes, see ``train_on``."""
+
+    def load() -> Sequence[Example]:
+        examples = build_examples(data, cache, longest_px=INPUT_SIZE_PX)
+        if not recipe.hold_out:
+            return examples
+        return [example for example, out_of_it in zip(examples, held_out(examples), strict=True) if not out_of_it]
+
+    train_on(recipe, load, out, weights=data / "weights")
+
+
+def train_on(
+    recipe: DetectorRecipe, load: Callable[[], Sequence[Example]], out: Path, *, weights: Path,
+    stop: Callable[[], bool] = lambda: False, steps: int | None = None,
+) -> int:  # fmt: skip
+    """Runs (or goes on with) a training; leaves ``detector.safetensors`` (fp16, averaged) and ``recipe.json`` in ``out``.
+
+    Reading the photos counts as time spent, so the run ends when its recipe says.
+
+    Args:
+        recipe: its settings.
+        load: reads the training pictures.
+        out: run directory.
+        weights: folder with the teachers.
+        stop: asked before every step; the checkpoint then says how far the run is.
+        steps: end after this many of this call, however much time is left.
+
+    Returns:
+        Steps done, of all calls together.
+    """
+    begun = time.monotonic()
+    trainer = Trainer(recipe, out, dense_teacher(recipe, weights))
     (out / "recipe.json").write_text(json.dumps({"recipe": asdict(recipe), "source_weights": SOURCE_WEIGHTS}, indent=2) + "\n")
-    examples = build_examples(data, cache, longest_px=INPUT_SIZE_PX)
-    if recipe.hold_out:
-        examples = [example for example, out_of_it in zip(examples, held_out(examples), strict=True) if not out_of_it]
+    examples = load()
     log.info("%d pictures, %d boxes", len(examples), sum(len(e.boxes) for e in examples))
     sampler = Sampler(examples, SOURCE_WEIGHTS, np.random.default_rng(recipe.seed + trainer.step_count))
-    saved_s = trainer.spent_s
+    trainer.spent_s += time.monotonic() - begun
+    saved_s, last = trainer.spent_s, trainer.step_count + steps if steps is not None else None
     sums = np.zeros(3)
-    while trainer.progress < 1:
+    while trainer.progress < 1 and trainer.step_count != last and not stop():
         before = time.monotonic()
         size_px = recipe.small_px if trainer.progress < recipe.small_until else INPUT_SIZE_PX
         share = 0.6 if trainer.progress < recipe.mosaic_until else 0.0
@@ -248,6 +291,7 @@ def train(recipe: DetectorRecipe, data: Path, out: Path, *, cache: Path) -> None
             saved_s = trainer.spent_s
             trainer.save()
     trainer.save()
+    return trainer.step_count
 
 
 def main() -> None:
@@ -261,6 +305,7 @@ def main() -> None:
     parser.add_argument("--small-until", type=float, default=DetectorRecipe().small_until, help="share at the smaller input size")
     parser.add_argument("--start", default="", help="detector weights to begin with; ImageNet's backbone by default")
     parser.add_argument("--dense", action="store_true", help="the teacher teaches every position of every augmented picture")
+    parser.add_argument("--two-teachers", action="store_true", help="PicoDet-S too, with --dense")
     parser.add_argument("--bfloat16", action="store_true", help="faster on processors with bfloat16 arithmetic")
     parser.add_argument("--hold-out", action="store_true", help="leave out the photos that are kept for tests")
     parser.add_argument("--teacher-cache", type=Path, help="where the teacher's boxes are kept; OUT/teacher.npz by default")
@@ -269,7 +314,7 @@ def main() -> None:
     recipe = DetectorRecipe(
         minutes=args.minutes, frozen_until=args.frozen_until, small_until=args.small_until, seed=args.seed,
         mosaic_until=max(args.small_until, 0.88), start=args.start, dense=args.dense, bfloat16=args.bfloat16,
-        hold_out=args.hold_out,
+        hold_out=args.hold_out, two_teachers=args.two_teachers,
     )  # fmt: skip
     train(recipe, args.data, args.out, cache=args.teacher_cache or args.out / "teacher.npz")
 

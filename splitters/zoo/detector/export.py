@@ -36,7 +36,7 @@ from splitters.exporting.learned import (
     graph_name,
     operating_points,
 )
-from splitters.zoo.detector.export_plain import CUT_BLOCK, SCORE_MIN, WholeDetector, common_fields, scored, write_local
+from splitters.zoo.detector.export_plain import CUT_BLOCK, SCORE_MIN, WholeDetector, common_fields, scored, shown_from, write_local
 from splitters.zoo.detector.network import INPUT_SIZE_PX, WEIGHTS, Detector, load_detector
 from splitters.zoo.detector.split import C_LATENT, LATENT_STRIDE, load_learned_detector, skeleton
 from splitters.zoo.detector.staged import joined, staged_detector
@@ -44,8 +44,6 @@ from splitters.zoo.efficientnet_lite0.export import read_choices
 from splitters.zoo.prefilter.export import write_prefilter
 
 FOLDER = WEIGHTS.parent / "learned"
-# Of the best F1 at IoU .50, measured by `splitters evaluate detector --labels coco/val/instances.json --limit 100`.
-SHOWN_FROM = 0.339
 LATENT_SHAPE = (C_LATENT, INPUT_SIZE_PX // LATENT_STRIDE, INPUT_SIZE_PX // LATENT_STRIDE)
 
 
@@ -148,7 +146,7 @@ def export_learned(out: Path, folder: Path = FOLDER, detector: Path = WEIGHTS, m
                 "weights": ["server/learned.safetensors", "server/network.safetensors"],
                 "base_weights": ["server/network.safetensors"],
             },
-            **(fields | read_choices(folder / CHOICES_FILE, fields["local"])), score_min=SHOWN_FROM, provenance={
+            **(fields | read_choices(folder / CHOICES_FILE, fields["local"])), score_min=shown_from(detector), provenance={
                 "base": "EfficientNet-Lite0 backbone, light pyramid, trained here; see splitters/zoo/detector/weights/recipe.json",
                 "cut": f"backbone.blocks.{CUT_BLOCK}", "bottleneck": recipe,
             },

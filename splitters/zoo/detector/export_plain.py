@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from splitters.bundle import Bundle, BundleWriter
+from splitters.bundle import Bundle, BundleWriter, sha256_file
 from splitters.bundle.manifest import Head, LocalModel, Preprocess
 from splitters.bundle.operating_point import OperatingPoint, load_points
 from splitters.codec import calibrate_plain
@@ -32,8 +32,7 @@ CUT_BLOCK = TAPS[0]  # the first pyramid tap: one latent carries all that the ta
 BITS = (8, 6, 4, 3, 2)
 LOCAL_SIZE_PX = 160
 SCORE_MIN = 0.25
-# Of the best F1 at IoU .50, measured by `splitters evaluate detector-plain --labels coco/val/instances.json --limit 80`.
-SHOWN_FROM = 0.315
+SHOWN = WEIGHTS.parent / "shown.json"
 PLAIN_CODEC = WEIGHTS.parent / "plain.json"
 PLAIN_POINTS = WEIGHTS.parent / "plain_points.json"
 LICENCE = (
@@ -135,6 +134,12 @@ def common_fields() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def shown_from(detector: Path) -> float | None:
+    """The score from which on boxes are shown, as ``splitters.training.detector.shown`` measured it for exactly these weights."""
+    stored = json.loads(SHOWN.read_text(encoding="utf-8"))
+    return float(stored["score"]) if stored["weights_sha256"] == sha256_file(detector) else None
+
+
 def write_local(writer: BundleWriter, model: Detector) -> None:
     """Adds the whole network at a reduced input size, for when no server answers."""
     image = torch.zeros(1, 3, LOCAL_SIZE_PX, LOCAL_SIZE_PX)
@@ -170,7 +175,7 @@ def export_plain(out: Path, codec: Mapping[str, Any] | None = None, points: Sequ
             points=table, name="detector", latent_shape=(shape,),
             head=Head(stem="device/stem.onnx", graphs={"blocks": "device/blocks.onnx"}, prefilter=prefilter),
             tail={"kind": "torch", "factory": "headtail:detector", "weights": ["server/tail.safetensors"], "at": CUT_BLOCK},
-            **common_fields(), score_min=SHOWN_FROM, provenance={
+            **common_fields(), score_min=shown_from(WEIGHTS), provenance={
                 "base": "EfficientNet-Lite0 backbone, light pyramid, trained here; see splitters/zoo/detector/weights/recipe.json",
                 "cut": f"backbone.blocks.{CUT_BLOCK}",
                 "codec": "plain: per-channel quantisation, zstandard",
