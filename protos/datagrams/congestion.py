@@ -5,7 +5,11 @@ aioquic's own Reno and CUBIC take every loss for congestion and collapse at 5 %.
 * the window grows only while it is what holds us back, doubling each round trip until delay rises, then by two packets;
 * it is bounded by what the path delivered lately (the newest ten round trips' best) times the least round trip, and a quarter;
 * where every round trip of late is longer than the least by more than a target, the window shrinks in proportion, once a
-  round trip (cf. LEDBAT, RFC 6817);
+  round trip (cf. LEDBAT, RFC 6817). The target is 25 ms, and 5 where packets are lost while the window is full: a short queue
+  that overflows shows no more delay than that, and losses without any are the path's own. Losses never narrow it below the
+  initial window;
+* a window that is always full keeps a queue, and would in the end take it for the path: every few seconds it is halved for two
+  round trips, so that the least is seen (cf. BBR's ProbeRTT);
 * a circuit breaker: a path on which almost nothing arrives for seconds is sent the least that still probes it.
 
 Times are seconds, as aioquic hands them over.
@@ -25,8 +29,11 @@ NAME = "headtail"
 
 _TARGET_S = 0.025  # of queueing delay
 _ACK_DELAY_S = 0.025  # that a receiver may add to any round trip
+_LOSSY_TARGET_S, _LOSSY = 0.005, 0.02  # where so many packets are lost
 _LEAST_WINDOW_S = 10.0  # for which the least round trip is remembered
-_LEAST_PACKETS = 4
+_DRAIN_EVERY_S, _DRAIN_RTTS = 4.0, 2.0
+_YIELD = 0.7
+_LEAST_PACKETS, _INITIAL_PACKETS = 4, 10
 _HEADROOM = 1.25
 _BROKEN_SHARE, _BROKEN_S = 0.9, 3.0
 
@@ -54,6 +61,8 @@ class DelayControl(QuicCongestionControl):
         self._lately: deque[tuple[float, float]] = deque()  # of the last round trip, and at least 100 ms
         self._rates: deque[tuple[float, float]] = deque()  # decreasing: the front is the window's best, bytes/s
         self._acted_s = 0.0
+        self._full_s = self._drained_s = -1.0  # when the window was full last; when it was last seen drained, or was drained
+        self._draining: tuple[float, int] | None = None  # until when, and the window afterwards
         self._broken_since_s: float | None = None
 
     @property
@@ -90,9 +99,12 @@ class DelayControl(QuicCongestionControl):
         if elapsed_s > 0:
             self._note_rate((self._delivered - before) / elapsed_s, now, full=full)
         if full:
-            gain = packet.sent_bytes if self._starting else 2 * self._packet_bytes * packet.sent_bytes / self.congestion_window
-            self.congestion_window += int(gain)
-            self._bound()
+            self._full_s = now
+            if self._draining is None:
+                share = packet.sent_bytes / self.congestion_window
+                gain = packet.sent_bytes if self._starting else 2 * self._packet_bytes * share
+                self.congestion_window += int(gain)
+                self._bound()
 
     def on_packets_expired(self, *, packets: Iterable[QuicSentPacket]) -> None:
         """See aioquic."""
@@ -131,13 +143,38 @@ class DelayControl(QuicCongestionControl):
         while now - self._lately[0][0] > max(self.rtt_s, 0.1):
             self._lately.popleft()
         standing_s = min(each for _, each in self._lately) - self.least_rtt_s
+        self._drain(now, standing_s)
+        if self._draining is None and now - self._acted_s > self.rtt_s:
+            self._yield(now, standing_s)
+
+    def _yield(self, now: float, standing_s: float) -> None:
+        """Narrows the window where a queue stands."""
+        limited = now - self._full_s <= 2 * self.rtt_s
+        lossy = limited and self.losses.counted >= 20 and self.losses.lately > _LOSSY
+        target_s = _LOSSY_TARGET_S if lossy else _TARGET_S
         # A receiver may sit on an acknowledgement: only what is beyond that, or stands in every round trip, is the path's.
-        over = (standing_s - _TARGET_S) / _TARGET_S
-        if over > 0 and (len(self._lately) > 2 or standing_s > _TARGET_S + _ACK_DELAY_S):
-            self._starting = False
-            if now - self._acted_s > self.rtt_s:
-                self._acted_s = now
-                self._narrow(int(self.congestion_window * (1 - 0.3 * min(1.0, over))))
+        over = (standing_s - target_s) / target_s
+        if over > 0 and (len(self._lately) > 2 or standing_s > target_s + _ACK_DELAY_S):
+            self._acted_s = now
+            narrower = int(self.congestion_window * (1 - (1 - _YIELD) * min(1.0, over)))
+            if standing_s <= _TARGET_S:  # losses alone say that it is too wide
+                narrower = max(narrower, min(self.congestion_window, _INITIAL_PACKETS * self._packet_bytes))
+            self._narrow(narrower)
+
+    def _drain(self, now: float, standing_s: float) -> None:
+        """Lets the queue run empty now and then."""
+        if self._draining is not None:
+            until_s, window_bytes = self._draining
+            if now < until_s:
+                return
+            self._draining = None
+            self.congestion_window = max(self.congestion_window, window_bytes)
+            self._drained_s = self._acted_s = self._full_s = now  # nothing left meanwhile
+        elif standing_s < _LOSSY_TARGET_S or self._drained_s < 0 or now - self._full_s > 4 * self.rtt_s:
+            self._drained_s = now
+        elif now - self._drained_s > _DRAIN_EVERY_S and not self._starting:
+            self._draining = now + _DRAIN_RTTS * self.rtt_s, int(self.congestion_window * _YIELD)
+            self.congestion_window = max(self.congestion_window // 2, _LEAST_PACKETS * self._packet_bytes)
 
     def _note_rate(self, rate: float, now: float, *, full: bool) -> None:
         # A sender that had nothing more to send has not seen what the path can do; more than the best is news all the same.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from functools import lru_cache
+from itertools import islice
 from math import sqrt
 
 _NEWEST = 300
@@ -44,6 +45,12 @@ class Losses:
     def seen(self) -> float:
         """The share lost of those counted."""
         return sum(self._fates.values()) / len(self._fates) if self._fates else 0.0
+
+    @property
+    def lately(self) -> float:
+        """The share lost of the newest fifty."""
+        newest = list(islice(reversed(self._fates.values()), _LATELY))
+        return sum(newest) / len(newest) if newest else 0.0
 
     def channel(self) -> tuple[float, float]:
         """The share lost, as a careful sender believes it, and the mean run of losses in packets, at least 1."""

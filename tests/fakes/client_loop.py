@@ -19,15 +19,20 @@ class _Jump(selectors.SelectSelector):
         ready = super().select(0)
         if not ready:
             assert timeout is not None, "everything waits and nothing will ever happen"
-            self.loop.now_s += max(0.0, timeout)
+            self.loop.now_s += max(self.loop.step_s, timeout)
         return ready
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time passes only when everything waits."""
+    """Time passes only when everything waits.
 
-    def __init__(self) -> None:
-        self.now_s = 0.0
+    Args:
+        step_s: least time between one round of the loop and the next. aioquic's timers come due a rounding error early, and would
+            be set again for the same moment for ever.
+    """
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        self.now_s, self.step_s = 0.0, step_s
         selector = _Jump()
         selector.loop = self
         super().__init__(selector)
@@ -41,9 +46,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return round(self.now_s * 1e9)
 
 
-def run_virtual(main: Callable[[VirtualLoop], Awaitable[T]], *, limit_s: float = 120.0) -> T:
+def run_virtual(main: Callable[[VirtualLoop], Awaitable[T]], *, limit_s: float = 120.0, step_s: float = 0.0) -> T:
     """Runs ``main`` to its end on a fresh virtual loop; more than ``limit_s`` virtual seconds count as a hang."""
-    loop = VirtualLoop()
+    loop = VirtualLoop(step_s)
 
     async def bounded() -> T:
         async with asyncio.timeout(limit_s):

@@ -16,6 +16,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 
 from tests.fakes.server_running import environment
 
@@ -27,6 +28,14 @@ print("ready", flush=True)
 sys.stdin.readline()
 sys.exit(edge_server.cli.main(sys.argv[1:]))
 """
+
+
+ON_BOTH_TRANSPORTS = pytest.mark.parametrize("transport", ["grpc", "quic"])
+
+
+def over(transport: str) -> tuple[str, ...]:
+    """A client's arguments for frames over ``transport``, and for a log that says so."""
+    return ("--transport", transport, "--log-level", "info")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +52,10 @@ class Finished:
         """The JSON object of ``--json``."""
         found: dict[str, Any] = json.loads(self.out.strip().splitlines()[-1])
         return found
+
+    def went_over(self, transport: str) -> bool:
+        """Whether the second path stood where it was asked for, and only there."""
+        return ("datagrams to" in self.err) == (transport == "quic")
 
     def outcomes(self, first: int = 0, last: int = 10**9) -> dict[str, int]:
         """Counts by outcome over a range of frames."""

@@ -18,7 +18,7 @@ import pytest
 
 from splitters.bundle import Bundle
 from tests.fakes.bundles import write_tiny_bundle
-from tests.fakes.client_process import client, run_client, standby, write_clip, write_photos
+from tests.fakes.client_process import ON_BOTH_TRANSPORTS, client, over, run_client, standby, write_clip, write_photos
 
 
 def test_every_photo_of_a_directory_is_a_result(tmp_path: Path, server: str, photos: Path, cache: Path) -> None:
@@ -105,12 +105,13 @@ def test_without_any_server_a_known_bundle_answers_locally(tmp_path: Path, home:
     assert done.outcomes() == {"local": 5}
 
 
-def test_a_server_that_hangs_and_wakes_again(tmp_path: Path, home: Path, bundle: Bundle, cache: Path) -> None:
+@ON_BOTH_TRANSPORTS
+def test_a_server_that_hangs_and_wakes_again(tmp_path: Path, home: Path, bundle: Bundle, cache: Path, transport: str) -> None:
     with standby(tmp_path, bundle.path) as s:
         address = s.serve()
         # One operating point: on a device that has no time the controller would rightly answer locally.
         camera = ["--camera", "synthetic:fps=30,size=160x120", "--frames", "300", "--change-gate", "off", "--operating-point", "0"]
-        with client(tmp_path, *camera, "--server", address, "--json") as edge:
+        with client(tmp_path, *camera, *over(transport), "--server", address, "--json") as edge:
             edge.wait_frame(59)
             s.signal(signal.SIGSTOP)
             time.sleep(2.0)
@@ -118,6 +119,7 @@ def test_a_server_that_hangs_and_wakes_again(tmp_path: Path, home: Path, bundle:
             woken = max(line["frame"] for line in edge.lines())
             done = edge.finish()
     assert done.code == 0, done.err
+    assert done.went_over(transport), done.err
     assert sum(done.outcomes().values()) == 300
     assert done.outcomes(first=66, last=woken - 4).get("local", 0) >= 20, done.outcomes(66, woken)
     assert done.outcomes(first=woken + 30).get("result", 0) >= 30, done.outcomes(woken)
@@ -145,7 +147,8 @@ def test_files_wait_for_a_server_that_was_killed(tmp_path: Path, bundle: Bundle)
     assert done.summary["reconnects"] >= 1
 
 
-def test_a_server_that_returns_with_another_bundle(tmp_path: Path, bundle: Bundle) -> None:
+@ON_BOTH_TRANSPORTS
+def test_a_server_that_returns_with_another_bundle(tmp_path: Path, bundle: Bundle, transport: str) -> None:
     other = write_tiny_bundle(tmp_path / "other", seed=7).path
     with standby(tmp_path, bundle.path) as s:
         s.wait_ready()
@@ -153,12 +156,13 @@ def test_a_server_that_returns_with_another_bundle(tmp_path: Path, bundle: Bundl
         with standby(tmp_path, other, listen=address) as second:
             second.wait_ready()
             camera = ["--camera", "synthetic:fps=30,size=160x120", "--frames", "300", "--change-gate", "off"]
-            with client(tmp_path, *camera, "--server", address, "--json") as edge:
+            with client(tmp_path, *camera, *over(transport), "--server", address, "--json") as edge:
                 edge.wait_frame(40)
                 s.kill()
                 second.serve()
                 done = edge.finish()
     assert done.code == 0, done.err
+    assert done.went_over(transport), done.err
     assert done.summary["bundle_switches"] == 1
     hashes = [line["bundle_sha256"] for line in done.lines]
     assert len(set(hashes)) == 2

@@ -13,7 +13,7 @@ import pytest
 
 from edge_server.config import SecurityConfig
 from splitters.bundle import Bundle
-from tests.fakes.client_process import ClientProcess
+from tests.fakes.client_process import ON_BOTH_TRANSPORTS, ClientProcess, over
 from tests.fakes.server_client import Device, picture, session
 from tests.fakes.server_running import child, environment, running
 
@@ -80,15 +80,17 @@ class Stepping(ClientProcess):
         )  # fmt: skip
 
 
-def test_a_device_whose_wall_clock_steps_by_days_answers_as_ever(bundle: Bundle, tmp_path: Path) -> None:
+@ON_BOTH_TRANSPORTS
+def test_a_device_whose_wall_clock_steps_by_days_answers_as_ever(bundle: Bundle, tmp_path: Path, transport: str) -> None:
     camera = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off", "--frames", "90", "--operating-point", "0")
     with child(tmp_path, bundle.path) as server:
-        edge = Stepping(tmp_path, *camera, "--server", server.address, "--json")
+        edge = Stepping(tmp_path, *camera, *over(transport), "--server", server.address, "--json")
         try:
             done = edge.finish()
         finally:
             edge.kill()
     assert done.code == 0, done.err
+    assert done.went_over(transport), done.err
     assert sum(done.outcomes().values()) == 90
     assert done.outcomes().get("result", 0) >= 70, done.outcomes()
     assert all(0 <= line["latency_ms"]["total"] <= 700 for line in done.lines)

@@ -14,7 +14,7 @@ import pytest
 
 from splitters.bundle import Bundle
 from tests.fakes.bundles import write_tiny_bundle
-from tests.fakes.client_process import Finished, client, run_client, write_clip
+from tests.fakes.client_process import ON_BOTH_TRANSPORTS, Finished, client, over, run_client, write_clip
 from tests.fakes.server_running import child, environment
 from tests.fakes.small_disk import resize, small_disk
 
@@ -79,10 +79,13 @@ def assert_whole(path: Path) -> int:
     return len(frames)
 
 
-def test_the_results_fill_the_disk(tmp_path: Path, server: str, cache: Path) -> None:
+@ON_BOTH_TRANSPORTS
+def test_the_results_fill_the_disk(tmp_path: Path, server: str, cache: Path, transport: str) -> None:
     with small_disk(tmp_path / "small", "32k") as disk:
         out = disk / "results.jsonl"
-        done = run_client(tmp_path, *CAMERA, "--server", server, "--output", str(out), "--frames", "2000", cache=cache)
+        done = run_client(
+            tmp_path, *CAMERA, *over(transport), "--server", server, "--output", str(out), "--frames", "2000", cache=cache
+        )
         kept = assert_whole(out)
     assert_full(done, "--output", str(out), "No space left", f"frame {kept}")
     assert 20 < kept < 200
@@ -149,8 +152,9 @@ def test_a_clip_that_was_written_whole_is_believed(tmp_path: Path, server: str, 
         assert done.code == 0, (suffix, done.err)
 
 
-def test_whoever_reads_standard_output_goes_away(tmp_path: Path, server: str, cache: Path) -> None:
-    with client(tmp_path, *CAMERA, "--server", server, "--output", "-", "--frames", "3000", cache=cache) as edge:
+@ON_BOTH_TRANSPORTS
+def test_whoever_reads_standard_output_goes_away(tmp_path: Path, server: str, cache: Path, transport: str) -> None:
+    with client(tmp_path, *CAMERA, *over(transport), "--server", server, "--output", "-", "--frames", "3000", cache=cache) as edge:
         assert edge.process.stdout is not None
         for _ in range(10):
             assert edge.process.stdout.readline(), edge.process.communicate()

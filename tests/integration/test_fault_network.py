@@ -20,7 +20,7 @@ from edge_server.config import Limits, SecurityConfig
 from edge_server.server import Server
 from protos.headtail.v1 import headtail_pb2 as pb
 from splitters.bundle import Bundle
-from tests.fakes.client_process import client
+from tests.fakes.client_process import ON_BOTH_TRANSPORTS, client, over
 from tests.fakes.relay import relay
 from tests.fakes.server_client import Device, hello, opened, picture, session
 from tests.fakes.server_running import environment, running
@@ -303,6 +303,23 @@ async def test_a_client_killed_in_the_middle_of_a_frame_leaves_nothing_behind(
     await served(server, bundle, device)
 
 
+async def test_a_client_that_sends_datagrams_and_is_killed_leaves_nothing_behind(
+    server: Server, bundle: Bundle, device: Device, tmp_path: Path
+) -> None:
+    assert server._ingress is not None
+    assert server._quic is not None
+    camera = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off", "--frames", "9000", "--operating-point", "0")
+    with client(tmp_path, *camera, *over("quic"), "--server", server.address) as edge:
+        await asyncio.to_thread(edge.wait_frame, 20)
+        assert server._quic.connections == 1
+        edge.kill()
+    await until(lambda: not server._ingress.sessions, "the dead client's session is gone")
+    await until(lambda: server._quic.connections == 0, "and its connection")
+    assert server._answerer is not None
+    await until(lambda: server._answerer.pending_bytes == 0, "and its bytes")
+    await served(server, bundle, device)
+
+
 async def test_the_server_drops_a_client_that_vanished_without_a_word(server: Server, bundle: Bundle, device: Device) -> None:
     """Half-open: the connection stands, nobody is at its other end. Keepalive finds out."""
     assert server._ingress is not None
@@ -335,16 +352,18 @@ async def test_the_client_leaves_a_connection_that_died_without_a_word(server: S
     assert "silent" in done.err or "down" in done.err
 
 
-async def test_a_client_stopped_for_a_while_finds_its_way_back(server: Server, tmp_path: Path) -> None:
+@ON_BOTH_TRANSPORTS
+async def test_a_client_stopped_for_a_while_finds_its_way_back(server: Server, tmp_path: Path, transport: str) -> None:
     """A device that sleeps: its process stands still longer than the server's patience, and goes on."""
     camera = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off", "--frames", "200", "--operating-point", "0")
-    with client(tmp_path, *camera, "--server", server.address, "--json") as edge:
+    with client(tmp_path, *camera, *over(transport), "--server", server.address, "--json") as edge:
         await asyncio.to_thread(edge.wait_frame, 40)
         os.kill(edge.process.pid, signal.SIGSTOP)
         await asyncio.sleep(2 * PATIENCE.keepalive_s + 1)
         os.kill(edge.process.pid, signal.SIGCONT)
         done = await asyncio.to_thread(edge.finish)
     assert done.code == 0, done.err
+    assert done.went_over(transport), done.err
     assert done.summary["balanced"]
     assert sum(done.outcomes().values()) == done.summary["frames"] == 200
     assert done.lines[-1]["outcome"] in ("result", "local")

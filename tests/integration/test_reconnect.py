@@ -9,13 +9,14 @@ import pytest
 
 from splitters.zoo.defaults import ensure_exported
 from tests.fakes.bundles import write_tiny_bundle
-from tests.fakes.client_process import client, standby, write_clip
+from tests.fakes.client_process import ON_BOTH_TRANSPORTS, client, over, standby, write_clip
 from tests.fakes.recovery import cheapest, kill_and_restart
 
 DEADLINE_MS = 500.0
 
 
-def test_sigkill_at_frame_60_and_restart_three_seconds_later(tmp_path: Path) -> None:
+@ON_BOTH_TRANSPORTS
+def test_sigkill_at_frame_60_and_restart_three_seconds_later(tmp_path: Path, transport: str) -> None:
     bundle = write_tiny_bundle(tmp_path / "bundle").path
     clip = write_clip(tmp_path / "clip.avi", frames=60, fps=30)
     with standby(tmp_path, bundle) as first:
@@ -23,7 +24,7 @@ def test_sigkill_at_frame_60_and_restart_three_seconds_later(tmp_path: Path) -> 
         address = first.serve()
         with standby(tmp_path, bundle, listen=address) as second:
             second.wait_ready()
-            camera = ["--camera", str(clip), "--loop", "--realtime", "--change-gate", "off"]
+            camera = ["--camera", str(clip), "--loop", "--realtime", "--change-gate", "off", *over(transport)]
             with client(tmp_path, *camera, "--frames", "300", "--server", address, "--json") as edge:
                 edge.wait_frame(59)
                 first.kill()
@@ -32,6 +33,7 @@ def test_sigkill_at_frame_60_and_restart_three_seconds_later(tmp_path: Path) -> 
                 second.serve()
                 done = edge.finish()
     assert done.code == 0, done.err
+    assert done.went_over(transport), done.err
     assert sum(done.outcomes().values()) == 300
     assert done.summary["balanced"]
     assert done.summary["outcomes"] == {**dict.fromkeys(done.summary["outcomes"], 0), **done.outcomes()}
