@@ -21,7 +21,7 @@ from pathlib import Path
 
 from protos.errors import BY_CODE, HeadtailError, MissingDependencyError, UnreachableError
 
-_START_S = 180.0
+_START_S = 600.0  # an export on a busy or small machine takes minutes; a server that dies is noticed at once
 _STOP_S = 10.0
 
 

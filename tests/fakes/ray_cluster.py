@@ -11,11 +11,14 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import psutil
+
+PATIENCE_S = 180.0
 
 
 class Cluster(NamedTuple):
@@ -41,18 +44,14 @@ def cluster() -> Iterator[Cluster]:
     """Started for the block; whoever joins needs its token, which children of this process inherit."""
     before = os.environ.get("RAY_AUTH_TOKEN")
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.fakes.ray_cluster"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    process, address = _begun()
+    until_s = time.monotonic() + PATIENCE_S
+    while not address:  # Ray gives up a start after 30 s, which a busy machine may need
+        assert time.monotonic() < until_s, f"Ray ended with {process.wait()}"
+        process, address = _begun()
     assert process.stdin is not None
-    assert process.stdout is not None
     try:
-        address = ""
-        while not address.startswith("address "):
-            address = process.stdout.readline()
-            assert address, f"Ray ended with {process.wait()}"
-        yield Cluster(address.split()[1], psutil.Process(process.pid))
+        yield Cluster(address, psutil.Process(process.pid))
     finally:
         process.stdin.close()
         try:
@@ -62,6 +61,19 @@ def cluster() -> Iterator[Cluster]:
         del os.environ["RAY_AUTH_TOKEN"]
         if before is not None:
             os.environ["RAY_AUTH_TOKEN"] = before
+
+
+def _begun() -> tuple[subprocess.Popen[str], str]:
+    """A process that starts Ray, and the cluster's address; empty: it has ended without one."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.fakes.ray_cluster"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("address "):
+            return process, line.split()[1]
+    return process, ""
 
 
 def main() -> None:

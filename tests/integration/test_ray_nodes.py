@@ -52,10 +52,13 @@ def settings(token: str) -> dict[str, str]:
 
 @contextmanager
 def node(env: dict[str, str], log: Path, *arguments: str, hidden: Path | None = None) -> Iterator[psutil.Process]:
-    """One started node of one core."""
+    """One started node of one core. Ray gives up a start after 30 s, which a busy machine may need; then it is started again."""
     line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1", "--disable-usage-stats", *arguments]
-    if hidden is not None:
-        line = [*UNSHARE, "sh", "-c", f"mount -t tmpfs none {shlex.quote(str(hidden))} && exec {shlex.join(line)}"]
+    script = f"until {shlex.join(line)}; do sleep 1; done"
+    if hidden is None:
+        line = ["sh", "-c", script]
+    else:
+        line = [*UNSHARE, "sh", "-c", f"mount -t tmpfs none {shlex.quote(str(hidden))} && {script}"]
     with log.open("w") as out:
         process = subprocess.Popen(line, stdout=out, stderr=out, env=env, start_new_session=True)
     try:
@@ -68,7 +71,7 @@ def node(env: dict[str, str], log: Path, *arguments: str, hidden: Path | None = 
 def end(started: psutil.Process) -> None:
     """The node with everything on it, at once."""
     with suppress(psutil.NoSuchProcess):
-        for process in [*started.children(recursive=True), started]:
+        for process in [started, *started.children(recursive=True)]:  # first whoever would start it again
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
 
