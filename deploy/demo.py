@@ -14,6 +14,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ PHOTOS = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png", "motorcycl
 LOOPS = 6
 # Without a deadline a client takes the most accurate point. This one loses half an AP point at a third of the bytes.
 POINTS = {"yolox-nano": ("--operating-point", "4")}
+
+
+_BEGAN_S = time.monotonic()
+
+
+def step(what: str) -> None:
+    """Says what is done next, and how long the demo has been running."""
+    print(f"[{time.monotonic() - _BEGAN_S:4.0f} s] {what}", flush=True)
 
 
 def photos(out: Path) -> Path:
@@ -104,10 +113,15 @@ def main() -> int:
     parser.add_argument("--models", default="", help="bundles to run, comma separated (default: a classifier and a detector)")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
+    step("photographs that come with scikit-image")
     folder = photos(args.out)
+    step("weights of the detector: fetched the first time")
+    models = args.models.split(",") if args.models else ["efficientnet-lite0", detector()]
     summaries = {}
-    for model in args.models.split(",") if args.models else ("efficientnet-lite0", detector()):
+    for model in models:
+        step(f"{model}: exported the first time, then head and tail in two processes")
         summaries[model] = stream(model, folder, args.out)
+        step(f"{model}: what it saw, in how many bytes")
         show(args.out / f"{model}.jsonl", folder, model)
     print(f"\nannotated pictures: {args.out}/")
     first, *others = summaries.values()
