@@ -27,7 +27,7 @@ def test_the_bundle_carries_name_table_and_score(data_dir: Path, tmp_path: Path,
     monkeypatch.setenv(WEIGHTS_VARIABLE, str(data_dir / "weights"))
     bundle = export_yolox_nano(tmp_path / "bundle")
     assert bundle.manifest.name == "yolox-nano"
-    assert bundle.manifest.score_min == pytest.approx(0.2692)
+    assert bundle.manifest.score_min == pytest.approx(0.2816)
     assert len(bundle.points) == 9
     prices = [p["price"] for p in json.loads(bundle.read_part(bundle.manifest.codec))["points"]]
     assert prices == pytest.approx([0.4] * 7 + [0.3, 0.2])
