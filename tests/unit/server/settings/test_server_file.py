@@ -38,7 +38,7 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("max_session = 3", "unknown name 'max_session'; known are backend"),
+        ("max_session = 3", "unknown name 'max_session'; known are "),
         ('config = "another"', "unknown name 'config'"),
         ("[limits]\nmax_sessions = 3", "unknown name 'limits'"),
         ('max_sessions = "3"', "max_sessions must be a whole number, got '3'"),
