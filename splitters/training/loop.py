@@ -21,7 +21,7 @@ from splitters.bottleneck.learned import LearnedSplit, StagedModel, run_stages
 from splitters.bottleneck.learned_any import FusedEncoder
 from splitters.training.checkpoint import load_checkpoint, save_checkpoint
 from splitters.training.config import Stage, TrainConfig
-from splitters.training.losses import BitrateSteering, relative_error, staged_distortion
+from splitters.training.losses import BitrateSteering, arrived, relative_error, staged_distortion
 from splitters.training.photos import Crops, PhotoCache
 from splitters.training.schedule import average_in, rise_and_fall
 
@@ -234,6 +234,8 @@ class Trainer:
         latent, mismatch = self._latents(images, stage, rng, front)
         gain, kept = self._draw(len(images), rng)
         restored, bits = self.student.quantiser(latent, gain, kept)
+        if config.lost_slices > 0:
+            restored = restored * arrived(restored, config.lost_slices, rng)
         wrong = staged_distortion(self._answer(restored), teacher, config.loss, self.base)
         loss = (wrong + self.steering.weight(gain.cpu()).to(self.device) * bits).mean() + config.loss.latent * mismatch
         self._update(loss)
