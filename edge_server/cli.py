@@ -70,6 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--models-dir", type=Path, metavar="DIR", help="bundles below it may be loaded by an operator's call")
     p.add_argument(
+        "--adapt", type=Path, metavar="DIR",
+        help="fit bundles to what their cameras show, from symbols decoded anyway, and put the copies in DIR into use",
+    )  # fmt: skip
+    p.add_argument("--adapt-every-s", type=float, default=3600.0, help="between two such fits (default %(default)s)")
+    p.add_argument(
         "--backend", default="embedded", help="where tails run: embedded (in this process), ray (Ray Serve), or a package's"
     )
     p.add_argument(
@@ -204,7 +209,8 @@ def config_from(args: argparse.Namespace) -> ServerConfig:
     """
     payload_bytes = _scaled("--max-payload-mib", args.max_payload_mib, 1 << 20)
     return ServerConfig(
-        listen=args.listen, models=tuple(args.model or [DEFAULT_MODEL]), models_dir=args.models_dir, backend=args.backend,
+        listen=args.listen, models=tuple(args.model or [DEFAULT_MODEL]), models_dir=args.models_dir,
+        adapt_dir=args.adapt, adapt_every_s=args.adapt_every_s, backend=args.backend,
         grace_s=args.grace_s, port_file=args.port_file, parent_pid=args.parent_pid, metrics_port=args.metrics_port,
         web=args.web,
         otel_endpoint=args.otel_endpoint, reuse_port=args.reuse_port, quic=not args.no_quic,

@@ -263,6 +263,8 @@ class ServerConfig:
         web: host:port of the page; None: there is none.
         otel_endpoint: an OTLP collector for traces; None: as OpenTelemetry's own variables say.
         reuse_port: several ingress processes may share the address.
+        adapt_dir: bundles are fitted to what the cameras show, and the fitted copies lie there; None: they stay as they are.
+        adapt_every_s: between two fits.
         quic: a UDP port beside the TCP one takes frames as datagrams, where the extra ``quic`` is installed.
     """
 
@@ -278,6 +280,8 @@ class ServerConfig:
     web: str | None = None
     otel_endpoint: str | None = None
     reuse_port: bool = False
+    adapt_dir: Path | None = None
+    adapt_every_s: float = 3600.0
     quic: bool = True
     limits: Limits = field(default_factory=Limits)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -289,7 +293,7 @@ class ServerConfig:
         split_address(self.listen)
         if not all(self.models):
             raise ConfigError("--model must be a model's name or a bundle's directory, got an empty text")
-        _check(self, {"grace_s": (0, 3600), "linger_s": (0, 3600)})
+        _check(self, {"grace_s": (0, 3600), "linger_s": (0, 3600), "adapt_every_s": (1, 1e9)})
         if self.metrics_port is not None:
             _check(self, {"metrics_port": (0, 65535)})
         if self.web is not None:

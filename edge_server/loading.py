@@ -6,11 +6,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from edge_server.backends import Backend
-from edge_server.models import Model, ModelStore
-from protos.errors import HeadtailError, ModelError, UnknownModelError
+from edge_server.models import Model, ModelStore, open_model
+from protos.errors import BundleError, HeadtailError, ModelError, UnknownModelError
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,18 @@ class Loading:
         """
         return await self._whole(self._add(source))
 
+    async def replace(self, old: Model, path: Path) -> Model:
+        """Puts the bundle in a directory into use in a model's place, until bundles are read from their own places again.
+
+        Args:
+            old: in use.
+            path: of a bundle of the same name.
+
+        Raises:
+            HeadtailError: it cannot be read or loaded, or the model is not in use any more; nothing was changed.
+        """
+        return await self._whole(self._replace(old, path))
+
     async def remove(self, name: str) -> int:
         """Takes a model out of use; its sessions are told, answered and ended. Returns how many there were.
 
@@ -108,6 +121,16 @@ class Loading:
             if all(each.sha256 != model.sha256 for each in self._store.all()):
                 await load(self._backend, model)
                 self._on_used(model, self._store.use(place, model))
+            return model
+
+    async def _replace(self, old: Model, path: Path) -> Model:
+        async with self._lock:
+            model = await asyncio.get_running_loop().run_in_executor(None, open_model, path)
+            place = self._store.place_of(old)
+            if model.name != old.name:
+                raise BundleError(f"{path} holds {model.name!r}, not {old.name!r}")
+            await load(self._backend, model)
+            self._on_used(model, self._store.use(place, model))
             return model
 
     async def _remove(self, name: str) -> int:

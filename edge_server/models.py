@@ -190,6 +190,17 @@ class ModelStore:
         self._sources.remove(source)
         return model
 
+    def place_of(self, model: Model) -> str:
+        """The source that a model in use is of.
+
+        Raises:
+            UnknownModelError: it is not in use any more.
+        """
+        place = next((source for source, each in self._in_use.items() if each is model), None)
+        if place is None:
+            raise UnknownModelError(f"{model.name!r} was replaced or taken out of use meanwhile")
+        return place
+
     @contextmanager
     def hold(self, model: Model) -> Iterator[None]:
         """Around a unary call that runs on a model: its tail stays loaded until then."""

@@ -22,6 +22,7 @@ from grpc_health.v1 import health, health_pb2
 from edge_server import preflight
 from edge_server.access.auth import Tokens, open_tokens
 from edge_server.access.quota import Caller
+from edge_server.adapting.adapting import Adapting
 from edge_server.backends import BACKENDS, Backend
 from edge_server.bandwidth.grants import BandwidthManager
 from edge_server.bandwidth.lag import watch_lag
@@ -84,6 +85,7 @@ class Server:
         self._page: ServerPage | None = None
         self._quic = _quic_door(config)
         self._loading: Loading | None = None
+        self._seen = Adapting.sample(config.adapt_dir)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # set at import
         self._server: grpc.aio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -147,28 +149,26 @@ class Server:
         if failures and not store.all():
             raise failures[0]
         self._answerer = Answerer(
-            backend,
-            self.config.limits,
-            decode_threads=self.config.tail.decode_threads,
-            clock=time.monotonic_ns,
-            metrics=self._metrics,
-            tracing=self.tracing,
-        )
+            backend, self.config.limits, decode_threads=self.config.tail.decode_threads, clock=time.monotonic_ns,
+            metrics=self._metrics, tracing=self.tracing, seen=self._seen,
+        )  # fmt: skip
         bandwidth = BandwidthManager()
         self._spawn(watch_lag(bandwidth), "the watch of the event loop")
         services = Services(
             store=store, backend=backend, answerer=self._answerer, bandwidth=bandwidth, limits=self.config.limits,
-            metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=package_version(),
-            datagrams=self._quic,
+            metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=package_version(), datagrams=self._quic,
         )  # fmt: skip
         anyone = Caller(max_unary=self.config.limits.max_unary_in_flight)
         ingress = Ingress(services, anyone)
         self._loading = Loading(store, backend, ingress.sessions, grace_s=self.config.grace_s, linger_s=self.config.linger_s)
+        if self._seen is not None and self.config.adapt_dir is not None:
+            adapting = Adapting(self.config.adapt_dir, self.config.adapt_every_s, store, self._loading, self._seen)
+            self._spawn(adapting.run(), "the fitting of bundles", vital=False)
         self._ingress = ingress
         if self.config.web is not None and self._tally is not None:
-            page = open_page(self.config.web, self._tally, store, ingress, backend.load_now, backend=self.config.backend)
-            self._page, self.page_port = page, await page.start()
+            self._page = open_page(self.config.web, self._tally, ingress, backend=self.config.backend)
         await self._listen(ingress, self._loading, anyone)
+        self.page_port = await self._page.start() if self._page is not None else 0
 
     async def _listen(self, ingress: Ingress, loading: Loading, anyone: Caller) -> None:
         limits = self.config.limits
@@ -304,10 +304,10 @@ class Server:
         if self._server is not None:
             await self._server.stop(0)
             self._server = None
-        if self._quic is not None:
-            self._quic.close()
         if self._page is not None:
             await self._page.close()
+        if self._quic is not None:
+            self._quic.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

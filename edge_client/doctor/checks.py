@@ -7,7 +7,8 @@ import os
 import shutil
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from urllib.parse import urlsplit
@@ -27,6 +28,11 @@ _ROOM_BYTES = 500 << 20
 _EARLIEST_UNIX_S = 1_750_000_000  # a clock before this (June 2025) was never set
 _SLOW_RTT_MS = 150
 _EXTRAS = {"aiohttp": "web", "paho": "events", "zmq": "frigate", "prometheus_client": "metrics", "aioquic": "quic"}
+_TRIES_S = 10.0
+_PATHS = (
+    "/stream1", "/Streaming/Channels/101", "/cam/realmonitor?channel=1&subtype=0", "/axis-media/media.amp", "/h264Preview_01_main",
+    "/live", "/onvif1",
+)  # fmt: skip
 _PARTS = ("onnxruntime", "opencv-python-headless", "av", "grpcio")
 
 
@@ -88,7 +94,29 @@ async def _cache() -> list[Finding]:
 
 
 async def _camera(config: ClientConfig) -> list[Finding]:
-    source = parse_source(config.camera)
+    try:
+        return await _opened(config.camera)
+    except HeadtailError:
+        if not _is_bare(config.camera):
+            raise
+        begin_s = time.monotonic()
+        for path in _PATHS:
+            if time.monotonic() - begin_s > _TRIES_S:  # a camera that is there refuses a wrong path at once
+                break
+            with suppress(HeadtailError):
+                (found,) = await _opened(config.camera.rstrip("/") + path)
+                return [replace(found, advice=f"the address as given does not open, with {path} behind it it does: use that")]
+        raise
+
+
+def _is_bare(camera: str) -> bool:
+    """Whether it is the address of a network camera without a path."""
+    parts = urlsplit(camera)
+    return parts.scheme.lower() in ("rtsp", "rtsps") and not parts.path.strip("/")
+
+
+async def _opened(camera: str) -> list[Finding]:
+    source = parse_source(camera)
     capture = Capture(CaptureConfig(source=source, frames=10 if not source.camera else 0))
     begin_s = time.monotonic()
     try:
@@ -177,8 +205,7 @@ def _advice(what: str, config: ClientConfig, error: HeadtailError) -> str:
 
 def _camera_advice(camera: str) -> str:
     if camera.lower().startswith("rtsp"):
-        parts = urlsplit(camera)
-        bare = "" if parts.path.strip("/") else " The address has no path, and most cameras want one: "
+        bare = " The address has no path, most cameras want one, and none of the usual opened: " if _is_bare(camera) else ""
         makers = "Hikvision /Streaming/Channels/101, Dahua /cam/realmonitor?channel=1&subtype=0, Axis /axis-media/media.amp, "
         return (
             (bare or " Paths differ: ") + makers + "Reolink /h264Preview_01_main, others /stream1; user and password go before the "

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from edge_server.access.fair import FairPool
+from edge_server.adapting.seen import Seen
 from edge_server.backends import Backend, TailWork
 from edge_server.config import Limits
 from edge_server.frames.assembly import ArrivedFrame
@@ -34,16 +35,20 @@ class History:
         references: decoded symbols.
         video: the H.264 stream; None: a call on its own, without any.
         turn: held while a frame is decoded.
+        seen: keeps a sample of what was decoded; None: nothing is kept.
     """
 
     references: ReferenceStore = field(default_factory=ReferenceStore)
     video: VideoStream | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    seen: Seen | None = None
 
     def close(self) -> None:
         """No frame of the session will come any more."""
         if self.video is not None:
             self.video.close()
+        if self.seen is not None:
+            self.seen.end(id(self))
 
 
 class Answerer:
@@ -56,6 +61,7 @@ class Answerer:
         clock: monotonic ns.
         metrics: counts.
         tracing: spans; None: none.
+        seen: keeps a sample of what sessions send; None: nothing is kept.
     """
 
     def __init__(
@@ -67,12 +73,14 @@ class Answerer:
         clock: Callable[[], int],
         metrics: Metrics,
         tracing: Tracing | None = None,
+        seen: Seen | None = None,
     ) -> None:
         self._backend = backend
         self._limits = limits
         self._clock = clock
         self._metrics = metrics
         self._tracing = tracing or NoTracing()
+        self._seen = seen
         self.pool = FairPool(decode_threads, clock=clock)
         self.video_slots = VideoSlots(limits.max_video_streams, clock)
         self._pending_bytes = 0
@@ -82,7 +90,7 @@ class Answerer:
         """For a new session, or for one that says hello again and had another; to be closed at its end."""
         if after is not None:
             after.close()
-        return History(video=VideoStream(self.video_slots))
+        return History(video=VideoStream(self.video_slots), seen=self._seen)
 
     @property
     def pending_bytes(self) -> int:
@@ -153,6 +161,8 @@ class Answerer:
             decoded = await self.pool.run(client, decode)
             if decoded.symbols is not None:
                 history.references.add(frame.frame_id, decoded.symbols)
+                if history.seen is not None:
+                    history.seen.add(id(history), model.sha256, frame.frame_id, decoded.symbols)
         return decoded
 
     def _video(self, model: Model, frame: ArrivedFrame, stream: VideoStream | None) -> Callable[[], Decoded]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from edge_server.backends import Load
 from edge_server.doors.grpc import Ingress
-from edge_server.models import ModelStore
 from edge_server.observe.tally import Tally
 from protos.errors import MissingDependencyError
 from protos.web.address import page_address
@@ -16,9 +13,7 @@ if TYPE_CHECKING:
     from edge_server.web.page import ServerPage
 
 
-def open_page(
-    listen: str, tally: Tally, store: ModelStore, ingress: Ingress, load: Callable[[], Load], *, backend: str
-) -> ServerPage:
+def open_page(listen: str, tally: Tally, ingress: Ingress, *, backend: str) -> ServerPage:
     """The page of ``--web``, not yet listening.
 
     Raises:
@@ -30,4 +25,4 @@ def open_page(
     except ImportError as error:
         raise MissingDependencyError("--web needs aiohttp: pip install 'headtail[web]'") from error
     host, port = page_address(listen)
-    return ServerPage(tally, store, ingress, load, backend=backend, host=host, port=port)
+    return ServerPage(tally, ingress, backend=backend, host=host, port=port)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
 from aiohttp import web
 
-from edge_server.backends import Load
 from edge_server.doors.grpc import Ingress
-from edge_server.models import ModelStore
 from edge_server.observe.tally import Tally
 from protos.text import printable
 from protos.web.site import Site
@@ -23,10 +20,8 @@ class ServerPage:
 
     Args:
         tally: the counters.
-        store: the models.
-        ingress: the sessions.
-        load: how busy the backend is.
-        backend: its name.
+        ingress: the sessions, and what they share.
+        backend: the backend's name.
         host: where it listens; others than this machine need the token of ``HEADTAIL_WEB_TOKEN``.
         port: 0: any free one.
 
@@ -34,10 +29,8 @@ class ServerPage:
         ConfigError: others can reach the address and no token is set.
     """
 
-    def __init__(
-        self, tally: Tally, store: ModelStore, ingress: Ingress, load: Callable[[], Load], *, backend: str, host: str, port: int
-    ) -> None:
-        self._tally, self._store, self._ingress, self._load, self._backend = tally, store, ingress, load, backend
+    def __init__(self, tally: Tally, ingress: Ingress, *, backend: str, host: str, port: int) -> None:
+        self._tally, self._ingress, self._backend = tally, ingress, backend
         self._site = Site(files(__package__) / "static", {"/api/state": self._state}, host=host, port=port)
 
     async def start(self) -> int:
@@ -54,13 +47,14 @@ class ServerPage:
 
     def state(self, since: int) -> dict[str, Any]:
         """What the page shows; the strip's seconds from ``since`` on."""
-        load = self._load()
+        services = self._ingress.services
+        load = services.backend.load_now()
         sessions = sorted((session.facts() for session in self._ingress.sessions), key=lambda facts: str(facts["who"]))
         state = self._tally.state(since)
         return {
             **state,
             "refusals": [[ago, code, printable(text)] for ago, code, text in state["refusals"]],
-            "version": self._ingress.services.version,
+            "version": services.version,
             "backend": self._backend,
             "draining": self._ingress.draining,
             "load": {"waiting": load.waiting, "queue_ms": load.queue_ns / 1e6, "tail_ms": load.tail_ns / 1e6},
@@ -69,7 +63,7 @@ class ServerPage:
                     "name": printable(model.name), "sha256": model.sha256[:12], "task": model.bundle.manifest.task,
                     "device_bytes": model.device_bytes, **self._tally.model(model.name),
                 }
-                for model in self._store.all()
+                for model in services.store.all()
             ],
             "session_count": len(sessions),
             "sessions": sessions[:_SHOWN_SESSIONS],

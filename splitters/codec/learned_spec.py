@@ -55,3 +55,11 @@ def learned_spec(
         ],
         "tables": tables_path,
     }
+
+
+def tier_prices(spec: Mapping[str, Any]) -> list[float]:
+    """What a bit is worth at each gain tier: the mean over the spec's points there, the default where there is none."""
+    by_tier: dict[int, list[float]] = {}
+    for point in spec["points"]:
+        by_tier.setdefault(int(point["tier"]), []).append(float(point.get("price", DEFAULT_PRICE)))
+    return [float(np.mean(by_tier.get(tier, [DEFAULT_PRICE]))) for tier in range(len(spec["gains"]))]

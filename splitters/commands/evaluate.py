@@ -208,6 +208,15 @@ def _tell_rate(what: str, rate: BdRate | str) -> None:
         print(f"{what}: bytes at equal accuracy {rate.percent:+.1f} % [{rate.low:+.1f}, {rate.high:+.1f}] {span}")
 
 
+def _tell_encoders(report: Report) -> None:
+    """What each encoder weighs."""
+    for cost in report.encoders:
+        print(
+            f"{'+'.join(cost.graphs) or 'stem'}, stem included: {cost.file_bytes:,} bytes, {cost.parameters:,} parameters, "
+            f"{cost.macs / 1e6:.1f} M MACs, {cost.macs_per_px:,.0f} a pixel"
+        )
+
+
 def _tell(report: Report) -> None:
     """The table for people."""
     from splitters.evaluation.bdrate import BdRate
@@ -222,6 +231,7 @@ def _tell(report: Report) -> None:
         told = f"{gap[0]:+.4f} [{gap[1]:+.4f}, {gap[2]:+.4f}]" if gap else ""
         size, graphs = p.payload_bytes, "+".join(p.graphs) or "stem"
         print(row.format(p.id, graphs, p.codec_point, size.p50, size.p95, p.head_ms.p50, p.accuracy, told, "*" if p.pareto else ""))
+    _tell_encoders(report)
     for tier, rates in report.bd_rates.items():
         for codec, rate in rates.items():
             if isinstance(rate, BdRate):

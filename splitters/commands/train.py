@@ -50,7 +50,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--data-parts", nargs="+", default=[], metavar="DIR", help="recipe any: only these folders of --data")
     parser.add_argument("--steps", type=int, help="scale the recipe's stages to this many steps in total")
-    parser.add_argument("--start", type=Path, metavar="DIR", help="efficientnet-lite0: go on from this run's or folder's weights")
+    parser.add_argument(
+        "--start", type=Path, metavar="DIR", help="efficientnet-lite0, any: go on from this run's or folder's weights"
+    )
     parser.add_argument(
         "--single-point",
         default="",
@@ -89,6 +91,14 @@ def _add_any(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--bytes", type=float, nargs="+", default=[], metavar="N", help="payload of each gain tier, finest first")
     group.add_argument(
+        "--video", type=Path, nargs="+", default=[], metavar="FILE",
+        help="learn from neighbouring frames of these clips too, and from photos moved as a camera would see them: what a "
+        "predicted frame costs joins the loss, and its tables are fitted on the clips",
+    )  # fmt: skip
+    group.add_argument(
+        "--video-until", type=float, default=0.5, metavar="SHARE", help="of each clip, from its start (default: %(default)s)"
+    )
+    group.add_argument(
         "--amp", action="store_true", help="half precision in the student on the processor too (a GPU always has it)"
     )
     add_serving_arguments(group)
@@ -100,6 +110,7 @@ def _any(args: argparse.Namespace) -> TrainConfig:
     from splitters.bottleneck.learned_any import AnyCutConfig, fused_channels
     from splitters.cutting.answers import PHOTOS
     from splitters.cutting.sources import load_source
+    from splitters.training.config import VideoLearning
     from splitters.training.recipes import any_cut
 
     if not args.model or not args.at:
@@ -129,6 +140,10 @@ def _any(args: argparse.Namespace) -> TrainConfig:
         args.model, cut, weights=args.weights, size_px=height, steps=args.steps or 3000, batch=32,
         target_bytes=tuple(args.bytes), serving={**serving.to_json(), "licence": args.licence or UNKNOWN_LICENCE},
     )  # fmt: skip
+    if args.video:
+        from splitters.training.video import checked
+
+        config = replace(config, video=VideoLearning(clips=checked(args.video, args.data), until=args.video_until))
     return replace(config, amp=args.amp, data=tuple(args.data_parts))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint
 from splitters.evaluation.bdrate import BdRate, Curve
+from splitters.profiling.encoder_cost import EncoderCost
 
 Gap = tuple[float, float, float]
 
@@ -60,6 +61,7 @@ class Report:
         unreadable: photos that could not be read and were left out.
         best_f1: of a detector judged by labels: the score from which on the best point's boxes give the best F1 at IoU .50, and
             that F1.
+        encoders: what each set of graphs on the device weighs.
         also: other figures of the whole model (key -1) and of each point, by name: a detector's ``ap50``.
     """
 
@@ -78,6 +80,7 @@ class Report:
     local: float | None = None
     unreadable: tuple[str, ...] = ()
     best_f1: tuple[float, float] | None = None
+    encoders: tuple[EncoderCost, ...] = ()
 
     @property
     def top(self) -> OperatingPoint:
@@ -96,6 +99,7 @@ class Report:
             "bd_rates": {t: {c: _plain(r) for c, r in row.items()} for t, row in self.bd_rates.items()},
             "baselines": {c.name: _table(c) for c in self.curves[1:]},
             "encode_ms": dict(self.encode_ms),
+            "encoders": [cost.to_json() for cost in self.encoders],
             "offloads": [asdict(o) for o in self.offloads], "local": self.local,
             "unreadable": list(self.unreadable),
             **({"score_min": self.best_f1[0], "f1": self.best_f1[1]} if self.best_f1 else {}),

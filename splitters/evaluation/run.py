@@ -38,6 +38,7 @@ from splitters.evaluation.measure import (
 )
 from splitters.evaluation.report import Gap, Jpeg95, Report, dump
 from splitters.evaluation.steps import Steps, Told
+from splitters.profiling.encoder_cost import encoder_costs
 from splitters.runtime.head import Head, open_codec
 from splitters.runtime.tail import Tail, load_tail
 from splitters.tasks.base import form_of
@@ -136,7 +137,7 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info, s
         curves=(curve, *curves), bd_rates=rates, encode_ms={s.codec: encode_ms(photos, s) for s in middle},
         jpeg95=_jpeg95(bench, curve, points, whole) if whole and detector and config.against else None,
         also={-1: whole.also if whole else {}, **also}, offloads=tuple(offloads), local=local,
-        unreadable=tuple(str(f) for f in photos.unreadable), best_f1=best,
+        unreadable=tuple(str(f) for f in photos.unreadable), best_f1=best, encoders=tuple(encoder_costs(bundle)),
     )  # fmt: skip
 
 

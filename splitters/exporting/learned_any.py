@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
@@ -80,18 +81,32 @@ def load_run(run: Path, model: str = "") -> tuple[ModelSource, LearnedSplit, dic
         cut = AnyCutConfig(**fields)
         size = (config["size_px"], config["size_px"])
         source = load_source(model or config["model"], weights=config["weights"], size_px=size)
-        state = load_file(run / WEIGHTS_FILE)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{run} holds no finished training: {error}; run splitters train to its end") from error
     example = torch.zeros(2, 3, *size)
     _, student = build_any(narrow(source.model, nn.Module), example, cut, None)
-    missing, unknown = student.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False
-    )
+    load_weights(student, run)
+    return source, student.eval(), recipe
+
+
+def load_weights(student: LearnedSplit, run: Path) -> None:
+    """Gives a student the trained weights of a run, in single precision.
+
+    Raises:
+        BundleError: the folder holds none, or those of another model, cut or latent.
+    """
+    try:
+        state = load_file(run / WEIGHTS_FILE)
+        missing, unknown = student.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False
+        )
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{run} holds no finished training: {error}; run splitters train to its end") from error
+    except RuntimeError as error:  # tensors of other sizes
+        raise BundleError(f"{run / WEIGHTS_FILE} is of another bottleneck: {str(error).splitlines()[-1].strip()}") from error
     lost = [k for k in missing if not k.endswith("num_batches_tracked")]
     if lost or unknown:
         raise BundleError(f"{run / WEIGHTS_FILE} does not fit its recipe: missing {lost[:3]}, unknown {list(unknown)[:3]}")
-    return source, student.eval(), recipe
 
 
 def device_stem(student: LearnedSplit) -> nn.Module:

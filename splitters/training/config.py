@@ -76,6 +76,35 @@ class LossWeights:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VideoLearning:
+    """How a training learns from neighbouring frames (see `splitters.training.video`).
+
+    Attributes:
+        clips: video files, below the data folder or absolute.
+        until: share of each clip that is learned from, from its start; the rest can judge.
+        fps: frames a second that a camera will send.
+        share: of a batch that is the second frame of a pair.
+        bits: weight of a predicted frame's bit, in that of a key frame's.
+        flicker: weight of a still cell's mean squared change, in squared steps.
+        price: of a bit in the codec's choice, in squared steps.
+    """
+
+    clips: tuple[str, ...] = ()
+    until: float = 0.5
+    fps: float = 10.0
+    share: float = 0.5
+    bits: float = 2.0
+    flicker: float = 0.5
+    price: float = 0.4
+
+    def __post_init__(self) -> None:
+        if not (0 < self.until <= 1 and self.fps > 0 and 0 < self.share <= 1 and min(self.bits, self.flicker, self.price) >= 0):
+            raise ConfigError(
+                "learning from video needs 0 < until <= 1, fps above 0, 0 < share <= 1 and weights that are not negative"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One training.
 
@@ -89,7 +118,7 @@ class TrainConfig:
         amp: the student's decoder and tail in bfloat16 on the processor too; on a GPU they always are.
         first_weight: of the bits in the loss, relative to a bit's share of the finest tier's target, at the start.
         single_layer_from: rungs from this gain on are so small that a frame fits one packet, and travel in one layer.
-        start: folder with trained weights to go on from (``efficientnet-lite0`` only); empty: the published model.
+        start: folder with trained weights to go on from; empty: the published model.
         deepen: the small encoders of ``start`` grow residual blocks, which begin as the identity.
         single: ``TIER:GAIN``: train for this one operating point alone, from ``start`` (see `splitters.training.single`).
         data: sub-folders of the data directory to learn from; empty for all of it.
@@ -103,6 +132,7 @@ class TrainConfig:
         hold_out: photos kept for ``dev``.
         hold_out_of: sub-folder of the data directory to take them from, equally many of each folder in it; empty: of all.
         ema: decay of the averaged weights.
+        video: learn from neighbouring frames too; None: from photos alone.
     """
 
     model: str
@@ -137,6 +167,7 @@ class TrainConfig:
     clip_norm: float = 2.0
     seed: int = 0
     checkpoint_s: float = 300.0
+    video: VideoLearning | None = None
 
     def __post_init__(self) -> None:
         if any(b <= 0 for b in self.target_bytes) or list(self.target_bytes) != sorted(self.target_bytes, reverse=True):
@@ -154,6 +185,11 @@ class TrainConfig:
         counts = share_out(steps, [stage.steps for stage in self.stages])
         stages = tuple(replace(s, steps=n) for s, n in zip(self.stages, counts, strict=True) if n)
         return replace(self, stages=stages)
+
+    @property
+    def bgr(self) -> bool:
+        """Whether the model takes blue first, as its end in the manifest says."""
+        return bool(self.serving.get("preprocess", {}).get("channel_order") == "bgr")
 
     @property
     def steps(self) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from protos.errors import ConfigError
 from splitters.bottleneck.learned import LearnedSplit
 from splitters.codec.fitting.fit import fit_tables, refit_predicted
-from splitters.exporting.learned import RECIPE_FILE, TABLES_FILE, WEIGHTS_FILE, Rung, gains_at, tuned_state
+from splitters.exporting.learned import RECIPE_FILE, TABLES_FILE, WEIGHTS_FILE, Rung, gains_at, prices_at, tuned_state
 from splitters.training.photos import Crops, PhotoCache
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def finish(
     student: LearnedSplit, photos: PhotoCache, crops: Crops, out: Path, *,
     rungs: Sequence[Rung], layers: Sequence[int], recipe: Mapping[str, Any],
     count: int = 240, seed: int = 0, whole_state: bool = False, progress: Callable[[str], None] = log.info,
+    filmed: Sequence[Tensor] = (),
 ) -> None:  # fmt: skip
     """Writes weights, tables and recipe into ``out``.
 
@@ -97,6 +98,7 @@ def finish(
         seed: of their choice.
         whole_state: keep every weight, not only what differs from the published model.
         progress: told what is being done.
+        filmed: frames of real clips (T, 3, H, W), which predicted frames are fitted on in place of moved photos.
     """
     out.mkdir(parents=True, exist_ok=True)
     state = tuned_state(student, everything=whole_state)
@@ -107,10 +109,13 @@ def finish(
     batches = [photos.batch(chosen[i : i + 12], crops, rng) for i in range(0, len(chosen), 12)]
     latents = sample_latents(student, batches)
     gains = gains_at(student, list(dict.fromkeys(r.gain for r in rungs)))[0]
-    clips = [c for batch in batches[::_CLIP_SHARE] for c in clip_latents(student, moving(batch, rng))]
+    moved = (moving(batch, rng) for batch in batches[::_CLIP_SHARE])
+    clips = [c for clip in ([f[None] for f in filmed] or moved) for c in clip_latents(student, clip)]
     tables = fit_tables(symbols_at(latents, gains), layers, progress=progress)
     try:
-        tables = refit_predicted(tables, clips, gains.numpy(), progress=progress)
+        by_gain = dict(zip((r.gain for r in rungs), prices_at(rungs).values(), strict=True))
+        prices = [by_gain[gain] for gain in dict.fromkeys(r.gain for r in rungs)]
+        tables = refit_predicted(tables, clips, gains.numpy(), prices=prices, progress=progress)
     except ConfigError as error:  # a latent of few cells, or photos in which nothing can move: key frames alone
         log.warning("no tables of predicted frames: %s; `splitters adapt` fits them to a camera's video", error.message)
     save_file(state, out / WEIGHTS_FILE)

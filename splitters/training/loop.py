@@ -20,10 +20,11 @@ from splitters.bottleneck.ensemble import OwnEncoder, SmallEncoder
 from splitters.bottleneck.learned import LearnedSplit, StagedModel, run_stages
 from splitters.bottleneck.learned_any import FusedEncoder
 from splitters.training.checkpoint import load_checkpoint, save_checkpoint
-from splitters.training.config import Stage, TrainConfig
+from splitters.training.config import Stage, TrainConfig, VideoLearning
 from splitters.training.losses import BitrateSteering, arrived, relative_error, staged_distortion
 from splitters.training.photos import Crops, PhotoCache
 from splitters.training.schedule import average_in, rise_and_fall
+from splitters.training.video import Pairs, Predicted, predict, still_cells
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Trainer:
         out: run directory: checkpoints.
         device: torch device.
         clock_s: monotonic seconds, for checkpoints.
+        pairs: neighbouring frames, where the configuration learns from them.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Trainer:
         out: Path,
         device: torch.device,
         clock_s: Callable[[], float],
+        pairs: Pairs | None = None,
     ) -> None:
         self.config, self.base, self.student, self.photos, self.out, self.device, self.clock_s = (
             config,
@@ -81,7 +84,10 @@ class Trainer:
             device,
             clock_s,
         )
-        self.crops = Crops(size_px=config.size_px, area=config.area, mean=config.mean, std=config.std, letterbox=config.letterbox)
+        self.crops = Crops(
+            size_px=config.size_px, area=config.area, mean=config.mean, std=config.std, letterbox=config.letterbox, bgr=config.bgr
+        )
+        self.pairs = pairs
         self.shares_front = base.same_front and all(stage.lr_own == 0 for stage in config.stages)
         for module in (base.modules(), student):
             module.to(device)
@@ -224,6 +230,7 @@ class Trainer:
         torch.manual_seed(config.seed * 1_000_003 + self.step)
         self.student.train()
         images = self.photos.batch(rng.integers(0, len(self.photos), config.batch), self.crops, rng).to(self.device)
+        before, images = self._with_pairs(images, stage, rng)
         images = images.contiguous(memory_format=torch.channels_last)
         if stage.latent_only:
             loss = self._distil_latents(images, stage)
@@ -233,13 +240,21 @@ class Trainer:
         front = (stem_map, teacher[: self.base.cuts]) if self.shares_front else None
         latent, mismatch = self._latents(images, stage, rng, front)
         gain, kept = self._draw(len(images), rng)
-        restored, bits = self.student.quantiser(latent, gain, kept)
+        alone = len(latent) - (0 if before is None else len(before))
+        kept[alone:] = 1
+        restored, bits = self.student.quantiser(latent[:alone], gain[:alone], kept[:alone])
         if config.lost_slices > 0:
             restored = restored * arrived(restored, config.lost_slices, rng)
+        flicker = latent.new_zeros(())
+        if before is not None and config.video is not None:
+            told = self._predicted(before, images[alone:], latent[alone:], gain[alone:], config.video)
+            restored, flicker = torch.cat([restored, told.restored]), config.video.flicker * told.flicker
+            bits = torch.cat([bits, config.video.bits * told.bits])
         wrong = staged_distortion(self._answer(restored), teacher, config.loss, self.base)
-        loss = (wrong + self.steering.weight(gain.cpu()).to(self.device) * bits).mean() + config.loss.latent * mismatch
+        loss = (wrong + self.steering.weight(gain.cpu()).to(self.device) * bits).mean() + config.loss.latent * mismatch + flicker
         self._update(loss)
-        self._steer(stage, gain, kept, bits)
+        if alone:
+            self._steer(stage, gain, kept, bits, alone)
         return self._told(float(loss.detach()), float(wrong.detach().mean()), float(mismatch.detach()))
 
     def _update(self, loss: Tensor) -> None:
@@ -249,12 +264,28 @@ class Trainer:
         self.optimiser.step()
         average_in(self.ema, self.student.state_dict(), self.step, decay=self.config.ema)
 
-    def _steer(self, stage: Stage, gain: Tensor, kept: Tensor, bits: Tensor) -> None:
-        """Compares the largest shown tier's untruncated samples with the targets."""
+    def _with_pairs(self, images: Tensor, stage: Stage, rng: np.random.Generator) -> tuple[Tensor | None, Tensor]:
+        """The pairs' earlier frames, and the batch with their later ones in the place of its last photos."""
+        if self.pairs is None or self.config.video is None or stage.latent_only:
+            return None, images
+        largest = next(n for n in reversed(shares(stage.tiers, len(images), None)) if n)
+        count = min(max(1, round(self.config.video.share * len(images))), largest)
+        before, now = (t.to(self.device) for t in self.pairs.draw(count, rng))
+        return before, torch.cat([images[: len(images) - count], now])
+
+    def _predicted(self, before: Tensor, now: Tensor, latent: Tensor, gain: Tensor, video: VideoLearning) -> Predicted:
+        with torch.no_grad():
+            earlier = self.student.latent(before, len(self.student.ensemble.tiers) - 1)
+        still = still_cells(before, now, self.config.std, (latent.shape[2], latent.shape[3]))
+        return predict(self.student.quantiser, earlier.float(), latent, gain, still, video.price)
+
+    def _steer(self, stage: Stage, gain: Tensor, kept: Tensor, bits: Tensor, alone: int) -> None:
+        """Compares the largest shown tier's untruncated samples, those coded ``alone``, with the targets."""
         whole = kept.min(1).values > 0
         count = next(n for n in reversed(shares(stage.tiers, len(gain), None)) if n)
         largest = torch.zeros(len(gain), dtype=torch.bool, device=gain.device)
         largest[len(gain) - count :] = True
+        largest[alone:] = False
         told = (whole & largest).cpu()
         if bool(told.any()):
             g, b = gain.cpu()[told], bits.detach().cpu()[told]

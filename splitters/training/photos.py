@@ -100,6 +100,7 @@ class Crops:
         mean: subtracted per channel, of values in 0..1.
         std: divided by per channel.
         letterbox: keep proportions: whole photos and large parts, scaled to fit, at the top left of a grey square.
+        bgr: the model takes blue first.
     """
 
     size_px: int
@@ -107,6 +108,7 @@ class Crops:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     letterbox: bool = False
+    bgr: bool = False
 
 
 class PhotoCache:
@@ -160,8 +162,7 @@ class PhotoCache:
 
     def batch(self, indices: Iterable[int], crops: Crops, rng: np.random.Generator) -> Tensor:
         """Random resized crops, mirrored half of the time."""
-        draw = _letterboxed if crops.letterbox else _crop
-        taken = [draw(self.photo(i), crops, rng) for i in indices]
+        taken = [drawn(self.photo(i), crops, rng) for i in indices]
         return normalise(np.stack(taken), crops.mean, crops.std)
 
 
@@ -210,6 +211,12 @@ def normalise(photos: NDArray[np.uint8], mean: float | Sequence[float], std: flo
     """uint8 (N, H, W, 3) to the model's input (N, 3, H, W); mean and standard deviation are shared or one a channel."""
     x = torch.from_numpy(photos).permute(0, 3, 1, 2).float().div_(255.0)
     return x.sub_(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1))
+
+
+def drawn(photo: NDArray[np.uint8], crops: Crops, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """One random crop of a picture (H, W, 3) RGB, mirrored half of the time: (size, size, 3) in the model's order of colours."""
+    taken = _letterboxed(photo, crops, rng) if crops.letterbox else _crop(photo, crops, rng)
+    return taken[..., ::-1] if crops.bgr else taken
 
 
 def _crop(photo: NDArray[np.uint8], crops: Crops, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -24,6 +24,7 @@ from splitters.training.finish import finish
 from splitters.training.loop import StepReport, Trainer
 from splitters.training.photos import Crops, PhotoCache, Told, hold_out, hold_out_evenly, list_photos
 from splitters.training.single import single_from
+from splitters.training.video import Pairs
 from splitters.zoo.efficientnet_lite0.export import load_student
 from splitters.zoo.efficientnet_lite0.network import load_efficientnet_lite0
 
@@ -77,12 +78,16 @@ def build(config: TrainConfig, sample: Tensor) -> tuple[StagedModel, LearnedSpli
         return build_learned_efficientnet(sample)
     from splitters.bottleneck.learned_any import build_any
     from splitters.cutting.sources import load_source
+    from splitters.exporting.learned_any import load_weights
 
     size = (config.size_px, config.size_px)
     source = load_source(config.model, weights=config.weights, size_px=None if config.model.endswith(".pt2") else size)
     if not isinstance(source.model, torch.nn.Module):
         raise ConfigError("an exported program cannot be trained around: give the model itself")
-    base, student = build_any(source.model, sample[:1], config.cut, sample)
+    base, student = build_any(source.model, sample[:1], config.cut, None if config.start else sample)
+    if config.start:
+        load_weights(student, Path(config.start))
+        return base, student
     with torch.no_grad():
         latent = student.eval().latent(sample[:_AIMED], len(student.ensemble.tiers) - 1)
     student.quantiser.aim(latent, [8 * b for b in config.target_bytes])
@@ -137,13 +142,19 @@ def run_training(
     photos = PhotoCache(train, cache or out / "photos", short_px=max(256, config.size_px), longest_px=longest, progress=decoding)
     if len(photos) < config.batch:
         raise ConfigError(f"{len(photos)} photos of {data} can be read: too few for a batch of {config.batch}")
-    whole = Crops(size_px=config.size_px, area=0.5, mean=config.mean, std=config.std, letterbox=config.letterbox)
+    whole = Crops(size_px=config.size_px, area=0.5, mean=config.mean, std=config.std, letterbox=config.letterbox, bgr=config.bgr)
     rng = np.random.default_rng(config.seed)
     sample = photos.batch(rng.choice(len(photos), min(_SAMPLE, len(photos)), replace=False), whole, rng)
     if config.single:
         config = single_from(config, config.single, sample, out / "start")
     base, student = build(config, sample)
-    trainer = Trainer(config, base, student, photos, out=out, device=chosen, clock_s=time.monotonic)
+    pairs = None
+    if config.video is not None:
+        crops = Crops(
+            size_px=config.size_px, area=config.area, mean=config.mean, std=config.std, letterbox=config.letterbox, bgr=config.bgr
+        )
+        pairs = Pairs(config.video, data, photos, crops)
+    trainer = Trainer(config, base, student, photos, out=out, device=chosen, clock_s=time.monotonic, pairs=pairs)
     (out / DEV_FILE).write_text(json.dumps([str(p) for p in dev], indent=0), encoding="utf-8")
     trainer.run(on_step, stop)
     told = Trained(student=student, step=trainer.step, steps=config.steps, photos=len(photos), unreadable=tuple(photos.unreadable))
@@ -164,5 +175,6 @@ def run_training(
             Rung(gain=g, channels=channels, single_layer=g >= config.single_layer_from) for g in config.rungs or (0.0,)
         ],
         layers=[*config.groups[1:], channels], recipe=recipe, count=fit, seed=config.seed, whole_state=config.cut is not None,
+        filmed=pairs.pieces() if pairs is not None else (),
     )  # fmt: skip
     return told

@@ -71,6 +71,7 @@ def main(port: str) -> None:
     factory.set_launch(_LAUNCH)
     factory.connect("media-configure", camera.configured)
     server.get_mount_points().add_factory("/cam", factory)
+    server.get_mount_points().add_factory("/stream1", factory)
     server.attach(None)
     GLib.io_add_watch(sys.stdin, GLib.IO_IN | GLib.IO_HUP, camera.told)
     sys.stdout.write("ready\n")

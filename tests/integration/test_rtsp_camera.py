@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import av
 import pytest
 
+from edge_client.cli import main
 from tests.fakes.client_process import ClientProcess, client
 from tests.fakes.rtsp_camera import RtspCamera
 
@@ -94,6 +96,18 @@ def test_a_camera_that_is_killed_comes_back_stalls_is_slow_and_changes_its_size(
     assert "the camera stalled; opened again" in done.err
     with av.open(str(clip)) as container:  # pictures of another size are fitted into the clip
         assert sum(1 for _ in container.decode(video=0)) >= 60
+
+
+def test_doctor_finds_the_path_that_an_address_lacks(
+    tmp_path: Path, camera: RtspCamera, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HEADTAIL_CACHE", str(tmp_path / "cache"))
+    assert main(["doctor", "--camera", f"rtsp://user:hunter2@127.0.0.1:{camera.port}", "--server", server, "--json"]) == 0
+    printed = capsys.readouterr()
+    (found,) = [f for f in json.loads(printed.out.splitlines()[-1])["findings"] if f["what"] == "camera"]
+    assert "320x240" in found["said"]
+    assert "with /stream1 behind it" in found["advice"]
+    assert "hunter2" not in printed.out + printed.err
 
 
 def test_a_camera_that_does_not_open_holds_nobody_up(tmp_path: Path, server: str, cache: Path) -> None:

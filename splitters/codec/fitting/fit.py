@@ -102,6 +102,7 @@ def refit_predicted(
     gains: NDArray[np.floating[Any]],
     *,
     scene: Latents | None = None,
+    prices: Sequence[float] = (),
     progress: Callable[[str], None] | None = None,
 ) -> bytes:
     """The same tables with those of predicted frames fitted to these clips; key frames' stay.
@@ -111,6 +112,7 @@ def refit_predicted(
         clips: latents of successive frames, (T, C, H, W) each.
         gains: (tiers, C) of the codec.
         scene: latent (C, H, W) of what one site's camera sees when nothing happens; None: the tables belong to no site.
+        prices: of a bit at each tier (see `fit_predicted`).
         progress: told in words how far the fit is.
 
     Raises:
@@ -123,7 +125,7 @@ def refit_predicted(
     index, arrays = unpack_tables(part)
     kept = {f"intra/{name}": arrays[f"intra/{name}"] for name in (*WEIGHT_NAMES, "tables")}
     told = {"channels": index.channels, "layers": list(index.layers), "tiers": index.tiers, "radius": index.radius}
-    fitted = fit_predicted(clips, gains, progress=progress)
+    fitted = fit_predicted(clips, gains, prices=prices, progress=progress)
     if scene is not None:
         finest = gains[finest_tier(gains)][:, None, None]
         fitted["predicted/scene"] = np.clip(np.rint(scene * finest), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)

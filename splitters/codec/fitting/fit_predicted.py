@@ -35,7 +35,7 @@ from splitters.codec.predicted.renewal import MEAN_UNIT, SCALE_UNIT, Cells, Rene
 Latents = NDArray[np.floating[Any]]
 
 COST_UNIT = 64
-_PRICES = (0.5, 1.0, 2.0)  # of the default: what is chosen at one tier may be weighed differently at another
+_PRICES = (0.5, 1.0, 2.0)  # of the tier's own: a bundle's points may weigh bits otherwise than those that were fitted for
 _AGES = (1, 1, 2, 1, 1, 3, 1, 4)  # of the reference, in turn
 _FIRST = Costs(same=np.full((1, 1), 0.15, np.float32), other=np.full((1, 1), 5.0, np.float32))
 _LIMIT = 2000
@@ -55,13 +55,18 @@ class _Seen:
 
 
 def fit_predicted(
-    clips: Sequence[Latents], gains: NDArray[np.floating[Any]], *, progress: Callable[[str], None] | None = None
+    clips: Sequence[Latents],
+    gains: NDArray[np.floating[Any]],
+    *,
+    prices: Sequence[float] = (),
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, NDArray[np.integer[Any]]]:
     """The arrays of `tables.Predicted`, by their names in the file.
 
     Args:
         clips: latents of successive frames of fixed cameras, (T, C, H, W) each; two frames are the least.
         gains: (tiers, C).
+        prices: of a bit at each tier, as the codec's points have them; empty: the default.
         progress: told in words how far the fit is.
 
     Raises:
@@ -70,14 +75,16 @@ def fit_predicted(
     channels = gains.shape[1]
     if any(c.ndim != 4 or c.shape[1] != channels or len(c) < 2 for c in clips):
         raise ConfigError(f"fitting prediction needs clips of two frames or more with {channels} channels")
+    if prices and len(prices) != len(gains):
+        raise ConfigError(f"{len(gains)} tiers have {len(gains)} prices, not {len(prices)}")
     flags, modes = np.zeros((MAP_ROWS, 2)), np.zeros((MODE_ROWS, MODES))
     counts = np.zeros((TABLES, 2 * RADIUS + 1))
     weights, costs = [], []
-    for tier, gain in enumerate(gains):
+    for tier, (gain, price) in enumerate(zip(gains, prices or [DEFAULT_PRICE] * len(gains), strict=True)):
         if progress is not None:
             progress(f"fitting prediction, tier {tier + 1} of {len(gains)}")
-        rough = _costs(_watch(clips, gain, _FIRST), channels)
-        seen = _watch(clips, gain, rough)
+        rough = _costs(_watch(clips, gain, _FIRST, price), channels)
+        seen = _watch(clips, gain, rough, price)
         costs.append(_costs(seen, channels))
         flags += seen.flags
         modes += seen.modes
@@ -90,7 +97,7 @@ def fit_predicted(
     }  # fmt: skip
 
 
-def _watch(clips: Sequence[Latents], gain: NDArray[np.floating[Any]], costs: Costs) -> _Seen:
+def _watch(clips: Sequence[Latents], gain: NDArray[np.floating[Any]], costs: Costs, price: float) -> _Seen:
     """Runs the choice over all clips, each frame predicted from one of the frames before it."""
     seen = _Seen()
     for number, clip in enumerate(clips):
@@ -102,8 +109,8 @@ def _watch(clips: Sequence[Latents], gain: NDArray[np.floating[Any]], costs: Cos
         for t in range(1, len(clip)):
             age = min(_AGES[(t + number) % len(_AGES)], len(held))
             values, history = held[-age]
-            price = DEFAULT_PRICE * _PRICES[(t // 3 + number) % len(_PRICES)]
-            choice = choose_symbols(wanted[t], values, near, costs, price, t, _LIMIT)
+            weighed = price * _PRICES[(t // 3 + number) % len(_PRICES)]
+            choice = choose_symbols(wanted[t], values, near, costs, weighed, t, _LIMIT)
             _count_changes(seen, geometry, history, choice.changed, choice.modes)
             seen.expected.append(predicted(values, near, np.flatnonzero(choice.changed), choice.modes))
             seen.cell_modes.append(choice.modes)

@@ -238,6 +238,15 @@ def _macs(model: OnnxModel, order: Sequence[ir.Node]) -> list[int]:
     return [_node_macs(n, shape) if n.op_type in _WORKING else 0 for n in order]
 
 
+def macs_of(nodes: Sequence[ir.Node]) -> int:
+    """Multiply-accumulates of a graph's nodes, whose shapes inference has told."""
+
+    def shape(value: ir.Value | None) -> tuple[int, ...]:
+        return (static_shape(value) if value is not None else None) or (1,)
+
+    return sum(_node_macs(n, shape) for n in nodes if n.op_type in _WORKING)
+
+
 def _node_macs(node: ir.Node, shape: Any) -> int:
     out = int(np.prod(shape(node.outputs[0])))
     kind = node.op_type

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from protos.errors import ConfigError
 from splitters.bundle import Bundle, replace_parts
 from splitters.codec.fitting.fit import refit_predicted
+from splitters.codec.learned_spec import tier_prices
 from splitters.evaluation.video.clips import FPS, Part, read_clip
 from splitters.evaluation.video.run import send_clip
 from splitters.runtime.head import Head, open_codec
@@ -111,7 +112,9 @@ def adapt(bundle: Bundle, config: AdaptConfig, *, tick: Callable[[str], None]) -
     part = bundle.read_part(spec["tables"])
     clips = [p for graphs, own in pieces.items() for p in (own if graphs == largest else own[::_CHEAP_SHARE])]
     before = open_codec(bundle)
-    adapted = replace_parts(bundle, {spec["tables"]: refit_predicted(part, clips, gains, scene=still, progress=tick)})
+    adapted = replace_parts(
+        bundle, {spec["tables"]: refit_predicted(part, clips, gains, scene=still, prices=tier_prices(spec), progress=tick)}
+    )
     test: list[Change] = []
     if config.until < 1:
         kept = [_clip(bundle, head, largest, v, config.fps, Part(start=config.until)) for v in config.videos]

@@ -146,6 +146,30 @@ def test_offload_is_chosen_where_the_head_is_too_slow() -> None:
     assert (d.format, d.quality, d.size_px) == ("jpeg", 60, 192)
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "size", "wins"), [(0.9, 500, True), (0.9, 20_000, False), (0.55, 500, False)], ids=["better", "dearer", "worse"]
+)
+def test_video_is_chosen_where_its_measured_bytes_and_accuracy_are_better(accuracy: float, size: int, wins: bool) -> None:
+    h264 = OffloadOption(format="h264", quality=32, payload_bytes=q(size), accuracy=accuracy, encode_ms=q(4), key_bytes=q(6 * size))
+    c = Controller(ControlConfig(fps=10.0), POINTS, local=LOCAL, offloads=[h264])
+    c.estimator.on_connect(0)
+    sizes = {p.id: int(p.payload_bytes.p50) for p in POINTS}
+    chosen: list[object] = []
+    for i in range(120):
+        now = i * 100 * MS
+        decision = c.decide(i, now, now + 300 * MS)
+        chosen.append(decision)
+        if isinstance(decision, Split | Offload):
+            sent = size if isinstance(decision, Offload) else sizes[decision.point_id]
+            if c.may_send(i, sent, now + 8 * MS, now + 300 * MS):
+                c.on_sent(i, sent, now + 8 * MS)
+                c.estimator.on_ack(i, now + 8 * MS + int(80 * MS + 8e9 * sent / 0.5e6), 4 * MS)
+                c.estimator.on_pong(80 * MS, now + 90 * MS)
+    last = chosen[-40:]
+    videos, splits = (sum(isinstance(d, kind) for d in last) for kind in (Offload, Split))
+    assert (videos if wins else splits) >= 36, last[-5:]  # it may try again what it has not heard of for a while
+
+
 def test_a_model_whose_frames_are_all_large_is_tried_and_kept() -> None:
     large = OperatingPoint(id=0, channels=8, bits=8, payload_bytes=q(60_000), accuracy=0.7, head_ms=q(4))
     c = Controller(ControlConfig(fps=10.0), [large], local=LOCAL)
