@@ -51,6 +51,15 @@ class Coding:
     channels: int
 
 
+def quarters(height: int, width: int) -> tuple[tuple[slice, slice], ...]:
+    """Rows and columns of each slice of a plane of so many cells; none where the plane is too small to be cut."""
+    y, x = ((side + _LATTICE) // (2 * _LATTICE) * _LATTICE for side in (height, width))
+    if not (0 < y < height and 0 < x < width):
+        return ()
+    rows, columns = (slice(0, y), slice(y, height)), (slice(0, x), slice(x, width))
+    return tuple((row, column) for row in rows for column in columns)
+
+
 class Slicer:
     """The quarters of one latent's plane; where it is too small to be cut, there are no slices.
 
@@ -62,10 +71,8 @@ class Slicer:
 
     def __init__(self, height: int, width: int, tables: Tables, coders: CoderFactory) -> None:
         self._tables, self._coders = tables, coders
-        y, x = ((side + _LATTICE) // (2 * _LATTICE) * _LATTICE for side in (height, width))
-        self.possible = 0 < y < height and 0 < x < width
-        rows, columns = (slice(0, y), slice(y, height)), (slice(0, x), slice(x, width))
-        self._places = tuple((row, column) for row in rows for column in columns)
+        self._places = quarters(height, width)
+        self.possible = bool(self._places)
         self._geometries = tuple(Geometry(r.stop - r.start, c.stop - c.start) for r, c in self._places) if self.possible else ()
 
     def encode(self, values: SymbolArray, coding: Coding) -> bytes | None:

@@ -127,6 +127,7 @@ class TrainConfig:
         truncate: probability that a sample loses a random number of its trailing channels (tail-drop).
         prefixes: how many channels such a sample keeps.
         lost_layers: probability that a sample loses a channel group in the middle (masks of lost layers).
+        lost_slices: probability that a slice of a sample, a quarter of its plane, does not arrive; all four are never lost.
         groups: first channel of every group.
         hold_out: photos kept for ``dev``.
         hold_out_of: sub-folder of the data directory to take them from, equally many of each folder in it; empty: of all.
@@ -158,6 +159,7 @@ class TrainConfig:
     truncate: float = 0.25
     prefixes: tuple[int, ...] = (8, 12, 16, 24, 32, 40)
     lost_layers: float = 0.0
+    lost_slices: float = 0.0
     groups: tuple[int, ...] = (0, 16, 32)
     hold_out: int = 500
     hold_out_of: str = ""
@@ -170,6 +172,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if any(b <= 0 for b in self.target_bytes) or list(self.target_bytes) != sorted(self.target_bytes, reverse=True):
             raise ConfigError("target_bytes falls from the finest tier to the coarsest")
+        if not 0 <= self.lost_slices < 1:
+            raise ConfigError(f"lost_slices must be a probability below 1, got {self.lost_slices}")
         if not self.target_bytes or not self.stages:
             raise ConfigError("a training needs a gain tier and a stage")
         for name, low, high in (("batch", 1, 65_536), ("hold_out", 0, 10_000_000), ("size_px", 16, 8192), ("seed", 0, 2**31 - 1)):

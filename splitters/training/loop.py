@@ -21,7 +21,7 @@ from splitters.bottleneck.learned import LearnedSplit, StagedModel, run_stages
 from splitters.bottleneck.learned_any import FusedEncoder
 from splitters.training.checkpoint import load_checkpoint, save_checkpoint
 from splitters.training.config import Stage, TrainConfig, VideoLearning
-from splitters.training.losses import BitrateSteering, relative_error, staged_distortion
+from splitters.training.losses import BitrateSteering, arrived, relative_error, staged_distortion
 from splitters.training.photos import Crops, PhotoCache
 from splitters.training.schedule import average_in, rise_and_fall
 from splitters.training.video import Pairs, Predicted, predict, still_cells
@@ -243,6 +243,8 @@ class Trainer:
         alone = len(latent) - (0 if before is None else len(before))
         kept[alone:] = 1
         restored, bits = self.student.quantiser(latent[:alone], gain[:alone], kept[:alone])
+        if config.lost_slices > 0:
+            restored = restored * arrived(restored, config.lost_slices, rng)
         flicker = latent.new_zeros(())
         if before is not None and config.video is not None:
             told = self._predicted(before, images[alone:], latent[alone:], gain[alone:], config.video)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,6 +17,7 @@ from protos.messages import Classification
 from splitters.bottleneck.bottleneck import GainQuantiser
 from splitters.bottleneck.learned import StagedModel
 from splitters.bottleneck.raw_outputs import RawOutput
+from splitters.codec.slices import quarters
 from splitters.tasks.base import form_of
 from splitters.training.config import LossWeights
 
@@ -28,6 +30,25 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     # Not teacher.var(0): over the batch axis of a large map that takes torch twenty times as long.
     spread = (teacher - teacher.mean(0)).square().mean().clamp_min(1e-6)
     return (student - teacher).square().mean(tuple(range(1, student.ndim))) / spread
+
+
+def arrived(restored: Tensor, lost: float, rng: np.random.Generator) -> Tensor:
+    """Which cells of each sample arrive when its slices are lost one by one, 1 or 0, (N, 1, h, w).
+
+    Args:
+        restored: (N, C, h, w); where the plane is too small for slices everything arrives.
+        lost: probability of each slice; one of the four, drawn at random, arrives in any case.
+        rng: of the losses.
+    """
+    n, _, height, width = restored.shape
+    mask = np.ones((n, 1, height, width), np.float32)
+    places = quarters(height, width)
+    for sample in mask if places else ():
+        spared = rng.integers(len(places))
+        for index, (rows, columns) in enumerate(places):
+            if rng.random() < lost and index != spared:
+                sample[:, rows, columns] = 0
+    return torch.from_numpy(mask).to(restored.device)
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:

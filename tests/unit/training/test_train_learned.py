@@ -21,7 +21,7 @@ from splitters.bottleneck.learned_any import AnyCutConfig, build_any
 from splitters.cli import main
 from splitters.training.config import LossWeights, Stage, TrainConfig
 from splitters.training.loop import StepReport, Trainer, shares
-from splitters.training.losses import BitrateSteering, distortion, divergence, relative_error
+from splitters.training.losses import BitrateSteering, arrived, distortion, divergence, relative_error
 from splitters.training.photos import Crops, PhotoCache, hold_out, list_photos
 from splitters.training.recipes import RECIPES, any_cut, recipe
 
@@ -302,3 +302,19 @@ def test_a_match_before_the_cut_is_refused() -> None:
     sample = torch.randn(2, 3, 32, 32)
     with pytest.raises(ConfigError, match="after 'one'"):
         build_any(Net().eval(), sample, AnyCutConfig(at="one", match=("stem",)), sample)
+
+
+def test_slices_are_lost_as_the_codec_cuts_them_and_never_all() -> None:
+    mask = arrived(torch.zeros(400, 3, 14, 14), 0.4, np.random.default_rng(0))
+    assert mask.shape == (400, 1, 14, 14)
+    corners = mask[:, 0, [0, 0, 8, 8], [0, 8, 0, 8]]
+    for row, column, corner in ((slice(0, 8), slice(0, 8), 0), (slice(8, 14), slice(8, 14), 3)):
+        assert bool((mask[:, 0, row, column] == corners[:, corner, None, None]).all())
+    assert float(corners.sum(1).min()) >= 1
+    assert float(corners.mean()) == pytest.approx(0.7, abs=0.05)  # three of four may be lost
+    assert bool((arrived(torch.zeros(3, 2, 4, 4), 0.9, np.random.default_rng(0)) == 1).all())
+
+
+def test_a_share_of_lost_slices_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="lost_slices"):
+        replace(CONFIG, lost_slices=1.0)
