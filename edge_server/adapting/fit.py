@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,18 @@ def fit(bundle: Bundle, runs: Sequence[Run], seed: int = 0) -> tuple[float, floa
     still = scene / gains[finest_tier(gains)][:, None, None] if scene is not None else None
     learned = [clip for i, clip in enumerate(latents) if i % _TESTED]
     part = refit_predicted(old, learned, gains, scene=still, prices=tier_prices(spec))
-    before, after = (codec_from_spec(spec, lambda _path, data=data: data) for data in (old, part))
     tested = list(range(0, len(runs), _TESTED))
-    sizes = [sum(_bytes(codec, latents[i], runs[i].point_id) for i in tested) for codec in (before, after)]
+    sizes: list[int] = []
+    for tables in (old, part):
+        codec = codec_from_spec(spec, partial(_same, tables))
+        sizes.append(sum(_bytes(codec, latents[i], runs[i].point_id) for i in tested))
     if sizes[1] < (1 - _GAIN) * sizes[0]:
         replace_parts(bundle, {spec["tables"]: part})
     return sizes[0], sizes[1]
+
+
+def _same(data: bytes, _path: str) -> bytes:
+    return data
 
 
 def latents_of(values: NDArray[np.int16], ungain: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
@@ -82,14 +89,14 @@ def latents_of(values: NDArray[np.int16], ungain: NDArray[np.float32], rng: np.r
     return found
 
 
-def _bytes(codec: LatentCodec, clip: NDArray[np.float32], point_id: str) -> float:
+def _bytes(codec: LatentCodec, clip: NDArray[np.float32], point_id: str) -> int:
     """Of a run's frames but the first, each predicted from the one before."""
     held, total = codec.quantise([clip[0]], point_id), 0
     for number, latent in enumerate(clip[1:], 1):
         coded = codec.compress([latent], point_id, held, number - 1)
         held = coded.symbols
         total += sum(map(len, coded.payloads))
-    return float(total)
+    return total
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

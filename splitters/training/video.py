@@ -102,7 +102,8 @@ class Pairs:
     def draw(self, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """The earlier and the later frame of ``count`` pairs, (P, 3, H, W) each; the clips come first."""
         filmed = (count + 1) // 2 if self.clips else 0
-        before, now = [], []
+        before: list[NDArray[np.uint8]] = []
+        now: list[NDArray[np.uint8]] = []
         for _ in range(filmed):
             clip = self.clips[int(rng.integers(len(self.clips)))]
             age = min(int(rng.choice(_AGES, p=_AGE_SHARES)), len(clip) - 1)
