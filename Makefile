@@ -5,7 +5,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types imports docs package proto proto-check check clean help
+.PHONY: demo test test-ray lint types imports docs package proto proto-check check clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -15,8 +15,12 @@ demo: $(VENV)/.demo   ## set up, export, and run head and tail in two processes 
 
 # The light install's test asks the package index for the client's packages: HEADTAIL_LIGHT_INSTALL= leaves it out.
 test: export HEADTAIL_LIGHT_INSTALL ?= 1
-test: $(VENV)/.dev .venvs/triton/.ok .venvs/promtool/.ok   ## set up and run all tests, two files at a time (JOBS=n: n)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.dev .venvs/triton/.ok .venvs/promtool/.ok   ## set up and run all tests but Ray's, two files at a time (JOBS=n: n)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore-glob='tests/integration/*_ray*'
+
+# A cluster gives up a node that needs 30 s to start, so nothing may run beside it.
+test-ray: $(VENV)/.dev   ## the tests on real Ray clusters, one after the other; they want the machine for themselves
+	$(BIN)/python -m pytest $(wildcard tests/integration/*_ray*.py)
 
 # tritonclient needs an older protobuf than ours: an environment of its own.
 .venvs/triton/.ok:
