@@ -102,7 +102,9 @@ def test_a_client_that_waits_for_a_reader_of_its_named_pipe(tmp_path: Path, serv
 def test_a_hangup_flushes_and_closes(tmp_path: Path, server: str, cache: Path) -> None:
     """The terminal was closed: the clip has its end, and another hangup changes nothing."""
     clip = tmp_path / "clip.mp4"
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup, which a client would heed
     with client(tmp_path, *CAMERA, "--server", server, "--json", "--save-video", str(clip), cache=cache) as edge:
+        signal.signal(signal.SIGHUP, before)
         edge.wait_frame(20)
         for _ in range(3):
             edge.process.send_signal(signal.SIGHUP)
