@@ -14,9 +14,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "adapt",
         help="fit a bundle's codec to one site's camera, unlabelled",
         description="Watches a camera's video and fits the tables of predicted frames to what moves there; the bundle also "
-        "carries the scene itself, so that a session's first frame costs little more than any other. Accuracy does not change: "
-        "the model stays as it is. With --until, the rest of the video tests. A server that is told (SIGHUP) rolls the new "
-        "bundle out by its hash, without a restart.",
+        "carries the scene itself, so that a session's first frame costs little more than any other. Bytes fall, and detections "
+        "may too: compare with `splitters evaluate --video`. With --until, the rest of the video tests. A server that is told "
+        "(SIGHUP) rolls the new bundle out by its hash, without a restart.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle's directory, or a default model's name")
     parser.add_argument(
