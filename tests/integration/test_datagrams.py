@@ -160,7 +160,7 @@ async def test_datagrams_mixed_up_doubled_and_altered_answer_each_frame_once(
         await until(lambda: it.told.settled >= 41, "every frame is accounted for")
         assert not it.told.twice
         answers = [result for result in it.told.results.values() if result.error is None]
-        assert len(answers) > 20
+        assert len(answers) > 5
         assert {result.answer for result in answers} == {whole.answer}
 
 
