@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
@@ -74,6 +75,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
             return "ray" if starts_ray(nodeid) else super()._split_scope(nodeid)
 
     return FilesAndRay(config, log)
+
+
+@pytest.fixture(autouse=True)
+def logs_as_they_were() -> Generator[None, None, None]:
+    """A command line that a test calls sets up the logs of the whole process; the next test finds them as they were."""
+    root = logging.getLogger()
+    level, off = root.level, root.manager.disable
+    yield
+    root.setLevel(level)
+    logging.disable(off)
+    for logger in root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture(scope="session")
