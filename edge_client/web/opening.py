@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from edge_client.control import Controller, Policy
 from edge_client.frames import NS_PER_MS
 from edge_client.web.history import LinkEstimate
-from protos.errors import MissingDependencyError
-from protos.web.address import page_address
+from protos.web.address import needing_aiohttp, page_address
 
 if TYPE_CHECKING:
     from edge_client.web.page import LivePage
@@ -21,10 +20,8 @@ def open_page(listen: str) -> LivePage:
         MissingDependencyError: aiohttp is not installed.
         ConfigError: no address; or others can reach it and no token is set.
     """
-    try:
+    with needing_aiohttp():
         from edge_client.web.page import LivePage
-    except ImportError as error:
-        raise MissingDependencyError("--web needs aiohttp: pip install 'headtail[web]'") from error
     return LivePage(*page_address(listen))
 
 

@@ -26,7 +26,7 @@ from protos.schema import read_json
 from splitters.bundle import Bundle, open_bundle, replace_parts
 from splitters.codec import LatentCodec, codec_from_spec
 from splitters.codec.fitting.fit import refit_predicted
-from splitters.codec.learned_spec import tier_prices
+from splitters.codec.learned_spec import check_learned, tier_prices
 from splitters.codec.tables import finest_tier, read_tables
 
 _TESTED = 4  # one run in this many tests
@@ -34,7 +34,7 @@ _GAIN = 0.02  # of the tested runs' bytes: less is not worth a download
 _NICE = 10
 
 
-def fit(bundle: Bundle, runs: Sequence[Run], seed: int = 0) -> tuple[float, float]:
+def fit(bundle: Bundle, runs: Sequence[Run], seed: int = 0) -> tuple[int, int]:
     """Fits a bundle's tables of predicted frames, in place, where that helps.
 
     Args:
@@ -49,8 +49,7 @@ def fit(bundle: Bundle, runs: Sequence[Run], seed: int = 0) -> tuple[float, floa
         ConfigError: another codec, too few runs, or nothing moves in them.
     """
     spec = read_json(bundle.read_part(bundle.manifest.codec), dict[str, Any], what=bundle.manifest.codec)
-    if spec.get("kind") != "learned":
-        raise ConfigError(f"bundle {bundle.manifest.name!r} has a {spec.get('kind')} codec; only a learned one can be adapted")
+    check_learned(spec, bundle.manifest.name)
     if len(runs) < _TESTED:
         raise ConfigError(f"{len(runs)} runs are too few to fit on and to test with")
     rng = np.random.default_rng(seed)

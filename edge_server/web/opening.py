@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from edge_server.doors.grpc import Ingress
 from edge_server.observe.tally import Tally
-from protos.errors import MissingDependencyError
-from protos.web.address import page_address
+from protos.web.address import needing_aiohttp, page_address
 
 if TYPE_CHECKING:
     from edge_server.web.page import ServerPage
@@ -20,9 +19,7 @@ def open_page(listen: str, tally: Tally, ingress: Ingress, *, backend: str) -> S
         MissingDependencyError: aiohttp is not installed.
         ConfigError: no address; or others can reach it and no token is set.
     """
-    try:
+    with needing_aiohttp():
         from edge_server.web.page import ServerPage
-    except ImportError as error:
-        raise MissingDependencyError("--web needs aiohttp: pip install 'headtail[web]'") from error
     host, port = page_address(listen)
     return ServerPage(tally, ingress, backend=backend, host=host, port=port)

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import Final
 
-from protos.errors import ConfigError
+from protos.errors import ConfigError, MissingDependencyError
 
 TOKEN_VARIABLE: Final = "HEADTAIL_WEB_TOKEN"  # noqa: S105 - the variable's name
 MIN_TOKEN_CHARS: Final = 12
+
+
+@contextmanager
+def needing_aiohttp() -> Iterator[None]:
+    """Around the import of a page's server.
+
+    Raises:
+        MissingDependencyError: aiohttp is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError("--web needs aiohttp: pip install 'headtail[web]'") from error
 
 
 def page_address(text: str) -> tuple[str, int]:

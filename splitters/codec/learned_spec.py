@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from protos.errors import ConfigError
 from splitters.codec.base import SPEC_VERSION, Spec
 from splitters.codec.predicted.choice import DEFAULT_PRICE
 
@@ -55,6 +56,20 @@ def learned_spec(
         ],
         "tables": tables_path,
     }
+
+
+def check_learned(spec: Mapping[str, Any], bundle: str) -> None:
+    """Refuses to adapt another codec.
+
+    Args:
+        spec: of any codec.
+        bundle: its bundle's name, for the message.
+
+    Raises:
+        ConfigError: the codec is not learned.
+    """
+    if spec.get("kind") != "learned":
+        raise ConfigError(f"bundle {bundle!r} has a {spec.get('kind')} codec; only a learned one can be adapted")
 
 
 def tier_prices(spec: Mapping[str, Any]) -> list[float]:

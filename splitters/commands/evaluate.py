@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from protos.errors import ConfigError
 from splitters.bundle import cache_dir
@@ -126,12 +127,17 @@ def _corrupted(bundle: Bundle, config: EvaluateConfig, args: argparse.Namespace)
     for row in report.rows:
         told = "  ".join(f"{row.points[i]:.4f}  {g[0]:+.4f} [{g[1]:+.4f}, {g[2]:+.4f}]" for i, g in row.more.items())
         print(f"{row.corruption:8s} {row.strength or '':1}     {row.whole:.4f}  {told}")
-    told = json.dumps(report.to_json())
+    _hand_out(report.to_json(), args)
+    return 0
+
+
+def _hand_out(report: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """The report as one line of JSON, where it was asked for."""
+    told = json.dumps(report)
     if args.report is not None:
         args.report.write_text(told + "\n", encoding="utf-8")
     if args.json:
         print(told)
-    return 0
 
 
 def _names(text: str | None, default: str) -> tuple[str, ...]:
@@ -170,11 +176,7 @@ def _video(bundle: Bundle, args: argparse.Namespace) -> int:
     _tell_video(report)
     if args.plot is not None:
         plot_video(report, args.plot)
-    told = json.dumps(report.to_json())
-    if args.report is not None:
-        args.report.write_text(told + "\n", encoding="utf-8")
-    if args.json:
-        print(told)
+    _hand_out(report.to_json(), args)
     return 0
 
 

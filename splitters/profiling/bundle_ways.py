@@ -16,7 +16,7 @@ from splitters.bundle import Bundle
 from splitters.bundle.offload import compress, restore
 from splitters.codec.base import LatentCodec
 from splitters.cutting.checks import one_thread
-from splitters.profiling.paying import Way
+from splitters.profiling.paying import KINDS, Way
 from splitters.profiling.times import clock_ms
 from splitters.runtime.head import Head, open_codec
 from splitters.runtime.local import open_local
@@ -48,7 +48,10 @@ def bundle_ways(bundle: Bundle, frame: Frame, *, same_accuracy: bool = False) ->
     with one_thread():
         tail = load_tail(bundle, threads=1)
         tail.prepare()
-        ways = [*_alone(bundle, tail, frame, whole), *_splits(bundle, tail, frame), *_offloads(bundle, tail, frame, whole)]
+        ways = [*_local(bundle, frame), *_splits(bundle, tail, frame)]
+        if tail.takes_images:
+            ways += _pictures(bundle, frame, whole, _whole_ms(bundle, tail, frame))
+    ways.sort(key=lambda way: KINDS.index(way.kind))
     return [replace(w, accuracy=whole if same_accuracy else min(w.accuracy, whole)) for w in ways]
 
 
@@ -73,16 +76,12 @@ def _whole_ms(bundle: Bundle, tail: Tail, frame: Frame) -> float:
     return _ms(lambda: tail.run_images([picture], [_size(frame)]))
 
 
-def _alone(bundle: Bundle, tail: Tail, frame: Frame, whole: float) -> list[Way]:
-    ways: list[Way] = []
+def _local(bundle: Bundle, frame: Frame) -> list[Way]:
     local, spec = open_local(bundle, threads=1), bundle.manifest.local
-    if local is not None and spec is not None:
-        ms = _ms(lambda: local(frame))
-        ways.append(Way(kind="alone", name="local model", accuracy=spec.accuracy, device_ms=ms, sent_bytes=0, server_ms=0.0))
-    if tail.takes_images:
-        ms = _whole_ms(bundle, tail, frame)
-        ways.append(Way(kind="alone", name="whole model", accuracy=whole, device_ms=ms, sent_bytes=0, server_ms=0.0))
-    return ways
+    if local is None or spec is None:
+        return []
+    ms = _ms(lambda: local(frame))
+    return [Way(kind="alone", name="local model", accuracy=spec.accuracy, device_ms=ms, sent_bytes=0, server_ms=0.0)]
 
 
 def _splits(bundle: Bundle, tail: Tail, frame: Frame) -> list[Way]:
@@ -118,16 +117,16 @@ def _restored(data: bytes, size_px: tuple[int, int]) -> Frame:
     return restore(decode_picture(data), size_px)
 
 
-def _offloads(bundle: Bundle, tail: Tail, frame: Frame, whole: float) -> list[Way]:
-    """Pictures as the bundle's table has them; where it has none, a JPEG taken as good as the input itself."""
-    if not tail.takes_images:
-        return []
+def _pictures(bundle: Bundle, frame: Frame, whole: float, whole_ms: float) -> list[Way]:
+    """The whole model on the device, and on the server.
+
+    Pictures are sent as the bundle's table has them; where it has none, as a JPEG that is taken as good as the input itself.
+    """
     picture, size_px = input_image(frame, bundle.manifest.preprocess), bundle.manifest.preprocess.size_px
-    whole_ms = _whole_ms(bundle, tail, frame)
     rows: list[tuple[str, int, int, float, float | None]] = [
         (o.format, o.quality, o.size_px, o.accuracy, o.payload_bytes.p50) for o in bundle.offloads if not o.is_video
     ]
-    ways = []
+    ways = [Way(kind="alone", name="whole model", accuracy=whole, device_ms=whole_ms, sent_bytes=0, server_ms=0.0)]
     for image_format, quality, shorter_px, accuracy, known_bytes in rows or [("jpeg", _QUALITY, 0, whole, None)]:
         name = f"{image_format} {quality}" + (f" at {shorter_px} px" if shorter_px else "")
         make = partial(compress, picture, image_format=image_format, quality=quality, size_px=shorter_px)

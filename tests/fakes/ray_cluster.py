@@ -39,6 +39,11 @@ class Cluster(NamedTuple):
         return found
 
 
+def arguments(ray: Cluster, *more: str) -> tuple[str, ...]:
+    """Of a door that joins the cluster, with tails that leave half a core each."""
+    return ("--backend", "ray", "--ray-address", ray.address, "--cpus-per-replica", "0.5", *more)
+
+
 @contextmanager
 def cluster() -> Iterator[Cluster]:
     """Started for the block; whoever joins needs its token, which children of this process inherit."""

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,19 +23,9 @@ pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install
 
 import psutil
 
-from tests.fakes.ray_cluster import Cluster, cluster
+from tests.fakes.ray_cluster import Cluster, arguments
 
 PATIENCE_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def joined() -> Iterator[Cluster]:
-    with cluster() as ray:
-        yield ray
-
-
-def arguments(ray: Cluster, *more: str) -> tuple[str, ...]:
-    return ("--backend", "ray", "--ray-address", ray.address, "--cpus-per-replica", "0.5", *more)
 
 
 async def until(met: Callable[[], bool], what: str) -> None:

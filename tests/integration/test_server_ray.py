@@ -22,23 +22,13 @@ from tests.fakes.server_running import Child, child, environment
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'headtail[ray]'")
 pytest.importorskip("psutil")
 
-from tests.fakes.ray_cluster import Cluster, cluster
+from tests.fakes.ray_cluster import Cluster, arguments, cluster
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:
     folder = tmp_path_factory.mktemp("bundles")
     return [write_tiny_bundle(folder / f"tiny-{i}", name=f"tiny-{i}", seed=i) for i in range(3)]
-
-
-@pytest.fixture(scope="module")
-def joined() -> Iterator[Cluster]:
-    with cluster() as ray:
-        yield ray
-
-
-def arguments(ray: Cluster, *more: str) -> tuple[str, ...]:
-    return ("--backend", "ray", "--ray-address", ray.address, "--cpus-per-replica", "0.5", *more)
 
 
 @pytest.fixture(scope="module")

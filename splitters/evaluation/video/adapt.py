@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from protos.errors import ConfigError
 from splitters.bundle import Bundle, replace_parts
 from splitters.codec.fitting.fit import refit_predicted
-from splitters.codec.learned_spec import tier_prices
+from splitters.codec.learned_spec import check_learned, tier_prices
 from splitters.evaluation.video.clips import FPS, Part, read_clip
 from splitters.evaluation.video.run import send_clip
 from splitters.runtime.head import Head, open_codec
@@ -102,8 +102,7 @@ def adapt(bundle: Bundle, config: AdaptConfig, *, tick: Callable[[str], None]) -
         SourceError: a video cannot be read.
     """
     spec = json.loads(bundle.read_part(bundle.manifest.codec))
-    if spec.get("kind") != "learned":
-        raise ConfigError(f"bundle {bundle.manifest.name!r} has a {spec.get('kind')} codec; only a learned one can be adapted")
+    check_learned(spec, bundle.manifest.name)
     head = Head(bundle)
     largest = bundle.points[0].graphs
     pieces, seen = _latents(bundle, head, config, tick)
