@@ -12,7 +12,7 @@ from deploy.testbed.link.model import LinkConfig, LossModel
 from deploy.testbed.link.synthetic import KINDS, synthesise
 from deploy.testbed.link.trace import Trace, constant, load_trace
 from protos.errors import ConfigError
-from protos.schema import checked, read_toml
+from protos.schema import checked, read_toml_file
 
 _MOST_TAILS, _MOST_DOOR_MS = 1024, 1000.0
 
@@ -134,11 +134,7 @@ def load_scenario(path: Path) -> Scenario:
     Raises:
         ConfigError: unreadable, an unknown key, or a value out of range.
     """
-    try:
-        data = read_toml(path.read_text(encoding="utf-8-sig"), what=f"scenario {path}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"scenario {path} cannot be read: {error}") from error
-    return parse_scenario({"name": path.stem, **data}, path.parent)
+    return parse_scenario({"name": path.stem, **read_toml_file(path, what=f"scenario {path}")}, path.parent)
 
 
 def parse_scenario(data: Mapping[str, Any], folder: Path = Path()) -> Scenario:
