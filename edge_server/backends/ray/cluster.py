@@ -240,11 +240,12 @@ class Cluster:
         """In this block of this name there is one door of the cluster at a time, which calls what it is given now and then.
 
         Raises:
-            ModelError: another one has been in it for too long.
+            ModelError: another one has been in it for too long, or the cluster does not say.
         """
-        while not self._take(what):
+        while not (taken := self._take(what)):
             if time.monotonic() > until_s:
-                raise ModelError(f"another door has been starting {what} for {self._config.deploy_s:g} s")
+                why = "another door has been starting it" if taken is False else "the cluster's register does not answer"
+                raise ModelError(f"{what} was not started within {self._config.deploy_s:g} s: {why}")
             self._gate.shut.wait(_POLL_S)
         taken_s = time.monotonic()
 
@@ -260,9 +261,14 @@ class Cluster:
             with contextlib.suppress(DrainingError, ray.exceptions.RayError), self._gate():
                 self._register.end_turn.remote(what, self._door)
 
-    def _take(self, what: str) -> bool:
+    def _take(self, what: str) -> bool | None:
+        """Whether it is this door's turn; None: the register cannot be reached just now, as while nodes start on a busy machine."""
         with self._gate():
-            return bool(ray.get(self._register.take_turn.remote(what, self._door), timeout=_CALL_S))
+            try:
+                return bool(ray.get(self._register.take_turn.remote(what, self._door), timeout=_CALL_S))
+            except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError) as error:
+                log.info("the cluster's register cannot be reached just now: %s", error)
+                return None
 
     # ------------------------------------------------------------ the end
 

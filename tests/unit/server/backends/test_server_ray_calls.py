@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import grpc
 import grpc.aio
@@ -167,3 +168,23 @@ def test_no_call_goes_into_ray_after_the_end(monkeypatch: pytest.MonkeyPatch) ->
 )  # fmt: skip
 def test_cores_are_dealt_out(cpus: tuple[int, ...], rank: int, replicas: int, own: tuple[int, ...]) -> None:
     assert dealt(cpus, rank, replicas) == own
+
+
+def test_a_register_that_cannot_be_reached_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = cluster.ray
+    said = [ray.exceptions.ActorUnavailableError("no route", None), ray.exceptions.GetTimeoutError("late"), True]
+
+    def get(_call: object, *, timeout: float) -> object:
+        told = said.pop(0)
+        if isinstance(told, Exception):
+            raise told
+        return told
+
+    made = Cluster(RayConfig(deploy_s=10.0))
+    made._register = MagicMock()
+    monkeypatch.setattr(ray, "get", get)
+    with made._turn("serve", time.monotonic() + 60):
+        assert not said
+    said = [ray.exceptions.GetTimeoutError("late")]
+    with pytest.raises(ModelError, match="register does not answer"), made._turn("serve", time.monotonic() - 1):
+        pytest.fail("nobody gave the turn")
