@@ -49,7 +49,7 @@ _BUSY = 0.3  # a share of changed cells above which coding alone is thought of, 
 # clips and five tiers.
 _LEAST_SHARE = 0.6
 # Of the price of a bit where a key frame is told from the scene: what it leaves out stays wrong until something moves there.
-_SCENE_SHARE = 0.25
+_SCENE_SHARE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
