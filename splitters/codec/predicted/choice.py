@@ -38,7 +38,7 @@ _MARGIN = 1e-3  # far above what float32 rounds away
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
-    """Rough bits of a symbol that stays as predicted, and of one that does not, by channel: (C, 1)."""
+    """Rough bits of a symbol that stays as predicted, and of one that does not, by channel: (C, 1); or one of all: (1, 1)."""
 
     same: Floats
     other: Floats
@@ -115,7 +115,7 @@ def _coded(target: Floats, base: Floats, costs: Costs, lam: Floats) -> tuple[Flo
     size = np.abs(off)
     at = np.flatnonzero(size >= np.minimum(least, 1, out=least))
     channel, cell = np.divmod(at, off.shape[1])
-    size, weight, other = size.ravel()[at], lam[cell], costs.other.ravel()[channel]
+    size, weight, other = size.ravel()[at], lam[cell], np.broadcast_to(costs.other, (len(off), 1))[channel, 0]
     low, best, chosen = size.astype(np.int32), spent.ravel()[at], np.zeros(len(at), np.float32)
     for step in (low, low + 1):
         move = np.square(size - step) + weight * (other + _MORE_BITS.take(step, mode="clip"))
