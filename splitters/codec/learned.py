@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from protos.errors import BundleError, ConfigError, ModelError, PayloadError
 from splitters.codec.base import MAX_ELEMENTS, Coded, Latent, LatentCodec, References, check_spec
@@ -298,17 +297,13 @@ class LearnedCodec(LatentCodec):
         point, tables = self._point(point_id), cast("Predicted", self._tables.predicted)
         encoder = self._coders.encoder()
         put_changes(encoder, tables.change, self._geometry, base.history, choice.changed, choice.modes)
-        cells = self._cells(base, choice.changed, choice.modes)
-        values = choice.values[:, choice.changed].astype(np.int64)
+        cells, values = Cells.of(choice.expected, choice.modes), choice.values[:, choice.changed]
         put_cells(encoder, tables.renewal[point.tier], tables.tables, self._tables.radius, cells, values, point.channels)
         header = PredictedHeader(
             kind=self.kind, point_index=self.point_ids.index(point_id), reference_byte=(base.frame or 0) & 0xFF,
             density=density(choice.changed), scene=base.frame is None,
         )  # fmt: skip
         return seal_predicted(header, encoder.finish(), base.crc32), self._followed(point_id, choice, base)
-
-    def _cells(self, base: _Base, changed: NDArray[np.bool_], modes: NDArray[np.int64]) -> Cells:
-        return Cells.of(predicted(base.values, self._near, np.flatnonzero(changed), modes), modes)
 
     def _followed(self, point_id: str, choice: Choice, base: _Base) -> Symbols:
         """What a frame leaves at both sides."""
@@ -340,13 +335,14 @@ class LearnedCodec(LatentCodec):
             raise PayloadError(f"density class {header.density} is unknown to this release")
         decoder = self._coders.decoder(body)
         changed, modes = get_changes(decoder, tables.change, self._geometry, base.history, header.density)
-        cells = self._cells(base, changed, modes)
+        expected = predicted(base.values, self._near, np.flatnonzero(changed), modes)
+        cells = Cells.of(expected, modes)
         found = get_cells(decoder, tables.renewal[point.tier], tables.tables, self._tables.radius, cells, point.channels)
         if found.size and np.abs(found).max() > MAX_SYMBOL:
             raise PayloadError(f"a symbol exceeds {MAX_SYMBOL}: the payload is not of this bundle")
         values = base.values.copy()
         values[:, changed] = found
-        return self._followed(point_id, Choice(values=values, changed=changed, modes=modes), base)
+        return self._followed(point_id, Choice(values=values, changed=changed, modes=modes, expected=expected), base)
 
     def _reference(self, payload: bytes, header: PredictedHeader, references: References, point: _Point) -> _Base:
         """Exactly what a frame was predicted from: the scene, or the newest frame held whose id ends so."""

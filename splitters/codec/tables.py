@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from protos.errors import BundleError
 from protos.schema import read_json
 from splitters.codec.entropy.coder import TableSet
-from splitters.codec.entropy.context import TABLES, WEIGHT_NAMES, Weights, weight_shapes
+from splitters.codec.entropy.context import TABLES, WEIGHT_NAMES, Weights, exact_dtype, weight_shapes
 from splitters.codec.predicted.change import MAP_ROWS, MODE_ROWS, MODES, ChangeTables
 from splitters.codec.predicted.choice import Costs
 from splitters.codec.predicted.renewal import RENEWAL_NAMES, Renewal, renewal_shapes
@@ -191,10 +191,14 @@ def _read_mode(
     for name in WEIGHT_NAMES:
         if arrays[f"{mode}/{name}"].shape != (tiers, *shapes[name]):
             raise ValueError(f"{mode}/{name} has shape {arrays[f'{mode}/{name}'].shape}")
-    weights = tuple(
-        Weights(**{name: arrays[f"{mode}/{name}"][tier].astype(np.float64) for name in WEIGHT_NAMES}) for tier in range(tiers)
-    )
-    return Mode(weights=weights, tables=TableSet(frequencies))
+    weights = [_weights({name: arrays[f"{mode}/{name}"][tier] for name in WEIGHT_NAMES}, layers) for tier in range(tiers)]
+    return Mode(weights=tuple(weights), tables=TableSet(frequencies))
+
+
+def _weights(arrays: Mapping[str, NDArray[np.integer[Any]]], layers: tuple[int, ...]) -> Weights:
+    wide = Weights(**{name: array.astype(np.float64) for name, array in arrays.items()})
+    dtype = exact_dtype(wide, layers)
+    return Weights(**{name: array.astype(dtype) for name, array in arrays.items()})
 
 
 def _read_predicted(arrays: Mapping[str, NDArray[np.integer[Any]]], channels: int, tiers: int, radius: int) -> Predicted:

@@ -29,7 +29,7 @@ from splitters.codec.predicted.change import (
     unknown_history,
 )
 from splitters.codec.predicted.choice import DEFAULT_PRICE, Costs, choose_symbols
-from splitters.codec.predicted.motion import FRESH, MODES, neighbours, predicted
+from splitters.codec.predicted.motion import FRESH, MODES, neighbours
 from splitters.codec.predicted.renewal import MEAN_UNIT, SCALE_UNIT, Cells, Renewal, expect, groups, renewal_shapes
 
 Latents = NDArray[np.floating[Any]]
@@ -114,7 +114,7 @@ def _watch(clips: Sequence[Latents], gain: NDArray[np.floating[Any]], costs: Cos
             weighed = price * _PRICES[(t // 3 + number) % len(_PRICES)]
             choice = choose_symbols(wanted[t], values, near, costs, weighed, t, _LIMIT)
             _count_changes(seen, geometry, history, choice.changed, choice.modes)
-            seen.expected.append(predicted(values, near, np.flatnonzero(choice.changed), choice.modes))
+            seen.expected.append(choice.expected)
             seen.cell_modes.append(choice.modes)
             seen.values.append(choice.values[:, choice.changed].astype(np.int64))
             held = [*held[-3:], (choice.values, next_history(history, choice.changed, choice.modes))]
