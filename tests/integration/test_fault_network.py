@@ -231,7 +231,6 @@ async def test_a_client_that_asks_and_does_not_read_is_let_go(
     server: Server, bundle: Bundle, device: Device, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Pings are the cheapest way to make the server talk: none of its answers may pile up without bound."""
-    assert server._ingress is not None
     # A window of 64 kB that does not grow: what the server cannot send stays with the server.
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65535)]
     async with grpc.aio.insecure_channel(server.address, options=options) as channel:
@@ -241,7 +240,6 @@ async def test_a_client_that_asks_and_does_not_read_is_let_go(
         )()  # fmt: skip
         await call.write(pb.ClientMessage(hello=hello(bundle.sha256)))
         await call.read()
-        (mine,) = server._ingress.sessions
         most = 0
 
         async def ask() -> None:
@@ -250,10 +248,10 @@ async def test_a_client_that_asks_and_does_not_read_is_let_go(
             with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 while True:
                     await call.write(ping)
-                    most = max(most, len(mine._out))
+                    most = max(most, *(facts["unsent"] for facts in server.sessions), 0)
 
         asking = asyncio.create_task(ask())
-        took_s = await until(lambda: mine not in server._ingress.sessions, "the slow reader is gone", within_s=60)
+        took_s = await until(lambda: not server.sessions, "the slow reader is gone", within_s=60)
         await served(server, bundle, device)
         assert most <= 4 * PATIENCE.max_in_flight + 65, took_s
         assert most > 100  # else it was not slow
@@ -290,44 +288,38 @@ asyncio.run(main(*sys.argv[1:4]))
 async def test_a_client_killed_in_the_middle_of_a_frame_leaves_nothing_behind(
     server: Server, bundle: Bundle, device: Device
 ) -> None:
-    assert server._ingress is not None
-    assert server._answerer is not None
     base = device.layers(picture(), 0)[0].SerializeToString().hex()
     env = {**environment(), "PYTHONPATH": str(Path(__file__).parents[2])}
     for wait_s in ("0.0", "0.001", "0.05"):
         line = [sys.executable, "-c", _DIES, server.address, bundle.sha256, base, wait_s]
         process = await asyncio.create_subprocess_exec(*line, env=env, stderr=subprocess.DEVNULL)
         assert await process.wait() == -signal.SIGKILL
-        await until(lambda: not server._ingress.sessions, "the dead client's session is gone")
-    assert server._answerer.pending_bytes == 0
+        await until(lambda: not server.sessions, "the dead client's session is gone")
+    assert server.counts["pending_bytes"] == 0
     await served(server, bundle, device)
 
 
 async def test_a_client_that_sends_datagrams_and_is_killed_leaves_nothing_behind(
     server: Server, bundle: Bundle, device: Device, tmp_path: Path
 ) -> None:
-    assert server._ingress is not None
-    assert server._quic is not None
     camera = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off", "--frames", "9000", "--operating-point", "0")
     with client(tmp_path, *camera, *over("quic"), "--server", server.address) as edge:
         await asyncio.to_thread(edge.wait_frame, 20)
-        assert server._quic.connections == 1
+        assert server.counts["datagram_connections"] == 1
         edge.kill()
-    await until(lambda: not server._ingress.sessions, "the dead client's session is gone")
-    await until(lambda: server._quic.connections == 0, "and its connection")
-    assert server._answerer is not None
-    await until(lambda: server._answerer.pending_bytes == 0, "and its bytes")
+    await until(lambda: not server.sessions, "the dead client's session is gone")
+    await until(lambda: server.counts["datagram_connections"] == 0, "and its connection")
+    await until(lambda: server.counts["pending_bytes"] == 0, "and its bytes")
     await served(server, bundle, device)
 
 
 async def test_the_server_drops_a_client_that_vanished_without_a_word(server: Server, bundle: Bundle, device: Device) -> None:
     """Half-open: the connection stands, nobody is at its other end. Keepalive finds out."""
-    assert server._ingress is not None
     async with relay(server.address) as wire, session(wire.address, bundle.sha256) as stream:
         assert (await stream.frame(device.layers(picture(), 0))).error is None
-        assert len(server._ingress.sessions) == 1
+        assert len(server.sessions) == 1
         wire.freeze()
-        took_s = await until(lambda: not server._ingress.sessions, "the vanished client's session is gone")
+        took_s = await until(lambda: not server.sessions, "the vanished client's session is gone")
         assert took_s < 2 * PATIENCE.keepalive_s + 20
         await served(server, bundle, device)
 
