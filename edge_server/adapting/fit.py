@@ -27,7 +27,6 @@ from splitters.bundle import Bundle, open_bundle, replace_parts
 from splitters.codec import LatentCodec, codec_from_spec
 from splitters.codec.fitting.fit import refit_predicted
 from splitters.codec.learned_spec import check_learned, tier_prices
-from splitters.codec.tables import finest_tier, read_tables
 
 _TESTED = 4  # one run in this many tests
 _GAIN = 0.02  # of the tested runs' bytes: less is not worth a download
@@ -57,11 +56,8 @@ def fit(bundle: Bundle, runs: Sequence[Run], seed: int = 0) -> tuple[int, int]:
     gains = np.asarray(spec["gains"], np.float64)
     latents = [latents_of(run.values, np.asarray(spec["ungains"], np.float32)[tiers[run.point_id]], rng) for run in runs]
     old = bundle.read_part(spec["tables"])
-    predicts = read_tables(old).predicted
-    scene = predicts.scene if predicts is not None else None
-    still = scene / gains[finest_tier(gains)][:, None, None] if scene is not None else None
     learned = [clip for i, clip in enumerate(latents) if i % _TESTED]
-    part = refit_predicted(old, learned, gains, scene=still, prices=tier_prices(spec))
+    part = refit_predicted(old, learned, gains, prices=tier_prices(spec))
     tested = list(range(0, len(runs), _TESTED))
     sizes: list[int] = []
     for tables in (old, part):

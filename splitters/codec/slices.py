@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from protos.errors import PayloadError
 from protos.messages import SLICES
@@ -133,7 +132,7 @@ class Slicer:
 
     def prior(self, coding: Coding) -> SymbolArray:
         """Each channel's expectation where nothing is known, (C, H, W)."""
-        bias: NDArray[np.float64] = self._tables.intra.weights[coding.tier].mean_bias[0]
+        bias = self._tables.intra.weights[coding.tier].mean_bias[0]
         channel = np.rint(bias / UNIT).astype(np.int16)
         channel[coding.channels :] = 0
         (rows, columns) = self._places[-1]

@@ -1,5 +1,7 @@
 """Walks a latent's symbols stage by stage; the encoder and the decoder are the same walk.
 
+A stage looks at no cell that comes after it, so the encoder may know the whole frame from the start.
+
 Shape legend: C channels, H x W cells, G channels of a layer, P cells of a pass, S padded cells.
 """
 
@@ -12,7 +14,18 @@ from numpy.typing import NDArray
 
 from protos.errors import PayloadError
 from splitters.codec.entropy.coder import CoderFactory, TableSet
-from splitters.codec.entropy.context import MAX_FEATURE, PASSES, Exact, Geometry, Stage, State, choose, predict
+from splitters.codec.entropy.context import (
+    MAX_FEATURE,
+    PASSES,
+    Exact,
+    Geometry,
+    Index,
+    Integers,
+    Stage,
+    State,
+    choose,
+    predict,
+)
 from splitters.codec.entropy.residuals import get_residuals, put_residuals
 from splitters.codec.symbols import SymbolArray
 from splitters.codec.tables import Tables
@@ -21,13 +34,23 @@ MAX_SYMBOL = 2047
 
 
 class Walk:
-    """One frame's symbols in the making, with the contexts they give."""
+    """One frame's symbols in the making, with the contexts they give.
 
-    def __init__(self, geometry: Geometry, tables: Tables, tier: int, channels: int) -> None:
-        self._geometry, self._tables, self._tier, self._channels = geometry, tables, tier, channels
-        self.values = np.zeros((tables.channels, geometry.height * geometry.width), dtype=np.int64)
-        rows = 2 * len(tables.layers)
-        self._state = State(planes=np.zeros((tables.channels, geometry.size)), activity=np.zeros((rows, geometry.size)))
+    Args:
+        geometry: of the plane.
+        tables: the bundle's.
+        tier: of the weights.
+        channels: that are coded.
+        values: (C, H * W) symbols; zeros, or what an encoder knows.
+    """
+
+    def __init__(self, geometry: Geometry, tables: Tables, tier: int, channels: int, values: SymbolArray) -> None:
+        self._geometry, self._tables, self._channels, self.values = geometry, tables, channels, values
+        self._weights = tables.intra.weights[tier]
+        shape = (-1, geometry.height, geometry.width)
+        planes = geometry.pad(np.clip(values, -MAX_FEATURE, MAX_FEATURE).reshape(shape), self._weights.mean_bias.dtype.type)
+        activity = np.zeros((2 * len(tables.layers), geometry.size), planes.dtype)
+        self._state = State(planes=planes, activity=activity)
 
     def stages(self, layer: int) -> Iterator[Stage]:
         """The passes of one layer that have any cells, clipped to the channels kept."""
@@ -37,13 +60,12 @@ class Walk:
             if len(self._geometry.passes[k].cells):
                 yield Stage(layer=layer, start=start, stop=stop, number=k)
 
-    def expect(self, stage: Stage) -> tuple[NDArray[np.int64], NDArray[np.intp], TableSet]:
+    def expect(self, stage: Stage) -> tuple[Integers, Index, TableSet]:
         """Rounded expectation (G, P) of a stage's symbols, their table rows (G, P) and the tables."""
-        mean, scale = predict(self._geometry, self._tables.intra.weights[self._tier], self._state, stage)
-        rounded, row = choose(mean, scale)
+        rounded, row = choose(*predict(self._geometry, self._weights, self._state, stage))
         return rounded, row, self._tables.intra.tables
 
-    def accept(self, stage: Stage, values: NDArray[np.int64]) -> None:
+    def accept(self, stage: Stage, values: Integers) -> None:
         """Takes a stage's symbols (G, P) as known."""
         where = self._geometry.passes[stage.number]
         rows = slice(stage.start, stage.stop)
@@ -65,8 +87,8 @@ def encode_layers(
     `ends` says how many groups of channels each body, with those before it, holds; rising. Later channels than `channels` are
     zero.
     """
-    walk = Walk(geometry, tables, tier, channels)
-    flat = symbols.reshape(len(symbols), -1).astype(np.int64)
+    flat = symbols.reshape(len(symbols), -1)
+    walk = Walk(geometry, tables, tier, channels, flat)
     bodies = []
     for first, last in zip((0, *ends), ends, strict=False):
         encoder = coders.encoder()
@@ -75,7 +97,6 @@ def encode_layers(
                 expected, rows, table_set = walk.expect(stage)
                 values = flat[stage.start : stage.stop, geometry.passes[stage.number].raster]
                 put_residuals(encoder, (values - expected).ravel(), rows.ravel(), table_set, tables.radius)
-                walk.accept(stage, values)
             walk.close(group)
         bodies.append(encoder.finish())
     return bodies
@@ -89,7 +110,7 @@ def decode_layers(
     Raises:
         PayloadError: the bytes cannot have come from these tables.
     """
-    walk = Walk(geometry, tables, tier, channels)
+    walk = Walk(geometry, tables, tier, channels, np.zeros((tables.channels, geometry.height * geometry.width), np.int16))
     for body, first, last in zip(bodies, (0, *ends), ends, strict=False):
         decoder = coders.decoder(body)
         for group in range(first, last):
@@ -101,7 +122,7 @@ def decode_layers(
                     raise PayloadError(f"a symbol exceeds {MAX_SYMBOL}: the payload is not of this bundle")
                 walk.accept(stage, values)
             walk.close(group)
-    return walk.values.reshape(-1, geometry.height, geometry.width).astype(np.int16)
+    return walk.values.reshape(-1, geometry.height, geometry.width)
 
 
 def padded_planes(geometry: Geometry, symbols: NDArray[np.integer]) -> Exact:

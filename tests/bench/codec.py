@@ -1,11 +1,12 @@
 """What the codec costs and saves: milliseconds of both range coders and zstandard, bytes with and without a reference frame.
 
 Without arguments it runs on made-up smooth latents, needs neither weights nor data, and fits its own tables (a few
-seconds). With a bundle that has a learned codec, and HEADTAIL_DATA, it also runs real photos and the two fixed-camera
-videos through the bundle's head: bytes per frame alone and predicted from the frame 1 or 2 before it, the symbols of both
-sides checked frame by frame; and how many symbols change when ONNX Runtime runs with 2 threads instead of 1.
+seconds). With a bundle that has a learned codec, and HEADTAIL_DATA, it also runs real photos and fixed-camera videos (their
+second halves at 10 frames a second) through the bundle's head: bytes and milliseconds per frame alone and predicted from the
+frame 1 or 2 before it, the symbols of both sides checked frame by frame; bytes of a still scene with sensor noise; and how many
+symbols change when ONNX Runtime runs with 2 threads instead of 1.
 
-    python -m tests.bench.codec [--bundle DIR] [--data $HEADTAIL_DATA] [--frames 90]
+    python -m tests.bench.codec [--bundle NAME_OR_DIR] [--data $HEADTAIL_DATA] [--frames 30] [--clips vtest.avi ...]
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ from numpy.typing import NDArray
 from splitters.bundle import Bundle, open_bundle
 from splitters.codec import LatentCodec, LearnedCodec, PlainCodec, Symbols, calibrate_plain, learned_spec
 from splitters.codec.fitting.fit import fit_tables
+from splitters.evaluation.video.clips import Part, read_clip
 from splitters.evaluation.video.run import send_clip
 from splitters.runtime.head import Head
 from splitters.tasks.preprocess import preprocess
+from splitters.zoo.defaults import ensure_exported
 
 VIDEOS = ("vtest.avi", "person-bicycle-car-detection.mp4")
 LAGS = (1, 2)
+NOISE = (2, 4)  # standard deviations, of 255
+STILL_FRAMES = 10
 Latents = Sequence[NDArray[np.float32]]
 
 
@@ -132,33 +137,58 @@ def spread(bundle: Bundle) -> list[int]:
     return [same[0], same[len(same) // 2], same[-1]]
 
 
-def video(bundle: Bundle, codec: LearnedCodec, path: Path, count: int) -> dict[str, Any]:
-    """Bytes per frame alone and predicted."""
-    device = Device(bundle, threads=1)
-    capture = cv2.VideoCapture(str(path))
-    pictures: list[NDArray[np.uint8]] = []
-    while len(pictures) < count:
-        ok, frame = capture.read()
-        if not ok:
-            break
-        pictures.append(picture(frame))
+def video(bundle: Bundle, codec: LearnedCodec, path: Path, count: int, numbers: Sequence[int], repeat: int) -> dict[str, Any]:
+    """Bytes and milliseconds per frame of a clip's second half, alone and predicted, and bytes of a still scene."""
+    head = Head(bundle, threads=1)
+    clip = read_clip(path, bundle.manifest.preprocess, part=Part(start=0.5), limit=count)
     report: dict[str, Any] = {}
-    for number in spread(bundle):
-        point = bundle.points[number].codec_point
-        latents = [device.latents(shown, number) for shown in pictures]
-        row: dict[str, Any] = {"alone_bytes": mean_bytes([list(codec.compress(z, point).payloads) for z in latents])}
+    for number in numbers:
+        point, graphs = bundle.points[number].codec_point, bundle.points[number].graphs
+
+        def latent(shown: NDArray[np.uint8], graphs: tuple[str, ...] = graphs) -> Latents:
+            return head.latents(head.stem_of(shown), graphs)
+
+        latents = [latent(shown) for shown in clip.frames.pictures]
+        alone = [codec.compress(z, point) for z in latents]
+        row: dict[str, Any] = {"alone_bytes": mean_bytes([list(coded.payloads) for coded in alone])}
+        row["alone_ms"] = [
+            median_ms(lambda i, p=point, zs=latents: codec.compress(zs[i % len(zs)], p), repeat),
+            median_ms(lambda i, coded=alone: codec.decode(coded[i % len(coded)].payloads), repeat),
+        ]
         for lag in LAGS:
-            sent = send_clip(codec, latents, point, lag)
-            for i, z in enumerate(latents):  # what the decoder has is what the encoder said it would have
-                coded = codec.compress(z, point, *((sent.symbols[max(0, i - lag)], max(0, i - lag)) if i else (None, None)))
-                if coded.symbols.crc32() != sent.symbols[i].crc32():
-                    raise SystemExit(f"{path.name} frame {i}: the decoded symbols differ")
-            row[f"lag{lag}_bytes"] = round(float(sent.sizes[lag:].mean()), 1)
+            row |= predicted(codec, latents, point, lag, repeat)
             row[f"lag{lag}_saved"] = round(1 - row[f"lag{lag}_bytes"] / row["alone_bytes"], 3)
-            row[f"lag{lag}_key_frames"] = int((~sent.predicted[1:]).sum())
-            row[f"lag{lag}_ms"] = [round(float(np.median(ms[lag:])), 2) for ms in (sent.encode_ms, sent.decode_ms)]
+        row |= {f"still_noise{sigma}_bytes": still(codec, latent, clip.frames.pictures[0], point, sigma) for sigma in NOISE}
         report[f"{path.name}, {point}"] = row
     return report
+
+
+def predicted(codec: LearnedCodec, latents: Sequence[Latents], point: str, lag: int, repeat: int) -> dict[str, Any]:
+    """Each frame against the one ``lag`` back."""
+    sent = send_clip(codec, latents, point, lag)
+    pairs = [(z, (sent.symbols[i], i)) for i, z in enumerate(latents[lag:])]
+    coded = [codec.compress(z, point, *reference) for z, reference in pairs]
+    for number, (each, decoded) in enumerate(zip(coded, sent.symbols[lag:], strict=True), lag):
+        if each.symbols.crc32() != decoded.crc32():  # what the decoder has is what the encoder said it would have
+            raise SystemExit(f"frame {number} of {point}: the decoded symbols differ")
+    stores = [{i: symbols} for i, symbols in enumerate(sent.symbols[: len(pairs)])]
+    return {
+        f"lag{lag}_bytes": round(float(sent.sizes[lag:].mean()), 1),
+        f"lag{lag}_key_frames": int((~sent.predicted[1:]).sum()),
+        f"lag{lag}_ms": [
+            median_ms(lambda i: codec.compress(pairs[i % len(pairs)][0], point, *pairs[i % len(pairs)][1]), repeat),
+            median_ms(lambda i: codec.decode(coded[i % len(coded)].payloads, stores[i % len(stores)]), repeat),
+        ],
+    }
+
+
+def still(
+    codec: LearnedCodec, latent: Callable[[NDArray[np.uint8]], Latents], shown: NDArray[np.uint8], point: str, sigma: int
+) -> float:
+    """Mean bytes of predicted frames of a scene in which nothing moves, seen with a sensor's noise of this standard deviation."""
+    rng = np.random.default_rng(0)
+    noisy = [np.clip(np.rint(shown + rng.normal(0, sigma, shown.shape)), 0, 255).astype(np.uint8) for _ in range(1 + STILL_FRAMES)]
+    return round(float(send_clip(codec, [latent(each) for each in noisy], point, 1).sizes[1:].mean()), 1)
 
 
 def picture(frame: Any) -> NDArray[np.uint8]:
@@ -189,9 +219,11 @@ def threads_differ(bundle: Bundle, codec: LearnedCodec, photos: list[Path]) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--bundle", type=Path, help="a bundle with a learned codec")
+    parser.add_argument("--bundle", help="a bundle with a learned codec, by name or path")
     parser.add_argument("--data", type=Path, default=os.environ.get("HEADTAIL_DATA"), help="folder with video/ and imagenette160/")
-    parser.add_argument("--frames", type=int, default=90, help="frames of each video")
+    parser.add_argument("--frames", type=int, default=30, help="frames of each video")
+    parser.add_argument("--clips", nargs="+", default=VIDEOS, help="files in the data's folder video")
+    parser.add_argument("--points", type=int, nargs="+", help="operating points, by number; otherwise three of the most accurate")
     parser.add_argument("--repeat", type=int, default=100, help="timed calls of each coder")
     args = parser.parse_args()
     if args.repeat < 1 or args.frames <= max(LAGS):
@@ -201,15 +233,16 @@ def main() -> None:
     for name, row in report["timing"].items():
         print(f"{name:42} {row['bytes']:6} bytes   encode {row['encode_ms']} ms   decode {row['decode_ms']} ms")
     if args.bundle is not None:
-        bundle = open_bundle(args.bundle)
+        bundle = open_bundle(Path(args.bundle) if Path(args.bundle).is_dir() else ensure_exported(args.bundle))
         codec = read_codec(bundle)
         data = Path(args.data) if args.data else None
         if data is None:
             print("no data given (--data or HEADTAIL_DATA): no videos, no photos")
         else:
             report["video"] = {}
-            for name in VIDEOS:
-                report["video"] |= video(bundle, codec, data / "video" / name, args.frames)
+            for name in args.clips:
+                numbers = args.points or spread(bundle)
+                report["video"] |= video(bundle, codec, data / "video" / name, args.frames, numbers, args.repeat)
             for name, row in report["video"].items():
                 print(f"{name:42} {row}")
             photos = sorted((data / "imagenette160" / "val").glob("*/*"))[::5]

@@ -193,7 +193,7 @@ async def measure(args: argparse.Namespace, done: set[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             bundle = prepared(Path(name) if Path(name).is_dir() else ensure_exported(name), Path(folder) / "bundle")
             graphs = bundle.points[0].graphs
-            points = [p.id for p in bundle.points if p.graphs == graphs][4::2][: args.points]
+            points = [p.id for p in bundle.points if p.graphs == graphs][::2][: args.points]
             choices = [*(f"split {i}" for i in points), *(f"{VIDEO} {q}" for q in QUALITIES)]
             async with ClipStage("shape", str(bundle.path)) as stage:
                 for clip in args.clips:
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--bundle", nargs="+", default=["yolox-nano", "detector"], help="names or folders (default %(default)s)")
     parser.add_argument("--clips", nargs="+", default=CLIPS, help="files under DATA/video (default: five fixed cameras)")
     parser.add_argument("--frames", type=int, default=100, help="at most, of a half (default %(default)s)")
-    parser.add_argument("--points", type=int, default=3, help="operating points a model (default %(default)s)")
+    parser.add_argument("--points", type=int, default=5, help="operating points a model (default %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="one JSON line a run")
     args = parser.parse_args()
     asyncio.run(measure(args, {row["key"] for row in read(args.out)}))

@@ -167,6 +167,23 @@ def _done(g: Graph, centre: str, extent: str, scores: str, how: str) -> str:
     return g.add("Gather", [flat, index], axis=0)
 
 
+def quantised(model: Path, out: Path, *, size: int = 64) -> Path:
+    """A file in int8 as ONNX Runtime's own tool writes it: every tensor through QuantizeLinear and DequantizeLinear."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    rng = np.random.default_rng(0)
+    samples = iter([{"images": rng.random((1, 3, size, size), dtype=np.float32)} for _ in range(4)])
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> dict[str, Any] | None:
+            return next(samples, None)
+
+    quantize_static(
+        str(model), str(out), Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8
+    )
+    return out
+
+
 def classifier(
     path: Path, *, batch: int | str = "n", body: str = "", softmax: bool = False, size: int = 32, grey: bool = False
 ) -> Path:

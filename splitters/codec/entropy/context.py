@@ -5,8 +5,9 @@ passes are a checkerboard, He et al. 2021, arXiv 2103.15306). In each pass every
 in: co-located symbols of earlier layers, its four nearest cells of earlier passes in its own channel, and activity
 (absolute sums) of both. Mean and scale choose a frozen table for the rounded residual.
 
-Everything is a float64 that holds an integer below 2^53, so matrix products are exact in any order, on any processor
-and with any number of threads.
+Everything is a float that holds an integer, so matrix products are exact in any order, on any processor and with any number
+of threads. Weights of a trained codec keep every sum below 2^24, where float32 is exact and takes half of the time; those that
+could exceed it are computed in float64, exact below 2^53 (`exact_dtype`).
 
 Shape legend: C channels, L layers, H x W cells, S = (H + 4)(W + 4) padded cells, P cells of a pass, G channels of a layer.
 """
@@ -14,11 +15,13 @@ Shape legend: C channels, L layers, H x W cells, S = (H + 4)(W + 4) padded cells
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Exact = NDArray[np.float64]
+Exact = NDArray[np.floating[Any]]
+Integers = NDArray[np.int32]
 Index = NDArray[np.intp]
 
 PASSES = 5
@@ -30,6 +33,7 @@ FRACTIONS = 8
 SCALES = 25
 TABLES = SCALES * FRACTIONS
 _SCALE_LIMIT = 8191
+_SINGLE_LIMIT = 2**24
 
 _OFFSETS: tuple[tuple[tuple[int, int], ...], ...] = (
     (),
@@ -86,9 +90,9 @@ class Geometry:
             offsets = np.array([dy * self.stride + dx for dy, dx in _OFFSETS[k]], dtype=np.intp)
             self.passes.append(Pass(cells=cells, raster=raster, near=cells[None, :] + offsets[:, None]))
 
-    def pad(self, tensor: NDArray[np.integer] | Exact) -> Exact:
+    def pad(self, tensor: NDArray[np.integer] | Exact, dtype: type[np.floating[Any]] = np.float64) -> Exact:
         """(C, H, W) to (C, S)."""
-        out = np.zeros((tensor.shape[0], self.height + 2 * PAD, self.stride))
+        out = np.zeros((tensor.shape[0], self.height + 2 * PAD, self.stride), dtype)
         out[:, PAD:-PAD, PAD:-PAD] = tensor
         return out.reshape(len(out), self.size)
 
@@ -106,7 +110,7 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """One tier's weights, integers in 1/256, held as float64.
+    """One tier's weights, integers in 1/256, held as float32 or float64.
 
     Attributes:
         mean_bias, mean_near, scale_bias, scale_near, scale_near_all: (PASSES, C).
@@ -133,6 +137,17 @@ def weight_shapes(channels: int, layers: int) -> dict[str, tuple[int, ...]]:
         "mean_earlier": (PASSES, channels, channels),
         "scale_earlier": (PASSES, channels, 2 * layers),
     }
+
+
+def exact_dtype(weights: Weights, layers: tuple[int, ...]) -> type[np.floating[Any]]:
+    """The shorter float in which no mean, no scale and no part of their sums can be inexact; layers end at ``layers``."""
+    groups = np.diff((0, *layers))
+    near = MAX_FEATURE * max(map(len, _OFFSETS))
+    activity = MAX_FEATURE * np.stack([groups, 9 * groups], axis=1).ravel()
+    mean = abs(weights.mean_bias) + abs(weights.mean_near) * near + abs(weights.mean_earlier).sum(axis=2) * MAX_FEATURE
+    scale = abs(weights.scale_bias) + abs(weights.scale_near) * near + abs(weights.scale_near_all) * near * groups.max()
+    scale += (abs(weights.scale_earlier) * activity).sum(axis=2)
+    return np.float32 if max(mean.max(), scale.max(), near * groups.sum()) < _SINGLE_LIMIT else np.float64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,10 +191,10 @@ def predict(geometry: Geometry, weights: Weights, state: State, stage: Stage) ->
     return mean, scale
 
 
-def choose(mean: Exact, scale: Exact) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
+def choose(mean: Exact, scale: Exact) -> tuple[Integers, Index]:
     """Turns means and scales (in 1/256) into rounded means and table rows, of the same shape."""
-    shifted = np.clip(mean, -MAX_MEAN, MAX_MEAN).astype(np.int64) + UNIT // 2
-    rounded = shifted >> 8
-    fraction = (shifted & (UNIT - 1)) >> 5
-    row = _SCALE_CLASS[np.clip(scale, 0, _SCALE_LIMIT).astype(np.intp)] + fraction
-    return rounded, row
+    shifted = np.clip(mean, -MAX_MEAN, MAX_MEAN).astype(np.int32)
+    shifted += UNIT // 2
+    row = _SCALE_CLASS.take(scale.astype(np.intp), mode="clip")
+    row += (shifted & (UNIT - 1)) >> 5
+    return shifted >> 8, row

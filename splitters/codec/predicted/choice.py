@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from splitters.codec.predicted.motion import FRESH, MODES, STILL, candidates, predicted
+from splitters.codec.predicted.motion import FRESH, MODES, STILL, Quarters, candidates, predicted
 
 Floats = NDArray[np.float32]
+Modes = NDArray[np.int64]
 
 DEFAULT_PRICE = 0.2
 TURNS = 64
@@ -33,11 +34,13 @@ _MORE_BITS = (1.5 * np.log2(np.maximum(np.arange(4096), 1))).astype(np.float32)
 _WORTH_BITS = 6.0  # a cell that could save less than the price of these is not looked at
 _LEADING = 3  # modes are compared on the first third of the channels, which hold most of what changes
 _TURN_SHARE = 0.5
+_BLOCK = 64  # cells whose modes are compared at once
+_MARGIN = 1e-3  # far above what float32 rounds away
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
-    """Rough bits of a symbol that stays as predicted, and of one that does not, by channel: (C, 1)."""
+    """Rough bits of a symbol that stays as predicted, and of one that does not, by channel: (C, 1); or one of all: (1, 1)."""
 
     same: Floats
     other: Floats
@@ -51,11 +54,13 @@ class Choice:
         values: (C, H * W) symbols.
         changed: (H * W,) cells that do not keep the reference's symbols.
         modes: (K,) of the changed cells, in raster order.
+        expected: (C, K) what those predict, quarters of a symbol.
     """
 
     values: NDArray[np.int16]
     changed: NDArray[np.bool_]
-    modes: NDArray[np.int64]
+    modes: Modes
+    expected: Quarters
 
 
 def choose_symbols(
@@ -82,13 +87,12 @@ def choose_symbols(
     values = reference.copy()
     changed = np.zeros(saved.shape, bool)
     if not len(looked):
-        return Choice(values=values, changed=changed, modes=np.zeros(0, np.int64))
-    target, lam = wanted[:, looked], prices[looked]
+        return _unchanged(values, changed)
+    target, lam = wanted.take(looked, axis=1), prices[looked]
     lead = max(1, len(wanted) // _LEADING)
-    around = np.square(target[:lead] - candidates(reference[:lead], near, looked)).sum(axis=1)
-    best = (around + lam * _MODE_BITS).argmin(axis=0)
-    base: Floats = predicted(reference, near, looked, best).astype(np.float32) * np.float32(0.25)
-    coded, spent = _coded(target, base, costs, lam)
+    best = _modes(target[:lead], reference[:lead], near, looked, lam)
+    expected = predicted(reference, near, looked, best)
+    coded, spent = _coded(target, expected.astype(np.float32) * np.float32(0.25), costs, lam)
     spent += lam * (_CELL_BITS + _MODE_BITS[best, 0])
     symbols = np.clip(coded, -limit, limit).astype(np.int16)
     differs = (symbols != reference[:, looked]).any(axis=0)
@@ -96,25 +100,46 @@ def choose_symbols(
     cells = looked[take]
     changed[cells] = True
     values[:, cells] = symbols[:, take]
-    return Choice(values=values, changed=changed, modes=best[take].astype(np.int64))
+    return Choice(values=values, changed=changed, modes=best[take].astype(np.int64), expected=expected[:, take])
+
+
+def _modes(target: Floats, reference: NDArray[np.int16], near: NDArray[np.intp], cells: NDArray[np.intp], lam: Floats) -> Modes:
+    """Each cell's cheapest mode (K,), some cells at a time: all modes of all cells are memory that the system takes back."""
+    best = np.empty(len(cells), np.int64)
+    for start in range(0, len(cells), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        offered = candidates(reference, near, cells[part])
+        offered -= target[:, part]
+        around = np.square(offered, out=offered).sum(axis=1)
+        best[part] = (around + lam[part] * _MODE_BITS).argmin(axis=0)
+    return best
 
 
 def _coded(target: Floats, base: Floats, costs: Costs, lam: Floats) -> tuple[Floats, Floats]:
     """The symbols (C, K) of cells if they are coded, and error + price * bits of each cell (K,)."""
-    same = np.rint(base)
-    off = target - same
+    symbols = np.rint(base)
+    off = target - symbols
+    spent = np.square(off)
+    spent += lam * costs.same
+    # One step saves 2 |off| - 1 of the error: below this, moving cannot pay. Above it is looked at exactly.
+    least = lam * (0.5 * (costs.other - costs.same)) + np.float32(0.5 - _MARGIN)
     size = np.abs(off)
-    low = size.astype(np.int32)
-    best, chosen = np.square(off), np.zeros_like(low)
-    best += lam * costs.same
+    at = np.flatnonzero(size >= np.minimum(least, 1, out=least))
+    channel, cell = np.divmod(at, off.shape[1])
+    size, weight, other = size.take(at), lam[cell], np.broadcast_to(costs.other, (len(off), 1))[channel, 0]
+    low, best, chosen = size.astype(np.int32), spent.take(at), np.zeros(len(at), np.float32)
     for step in (low, low + 1):
-        move = np.square(size - step)
-        move += lam * (costs.other + _MORE_BITS.take(step, mode="clip"))
+        move = np.square(size - step) + weight * (other + _MORE_BITS.take(step, mode="clip"))
         better = (move < best) & (step > 0)
-        np.copyto(best, move, where=better)
-        np.copyto(chosen, step, where=better)
-    symbols: Floats = same + np.copysign(chosen.astype(np.float32), off)
-    return symbols, best.sum(axis=0)
+        np.copyto(best, move, where=better, casting="same_kind")
+        np.copyto(chosen, step, where=better, casting="same_kind")
+    spent.put(at, best)
+    symbols.put(at, symbols.take(at) + np.copysign(chosen, off.take(at)))
+    return symbols, spent.sum(axis=0)
+
+
+def _unchanged(values: NDArray[np.int16], changed: NDArray[np.bool_]) -> Choice:
+    return Choice(values=values, changed=changed, modes=np.zeros(0, np.int64), expected=np.zeros((len(values), 0), np.int32))
 
 
 def match(values: NDArray[np.int16], reference: NDArray[np.int16], near: NDArray[np.intp]) -> Choice:
@@ -122,10 +147,10 @@ def match(values: NDArray[np.int16], reference: NDArray[np.int16], near: NDArray
     changed = (values != reference).any(axis=0)
     cells = np.flatnonzero(changed)
     if not len(cells):
-        return Choice(values=values, changed=changed, modes=np.zeros(0, np.int64))
+        return _unchanged(values, changed)
     offered = candidates(reference, near, cells)
-    modes = np.abs(values[:, cells] - offered).sum(axis=1).argmin(axis=0)
-    return Choice(values=values, changed=changed, modes=modes.astype(np.int64))
+    modes = np.abs(values[:, cells] - offered).sum(axis=1).argmin(axis=0).astype(np.int64)
+    return Choice(values=values, changed=changed, modes=modes, expected=predicted(reference, near, cells, modes))
 
 
 __all__ = ["DEFAULT_PRICE", "FRESH", "Choice", "Costs", "choose_symbols", "match"]

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from splitters.codec.entropy.coder import Decoder, Encoder, TableSet
-from splitters.codec.entropy.context import MAX_MEAN, choose
+from splitters.codec.entropy.context import Index, Integers, choose
 from splitters.codec.entropy.residuals import get_residuals, put_residuals
 from splitters.codec.predicted.motion import FRESH, STILL, Quarters
 
@@ -74,12 +75,14 @@ class Cells:
 
     Attributes:
         expected: (C, K) quarters.
-        fresh: (K,) 1 where a cell is predicted from nothing.
+        size: (C, K) its absolute value.
+        fresh: the cells of K that are predicted from nothing.
         features: (FEATURES, K), rows of groups not known are 0.
     """
 
     expected: Exact
-    fresh: Exact
+    size: Exact
+    fresh: Index
     features: Exact
 
     @classmethod
@@ -90,10 +93,11 @@ class Cells:
         features[0] = _FLAG
         features[1] = _FLAG * (modes == STILL)
         features[2] = _FLAG * (modes == FRESH)
-        features[3] = np.floor(np.abs(capped).sum(axis=0) / 32)
-        return cls(expected=capped, fresh=(modes == FRESH).astype(np.float64), features=features)
+        size = np.abs(capped)
+        features[3] = np.floor(size.sum(axis=0) / 32)
+        return cls(expected=capped, size=size, fresh=np.flatnonzero(modes == FRESH), features=features)
 
-    def accept(self, group: int, start: int, values: NDArray[np.int64]) -> None:
+    def accept(self, group: int, start: int, values: NDArray[np.integer[Any]]) -> None:
         """Takes a group's symbols (G, K), from channel `start` on, as known."""
         if group < MAX_GROUPS - 1:
             off = np.abs(4 * values - self.expected[start : start + len(values)])
@@ -110,19 +114,22 @@ def groups(channels: int, kept: int) -> Iterator[tuple[int, int, int]]:
         start = stop
 
 
-def expect(weights: Renewal, cells: Cells, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
+def expect(weights: Renewal, cells: Cells, start: int, stop: int) -> tuple[Integers, Index]:
     """Rounded mean (G, K) and table row (G, K) of the symbols of channels ``start:stop``."""
     rows = slice(start, stop)
     expected = cells.expected[rows]
     mean = expected * (256 + weights.mean_own[rows, None])
-    mean += weights.mean_bias[rows, None] + weights.mean_fresh[rows, None] * cells.fresh
+    mean += weights.mean_bias[rows, None]
+    mean[:, cells.fresh] += weights.mean_fresh[rows, None]
     scale = weights.scale[rows] @ cells.features
-    scale += weights.scale_own[rows, None] * 64 * np.abs(expected)
-    return choose(np.clip(np.floor(mean / 4), -MAX_MEAN, MAX_MEAN), np.floor(scale / 64))
+    scale += weights.scale_own[rows, None] * 64 * cells.size[rows]
+    mean *= 0.25
+    scale *= 1 / 64
+    return choose(np.floor(mean, out=mean), scale)
 
 
 def put_cells(
-    encoder: Encoder, weights: Renewal, tables: TableSet, radius: int, cells: Cells, values: NDArray[np.int64], kept: int
+    encoder: Encoder, weights: Renewal, tables: TableSet, radius: int, cells: Cells, values: NDArray[np.int16], kept: int
 ) -> None:
     """Codes the symbols (C, K) of the changed cells; channels not kept are zero and cost nothing."""
     for number, start, stop in groups(len(values), kept):
@@ -131,13 +138,13 @@ def put_cells(
         cells.accept(number, start, values[start:stop])
 
 
-def get_cells(decoder: Decoder, weights: Renewal, tables: TableSet, radius: int, cells: Cells, kept: int) -> NDArray[np.int64]:
+def get_cells(decoder: Decoder, weights: Renewal, tables: TableSet, radius: int, cells: Cells, kept: int) -> Integers:
     """Reads what `put_cells` wrote, (C, K).
 
     Raises:
         PayloadError: the bytes cannot have come from these tables.
     """
-    values = np.zeros(cells.expected.shape, np.int64)
+    values = np.zeros(cells.expected.shape, np.int32)
     for number, start, stop in groups(len(values), kept):
         mean, rows = expect(weights, cells, start, stop)
         values[start:stop] = mean + get_residuals(decoder, rows.ravel(), tables, radius).reshape(mean.shape)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import zstandard
 
 from protos.errors import CutError
-from splitters.cutting.onnx.cuts import Cuts, OnnxCut, device_share, run_for, static_shape
+from splitters.cutting.onnx.cuts import BYTES, Cuts, OnnxCut, device_share, run_for, static_shape
 from splitters.cutting.onnx.inputs import Feed
 
 DEVICE_SHARE = 0.35  # of the work, at most, where nobody says where to cut
@@ -84,6 +84,8 @@ def crossing_costs(cuts: Cuts, chosen: Sequence[OnnxCut], feed: Feed) -> dict[in
 def best_cut(cuts: Cuts, feed: Feed, share: float = DEVICE_SHARE) -> tuple[OnnxCut, CrossingCost]:
     """The cut that sends the fewest compressed bytes among those with at most ``share`` of the work on the device.
 
+    Floats count twice: they need two bytes each to keep the answer, where a quantised file's own bytes travel exactly.
+
     Raises:
         CutError: the model can be cut nowhere.
     """
@@ -97,5 +99,9 @@ def best_cut(cuts: Cuts, feed: Feed, share: float = DEVICE_SHARE) -> tuple[OnnxC
 
     least = sorted(offered, key=elements)[:_MEASURED]  # compression does not turn the order of the rest round
     costs = crossing_costs(cuts, least, feed)
-    best = min(least, key=lambda c: (costs[c.position].zstd_bytes, c.position))
+
+    def sent(cut: OnnxCut) -> int:
+        return costs[cut.position].zstd_bytes * (1 if all(values[n].dtype in BYTES for n in cut.crossing) else 2)
+
+    best = min(least, key=lambda c: (sent(c), c.position))
     return best, costs[best.position]

@@ -2,6 +2,10 @@
 
 A cut is a place in the topological order of the nodes that compute on the picture. What crosses is every tensor made before
 it and needed after it. Nodes that compute on sizes alone are no part of that order: the tail computes them again.
+
+Nor are nodes that make floats of bytes (DequantizeLinear): the bytes are sent, which survive the codec exactly and take a
+quarter of the room, and the tail makes the floats. A float that is only quantised next is sent as the bytes it becomes: rounded
+twice, once by the codec and once behind the cut, it could end a step of the file's own away.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ from splitters.cutting.onnx.runtime import Session
 
 MAX_CROSSING = min(16, MAX_TENSORS)
 # What a latent's float32 holds exactly; wider integers would be altered on the way.
-CARRIED = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.BOOL}
+BYTES = {ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.BOOL}
+CARRIED = {ir.DataType.FLOAT, ir.DataType.FLOAT16, *BYTES}
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -65,6 +70,9 @@ class Cuts:
         if len(self.order) < 2:
             raise CutError(f"{model.path}: its outputs do not depend on what it is given, so there is nothing to cut")
         self.names = _names(self.order)
+        floats = {n: _sent(n.outputs[0]) for n in graph if _makes_floats(n)}
+        # A cut that is named by the floats is the one where their bytes cross.
+        self._bytes_of = {name: v.name for n, v in floats.items() if v.producer() for name in (n.name, n.outputs[0].name)}
         self._spans = self._live()
         self.macs = _macs(model, self.order)
         self.total_macs = sum(self.macs)
@@ -73,8 +81,8 @@ class Cuts:
         """Of every tensor of the picture: the positions between which it crosses."""
         used: dict[ir.Value, int] = {}
         for position, node in enumerate(self.order):
-            used.update(dict.fromkeys(reads(node), position))
-        used.update(dict.fromkeys(self.model.graph.graph.outputs, len(self.order)))
+            used.update(dict.fromkeys(map(_sent, reads(node)), position))
+        used.update(dict.fromkeys(map(_sent, self.model.graph.graph.outputs), len(self.order)))
         made = [*((root, 0) for root in self._roots), *((v, i + 1) for i, n in enumerate(self.order) for v in n.outputs)]
         return {value: (position, used[value]) for value, position in made if value in used}
 
@@ -94,14 +102,20 @@ class Cuts:
                 return f"{value.name!r} of type {value.dtype} crosses there, and only floats and bytes travel exactly"
         return ""
 
+    def _quantised_next(self, position: int) -> bool:
+        """Whether the next node makes bytes of a tensor that nobody else needs."""
+        node = self.order[position]
+        value = node.inputs[0] if _is(node, "QuantizeLinear") else None
+        return value is not None and self._spans.get(value, (0, 0))[1] == position
+
     def candidates(self) -> tuple[OnnxCut, ...]:
-        """All cuts whose tensors can be sent, in order; of neighbours where the same tensors cross, the last."""
+        """The cuts whose tensors can be sent, in order; of neighbours where the same tensors cross, the last."""
         found: dict[tuple[str, ...], OnnxCut] = {}
         done = 0
         for position in range(1, len(self.order)):
             done += self.macs[position - 1]
             values = self.crossing(position)
-            if not values or self.why_not(values):
+            if not values or self._quantised_next(position) or self.why_not(values):
                 continue
             crossing = tuple(str(v.name) for v in values)
             found[crossing] = OnnxCut(
@@ -137,6 +151,7 @@ class Cuts:
     def _position(self, at: str) -> int:
         if at in self.names:
             return self.names.index(at) + 1
+        at = self._bytes_of.get(at) or at
         for i, node in enumerate(self.order):
             if any(v.name == at for v in node.outputs):
                 return i + 1
@@ -192,13 +207,36 @@ def is_size(node: ir.Node) -> bool:
     return all(isinstance(d, int) for d in sides[1:]) and all(isinstance(d, int) or str(d) == BATCH for d in sides[:1])
 
 
+def _is(node: ir.Node, kind: str) -> bool:
+    """Whether it is that operator, of those that quantise, with scales that are no result of the graph."""
+    constant = all(v is None or v.const_value is not None for v in node.inputs[1:])
+    return node.op_type == kind and node.domain in ("", "ai.onnx", "com.microsoft") and constant
+
+
+def _makes_floats(node: ir.Node) -> bool:
+    value = node.inputs[0] if _is(node, "DequantizeLinear") else None
+    return value is not None and value.dtype in BYTES
+
+
+def _sent(value: ir.Value) -> ir.Value:
+    """What crosses in a tensor's place: of a float that was made of bytes, these."""
+    node = value.producer()
+    made_of = node.inputs[0] if node is not None and _makes_floats(node) else None
+    return value if made_of is None else made_of
+
+
 def _data_nodes(graph: ir.Graph, roots: Sequence[ir.Value]) -> list[ir.Node]:
-    """Nodes whose result depends on the inputs' values, not on their sizes alone."""
+    """Nodes whose result depends on the inputs' values, not on their sizes alone; quantising follows what it quantises at once."""
     data: set[ir.Value] = set(roots)
-    found = []
+    found: list[ir.Node] = []
     for node in graph:
-        if not is_size(node) and any(v in data for v in reads(node)):
-            data.update(node.outputs)
+        if is_size(node) or not any(v in data for v in reads(node)):
+            continue
+        data.update(node.outputs)
+        if _is(node, "QuantizeLinear") and node.inputs[0] is not None:
+            maker = _sent(node.inputs[0]).producer()
+            found.insert(found.index(maker) + 1 if maker in found else 0, node)
+        elif not _makes_floats(node):
             found.append(node)
     return found
 

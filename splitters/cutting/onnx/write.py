@@ -20,7 +20,7 @@ from splitters.bundle.operating_point import OperatingPoint
 from splitters.codec import calibrate_plain, codec_from_spec
 from splitters.cutting.checks import OnStep, silent
 from splitters.cutting.onnx.cost import best_cut, crossing_costs
-from splitters.cutting.onnx.cuts import Cuts, OnnxCut
+from splitters.cutting.onnx.cuts import BYTES, Cuts, OnnxCut
 from splitters.cutting.onnx.feeds import feeds_of
 from splitters.cutting.onnx.inputs import Feed
 from splitters.cutting.onnx.judge import METRIC, Agreement, judge
@@ -127,20 +127,22 @@ def write_onnx_bundle(
     for number, image in enumerate(images):
         on_step(number, len(images), "running the head on the photographs")
         runs.append(head.run(image))
-    spec = _calibrated(pieces.latents, runs, serving.bits)
+    exact = all(latent.dtype in BYTES for latent in pieces.latents)
+    bits = tuple(dict.fromkeys(min(width, 8) for width in serving.bits)) if exact else serving.bits
+    spec = _calibrated(pieces.latents, runs, bits)
     codec = codec_from_spec(spec, lambda _path: b"")
     decode = make_task(serving.task, serving.postprocess, serving.preprocess).decode
     judged = judge(model, decode, _tail_runner(tail), photos, images)
     if not serving.may_find_nothing:
         judged.check_found(serving.task, serving.postprocess)
     agreements = []
-    for number, width in enumerate(serving.bits):
-        on_step(number, len(serving.bits), f"comparing answers at {width} bits with the whole file's")
+    for number, width in enumerate(bits):
+        on_step(number, len(bits), f"comparing answers at {width} bits with the whole file's")
         agreements.append(judged.point(codec, str(number), runs))
-    on_step(len(serving.bits), len(serving.bits), "writing the bundle")
-    agreement, answers = agreements[int(np.argmax(serving.bits))]
+    on_step(len(bits), len(bits), "writing the bundle")
+    agreement, answers = agreements[int(np.argmax(bits))]
     points = measure_points(
-        head.run, images, runs, codec, [latent.shape for latent in pieces.latents], serving.bits,
+        head.run, images, runs, codec, [latent.shape for latent in pieces.latents], bits,
         accuracy=[a.accuracy for a, _ in agreements], metric=METRIC,
     )  # fmt: skip
     bundle = _written(model, cut, pieces, proof, serving, spec, points, out)

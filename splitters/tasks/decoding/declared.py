@@ -41,6 +41,23 @@ class Kept:
     extras: Floats
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """All rows of a batch.
+
+    Attributes:
+        boxes_px: (N, P, 4) xyxy in pixels of the model's input.
+        scores: (N, P, C) of the classes, or one where the rows name their class.
+        class_ids: (N, P, 1) where the rows name their class.
+        extras: (N, P, E) what else each row carries, where it does.
+    """
+
+    boxes_px: Floats
+    scores: Floats
+    class_ids: Floats | None
+    extras: Floats | None
+
+
 class Declared:
     """Decodes as declared.
 
@@ -92,8 +109,8 @@ class Declared:
             for k, size in zip(self.kept(outputs), sizes_px, strict=False)
         ]
 
-    def kept(self, outputs: Sequence[Floats]) -> list[Kept]:
-        """Of every frame the rows that are reported, in pixels of the model's input.
+    def candidates(self, outputs: Sequence[Floats]) -> Candidates:
+        """All rows as they are before a threshold and a suppression choose among them.
 
         Raises:
             BundleError: the outputs do not have the form declared.
@@ -114,10 +131,20 @@ class Declared:
         for each in (scores, named, extras):
             if each is not None and each.shape[1] != boxes.shape[1]:
                 raise BundleError(f"{boxes.shape[1]} boxes come with {each.shape[1]} rows of scores, classes or extras")
-        ids = self._ids(scores.shape[2]) if named is None else None
+        return Candidates(boxes_px=boxes, scores=scores, class_ids=named, extras=extras)
+
+    def kept(self, outputs: Sequence[Floats]) -> list[Kept]:
+        """Of every frame the rows that are reported, in pixels of the model's input.
+
+        Raises:
+            BundleError: the outputs do not have the form declared.
+        """
+        rows = self.candidates(outputs)
+        named, extras = rows.class_ids, rows.extras
+        ids = self._ids(rows.scores.shape[2]) if named is None else None
         return [
             self._frame(b, s, None if named is None else named[n, :, 0], ids, None if extras is None else extras[n])
-            for n, (b, s) in enumerate(zip(boxes, scores, strict=True))
+            for n, (b, s) in enumerate(zip(rows.boxes_px, rows.scores, strict=True))
         ]
 
     def _frame(

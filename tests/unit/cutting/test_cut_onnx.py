@@ -18,7 +18,7 @@ from splitters.codec import codec_from_spec
 from splitters.commands.cut import read_photos
 from splitters.runtime.tail import load_tail
 from splitters.tasks.preprocess import Frame, geometry, preprocess
-from tests.fakes.onnx_models import NAMES, classifier, detector
+from tests.fakes.onnx_models import NAMES, classifier, detector, quantised
 
 FORMS: dict[str, dict[str, Any]] = {
     "opset 11": {"opset": 11}, "opset 13": {"opset": 13}, "opset 18": {"opset": 18}, "opset 22": {"opset": 22},
@@ -146,6 +146,34 @@ def test_quantised_bytes_cross_as_they_are(tmp_path: Path, photos: Path) -> None
         assert np.array_equal(latents[0], np.rint(latents[0]))
         received = codec.dequantise(codec.decode(codec.encode(codec.quantise(latents, "0"))))
         assert all(np.array_equal(a, b) for a, b in zip(latents, received, strict=True))
+
+
+def test_of_a_quantised_file_its_own_bytes_cross_and_come_through_exactly(tmp_path: Path, photos: Path) -> None:
+    """Floats that cross are rounded behind the cut, where the codec's error can move them to the next step."""
+    from splitters.cutting.onnx.cuts import Cuts
+    from splitters.cutting.onnx.model import load_onnx_model
+
+    model = quantised(detector(tmp_path / "float.onnx"), tmp_path / "model.onnx")
+    assert cut(model, tmp_path / "bundle", photos, "--bits", "14", "12", "8", "4") == 0
+    bundle = open_bundle(tmp_path / "bundle")
+    assert [p.bits for p in bundle.points] == [8, 4], "more than 8 bits say nothing more of bytes"
+    head = ort.InferenceSession(str(bundle.part_path(bundle.manifest.head.stem)))
+    tail = ort.InferenceSession(str(bundle.part_path(bundle.manifest.tail["path"])))
+    codec = codec_from_spec(json.loads(bundle.read_part(bundle.manifest.codec)), bundle.read_part)
+    for frame in read_photos(photos, 4):
+        latents = head.run(None, {"image": preprocess(frame, bundle.manifest.preprocess)})
+        payload = codec.encode(codec.quantise([t[0] for t in latents], "0"))
+        received = [r[None] for r in codec.dequantise(codec.decode(payload))]
+        assert all(np.array_equal(a, b) for a, b in zip(latents, received, strict=True))
+        names = [i.name for i in tail.get_inputs()]
+        outputs = [tail.run(None, dict(zip(names, each, strict=True)))[0] for each in (latents, received)]
+        assert np.array_equal(*outputs)
+    # Where branches part, what one of them still needs crosses as bytes, too, and floats have no cut of their own.
+    cuts = Cuts(load_onnx_model(model))
+    several = [c for c in cuts.candidates() if len(c.crossing) > 1 and c.work < 0.95]
+    assert several
+    assert all(v.dtype.name == "UINT8" for c in several for v in cuts.crossing(c.position))
+    assert cuts.find("/model.1/act/Relu_4_out_DequantizeLinear") == cuts.find("/model.1/act/Relu_4_out_QuantizeLinear")
 
 
 @pytest.mark.parametrize(("softmax", "grey"), [(False, False), (True, False), (False, True)])
