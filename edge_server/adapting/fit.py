@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from edge_server.adapting.seen import Run
 from protos.errors import ConfigError, HeadtailError
 from protos.schema import read_json
 from splitters.bundle import Bundle, open_bundle, replace_parts
-from splitters.codec import LatentCodec, codec_from_spec
+from splitters.codec import LatentCodec
 from splitters.codec.fitting.fit import refit_predicted
+from splitters.codec.learned import LearnedCodec
 from splitters.codec.learned_spec import check_learned, tier_prices
 
 _TESTED = 4  # one run in this many tests
@@ -61,15 +61,11 @@ def fit(bundle: Bundle, runs: Sequence[Run], seed: int = 0) -> tuple[int, int]:
     tested = list(range(0, len(runs), _TESTED))
     sizes: list[int] = []
     for tables in (old, part):
-        codec = codec_from_spec(spec, partial(_same, tables))
+        codec = LearnedCodec(spec, tables)
         sizes.append(sum(_bytes(codec, latents[i], runs[i].point_id) for i in tested))
     if sizes[1] < (1 - _GAIN) * sizes[0]:
         replace_parts(bundle, {spec["tables"]: part})
     return sizes[0], sizes[1]
-
-
-def _same(data: bytes, _path: str) -> bytes:
-    return data
 
 
 def latents_of(values: NDArray[np.int16], ungain: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:

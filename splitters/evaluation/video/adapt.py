@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from protos.errors import ConfigError
 from splitters.bundle import Bundle, open_bundle, replace_parts
-from splitters.codec import LatentCodec, codec_from_spec
 from splitters.codec.fitting.fit import refit_predicted, with_scene
+from splitters.codec.learned import LearnedCodec
 from splitters.codec.learned_spec import check_learned, tier_prices
 from splitters.evaluation.bdrate import Curve, bd_rate
 from splitters.evaluation.video.clips import FPS, Part, read_clip
@@ -120,7 +120,7 @@ def adapt(bundle: Bundle, config: AdaptConfig, *, tick: Tick) -> Adapted:
     clips = [p for graphs, own in pieces.items() for p in (own if graphs == largest else own[::_CHEAP_SHARE])]
     fitted = refit_predicted(part, clips, gains, prices=tier_prices(spec), progress=tick)
     points = [p.codec_point for p in bundle.points if p.graphs == largest]
-    before, after = (_bytes(codec_from_spec(spec, partial(_same, tables)), tried, points) for tables in (part, fitted))
+    before, after = (_bytes(LearnedCodec(spec, tables), tried, points) for tables in (part, fitted))
     trials = [Trial(what="tables", percent=100 * (after / before - 1))]
     if trials[0].pays:
         bundle, part = replace_parts(bundle, {path: fitted}), fitted
@@ -152,11 +152,7 @@ def _latents(bundle: Bundle, config: AdaptConfig, tick: Tick) -> tuple[dict[tupl
     return pieces, tried, sum(map(len, (*pieces[largest], *tried)))
 
 
-def _same(data: bytes, _path: str) -> bytes:
-    return data
-
-
-def _bytes(codec: LatentCodec, clips: Sequence[Latents], points: Sequence[str]) -> float:
+def _bytes(codec: LearnedCodec, clips: Sequence[Latents], points: Sequence[str]) -> float:
     """Of all frames but the first, each predicted from the one before, at every point."""
     return float(sum(send_clip(codec, [(z,) for z in clip], point, 1).sizes[1:].sum() for clip in clips for point in points))
 
