@@ -50,8 +50,8 @@ class EmbeddedServer:
         port_file, log_file = Path(self._dir.name) / "port", Path(self._dir.name) / "log"
         command = [sys.executable, "-m", "edge_server.cli", "--listen", "127.0.0.1:0", "--port-file", str(port_file)]
         command += ["--parent-pid", str(os.getpid()), *(["--model", self._model] if self._model else [])]
-        with log_file.open("wb") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+        with log_file.open("wb") as sink:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sink, stderr=sink, start_new_session=True)
         begin_s, told = time.monotonic(), False
         while (waited_s := time.monotonic() - begin_s) < _START_S:
             if waited_s >= _LONG_S and not told:

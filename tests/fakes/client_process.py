@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -172,10 +175,21 @@ class Standby:
         self.process.wait(10)
 
 
+def kept_address() -> str:
+    """A free loopback address that the kernel gives nobody else, so that a server can come back to it."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.sample(range(max(1024, first - 10_000), first), 100):
+        with socket.socket() as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp, contextlib.suppress(OSError):
+            tcp.bind(("127.0.0.1", port))
+            udp.bind(("127.0.0.1", port))
+            return f"127.0.0.1:{port}"
+    raise AssertionError(f"no free port below {first}")
+
+
 @contextmanager
-def standby(tmp: Path, *models: Path, listen: str = "127.0.0.1:0") -> Iterator[Standby]:
-    """A server that stands by; killed at the end."""
-    server = Standby(tmp, *models, listen=listen)
+def standby(tmp: Path, *models: Path, listen: str = "") -> Iterator[Standby]:
+    """A server that stands by, at an address that another can have after it; killed at the end."""
+    server = Standby(tmp, *models, listen=listen or kept_address())
     try:
         yield server
     finally:

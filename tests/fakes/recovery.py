@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from splitters.bundle import open_bundle
-from tests.fakes.client_process import Finished, client
+from tests.fakes.client_process import Finished, client, kept_address
 from tests.fakes.server_running import START_S, command, environment
 
 
@@ -90,7 +90,7 @@ def kill_and_restart(
         after_s: how long the client goes on after the first answer.
         arguments: of both servers.
     """
-    first = _Server(tmp, bundle, "127.0.0.1:0", arguments)
+    first = _Server(tmp, bundle, kept_address(), arguments)
     second: _Server | None = None
     try:
         address = first.address()
@@ -104,7 +104,7 @@ def kill_and_restart(
             second = _Server(tmp, bundle, address, arguments)
             second.address()
             open_s, seen = time.monotonic(), len(edge.lines())
-            until = open_s + 60
+            until = open_s + 180
             while not any(line["outcome"] == "result" for line in edge.lines()[seen:]):
                 assert edge.process.poll() is None, edge.process.communicate()
                 assert time.monotonic() < until, "the client did not come back"

@@ -39,7 +39,9 @@ def test_three_files_are_three_cameras_and_a_fourth_that_fails_touches_none(tmp_
     broken = tmp_path / "broken.avi"
     broken.write_bytes(b"no video at all")
     tables += f'[[camera]]\nname = "broken"\nsource = "{broken}"\n'
-    code, summary, err = run(tmp_path, f'server = "{server}"\noutput = "{tmp_path}/{{camera}}.jsonl"\n{tables}')
+    code, summary, err = run(
+        tmp_path, f'server = "{server}"\nwait_for_server_s = 150\noutput = "{tmp_path}/{{camera}}.jsonl"\n{tables}'
+    )
     assert code == 3, err
     assert "camera broken has ended" in err
     cameras = summary["cameras"]

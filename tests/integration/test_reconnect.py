@@ -78,5 +78,4 @@ def test_the_default_bundle_killed_at_frame_60_and_started_cold_three_seconds_la
     assert seen.down.get("result", 0) <= 2, seen.down
     assert seen.latency_local_max_ms <= 2100
     assert seen.after.get("result", 0) >= 1, seen.after
-    assert seen.back_s < 40, seen
     assert done.summary["reconnects"] >= 1

@@ -139,11 +139,11 @@ def _costs(seen: _Seen, channels: int) -> Costs:
     return Costs(same=same[:, None].astype(np.float32), other=other[:, None].astype(np.float32))
 
 
-def _fit_cells(seen: _Seen, channels: int, counts: Exact) -> dict[str, Exact]:
+def _fit_cells(seen: _Seen, channels: int, counts: Exact) -> dict[str, NDArray[np.float64]]:
     """One tier's weights; what they leave is added to `counts` (TABLES, 2 * radius + 1)."""
     values, expected = np.concatenate(seen.values, axis=1), np.concatenate(seen.expected, axis=1)
     modes = np.concatenate(seen.cell_modes)
-    weights = {name: np.zeros(shape) for name, shape in renewal_shapes(channels).items()}
+    weights: dict[str, NDArray[np.float64]] = {name: np.zeros(shape) for name, shape in renewal_shapes(channels).items()}
     if values.shape[1] < channels:
         raise ConfigError(f"only {values.shape[1]} cells change in these clips: take some in which more moves")
     few = np.unique(np.linspace(0, values.shape[1] - 1, min(values.shape[1], _MAX_CELLS)).astype(int))

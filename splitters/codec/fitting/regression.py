@@ -31,7 +31,7 @@ def solve(features: Exact, target: Exact, weight: Exact) -> Exact:
 def scale_fit(features: Exact, error: Exact) -> Exact:
     """Linear model of a Laplace scale: mean absolute error, weighted by 1 / scale^2 of the round before."""
     scale: Exact = np.full(len(error), max(float(error.mean()), _FLOOR))
-    solution = np.zeros(len(features))
+    solution: Exact = np.zeros(len(features))
     for _ in range(_ROUNDS):
         solution = solve(features, error, 1.0 / np.maximum(scale, _FLOOR) ** 2)
         scale = np.maximum(solution @ features, _FLOOR)
