@@ -2,7 +2,7 @@
 
 Run in an environment of its own, where this project and ``ultralytics`` (AGPL: a test's tool, never a dependency),
 ``transformers``, ``segmentation_models_pytorch``, ``nudenet``, ``rapidocr_onnxruntime``, ``rfdetr`` and ``monai`` are installed:
-``python -m tests.bench.user_models [--only WORD…] [--size 160] [--keep DIR]``. Weights are random, since none can be
+``python -m tests.bench.user_models [--only WORD…] [--part I/N] [--size 160] [--keep DIR]``. Weights are random, since none can be
 fetched everywhere; those of public detectors are taken from ``HEADTAIL_DATA`` where it is set. What a row shows is that the form
 loads, cuts, is served by real processes, and answers as ONNX Runtime does on the whole file.
 
@@ -222,11 +222,13 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--size", type=int, default=160)
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="of all rows every N-th, from the I-th")
     args = parser.parse_args()
     home = args.keep or Path(tempfile.mkdtemp(prefix="user-models-"))
     home.mkdir(parents=True, exist_ok=True)
     shown, read = photos(home / "photos"), texts(home / "texts")
-    chosen = [n for n in ROWS if not args.only or any(word in n for word in args.only)]
+    first, step = map(int, args.part.split("/"))
+    chosen = [n for n in ROWS if not args.only or any(word in n for word in args.only)][first - 1 :: step]
     found = []
     for number, name in enumerate(chosen):
         try:
