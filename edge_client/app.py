@@ -190,7 +190,7 @@ class App:
         asked = bool(config.interest) or config.recall is not None
         parts = Parts(
             frames=capture, worker=worker, clock=self._clock, emit=sinks.take, sample=sampler.offer,
-            fetch=loader.fetch, times=loader.times,
+            fetch=loader.fetch, times=loader.times, paced=loader.paced,
             controller=lambda engine, fps: self._make_policy(engine, loader.times(engine), fps),
             traceparent=traces.sent if traces is not None else untraced,
             interest=functools.partial(self._interest, wanted=_wanted(config.prefilter, source, asked=asked)),

@@ -117,7 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--transport",
         metavar="NAME",
-        help="what carries the frames: grpc, quic, auto (quic where packets are lost), or module:Class (default grpc)",
+        help="what carries the frames: grpc, quic, auto (quic where packets are lost, with the extra 'quic'), or module:Class"
+        " (default auto)",
     )
     add("--threads", type=int, metavar="N", help="threads of the head on this device (default 1)")
     add("--h264-encoder", metavar="NAME", help="FFmpeg's encoder for offloaded video, auto or off (default auto: the device's own)")

@@ -187,7 +187,7 @@ class Client:
         deadline_ms = options.deadline_ms if options.deadline_ms is not None else LIVE_DEADLINE_MS if frames.live else 0.0
         parts = Parts(
             frames=frames, worker=DeviceWorker(Lanes(self._executor)), clock=self._clock, emit=emit, fetch=self._loader.fetch,
-            controller=self._policy, times=self._loader.times, interest=self._interest,
+            controller=self._policy, times=self._loader.times, paced=self._loader.paced, interest=self._interest,
         )  # fmt: skip
         config = PipelineConfig(
             model=self._model_there, deadline_ms=deadline_ms, max_in_flight=options.max_in_flight,

@@ -88,7 +88,7 @@ class ClientConfig:
     track: bool = False
     group: str = ""
     policy: str = "adaptive"
-    transport: str = "grpc"
+    transport: str = "auto"
     sink: tuple[str, ...] = ()
     web: str | None = None
     events: tuple[EventRule, ...] = ()

@@ -49,7 +49,7 @@ class ClientOptions:
     fps: float = 10.0
     group: str = ""
     policy: str = "adaptive"
-    transport: str = "grpc"
+    transport: str = "auto"
     cache: Path | None = None
     tls: bool = False
     tls_ca: Path | None = None

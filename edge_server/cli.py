@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     tail = p.add_argument_group("tail")
     tail.add_argument("--tail-threads", type=int, default=0, help="threads of the tail's math library; 0: its own choice")
     tail.add_argument("--tail-cpus", default="", metavar="0,1", help="cores the tail's thread is pinned to; replicas deal them out")
-    tail.add_argument("--tail-device", default="cpu", help="torch device of torch tails (default %(default)s)")
+    tail.add_argument("--tail-device", default="cpu", help="cpu or cuda; ONNX tails need onnxruntime-gpu (default %(default)s)")
     tail.add_argument("--decode-threads", type=int, default=2, help="threads that decode payloads (default %(default)s)")
     tail.add_argument("--max-batch", type=int, default=16, help="most frames in one run of the tail (default %(default)s)")
     tail.add_argument(

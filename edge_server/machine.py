@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 from protos.errors import ConfigError
+from splitters.runtime.sessions import has_cuda
 
 
 def check_cpus(cpus: tuple[int, ...]) -> None:
@@ -15,10 +17,22 @@ def check_cpus(cpus: tuple[int, ...]) -> None:
     """
     if not cpus:
         return
-    allowed = os.sched_getaffinity(0)
-    if absent := sorted(set(cpus) - allowed):
-        given = ",".join(map(str, absent))
-        raise ConfigError(f"--tail-cpus: this process has no core {given}; it has {','.join(map(str, sorted(allowed)))}")
+    with ThreadPoolExecutor(
+        1
+    ) as thread:  # tried where it does no harm; what the process is pinned to now is not all that it may use
+        absent = thread.submit(_absent, cpus).result()
+    if absent:
+        given, has = (",".join(map(str, sorted(each))) for each in (absent, os.sched_getaffinity(0)))
+        raise ConfigError(f"--tail-cpus: this process has no core {given}; it has {has}")
+
+
+def _absent(cpus: tuple[int, ...]) -> set[int]:
+    """The cores that the calling thread cannot be pinned to; to the others it is from now on."""
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError:
+        return set(cpus)
+    return set(cpus) - os.sched_getaffinity(0)
 
 
 def check_threads(threads: int) -> None:
@@ -33,12 +47,12 @@ def check_threads(threads: int) -> None:
 
 
 def check_device(device: str) -> None:
-    """Whether torch can run on this device.
+    """Whether tails can run on this device: ONNX Runtime's or torch's.
 
     Raises:
-        ConfigError: it does not know it, or the machine lacks it.
+        ConfigError: neither knows it, or the machine lacks it.
     """
-    if device == "cpu":
+    if device == "cpu" or (device.startswith("cuda") and has_cuda()):
         return
     try:
         import torch

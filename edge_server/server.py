@@ -20,7 +20,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2
 
 from edge_server import preflight
-from edge_server.access.auth import Tokens, open_tokens
+from edge_server.access.auth import open_tokens
 from edge_server.access.quota import Caller
 from edge_server.adapting.adapting import Adapting
 from edge_server.backends import BACKENDS, Backend
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TOKEN_POLL_S = 0.5
 CLOSE_S = 0.9  # for what is closed behind the grace, before it is left to the system
 
 
@@ -93,8 +92,7 @@ class Server:
         self._opening: asyncio.Task[None] | None = None
         self._end: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
-        self._reload_wanted = False
-        self._closed = False
+        self._reload_wanted = self._closed = False
 
     @classmethod
     def start(cls, config: ServerConfig) -> Start:
@@ -142,11 +140,10 @@ class Server:
         self._backend = backend = await open_backend(
             self.config, clock=time.monotonic_ns, on_death=functools.partial(self._fail, "the tail's thread")
         )
-        store = self._store
-        failures = await bring_up_to_date(store, backend, _on_ready)
-        for failure in failures if store.all() else failures[1:]:
+        failures = await bring_up_to_date(self._store, backend, _on_ready)
+        for failure in failures if self._store.all() else failures[1:]:
             log.error("one model is not served: %s", failure.message)
-        if failures and not store.all():
+        if failures and not self._store.all():
             raise failures[0]
         self._answerer = Answerer(
             backend, self.config.limits, decode_threads=self.config.tail.decode_threads, clock=time.monotonic_ns,
@@ -155,14 +152,14 @@ class Server:
         bandwidth = BandwidthManager()
         self._spawn(watch_lag(bandwidth), "the watch of the event loop")
         services = Services(
-            store=store, backend=backend, answerer=self._answerer, bandwidth=bandwidth, limits=self.config.limits,
+            store=self._store, backend=backend, answerer=self._answerer, bandwidth=bandwidth, limits=self.config.limits,
             metrics=self._metrics, tracing=self.tracing, clock=time.monotonic_ns, version=package_version(), datagrams=self._quic,
         )  # fmt: skip
         anyone = Caller(max_unary=self.config.limits.max_unary_in_flight)
         ingress = Ingress(services, anyone)
-        self._loading = Loading(store, backend, ingress.sessions, grace_s=self.config.grace_s, linger_s=self.config.linger_s)
+        self._loading = Loading(self._store, backend, ingress.sessions, grace_s=self.config.grace_s, linger_s=self.config.linger_s)
         if self._seen is not None and self.config.adapt_dir is not None:
-            adapting = Adapting(self.config.adapt_dir, self.config.adapt_every_s, store, self._loading, self._seen)
+            adapting = Adapting(self.config.adapt_dir, self.config.adapt_every_s, self._store, self._loading, self._seen)
             self._spawn(adapting.run(), "the fitting of bundles", vital=False)
         self._ingress = ingress
         if self.config.web is not None and self._tally is not None:
@@ -176,7 +173,7 @@ class Server:
         tokens = open_tokens(self.config.security, max_unary=limits.max_unary_in_flight)
         for each in tokens:
             if each is not None:
-                self._spawn(_refresh(each), "the watch of a token file")
+                self._spawn(each.watch(), "the watch of a token file")
         operator = Operator(ingress, loading, self.config.models_dir)
         server, self.address = listen.build(self.config, ingress, operator, self.gate, self._health, tokens)
         if self._quic is not None:
@@ -197,6 +194,16 @@ class Server:
     def models(self) -> dict[str, str]:
         """Name to the bundle's sha256 of every model in use, the default first."""
         return {model.name: model.sha256 for model in self._store.all()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is in hand at this moment, by name; all 0 once every client is gone."""
+        return self._ingress.counts() if self._ingress is not None else {}
+
+    @property
+    def sessions(self) -> list[dict[str, Any]]:
+        """What an operator sees of each open session."""
+        return [session.facts() for session in self._ingress.sessions] if self._ingress is not None else []
 
     async def add(self, bundle: str | Path) -> str:
         """Puts a bundle into use; one in use already is read from disk again, and its sessions are told where it changed.
@@ -373,8 +380,8 @@ async def _within(work: Coroutine[Any, Any, None], seconds: float) -> None:
     if not done:
         log.warning("not everything could be closed within %g s", seconds)
         task.cancel()
-    else:
-        task.result()
+    for each in done:
+        each.result()
 
 
 def _quic_door(config: ServerConfig) -> QuicDoor | None:
@@ -389,12 +396,5 @@ def _quic_door(config: ServerConfig) -> QuicDoor | None:
     return QuicDoor(config.limits)
 
 
-def _on_ready(model: Model, old: Model | None) -> None:
-    del old
+def _on_ready(model: Model, _old: Model | None) -> None:
     log.info("%s: bundle %s ready", model.name, model.sha256[:12])
-
-
-async def _refresh(tokens: Tokens) -> None:
-    while True:
-        await asyncio.sleep(_TOKEN_POLL_S)
-        tokens.refresh()

@@ -1,9 +1,11 @@
-# The edge: tails in torch, the default bundles exported at build, so that a start writes nothing. From the repository's root:
+# The edge: tails, the default bundles exported at build (which takes torch), so that a start writes nothing. From the repository's root:
 #   docker build -f deploy/docker/server.Dockerfile -t headtail-server .
 #   docker run --rm -p 127.0.0.1:50051:50051 headtail-server
-# For CUDA, torch comes from PyPI, whose Linux wheels bring the CUDA libraries; the host has the driver and NVIDIA's container toolkit:
+# For CUDA (not tried): ONNX tails, the default models' among them, need onnxruntime-gpu in place of onnxruntime. Torch tails
+# (torchvision's R-CNNs) need torch from PyPI, whose Linux wheels bring the CUDA libraries; the host has the driver and NVIDIA's
+# container toolkit:
 #   docker build -f deploy/docker/server.Dockerfile --build-arg TORCH_INDEX= -t headtail-server:cuda .
-#   docker run --rm -p 127.0.0.1:50051:50051 --gpus all headtail-server:cuda --model detector --tail-device cuda
+#   docker run --rm -p 127.0.0.1:50051:50051 --gpus all -v ./rcnn:/rcnn headtail-server:cuda --model /rcnn --tail-device cuda
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim-bookworm AS build
 RUN python -m venv /opt/headtail

@@ -75,7 +75,7 @@ class Scenario:
         greedy: how many of the cameras are not told of grants and send all they can.
         start_spread_ms: cameras begin this far apart in all.
         grants: whether the server grants bitrates.
-        transport: ``grpc``, ``quic`` (datagrams), or ``auto``: datagrams where the path loses packets. In simulation.
+        transport: ``grpc``, ``quic`` (datagrams), or ``auto``: datagrams where the path loses packets.
         servers: how many; the cameras spread over them at random, each for the whole run. In simulation.
         tails: of each server: so many batches run at a time.
         door_ms: what a server's door takes for a frame, one after the other, before it may wait for a tail.

@@ -60,21 +60,18 @@ class Workload:
             raise ConfigError(f"device_slowdown must be above 0, got {factor}")
         return replace(
             self,
-            points=tuple(replace(p, head_ms=_times(p.head_ms, factor)) for p in self.points),
-            offloads=tuple(replace(o, encode_ms=_times(o.encode_ms, factor)) for o in self.offloads),
-            local=replace(self.local, ms=_times(self.local.ms, factor)) if self.local else None,
+            points=tuple(replace(p, head_ms=p.head_ms.scaled(factor)) for p in self.points),
+            offloads=tuple(replace(o, encode_ms=o.encode_ms.scaled(factor)) for o in self.offloads),
+            local=replace(self.local, ms=self.local.ms.scaled(factor)) if self.local else None,
         )
-
-
-def _times(q: Quantiles, factor: float) -> Quantiles:
-    return Quantiles(p50=q.p50 * factor, p95=q.p95 * factor)
 
 
 def load_workload(path: Path) -> Workload:
     """Reads a workload: a bundle directory, or a JSON file of ``Workload``'s fields.
 
     A bundle's operating points, offload options and local model come with their measured bytes and accuracy; what each takes
-    on this machine is measured now, as the client does at its start, in processor time, and kept in a cache.
+    on this machine is measured now, as the client does at its start, in processor time. The shortest times of all such
+    measurements are kept in a cache, and are what is taken.
 
     Raises:
         ConfigError: missing or malformed.
@@ -123,10 +120,9 @@ def _of_bundle(path: Path) -> Workload:
     clock = time.thread_time_ns  # the thread's own processor time: what else this machine does is not the device's affair
     engine = Engine(open_bundle(path, side="device"), clock=clock)
     cache = cache_dir() / "testbed-times"
-    times = known_times(engine.bundle, threads=1, cache=cache)
-    if times is None:
-        times = measure(engine, clock=clock)
-        keep_times(times, engine.bundle, threads=1, cache=cache)
+    times, known = measure(engine, clock=clock), known_times(engine.bundle, threads=1, cache=cache)
+    times = times.least(known) if known is not None else times
+    keep_times(times, engine.bundle, threads=1, cache=cache)
     return workload_of(engine, times)
 
 

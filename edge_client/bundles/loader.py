@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import time
 from collections.abc import Awaitable, Callable
 
 from edge_client.bundles.fetch import choose_model, fetch_bundle, list_models
 from edge_client.bundles.store import BundleStore
-from edge_client.device.choices import DeviceTimes
+from edge_client.device.choices import DeviceTimes, keep_times
 from edge_client.device.engine import Engine
 from edge_client.device.proof import prove
 from edge_client.device.video import AUTO
@@ -18,8 +19,12 @@ from edge_client.transport.rpc import Endpoint
 from protos.errors import HeadtailError
 from splitters.bundle import Bundle
 
+log = logging.getLogger(__name__)
+
 _RETRY_S = 0.5
 _GLANCE_S = 2.0
+_TIMES = "times"  # the folder of the cache that device times are kept in
+_DRIFT = 1.25  # by which a pace differs from what is kept before that follows
 
 Load = Callable[[Bundle], Awaitable[tuple[Engine, DeviceTimes]]]
 """Opens a bundle; also how long this device takes for it."""
@@ -29,7 +34,7 @@ def loads_here(store: BundleStore, *, clock: Clock, threads: int, encoder: str =
     """Opens bundles for this device; one that was never tried here is tried, and measured, in a child process first."""
 
     async def load(bundle: Bundle) -> tuple[Engine, DeviceTimes]:
-        times = await prove(bundle, threads=threads, cache=store.root / "times")
+        times = await prove(bundle, threads=threads, cache=store.root / _TIMES)
         opened = functools.partial(Engine, bundle, clock=clock, threads=threads, encoder=encoder)
         return await asyncio.get_running_loop().run_in_executor(None, opened), times
 
@@ -57,10 +62,19 @@ class ModelLoader:
         self._endpoint, self._model, self._store, self._load = endpoint, model, store, load
         self._key = key or endpoint.address
         self._times: dict[str, DeviceTimes] = {}
+        self._kept: dict[str, float] = {}  # by which factor what is kept differs from that
 
     def times(self, engine: Engine) -> DeviceTimes:
         """What was measured of an engine on this device."""
         return self._times.get(engine.sha256, DeviceTimes())
+
+    def paced(self, engine: Engine, factor: float) -> None:
+        """Frames take longer here by a lasting factor than was measured: the next start begins with what they take."""
+        times, kept = self._times.get(engine.sha256), self._kept.get(engine.sha256, 1.0)
+        if times is not None and factor > 0 and max(factor / kept, kept / factor) > _DRIFT:
+            self._kept[engine.sha256] = factor
+            log.info("frames take %.2f times what was measured of bundle %s here; that is kept", factor, engine.sha256[:12])
+            keep_times(times.scaled(factor), engine.bundle, threads=engine.threads, cache=self._store.root / _TIMES)
 
     async def first(self, *, live: bool, wait_s: float) -> Engine:
         """The model to begin with: the server's where that is the one remembered or must be fetched, else the remembered.

@@ -178,9 +178,13 @@ class Fleet:
 
 
 def _lanes(config: CamerasConfig) -> int:
-    """Heads side by side: as many as fill the cores that this process may use, and no more than there are cameras."""
+    """Heads side by side: two for each core that this process may use, and no more than there are cameras.
+
+    Beside other work the kernel divides the cores among the threads that stand ready, and a lane stands empty between two jobs:
+    with one lane a core, one process gets a fraction of what a process for each camera gets.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // max(camera.threads for camera in config.cameras), len(config.cameras)))
+    return max(1, min(2 * cores // max(camera.threads for camera in config.cameras), len(config.cameras)))
 
 
 def _answered(summary: dict[str, Any]) -> int:

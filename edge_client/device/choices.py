@@ -1,7 +1,8 @@
 """What the controller may choose from on this device: the bundle's table, with this device's own times.
 
 ``measure`` times every operating point once per device and bundle, in three seconds at most, and the figures are kept in the
-cache; a table's ``head_ms`` measured elsewhere is only a prior.
+cache; where frames show the device's pace to be another, what is kept follows (`DevicePace.lasting`). A table's ``head_ms``
+measured elsewhere is only a prior.
 """
 
 from __future__ import annotations
@@ -51,6 +52,24 @@ class DeviceTimes:
         local: dict[Decision, Quantiles] = {Local(): self.local_ms} if self.local_ms else {}
         offloads: dict[Decision, Quantiles] = {Offload.named(name): ms for name, ms in self.offload_ms.items()}
         return {**{Split(point_id=i): ms for i, ms in self.head_ms.items()}, **offloads, **local}
+
+    def scaled(self, factor: float) -> DeviceTimes:
+        """On a device that is slower by a factor."""
+        return DeviceTimes(
+            head_ms={point: ms.scaled(factor) for point, ms in self.head_ms.items()},
+            local_ms=self.local_ms.scaled(factor) if self.local_ms else None,
+            offload_ms={name: ms.scaled(factor) for name, ms in self.offload_ms.items()},
+        )
+
+    def least(self, other: DeviceTimes) -> DeviceTimes:
+        """Of two measurements of one device the shorter time for each choice: other work only ever adds to it."""
+
+        def shorter(mine: Quantiles | None, theirs: Quantiles | None) -> Quantiles | None:
+            return min((q for q in (mine, theirs) if q is not None), key=lambda q: q.p50, default=None)
+
+        heads = {point: shorter(ms, other.head_ms.get(point)) or ms for point, ms in self.head_ms.items()}
+        offloads = {name: shorter(ms, other.offload_ms.get(name)) or ms for name, ms in self.offload_ms.items()}
+        return DeviceTimes(head_ms=heads, local_ms=shorter(self.local_ms, other.local_ms), offload_ms=offloads)
 
     def as_json(self) -> dict[str, object]:
         """As plain JSON types."""

@@ -75,6 +75,7 @@ class Engine:
         self.sha256 = bundle.sha256
         self.labels = bundle.manifest.labels
         self.task = open_task(bundle.manifest)
+        self.threads = threads
         self._clock = clock
         self._options = run_options()
         self.head = Head(bundle, threads=threads, options=self._options)

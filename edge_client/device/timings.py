@@ -48,14 +48,19 @@ class DevicePace:
 
     Args:
         measured_ns: median by the choice's name, at the start.
+
+    Attributes:
+        lasting: the factor over some 250 frames, the median of blocks of sixteen; None before there are four blocks.
     """
 
-    _EVERY = 16
+    _EVERY, _BLOCKS, _LEAST_BLOCKS = 16, 16, 4
 
     def __init__(self, measured_ns: Mapping[str, float]) -> None:
         self._measured_ns = measured_ns
         self._recent: deque[tuple[str, int]] = deque(maxlen=self._EVERY)
         self._seen = 0
+        self._blocks: deque[float] = deque(maxlen=self._BLOCKS)
+        self.lasting: float | None = None
 
     def add(self, name: str, elapsed_ns: int) -> dict[str, float]:
         """Takes a sample; every sixteen, returns the factor for each choice that was not among them."""
@@ -66,5 +71,9 @@ class DevicePace:
         ratios = sorted(ns / self._measured_ns[n] for n, ns in self._recent if self._measured_ns.get(n, 0) > 0)
         if len(ratios) < self._EVERY // 2:
             return {}
+        factor = ratios[len(ratios) // 2]
+        self._blocks.append(factor)
+        if len(self._blocks) >= self._LEAST_BLOCKS:
+            self.lasting = sorted(self._blocks)[len(self._blocks) // 2]
         done = {n for n, _ in self._recent}
-        return {n: ratios[len(ratios) // 2] for n in self._measured_ns if n not in done}
+        return {n: factor for n in self._measured_ns if n not in done}

@@ -3,7 +3,7 @@
 A local answer that must be out before its deadline may not wait behind a queue of new frames; so jobs carry the time
 at which they have to begin, and the earliest begins next. A job that runs is never interrupted.
 
-The cameras of one process share its lanes, as many as there are cores to fill. An engine is not for several threads at a time, so
+The cameras of one process share its lanes (`cameras.fleet` says how many). An engine is not for several threads at a time, so
 a camera has one job in a lane at most. Frames have the same deadline from their capture on, so cameras of equal pace get equal
 turns; none can have more than a frame or two waiting, since a live camera begins its next frame only when the last one has left.
 """

@@ -14,7 +14,6 @@ from edge_client.gates.interest import InterestGate
 from edge_client.pipeline.parts import Parts
 from protos.errors import HeadtailError, OverloadedError
 from protos.messages import Answer, PayloadKind, Result
-from splitters.bundle.operating_point import Quantiles
 from splitters.codec import Predictor
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ class ActiveModel:
         self.reliable = True  # whether what is sent arrives, in order, or the session ends
         self.controller = parts.controller(engine, fps)
         self.interest = self._open_interest(parts, lenient=lenient)
-        self._make_controller = parts.controller
+        self._make_controller, self._paced = parts.controller, parts.paced
         self._predictor = _open_predictor(engine) if temporal else None
         self._ages = ReferenceAges()
         self.video = VideoChain()
@@ -152,10 +151,12 @@ class ActiveModel:
         """How long the device took for a choice, and what that means for the choices not made."""
         self.controller.on_device(decision, elapsed_ns, now_ns)
         factors = self._pace.add(decision.name, elapsed_ns)
+        if self._pace.lasting is not None:
+            self._paced(self.engine, self._pace.lasting)
         if factors:
             for other, ms in self._choices.items():
                 if (factor := factors.get(other.name)) is not None:
-                    self.controller.set_device_ms(other, Quantiles(p50=ms.p50 * factor, p95=ms.p95 * factor))
+                    self.controller.set_device_ms(other, ms.scaled(factor))
 
 
 def _open_predictor(engine: Engine) -> Predictor | None:

@@ -60,6 +60,7 @@ class Parts:
         sample: is shown some frames beside the model's input, for the comparison with JPEG.
         controller: makes the controller of an engine, its link unknown as yet.
         times: of the device, as measured for an engine.
+        paced: told by which factor frames take longer on this device than an engine's times say, once that lasts.
         interest: makes the prefilter's gate of an engine; None: every frame goes on.
     """
 
@@ -70,6 +71,7 @@ class Parts:
     fetch: Callable[[str], Awaitable[Engine]]
     controller: Callable[[Engine, float], Policy]
     times: Callable[[Engine], DeviceTimes] = lambda _engine: DeviceTimes()
+    paced: Callable[[Engine, float], None] = lambda _engine, _factor: None
     interest: Callable[[Engine], InterestGate | None] = lambda _engine: None
     traceparent: Traceparent = untraced
     sample: Callable[[Frame, Frame], None] = lambda _frame, _image: None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -21,6 +22,9 @@ from pathlib import Path
 
 from protos.errors import BY_CODE, HeadtailError, MissingDependencyError, UnreachableError
 
+log = logging.getLogger(__name__)
+
+_LONG_S = 5.0
 _START_S = 600.0  # an export on a busy or small machine takes minutes; a server that dies is noticed at once
 _STOP_S = 10.0
 
@@ -48,8 +52,11 @@ class EmbeddedServer:
         command += ["--parent-pid", str(os.getpid()), *(["--model", self._model] if self._model else [])]
         with log_file.open("wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
-        until_s = time.monotonic() + _START_S
-        while time.monotonic() < until_s:
+        begin_s, told = time.monotonic(), False
+        while (waited_s := time.monotonic() - begin_s) < _START_S:
+            if waited_s >= _LONG_S and not told:
+                log.warning("the server is still starting; the first time it exports the model, which takes a minute or two")
+                told = True
             text = port_file.read_text(encoding="utf-8").strip() if port_file.is_file() else ""
             if text:
                 self.address = text if ":" in text else f"127.0.0.1:{text}"

@@ -93,6 +93,8 @@ class GrpcLink:
         self._lane = self._open_lane() if datagrams != "never" else None
         self._beside = False
         self._choice = LaneChoice(always=datagrams == "always")
+        if self._lane is not None:
+            self._lane.idle = datagrams == "lossy"
 
     def _open_lane(self) -> Lane:
         from edge_client.transport.lane import Lane
@@ -126,6 +128,7 @@ class GrpcLink:
         beside = lane.open_now and self._choice.beside(lane.loss, lane.counted, now_ns)
         if beside != self._beside:
             self._beside = beside
+            lane.idle = lane.open_now and not beside
             self._events.on_reliable(not beside)
         return beside and lane.takes(layers, deadline_ns)
 

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import serialization
 
 from edge_client.frames import NS_PER_MS, NS_PER_S, Clock
 from edge_client.transport.base import Gate, SessionEvents
+from edge_client.transport.choice import probe_after_s
 from protos.datagrams.channel import Channel, Item, client_configuration
 from protos.datagrams.loss import extra_for
 from protos.datagrams.parity import MAX_DATA
@@ -64,6 +65,10 @@ class Lane:
         events: told what becomes of frames.
         on_result: told each answer.
         clock: monotonic ns.
+
+    Attributes:
+        idle: frames go by the stream for now, though they could go this way.
+        least_rtt_ns: of the stream; None: not known.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class Lane:
         self._silent_since_s: float | None = None  # the first packet that nothing was heard since
         self._heard_s = self._sent_at_heard = 0.0
         self._blocked = False
+        self.idle = False
         self.least_rtt_ns: int | None = None
 
     # ------------------------------------------------------------------ the connection
@@ -162,7 +168,7 @@ class Lane:
             while not ended.is_set():
                 self._watch()
                 try:
-                    async with asyncio.timeout(_PROBE_S):
+                    async with asyncio.timeout(probe_after_s(self.loss, self.counted) if self.idle else _PROBE_S):
                         await ended.wait()
                 except TimeoutError:
                     channel.probe()

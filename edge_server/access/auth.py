@@ -7,6 +7,7 @@ in logs, tokens never: of a token only its SHA-256 is kept.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 HEALTH = "/grpc.health.v1.Health/"
 _MIN_TOKEN_CHARS = 16
+_POLL_S = 0.5
 _MAX_FILE_BYTES = 1 << 20
 
 Stamp = tuple[int, int, int]
@@ -103,6 +105,12 @@ class Tokens:
         self._tokens = self._read()
         if not self._tokens:
             raise ConfigError(f"the {self._what} holds no token: nobody could use {'its calls' if operators else 'this server'}")
+
+    async def watch(self) -> None:
+        """`refresh` now and then, for ever."""
+        while True:
+            await asyncio.sleep(_POLL_S)
+            self.refresh()
 
     def refresh(self) -> None:
         """Reads the file if it changed, and ends the sessions of tokens that are no longer in it.

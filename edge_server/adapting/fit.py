@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from edge_server.adapting.seen import Run
 from protos.errors import ConfigError, HeadtailError
 from protos.schema import read_json
 from splitters.bundle import Bundle, open_bundle, replace_parts
-from splitters.codec import LatentCodec, codec_from_spec
+from splitters.codec import LatentCodec
 from splitters.codec.fitting.fit import refit_predicted
+from splitters.codec.learned import LearnedCodec
 from splitters.codec.learned_spec import check_learned, tier_prices
-from splitters.codec.tables import finest_tier, read_tables
 
 _TESTED = 4  # one run in this many tests
 _GAIN = 0.02  # of the tested runs' bytes: less is not worth a download
@@ -57,23 +56,16 @@ def fit(bundle: Bundle, runs: Sequence[Run], seed: int = 0) -> tuple[int, int]:
     gains = np.asarray(spec["gains"], np.float64)
     latents = [latents_of(run.values, np.asarray(spec["ungains"], np.float32)[tiers[run.point_id]], rng) for run in runs]
     old = bundle.read_part(spec["tables"])
-    predicts = read_tables(old).predicted
-    scene = predicts.scene if predicts is not None else None
-    still = scene / gains[finest_tier(gains)][:, None, None] if scene is not None else None
     learned = [clip for i, clip in enumerate(latents) if i % _TESTED]
-    part = refit_predicted(old, learned, gains, scene=still, prices=tier_prices(spec))
+    part = refit_predicted(old, learned, gains, prices=tier_prices(spec))
     tested = list(range(0, len(runs), _TESTED))
     sizes: list[int] = []
     for tables in (old, part):
-        codec = codec_from_spec(spec, partial(_same, tables))
+        codec = LearnedCodec(spec, tables)
         sizes.append(sum(_bytes(codec, latents[i], runs[i].point_id) for i in tested))
     if sizes[1] < (1 - _GAIN) * sizes[0]:
         replace_parts(bundle, {spec["tables"]: part})
     return sizes[0], sizes[1]
-
-
-def _same(data: bytes, _path: str) -> bytes:
-    return data
 
 
 def latents_of(values: NDArray[np.int16], ungain: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:

@@ -80,40 +80,21 @@ class EmbeddedBackend:
         self._in_hand: list[_Job] = []  # taken from the queue by the tail's thread
         self._on_death = on_death
         niceness = loading_niceness if tail.threads == 1 else 0
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="tail-loader", initializer=_give_way, initargs=(niceness,))
-        self._loading = 0  # loads under way
-        self._unprepared: list[Tail] = []
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="tail-loader", initializer=_settle, initargs=(niceness, tail.cpus))
         self._loop = asyncio.get_running_loop()
         sys.setswitchinterval(min(_SWITCH_S, sys.getswitchinterval()))
         self._thread = threading.Thread(target=self._live, name="tail", daemon=True)
         self._thread.start()
 
     async def load(self, bundle: Bundle) -> None:
-        """See `Backend.load`. The tail has run once when this returns; its fastest form and the whole model follow."""
-        self._loading += 1
-        try:
-            tail = await self._loop.run_in_executor(self._loader, self._load, bundle)
-            with self._wake:
-                self._tails[bundle.sha256] = tail
-            self._unprepared.append(tail)
-        finally:
-            self._loading -= 1
-            self._loop.call_soon(self._prepare_all)  # behind the next load, if the caller who awaits this one begins it at once
-
-    def _prepare_all(self) -> None:
-        """A tail that cannot answer at all yet goes before one that could answer faster."""
-        if not self._loading and not self._closing:
-            while self._unprepared:
-                self._loader.submit(self._prepare, self._unprepared.pop(0))
-
-    async def prepared(self) -> None:
-        """Until every tail that is loaded runs at full speed."""
-        self._prepare_all()
-        await self._loop.run_in_executor(self._loader, int)  # behind everything that was handed to the loader before
+        """See `Backend.load`. The tail has run once when this returns."""
+        tail = await self._loop.run_in_executor(self._loader, self._load, bundle)
+        with self._wake:
+            self._tails[bundle.sha256] = tail
 
     def _load(self, bundle: Bundle) -> Tail:
         self._set_threads(bundle)
-        tail = load_tail(bundle, device=self._config.device, threads=self._config.threads, ready_soon=True)
+        tail = load_tail(bundle, device=self._config.device, threads=self._config.threads)
         latents = [np.zeros((1, *shape), np.float32) for shape in bundle.manifest.latent_shape]
         try:
             tail.run(latents, [(bundle.manifest.preprocess.size_px[1], bundle.manifest.preprocess.size_px[0])])
@@ -122,16 +103,6 @@ class EmbeddedBackend:
         except Exception as error:
             raise ModelError(f"the tail of {bundle.manifest.name!r} does not run on its own latent shape: {error}") from error
         return tail
-
-    def _prepare(self, tail: Tail) -> None:
-        """In the loader's thread, while frames run already."""
-        begun_ns = self._clock()
-        try:
-            tail.prepare()
-        except Exception:
-            log.exception("%s: the fast form of its tail cannot be made; it goes on as it is", tail.bundle.manifest.name)
-        else:
-            log.info("%s: at full speed after %.2f s more", tail.bundle.manifest.name, (self._clock() - begun_ns) / 1e9)
 
     async def unload(self, bundle_sha256: str) -> None:
         """See `Backend.unload`."""
@@ -263,8 +234,10 @@ class EmbeddedBackend:
             self._loop.call_soon_threadsafe(_resolve, outcomes)
 
 
-def _give_way(niceness: int) -> None:
-    """For the thread that calls this, and the threads it will start."""
+def _settle(niceness: int, cpus: tuple[int, ...]) -> None:
+    """For the thread that calls this, and the threads that a library will start in it."""
+    if cpus:
+        os.sched_setaffinity(0, cpus)
     if niceness:
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)

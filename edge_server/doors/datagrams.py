@@ -29,6 +29,11 @@ _BAD_PIECES = 200  # of one connection, before it is closed
 class Datagrams(Protocol):
     """Who lets sessions have a second path: the QUIC door."""
 
+    @property
+    def connections(self) -> int:
+        """That are open, with or without a ticket."""
+        ...
+
     def offer(self, path: DatagramPath) -> pb.DatagramOffer | None:
         """What the client needs to open it; good until withdrawn. None: there are none."""
         ...

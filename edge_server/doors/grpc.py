@@ -61,6 +61,15 @@ class Ingress:
         for session in self.sessions:
             session.finish()
 
+    def counts(self) -> dict[str, int]:
+        """What is in hand at this moment; all 0 once every client is gone."""
+        datagrams = self.services.datagrams
+        return {
+            "sessions": len(self.sessions), "calls": self.calls,
+            "pending_bytes": self.services.answerer.pending_bytes,
+            "datagram_connections": datagrams.connections if datagrams is not None else 0,
+        }  # fmt: skip
+
     @asynccontextmanager
     async def call(self) -> AsyncIterator[None]:
         """Around a unary call that needs the tail: the shutdown waits for it.

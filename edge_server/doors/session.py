@@ -173,7 +173,7 @@ class Session:
         """What an operator sees of it."""
         who, model = printable(self._who), self.model.name if self.model is not None else ""
         facts = {"id": self.id, "who": who, "model": model, "in_flight": len(self._tasks), "max_in_flight": self._max_in_flight}
-        return {**facts, **self._sent, **self._s.bandwidth.facts(self.id)}
+        return {**facts, "unsent": len(self._out), **self._sent, **self._s.bandwidth.facts(self.id)}
 
     # ------------------------------------------------------------ hello
 

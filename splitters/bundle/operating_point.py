@@ -37,6 +37,10 @@ class Quantiles:
         p50, p95 = np.percentile(np.asarray(values, np.float64), (50, 95))
         return cls(p50=float(p50), p95=float(p95))
 
+    def scaled(self, factor: float) -> Quantiles:
+        """Both times a factor, and at most what can be said."""
+        return Quantiles(p50=min(self.p50 * factor, _MAX_QUANTITY), p95=min(self.p95 * factor, _MAX_QUANTITY))
+
 
 UNMEASURED = Quantiles(p50=0.0, p95=0.0)
 UNMEASURED_METRIC = "unmeasured"

@@ -39,7 +39,7 @@ from splitters.codec.predicted.renewal import Cells, get_cells, put_cells
 from splitters.codec.slices import ALL, Coding, Slicer
 from splitters.codec.stages import MAX_SYMBOL, decode_layers, encode_layers
 from splitters.codec.symbols import SymbolArray, Symbols
-from splitters.codec.tables import Predicted, finest_tier, read_tables
+from splitters.codec.tables import SCENE_UNIT, Predicted, finest_tier, read_tables
 
 _MAX_PRICE = 100.0
 _LEAST_PRICE = 1e-3
@@ -47,6 +47,8 @@ _BUSY = 0.3  # a share of changed cells above which coding alone is thought of, 
 # Bytes of a frame coded alone, in those of channels without contexts, geometrically distributed. Measured: .71 to .82 over five
 # clips and five tiers.
 _LEAST_SHARE = 0.6
+# Of the price of a bit where a key frame is told from the scene: what it leaves out stays wrong until something moves there.
+_SCENE_SHARE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,13 +209,14 @@ class LearnedCodec(LatentCodec):
         scaled = np.clip(self._scaled(latents, point_id), -MAX_SYMBOL, MAX_SYMBOL)
         wanted[: point.channels] = scaled.reshape(point.channels, -1)
         costs = self._tables.predicted.costs[point.tier]
-        choice = choose_symbols(wanted, base.values, self._near, costs, point.price, base.frame or 0, MAX_SYMBOL)
+        price = point.price if base.frame is not None else point.price * _SCENE_SHARE
+        choice = choose_symbols(wanted, base.values, self._near, costs, price, base.frame or 0, MAX_SYMBOL)
         payload, symbols = self._predict(choice, base, point_id)
         if choice.changed.mean() > _BUSY:
             alone = self.quantise(latents, point_id)
             flat = alone.tensors[0].reshape(wanted.shape)
             gain = np.square(wanted - choice.values).sum() - np.square(wanted - flat).sum()
-            worth = len(payload) + gain / max(point.price, _LEAST_PRICE) / 8
+            worth = len(payload) + gain / max(price, _LEAST_PRICE) / 8
             if _least_bytes(flat) < worth:
                 payloads = tuple(self.encode(alone))
                 if sum(map(len, payloads)) < worth:
@@ -270,13 +273,14 @@ class LearnedCodec(LatentCodec):
         return _Base(values=values, history=history, crc32=reference.crc32(), frame=frame)
 
     def _scene(self, scene: SymbolArray, point: _Point) -> _Base:
+        """The scene in a point's units: one product and one rounding, exact."""
+        gains = self._gains.astype(np.float64)
+        ratio = gains[point.tier] / (SCENE_UNIT * gains[finest_tier(self._gains)])
+        values = np.clip(np.rint(scene * ratio[:, None, None]), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
+        values[point.channels :] = 0
         crc = zlib.crc32(np.ascontiguousarray(scene, dtype="<i2").tobytes())
-        return _Base(
-            values=self._in_units(scene, finest_tier(self._gains), point),
-            history=unknown_history(*scene.shape[1:]),
-            crc32=crc,
-            frame=None,
-        )
+        flat = values.reshape(len(values), -1)
+        return _Base(values=flat, history=unknown_history(*scene.shape[1:]), crc32=crc, frame=None)
 
     def _in_units(self, values: SymbolArray, tier: int, point: _Point) -> SymbolArray:
         """Symbols (C, H * W) of a tier in a point's units; another tier's take one product and one rounding, exact."""

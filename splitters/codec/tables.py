@@ -56,8 +56,9 @@ class Predicted:
         renewal: weights of every tier.
         tables: `TABLES` rows of 2 * radius + 1 frequencies for the symbols of changed cells.
         costs: of every tier, for the encoder's choice alone.
-        scene: (C, H, W) symbols in the finest tier's units of what a site's camera sees when nothing happens; both sides hold it
-            from the start. None: the bundle belongs to no site.
+        scene: (C, H, W) of what a site's camera sees when nothing happens, in 1/16 of the finest tier's steps: rounded to whole
+            steps it would be up to a step wrong at the next tier. Both sides hold it from the start. None: the bundle belongs to
+            no site.
     """
 
     change: ChangeTables
@@ -68,6 +69,8 @@ class Predicted:
 
 
 COST_UNIT = 64  # of `Costs`, in the file
+SCENE_UNIT = 16
+SCENE = f"predicted/scene{SCENE_UNIT}"  # "predicted/scene", of an earlier form, is not read
 _CHANGE = ("flags", "modes")
 
 
@@ -215,5 +218,5 @@ def _read_predicted(arrays: Mapping[str, NDArray[np.integer[Any]]], channels: in
             Renewal(**{n: arrays[f"predicted/{n}"][tier].astype(np.float64) for n in RENEWAL_NAMES}) for tier in range(tiers)
         ),
         tables=TableSet(arrays["predicted/tables"]), costs=tuple(Costs(same=c[0], other=c[1]) for c in costs),
-        scene=arrays["predicted/scene"].astype(np.int16) if "predicted/scene" in arrays else None,
+        scene=arrays[SCENE].astype(np.int16) if SCENE in arrays else None,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from protos.errors import ModelError
+from splitters.bundle import BundleWriter
 
 OPSET = 20
 
@@ -41,6 +42,31 @@ def export_onnx(
     _export(
         module, pair, path, input_names=list(inputs), output_names=list(outputs), dynamic_shapes=tuple({0: batch} for _ in pair)
     )
+
+
+def write_server(
+    writer: BundleWriter, tail: nn.Module, latent: Tensor, whole: nn.Module, image: Tensor, *, outputs: Sequence[str]
+) -> dict[str, str]:
+    """Adds the server's part: the tail, and the whole model for offloaded pictures.
+
+    Args:
+        writer: of the bundle.
+        tail: in eval mode, on the CPU; takes one latent.
+        latent: one of its inputs, with a batch axis.
+        whole: in eval mode, on the CPU; takes one image.
+        image: one of its inputs, with a batch axis.
+        outputs: names of the outputs of both.
+
+    Returns:
+        The manifest's ``tail``.
+
+    Raises:
+        ModelError: the exporter cannot express one of them.
+    """
+    paths = {"path": "server/tail.onnx", "whole": "server/whole.onnx"}
+    export_onnx(tail, [latent], writer.file(paths["path"], "server"), inputs=["latent_0"], outputs=outputs)
+    export_onnx(whole, [image], writer.file(paths["whole"], "server"), inputs=["image"], outputs=outputs)
+    return {"kind": "onnx", **paths}
 
 
 def export_as_given(module: nn.Module, example: Any, path: Path) -> dict[str, NDArray[Any]]:

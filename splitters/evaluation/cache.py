@@ -31,7 +31,7 @@ def photos_key(bundle: Bundle, photos: Photos, what: Mapping[str, object]) -> st
     digest.update(json.dumps(dict(bundle.manifest.postprocess), sort_keys=True).encode())
     tail = bundle.manifest.tail
     # The whole model's own weights decide, not the bottleneck's.
-    for path in tail.get("base_weights", tail.get("weights", [tail.get("whole", tail.get("path"))])):
+    for path in tail.get("weights", [tail.get("whole", tail.get("path"))]):
         digest.update(bundle.manifest.part(path).sha256.encode())
     digest.update(json.dumps(dict(what), sort_keys=True).encode())
     return digest.hexdigest()[:24]

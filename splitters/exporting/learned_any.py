@@ -23,7 +23,7 @@ from splitters.bundle import Bundle, BundleWriter, Measure
 from splitters.bundle.manifest import Head, parse_preprocess
 from splitters.bundle.operating_point import load_points
 from splitters.codec import learned_spec
-from splitters.cutting.onnx_export import export_onnx
+from splitters.cutting.onnx_export import export_onnx, write_server
 from splitters.cutting.sources import ModelSource, load_source
 from splitters.exporting.learned import (
     POINTS_FILE,
@@ -178,15 +178,13 @@ def export_run(run: Path, out: Path, *, measure: Measure | None = None, model: s
             export_onnx(module, [stem_map], writer.file(graphs[graph], "device"), inputs=["stem_map"], outputs=["latent_0"])
         server = _ServerPart(student).eval()
         outputs = [f"output_{i}" for i, _ in enumerate(server(latent))]
-        export_onnx(server, [latent], writer.file("server/tail.onnx", "server"), inputs=["latent_0"], outputs=outputs)
-        whole = narrow(source.model, nn.Module)
-        export_onnx(whole, [image], writer.file("server/whole.onnx", "server"), inputs=["image"], outputs=outputs)
+        tail = write_server(writer, server, latent, narrow(source.model, nn.Module), image, outputs=outputs)
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         writer.add(TABLES_PART, (run / TABLES_FILE).read_bytes(), "device")
         return writer.finish(
             points=points, measure=None if measured.exists() else measure, latent_shape=(shape,), codec="device/codec.json",
             head=Head(stem="device/stem.onnx", graphs=graphs), **_ends(name or source.name, recipe),
-            tail={"kind": "onnx", "path": "server/tail.onnx", "whole": "server/whole.onnx", "base_weights": ["server/whole.onnx"]},
+            tail=tail,
         )  # fmt: skip
 
 

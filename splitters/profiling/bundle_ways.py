@@ -47,7 +47,6 @@ def bundle_ways(bundle: Bundle, frame: Frame, *, same_accuracy: bool = False) ->
     whole = _whole_accuracy(bundle)
     with one_thread():
         tail = load_tail(bundle, threads=1)
-        tail.prepare()
         ways = [*_local(bundle, frame), *_splits(bundle, tail, frame)]
         if tail.takes_images:
             ways += _pictures(bundle, frame, whole, _whole_ms(bundle, tail, frame))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 TAILS: Registry[Callable[[str, Mapping[str, Any], Mapping[str, Any]], Any]] = Registry(
     "headtail.tails",
     "tail factory",
-    {"headtail": "splitters.zoo.tails:build_tail", "torchvision": "splitters.cutting.rcnn.detectors:build_tail"},
+    {"torchvision": "splitters.cutting.rcnn.detectors:build_tail"},
     error=BundleError,
 )
 """Who builds the torch module of a tail: called with the name behind the colon, the manifest's ``tail`` and all tensors of its
@@ -41,33 +41,6 @@ class Runner(Protocol):
     def __call__(self, arrays: Sequence[Floats], /) -> list[Floats]:
         """Raw outputs, batch first."""
         ...
-
-
-class Later:
-    """A runner that takes time to make: made by `prepare`, or at the first call.
-
-    Args:
-        make: the runner.
-        plain: a slower runner of the same function that is there at once; it answers the calls until `prepare` is done, and
-            none of them makes the faster one.
-    """
-
-    def __init__(self, make: Callable[[], Runner], plain: Runner | None = None) -> None:
-        self._make = make
-        self._plain = plain
-        self._made: Runner | None = None
-        self._lock = threading.Lock()
-
-    def prepare(self) -> Runner:
-        """Makes it, unless that is done."""
-        with self._lock:
-            if self._made is None:
-                self._made = self._make()
-            return self._made
-
-    def __call__(self, arrays: Sequence[Floats], /) -> list[Floats]:
-        """See ``Runner``."""
-        return (self._made or self._plain or self.prepare())(arrays)
 
 
 class Tail:
@@ -100,16 +73,6 @@ class Tail:
         """Whether ``run_images`` works, that is, offload is possible."""
         return self._whole is not None
 
-    def prepare(self) -> None:
-        """Finishes what `load_tail` left for later, in any thread; meanwhile frames run, if somewhat slower.
-
-        Raises:
-            BundleError: a part is unusable.
-        """
-        for runner in (self._tail, self._whole):
-            if isinstance(runner, Later):
-                runner.prepare()
-
     def run_images(self, images: Sequence[NDArray[np.uint8]], sizes_px: Sequence[SizePx]) -> list[Answer]:
         """Answers a batch of whole inputs, as offloaded: (h, w, 3) uint8 BGR of the model's own input size.
 
@@ -126,15 +89,13 @@ class Tail:
         return self._task.decode(self._whole([batch]), sizes_px)
 
 
-def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_soon: bool = False) -> Tail:
-    """Loads a bundle's tail.
+def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0) -> Tail:
+    """Loads a bundle's tail, and its whole model where it has one.
 
     Args:
         bundle: opened and verified.
         device: a torch device, for tails of kind ``torch``; one of kind ``onnx`` runs on the processor, and says so.
         threads: of a tail of kind ``onnx``; 0: as torch is set, or the environment says.
-        ready_soon: frames can run as soon as this returns, at full speed once `Tail.prepare` is done; else at full speed from
-            the first frame, which takes the longer.
 
     Raises:
         BundleError: the tail's kind or factory is unknown, or its parts do not fit it.
@@ -151,10 +112,12 @@ def load_tail(bundle: Bundle, *, device: str = "cpu", threads: int = 0, ready_so
             )  # fmt: skip
         whole = spec.get("whole")
         batch = int(spec.get("batch", 0))
-        later = Later(lambda: batched(_onnx(bundle, str(whole), threads, cuda), batch)) if whole else None
-        return Tail(bundle, batched(_onnx(bundle, spec["path"], threads, cuda), batch), later, task)
+        return Tail(
+            bundle, batched(_onnx(bundle, spec["path"], threads, cuda), batch),
+            batched(_onnx(bundle, str(whole), threads, cuda), batch) if whole else None, task,
+        )  # fmt: skip
     if kind == "torch":
-        return _torch_tail(bundle, spec, task, device, ready_soon)
+        return _torch_tail(bundle, spec, task, device)
     raise BundleError(f"tail kind {kind!r} is unknown; this headtail knows onnx and torch")
 
 
@@ -188,19 +151,29 @@ def _stacked(parts: Sequence[Floats]) -> Floats:
 
 
 def _threads() -> int:
-    """As torch is set where it is in use; importing it for that takes longer than all the rest. 0: as many as there are cores."""
+    """As torch is set where it is in use; importing it for that takes longer than all the rest.
+
+    Never 0, which would have ONNX Runtime pin its threads to cores of its own choice, whoever else is busy there.
+    """
     torch = sys.modules.get("torch")
     if torch is not None:
         return int(torch.get_num_threads())
     text = os.environ.get("OMP_NUM_THREADS", "")
-    return int(text) if text.isdecimal() else 0
+    return int(text) if text.isdecimal() and text != "0" else _cores()
 
 
-def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], task: Task, device: str, ready_soon: bool) -> Tail:
+def _cores() -> int:
+    """That this thread may use; two hardware threads of one core are one."""
+    allowed = os.sched_getaffinity(0)
+    try:
+        return len({Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list").read_bytes() for n in allowed})
+    except OSError:
+        return len(allowed)
+
+
+def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], task: Task, device: str) -> Tail:
     import torch
     from safetensors.torch import load_file
-
-    from splitters.accelerate.cpu import accelerate
 
     family, _, name = str(spec.get("factory", "")).partition(":")
     build = TAILS.get(family)
@@ -219,15 +192,8 @@ def _torch_tail(bundle: Bundle, spec: Mapping[str, Any], task: Task, device: str
     if hasattr(module, "answers"):  # a detector whose own postprocess needs the source sizes
         return _OwnAnswers(bundle, module)
 
-    def fast(name: str, shapes: Sequence[Sequence[int]]) -> Runner:
-        plain = getattr(module, name)
-        if device != "cpu":  # as it is: no faster form was ever measured on a GPU
-            return runner(plain)
-        return Later(lambda: runner(accelerate(module, name, shapes)), runner(plain) if ready_soon else None)
-
-    manifest = bundle.manifest
-    whole = fast("whole", [(3, *manifest.preprocess.size_px)]) if hasattr(module, "whole") else None
-    return Tail(bundle, fast("forward", manifest.latent_shape), whole, task)
+    whole = runner(module.whole) if hasattr(module, "whole") else None
+    return Tail(bundle, runner(module), whole, task)
 
 
 class _OwnAnswers(Tail):
@@ -237,9 +203,6 @@ class _OwnAnswers(Tail):
         self.bundle = bundle
         self._module = module
         self._whole = None
-
-    def prepare(self) -> None:
-        """See ``Tail.prepare``; nothing was left for later."""
 
     def run(self, latents: Sequence[Floats], sizes_px: Sequence[SizePx]) -> list[Answer]:
         """See ``Tail.run``."""

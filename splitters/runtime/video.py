@@ -267,7 +267,7 @@ def _is_constant(average: Fraction | None, base: Fraction | None) -> bool:
 
 
 def _upright(frame: av.VideoFrame) -> Frame:
-    image: Frame = frame.to_ndarray(format="bgr24").astype(np.uint8, copy=False)
+    image: Frame = frame.to_ndarray(format="bgr24", threads=1).astype(np.uint8, copy=False)
     data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return image

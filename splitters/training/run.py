@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from protos.errors import ConfigError
-from splitters.accelerate.devices import chosen_device
 from splitters.bottleneck.learned import LearnedSplit, StagedModel
 from splitters.exporting.learned import Rung
 from splitters.training.config import TrainConfig
+from splitters.training.devices import chosen_device
 from splitters.training.finish import finish
 from splitters.training.loop import StepReport, Trainer
 from splitters.training.photos import Crops, PhotoCache, Told, hold_out, hold_out_evenly, list_photos

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,8 +29,8 @@ from splitters.zoo.defaults import ensure_exported
 from tests.bench.video_real import CLIPS
 
 
-def site(path: Path, clip: Path, limit: int, draws: int, scene: bool) -> dict[str, float]:
-    """One clip: the figure, its interval and the accuracies compared over."""
+def site(path: Path, clip: Path, limit: int, draws: int, scene: bool) -> dict[str, Any]:
+    """One clip: the figure, its interval and the accuracies compared over; and what the trials on the first half said."""
     judged = VideoConfig(clips=(clip,), against=(), part=Part(start=0.5), limit=limit, ages=(1,), draws=draws)
 
     def told(what: str) -> None:
@@ -38,9 +39,9 @@ def site(path: Path, clip: Path, limit: int, draws: int, scene: bool) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "site"
         shutil.copytree(path, copy)
-        adapt(open_bundle(copy), AdaptConfig(videos=(clip,), until=0.5, scene=scene), tick=told)
+        trials = adapt(open_bundle(copy), AdaptConfig(videos=(clip,), until=0.5, scene=scene), tick=told).trials
         before, after = (evaluate_video(open_bundle(b), judged, tick=told).clips[0].curves["ours 1"] for b in (path, copy))
-    return asdict(compare(before, after))
+    return asdict(compare(before, after)) | {"trials": [asdict(t) for t in trials]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -36,7 +36,7 @@ from tests.bench.control_real import CLASSIFIER, DETECTOR, WORKLOADS, Model, cla
 from tests.fakes.bundles import write_tiny_bundle
 
 LOSSES = ((0.0, 1.0), (0.02, 1.0), (0.05, 1.0), (0.1, 1.0), (0.1, 3.0), (0.2, 1.0), (0.2, 3.0), (0.3, 1.0), (0.6, 1.0))
-TRANSPORTS = ("grpc", "quic")
+TRANSPORTS = {"grpc": "tab:red", "quic": "tab:blue", "auto": "tab:green"}
 TINY = "tiny"
 POINTS = {TINY: 0, CLASSIFIER: 1, DETECTOR: 3}
 DEADLINE_MS, FPS, RTT_MS, MBPS, PORT = 200, 10, 80, 10, 50651
@@ -200,14 +200,15 @@ def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(2, len(models), figsize=(5 * len(models), 6), sharex=True, squeeze=False)
     for column, model in enumerate(models):
-        for transport in TRANSPORTS:
+        for transport, colour in TRANSPORTS.items():
             for burst, style in ((1.0, "o-"), (3.0, "x:")):
                 found = sorted(
                     (row["loss"], row["on_time"], row["accuracy"])
                     for row in rows
                     if (row["model"], row["transport"], row["burst"]) == (model, transport, burst)
                 )
-                colour = {"grpc": "tab:red", "quic": "tab:blue"}[transport]
+                if not found:
+                    continue
                 label = transport if burst == 1 else f"{transport}, bursts of {burst:g}"
                 axes[0][column].plot([100 * r[0] for r in found], [r[1] for r in found], style, color=colour, label=label)
                 axes[1][column].plot([100 * r[0] for r in found], [r[2] for r in found], style, color=colour)
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("--bundles", type=Path, required=True, help="folder with the bundles efficientnet-lite0 and detector")
     parser.add_argument("--models", nargs="+", choices=(TINY, CLASSIFIER, DETECTOR), default=[CLASSIFIER, DETECTOR])
     parser.add_argument("--mode", choices=("relay", "shape"), default="relay")
+    parser.add_argument("--transports", nargs="+", choices=tuple(TRANSPORTS), default=["grpc", "quic"])
     parser.add_argument("--seconds", type=float, default=10.0, help="that count, of one run (default %(default)s)")
     parser.add_argument("--losses", default="", help="only these, for instance 0,0.2 (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="one JSON line a run; runs in it already are not done again")
@@ -241,7 +243,7 @@ def main() -> None:
         for model in args.models
         for loss, burst in LOSSES
         if not wanted or loss in wanted
-        for transport in TRANSPORTS
+        for transport in args.transports
     ]
     asyncio.run(measure(args, runs, {row["key"] for row in read(args.out)}))
     rows = read(args.out)

@@ -1,9 +1,15 @@
-"""What ten browsers on the live page cost the camera: frames answered in time without and with them, in turns.
+"""What ten browsers on a page cost the camera: frames answered without and with them, in turns.
 
-    HEADTAIL_DATA=... python -m tests.bench.page [--turns 2] [--frames 300] [--browsers 10] [--screenshot FILE]
+    HEADTAIL_DATA=... python -m tests.bench.page [--page device|server] [--turns 2] [--frames 300] [--browsers 10] [--http]
 
-A real client with a real server in a child process plays vtest.avi at its own pace; the browsers are HTTP clients of another
-process that read the MJPEG stream and ask for the state once a second, as the page does. Ends with one JSON line.
+A real client plays vtest.avi at its own pace against a real server; one of the two serves the page. The browsers are tabs of
+headless Chromium with a context each, at the least priority, as if they were on machines of their own; with ``--http`` (or without
+Chromium) they are HTTP clients that read what the page would. Counted are the frames captured while all of them look. Ends with one
+JSON line.
+
+    python -m tests.bench.page --look URL --screenshot FILE [--width 390] [--axe axe.min.js]
+
+takes a picture of a page instead.
 """
 
 from __future__ import annotations
@@ -12,28 +18,47 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import socket
-import subprocess
+import statistics
 import sys
 import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
-from tests.fakes.browser import CHROMIUM, browser_tab
-from tests.fakes.client_process import run_client
-from tests.fakes.server_running import environment
+from tests.fakes.browser import CHROMIUM, browser_tab, browser_tabs
+from tests.fakes.client_process import client
+from tests.fakes.server_running import child
+
+_SETTLED = 30
+_SHOWN = "document.getElementById('picture')?.naturalWidth > 0 || !!document.querySelector('#models tbody tr')"
+_FRESH = "['connected', 'serving'].includes(document.getElementById('connection').textContent)"
 
 
-async def browse(url: str, browsers: int) -> None:
-    """Looks at the page until it is gone."""
+@asynccontextmanager
+async def tabs(url: str, count: int) -> AsyncIterator[None]:
+    """Tabs that show the page from here on, and still do at the end."""
+    async with browser_tabs(count, nice=19) as opened:
+        for tab in opened:
+            await tab.open(url)
+            await tab.wait_for(_SHOWN)
+        yield
+        for tab in opened:
+            assert await tab.value(_FRESH), "a browser no longer shows the page"
 
-    async def one(session: aiohttp.ClientSession) -> int:
-        read = 0
+
+@asynccontextmanager
+async def readers(url: str, count: int, *, pictures: bool) -> AsyncIterator[None]:
+    """HTTP clients that ask for the state once a second and read the pictures."""
+
+    async def read(session: aiohttp.ClientSession) -> None:
         async with session.get("/stream.mjpg") as stream:
-            async for data in stream.content.iter_any():
-                read += len(data)
-        return read
+            async for _ in stream.content.iter_any():
+                pass
 
     async def ask(session: aiohttp.ClientSession) -> None:
         while True:
@@ -42,44 +67,49 @@ async def browse(url: str, browsers: int) -> None:
             await asyncio.sleep(1)
 
     async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=None)) as session:
-        while True:
-            try:
-                async with session.get("/picture.jpg") as answer:
-                    if answer.status == 200:
-                        break
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.2)
-        jobs = [asyncio.gather(one(session), ask(session), return_exceptions=True) for _ in range(browsers)]
-        await asyncio.gather(*jobs)
+        looks = [ask, read] if pictures else [ask]
+        tasks = [asyncio.create_task(look(session)) for look in looks for _ in range(count)]
+        yield
+        assert not any(task.done() for task in tasks), "a reader no longer reads the page"
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def turn(video: Path, frames: int, browsers: int) -> dict[str, float]:
-    """One run; shares of its frames."""
+@asynccontextmanager
+async def nobody() -> AsyncIterator[None]:
+    """No browser looks."""
+    yield
+
+
+async def turn(args: argparse.Namespace, browsers: int) -> dict[str, float]:
+    """One run; its frames while the browsers looked."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    look = [sys.executable, "-m", "tests.bench.page", "--look", f"http://127.0.0.1:{port}", "--browsers", str(browsers)]
-    lookers = subprocess.Popen(look, env=environment(), stderr=subprocess.DEVNULL) if browsers else None
-    try:
-        with tempfile.TemporaryDirectory() as tmp:
-            done = run_client(
-                Path(tmp), "--camera", str(video), "--realtime", "--loop", "--frames", str(frames), "--server", "embedded",
-                "--model", "detector", "--web", f"127.0.0.1:{port}", "--json", cache=Path.home() / ".cache/headtail", timeout_s=600,
-            )  # fmt: skip
-    finally:
-        if lookers is not None:
-            lookers.kill()
-            lookers.wait()
-    counts = done.summary["outcomes"]
-    answered = counts["result"] + counts["local"]
-    return {"answered": answered / done.summary["frames"], "latency_ms_p50": done.summary["latency_ms_p50"]}
+    web, on_device, url = ["--web", f"127.0.0.1:{port}"], args.page == "device", f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as tmp, child(Path(tmp), Path(args.model), arguments=() if on_device else web) as server:
+        play = ["--camera", str(args.video), "--realtime", "--loop", "--server", server.address, *(web if on_device else [])]
+        with client(Path(tmp), *play, cache=args.cache) as camera:
+            await asyncio.to_thread(camera.wait_frame, _SETTLED)
+            looking = nobody() if not browsers else readers(url, browsers, pictures=on_device) if args.http else tabs(url, browsers)
+            async with looking:
+                first = camera.lines()[-1]["frame"] + 1
+                await asyncio.to_thread(camera.wait_frame, first + args.frames - 1)
+            camera.process.send_signal(signal.SIGINT)
+            done = await asyncio.to_thread(camera.finish)
+    counts = done.outcomes(first, first + args.frames - 1)
+    took_ms = [
+        line["latency_ms"]["total"] for line in done.lines if line["frame"] >= first and line["outcome"] in ("result", "local")
+    ]
+    assert sum(counts.values()) == args.frames
+    return {"answered": (counts.get("result", 0) + counts.get("local", 0)) / args.frames, "ms_p50": statistics.median(took_ms)}
 
 
 async def screenshot(url: str, to: Path, width: int, axe: Path | None) -> list[str]:
     """A picture of a page (the device's or the server's) as it is now; what axe-core finds wrong with it."""
     async with browser_tab() as tab:
         await tab.open(url, width=width, height=800)
-        await tab.wait_for("document.getElementById('picture')?.naturalWidth > 0 || !!document.querySelector('#models tbody tr')")
+        await tab.wait_for(_SHOWN)
         await asyncio.sleep(2)
         to.write_bytes(await tab.screenshot())
         if axe is None:
@@ -89,32 +119,40 @@ async def screenshot(url: str, to: Path, width: int, axe: Path | None) -> list[s
         return list(found)
 
 
+async def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Turns without and with browsers."""
+    rows: dict[int, list[dict[str, float]]] = {0: [], args.browsers: []}
+    for _ in range(args.turns):
+        for browsers, found in rows.items():
+            found.append(await turn(args, browsers))
+            print(browsers, found[-1], f"load {os.getloadavg()[0]:.1f}", flush=True)
+    alone, watched = (statistics.mean(row["answered"] for row in found) for found in rows.values())
+    return {
+        "page": args.page, "browsers": args.browsers, "chromium": not args.http, "frames": args.turns * args.frames,
+        "answered_alone": round(alone, 4), "answered_watched": round(watched, 4), "lost": round(alone - watched, 4),
+    }  # fmt: skip
+
+
 def main() -> int:
     """The bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", choices=("device", "server"), default="device")
+    parser.add_argument("--model", default="detector")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--frames", type=int, default=300)
     parser.add_argument("--browsers", type=int, default=10)
+    parser.add_argument("--http", action="store_true", default=CHROMIUM is None, help="HTTP clients instead of Chromium")
     parser.add_argument("--screenshot", type=Path, help="instead: a picture of the page at --look, as PNG")
     parser.add_argument("--axe", type=Path, help="axe.min.js of axe-core: the screenshot's page is tried with it")
     parser.add_argument("--width", type=int, default=1100, help="of the screenshot, px")
-    parser.add_argument("--look", help="instead: only look at the page there")
+    parser.add_argument("--look", help="the page whose picture is taken")
     args = parser.parse_args()
     if args.screenshot:
-        assert CHROMIUM is not None, "Chromium is not installed"
         print(json.dumps({"axe": asyncio.run(screenshot(args.look, args.screenshot, args.width, args.axe))}))
         return 0
-    if args.look:
-        asyncio.run(browse(args.look, args.browsers))
-        return 0
-    video = Path(os.environ["HEADTAIL_DATA"]) / "video" / "vtest.avi"
-    found: dict[int, list[dict[str, float]]] = {0: [], args.browsers: []}
-    for _ in range(args.turns):
-        for browsers, rows in found.items():
-            rows.append(turn(video, args.frames, browsers))
-            print(browsers, rows[-1], f"load {os.getloadavg()[0]:.1f}", flush=True)
-    share = {n: sum(r["answered"] for r in rows) / len(rows) for n, rows in found.items()}
-    print(json.dumps({"answered_alone": share[0], "answered_watched": share[args.browsers], "browsers": args.browsers}))
+    args.video = Path(os.environ["HEADTAIL_DATA"]) / "video" / "vtest.avi"
+    args.cache = Path.home() / ".cache/headtail"
+    print(json.dumps(asyncio.run(compare(args))))
     return 0
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -78,24 +78,38 @@ class Tab:
 
 
 @asynccontextmanager
-async def browser_tab() -> AsyncIterator[Tab]:
-    """A browser with one tab, and a profile of its own."""
+async def browser_tabs(count: int, *, nice: int = 0) -> AsyncIterator[list[Tab]]:
+    """A browser with a profile of its own and so many tabs, each as if in a browser of its own (window, cookies, connections)."""
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = await asyncio.create_subprocess_exec(
-            CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank",
+            "nice", "-n", str(nice), CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank",
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         assert process.stderr is not None
         try:
             async with asyncio.timeout(60):
-                while not (found := re.search(rb"ws://([0-9.:]+)/", await process.stderr.readline())):
-                    pass
-            async with aiohttp.ClientSession() as session:
-                async with session.get(f"http://{found[1].decode()}/json/list") as answer:
-                    (page,) = [t for t in await answer.json(content_type=None) if t["type"] == "page"]
-                async with session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                    yield Tab(socket)
+                async for line in process.stderr:
+                    if found := re.search(r"(ws://[0-9.:]+/devtools/)\S+", line.decode()):
+                        break
+                else:
+                    raise AssertionError("Chromium does not start")
+            async with aiohttp.ClientSession() as session, AsyncExitStack() as sockets:
+                browser = Tab(await sockets.enter_async_context(session.ws_connect(found[0])))
+                tabs = []
+                for _ in range(count):
+                    context = (await browser.ask("Target.createBrowserContext"))["browserContextId"]
+                    made = await browser.ask("Target.createTarget", url="about:blank", browserContextId=context, newWindow=True)
+                    page = f"{found[1]}page/{made['targetId']}"
+                    tabs.append(Tab(await sockets.enter_async_context(session.ws_connect(page, max_msg_size=0))))
+                yield tabs
         finally:
             process.kill()
             await process.wait()
+
+
+@asynccontextmanager
+async def browser_tab() -> AsyncIterator[Tab]:
+    """A browser with one tab."""
+    async with browser_tabs(1) as (tab,):
+        yield tab

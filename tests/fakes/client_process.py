@@ -30,7 +30,8 @@ sys.exit(edge_server.cli.main(sys.argv[1:]))
 """
 
 
-ON_BOTH_TRANSPORTS = pytest.mark.parametrize("transport", ["grpc", "quic"])
+TRANSPORTS = ("grpc", "quic")
+ON_BOTH_TRANSPORTS = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
 def over(transport: str) -> tuple[str, ...]:

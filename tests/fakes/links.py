@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from deploy.testbed.link.model import LinkConfig, LossModel
@@ -17,6 +17,7 @@ from edge_client.transport.rpc import Endpoint
 from protos.errors import HeadtailError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.messages import PROTOCOL_VERSION, FrameLayer, Grant, Result
+from tests.fakes.server_client import session
 
 
 def path(loss: float = 0.0, *, burst: float = 1.0, delay_ms: float = 5.0, mbps: float = 20.0) -> LinkConfig:
@@ -98,7 +99,13 @@ class Linked:
         """Until they can."""
         await until(lambda: self.beside, "the second path opens")
 
-    async def send(self, layers: list[pb.FrameLayer], *, deadline_s: float = 20.0) -> int:
+    async def frame(self, layers: Sequence[pb.FrameLayer]) -> Result:
+        """Sends a frame as datagrams and waits for its answer."""
+        result = await self.answered(await self.send(layers))
+        assert not self.told.reliable
+        return result
+
+    async def send(self, layers: Sequence[pb.FrameLayer], *, deadline_s: float = 20.0) -> int:
         """Sends a frame as a client does, and lets the link do what it does with it."""
         deadline_ns = time.monotonic_ns() + int(deadline_s * 1e9)
         frame_id = self.link.send([FrameLayer.from_proto(layer) for layer in layers], deadline_ns=deadline_ns)
@@ -142,3 +149,17 @@ async def linked(
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await shaper.close()
+
+
+@asynccontextmanager
+async def asking(
+    address: str, sha256: str, transport: str
+) -> AsyncIterator[Callable[[Sequence[pb.FrameLayer]], Awaitable[Result]]]:
+    """A session over a transport, as what sends one of its frames and waits for the answer."""
+    if transport == "grpc":
+        async with session(address, sha256) as stream:
+            yield stream.frame
+        return
+    async with linked(address, sha256) as it:
+        await it.opened()
+        yield it.frame

@@ -1,4 +1,4 @@
-"""A TCP relay that can fall silent: connections stay open and nothing moves any more, as when a peer or a link vanishes."""
+"""A relay of TCP and UDP that can fall silent: connections stay open and nothing moves, as when a peer or a link vanishes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+from deploy.testbed.link.model import Link, LinkConfig
+from deploy.testbed.link.trace import constant
+from deploy.testbed.real.realtime import RealTime
+from deploy.testbed.real.udp import UdpProxy
+
+_WIDE = LinkConfig(trace=constant(1e9), delay_ns=0)
+
 
 class Relay:
-    """Forwards connections to a target.
+    """Forwards connections and datagrams to a target.
 
     Args:
         target: host:port.
@@ -20,16 +27,28 @@ class Relay:
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: list[asyncio.StreamWriter] = []
         self._open = asyncio.Event()
+        self._time = RealTime()
+        self._udp = UdpProxy(self._time, Link(_WIDE, "up"), Link(_WIDE, "down"), self._target)
         self.address = ""
         self.accepted = 0
 
+    async def start(self) -> asyncio.Server:
+        """Listens on a free loopback port, TCP and UDP."""
+        server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        await self._udp.start(port)
+        self.address = f"{host}:{port}"
+        return server
+
     def freeze(self) -> None:
-        """The connections that are open now carry nothing any more, and nobody is told; new ones pass."""
+        """The connections that are open now carry nothing any more, nor do datagrams, and nobody is told; new ones pass."""
         self._open = asyncio.Event()
+        self._udp.blocked = True
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection."""
+        """One connection; the link to it is there again, also for datagrams."""
         self.accepted += 1
+        self._udp.blocked = False
         onward_reader, onward_writer = await asyncio.open_connection(*self._target)
         self._writers += [writer, onward_writer]
         self._open.set()
@@ -57,15 +76,15 @@ class Relay:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for writer in self._writers:
             writer.close()
+        await self._udp.close()
+        self._time.stop()
 
 
 @asynccontextmanager
 async def relay(target: str) -> AsyncIterator[Relay]:
     """A relay on a free loopback port."""
     it = Relay(target)
-    server = await asyncio.start_server(it.serve, "127.0.0.1", 0)
-    host, port = server.sockets[0].getsockname()
-    it.address = f"{host}:{port}"
+    server = await it.start()
     try:
         yield it
     finally:

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from edge_server.config import ServerConfig, TailConfig
+from edge_server.observe.tracing import Traces
 from edge_server.server import Server
 
 START_S = 120.0
 
 
 @asynccontextmanager
-async def running(*models: Path, **settings: Any) -> AsyncIterator[Server]:
+async def running(*models: Path, tracing: Traces | None = None, **settings: Any) -> AsyncIterator[Server]:
     """A server on a free loopback port of this process."""
     fields = {"listen": "127.0.0.1:0", "tail": TailConfig(threads=1), **settings}
     server = Server(ServerConfig(models=tuple(str(m) for m in models), **fields))
+    server.tracing = tracing or server.tracing
     try:
         await server.open()
         yield server

@@ -15,17 +15,11 @@ from edge_client.transport.rpc import Endpoint
 from edge_server.config import SecurityConfig
 from edge_server.server import Server
 from splitters.bundle import Bundle
-from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.links import linked, path, until
 from tests.fakes.server_client import Device, picture
 from tests.fakes.server_running import running
 
 pytest.importorskip("aioquic")
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture(scope="module")

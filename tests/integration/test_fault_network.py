@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
+from aioquic.quic.connection import QuicConnection
 
+from deploy.testbed.link.model import Link
 from edge_server.config import Limits, SecurityConfig
 from edge_server.server import Server
+from protos.datagrams.channel import Channel, configuration
 from protos.headtail.v1 import headtail_pb2 as pb
 from splitters.bundle import Bundle
 from tests.fakes.client_process import ON_BOTH_TRANSPORTS, client, over
+from tests.fakes.links import linked, path
 from tests.fakes.relay import relay
 from tests.fakes.server_client import Device, hello, opened, picture, session
 from tests.fakes.server_running import environment, running
@@ -88,6 +93,36 @@ async def linger(address: str, data: bytes, *, each_s: float, within_s: float) -
         writer.close()
 
 
+@asynccontextmanager
+async def stranger(address: str, said: bytes | None) -> AsyncIterator[None]:
+    """A QUIC connection of somebody without a ticket, which says so much and no more; None: not even its whole handshake."""
+    host, _, port = address.rpartition(":")
+    config = configuration(is_client=True)
+    config.verify_mode = ssl.CERT_NONE
+    loop = asyncio.get_running_loop()
+    transport, channel = await loop.create_datagram_endpoint(lambda: Channel(QuicConnection(configuration=config)), ("0.0.0.0", 0))
+    ready = asyncio.Event()
+    channel.on_ready = ready.set
+    if said is None:
+        heard = channel.datagram_received
+
+        def first_only(data: bytes, addr: object) -> None:
+            if not ready.is_set():  # a Retry, which is answered from the address that was asked about; then silence
+                ready.set()
+                heard(data, addr)
+
+        channel.datagram_received = first_only
+    channel.connect((host, int(port)))
+    await asyncio.wait_for(ready.wait(), 60)
+    if said is not None:
+        channel._quic.send_stream_data(0, said)
+        channel.transmit()
+    try:
+        yield
+    finally:
+        transport.close()
+
+
 @pytest.mark.parametrize(
     ("data", "each_s"),
     [
@@ -107,6 +142,22 @@ async def test_a_connection_that_does_not_get_to_the_point_is_closed(
     await asyncio.sleep(0.3)
     await served(server, bundle, device)
     assert max(await asyncio.gather(*many)) < 8.0
+
+
+@pytest.mark.parametrize("said", [None, b"", bytes(16)], ids=["half-handshake", "no-ticket", "half-ticket"])
+async def test_a_connection_for_datagrams_that_does_not_get_to_the_point_is_closed(
+    bundle: Bundle, device: Device, said: bytes | None
+) -> None:
+    async with running(bundle.path, limits=Limits(hello_s=5.0)) as server, AsyncExitStack() as stack:
+        door = server._quic
+        assert door is not None
+        for _ in range(8):
+            await stack.enter_async_context(stranger(server.address, said))
+        await until(lambda: door.connections > 0, "the last of them are there")  # a busy machine has closed the first ones by now
+        async with linked(server.address, bundle.sha256) as it:
+            await it.opened()
+            assert (await it.frame(device.layers(picture(), 0))).error is None
+        await until(lambda: door.connections == 0, "they are closed")
 
 
 async def test_a_tls_handshake_that_stalls_is_closed(bundle: Bundle, tmp_path: Path) -> None:
@@ -231,7 +282,6 @@ async def test_a_client_that_asks_and_does_not_read_is_let_go(
     server: Server, bundle: Bundle, device: Device, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Pings are the cheapest way to make the server talk: none of its answers may pile up without bound."""
-    assert server._ingress is not None
     # A window of 64 kB that does not grow: what the server cannot send stays with the server.
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65535)]
     async with grpc.aio.insecure_channel(server.address, options=options) as channel:
@@ -241,7 +291,6 @@ async def test_a_client_that_asks_and_does_not_read_is_let_go(
         )()  # fmt: skip
         await call.write(pb.ClientMessage(hello=hello(bundle.sha256)))
         await call.read()
-        (mine,) = server._ingress.sessions
         most = 0
 
         async def ask() -> None:
@@ -250,10 +299,10 @@ async def test_a_client_that_asks_and_does_not_read_is_let_go(
             with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 while True:
                     await call.write(ping)
-                    most = max(most, len(mine._out))
+                    most = max(most, *(facts["unsent"] for facts in server.sessions), 0)
 
         asking = asyncio.create_task(ask())
-        took_s = await until(lambda: mine not in server._ingress.sessions, "the slow reader is gone", within_s=60)
+        took_s = await until(lambda: not server.sessions, "the slow reader is gone", within_s=60)
         await served(server, bundle, device)
         assert most <= 4 * PATIENCE.max_in_flight + 65, took_s
         assert most > 100  # else it was not slow
@@ -263,6 +312,32 @@ async def test_a_client_that_asks_and_does_not_read_is_let_go(
         await asking
         assert await call.code() is not grpc.StatusCode.OK  # behind a write that waits gRPC takes no status: a reset says it
         assert "Traceback" not in caplog.text
+
+
+async def test_a_client_that_takes_no_datagrams_holds_none_back(server: Server, bundle: Bundle, device: Device) -> None:
+    """It sends on whatever its window says, and acknowledges nothing: answers wait a second at most, and nobody else notices."""
+    assert server._quic is not None
+    async with linked(server.address, bundle.sha256) as it:
+        await it.opened()
+        lane, layers = it.link._lane, device.layers(picture(), 0)
+        assert lane is not None
+        (mine,) = server._quic._channels
+        ours = lane._channel
+        assert it.shaper.udp is not None
+        assert ours is not None
+        it.shaper.udp._down = Link(path(0.999), "nothing/down")
+        lane._watch = lambda: None  # it takes no notice of the silence
+        most = 0
+        for _ in range(400):
+            ours.control.bytes_in_flight = 0
+            await it.send(layers)
+            await asyncio.sleep(0.01)
+            most = max(most, mine.waiting)
+        assert most > 20  # else nothing was held up
+        assert most < 300
+        await served(server, bundle, device)
+        await until(lambda: mine.waiting == 0, "what nobody takes is dropped")
+    await until(lambda: not server.sessions, "its session ends with it")
 
 
 # ---------------------------------------------------------------- peers that vanish
@@ -290,61 +365,49 @@ asyncio.run(main(*sys.argv[1:4]))
 async def test_a_client_killed_in_the_middle_of_a_frame_leaves_nothing_behind(
     server: Server, bundle: Bundle, device: Device
 ) -> None:
-    assert server._ingress is not None
-    assert server._answerer is not None
     base = device.layers(picture(), 0)[0].SerializeToString().hex()
     env = {**environment(), "PYTHONPATH": str(Path(__file__).parents[2])}
     for wait_s in ("0.0", "0.001", "0.05"):
         line = [sys.executable, "-c", _DIES, server.address, bundle.sha256, base, wait_s]
         process = await asyncio.create_subprocess_exec(*line, env=env, stderr=subprocess.DEVNULL)
         assert await process.wait() == -signal.SIGKILL
-        await until(lambda: not server._ingress.sessions, "the dead client's session is gone")
-    assert server._answerer.pending_bytes == 0
+        await until(lambda: not server.sessions, "the dead client's session is gone")
+    assert server.counts["pending_bytes"] == 0
     await served(server, bundle, device)
 
 
 async def test_a_client_that_sends_datagrams_and_is_killed_leaves_nothing_behind(
     server: Server, bundle: Bundle, device: Device, tmp_path: Path
 ) -> None:
-    assert server._ingress is not None
-    assert server._quic is not None
     camera = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off", "--frames", "9000", "--operating-point", "0")
     with client(tmp_path, *camera, *over("quic"), "--server", server.address) as edge:
         await asyncio.to_thread(edge.wait_frame, 20)
-        assert server._quic.connections == 1
+        assert server.counts["datagram_connections"] == 1
         edge.kill()
-    await until(lambda: not server._ingress.sessions, "the dead client's session is gone")
-    await until(lambda: server._quic.connections == 0, "and its connection")
-    assert server._answerer is not None
-    await until(lambda: server._answerer.pending_bytes == 0, "and its bytes")
+    await until(lambda: not server.sessions, "the dead client's session is gone")
+    await until(lambda: server.counts["datagram_connections"] == 0, "and its connection")
+    await until(lambda: server.counts["pending_bytes"] == 0, "and its bytes")
     await served(server, bundle, device)
 
 
-async def test_the_server_drops_a_client_that_vanished_without_a_word(server: Server, bundle: Bundle, device: Device) -> None:
-    """Half-open: the connection stands, nobody is at its other end. Keepalive finds out."""
-    assert server._ingress is not None
-    async with relay(server.address) as wire, session(wire.address, bundle.sha256) as stream:
-        assert (await stream.frame(device.layers(picture(), 0))).error is None
-        assert len(server._ingress.sessions) == 1
-        wire.freeze()
-        took_s = await until(lambda: not server._ingress.sessions, "the vanished client's session is gone")
-        assert took_s < 2 * PATIENCE.keepalive_s + 20
-        await served(server, bundle, device)
-
-
-async def test_the_client_leaves_a_connection_that_died_without_a_word(server: Server, tmp_path: Path) -> None:
-    """Half-open from the device's side: local answers meanwhile, and back by itself over a new connection."""
+@ON_BOTH_TRANSPORTS
+async def test_both_ends_leave_a_connection_that_died_without_a_word(server: Server, tmp_path: Path, transport: str) -> None:
+    """Half-open: the client answers locally meanwhile and comes back over a new connection; the server drops the old session."""
     camera = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off", "--frames", "360", "--operating-point", "0")
     async with relay(server.address) as wire:
-        with client(tmp_path, *camera, "--server", wire.address, "--json") as edge:
+        with client(tmp_path, *camera, *over(transport), "--server", wire.address, "--json") as edge:
             await asyncio.to_thread(edge.wait_frame, 59)
+            (old,) = (facts["id"] for facts in server.sessions)
             wire.freeze()
             frozen = max(line["frame"] for line in edge.lines())
             before = wire.accepted
             await until(lambda: wire.accepted > before, "the client dials again", within_s=15)
             again = max(line["frame"] for line in edge.lines())
             done = await asyncio.to_thread(edge.finish)
+        await until(lambda: all(facts["id"] != old for facts in server.sessions), "the session of the dead connection is gone")
     assert done.code == 0, done.err
+    assert done.went_over(transport), done.err
+    assert done.summary["balanced"]
     assert sum(done.outcomes().values()) == 360
     assert done.outcomes(first=frozen + 3, last=again - 20).get("local", 0) >= 30, done.outcomes(frozen, again)
     assert done.outcomes(first=again + 30).get("result", 0) >= 30, done.outcomes(again)

@@ -79,7 +79,7 @@ def test_the_policy_of_another_package_runs_in_the_testbed() -> None:
         "5",
         "--json",
     ]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=False, env=environment())
+    done = subprocess.run(line, capture_output=True, text=True, timeout=400, check=False, env=environment())
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert (told["policy"], told["outcomes"]["result"] > 0) == ("smallest", True)

@@ -130,7 +130,7 @@ async def test_sessions_on_a_removed_model_are_told_and_answered(
         request = pb.InferRequest(protocol_version=PROTOCOL_VERSION, model="tiny", bundle_sha256=bundle.sha256, layers=layers)
         unary = asyncio.ensure_future(pb_grpc.HeadtailStub(channel).Infer(request))
         async with asyncio.timeout(20):
-            while not server._store.is_held(bundle.sha256):
+            while not server.counts["calls"]:
                 await asyncio.sleep(0.01)
         removing = asyncio.create_task(server.remove("tiny"))
         assert (await stream.expect("draining")).grace_ns == 5_000_000_000

@@ -14,6 +14,7 @@ from edge_server.doors.operator import below
 from protos.errors import BundleError, ConfigError
 from protos.headtail.v1 import headtail_pb2 as pb
 from protos.headtail.v1 import headtail_pb2_grpc as pb_grpc
+from splitters.bundle import open_bundle
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.server_client import Device, opened, picture, session
 from tests.fakes.server_running import running
@@ -60,13 +61,13 @@ async def call(server: Server, name: str, token: str | None = OPERATOR, **fields
 
 
 async def test_an_operator_loads_and_unloads_while_cameras_go_on(server: Server, place: Path) -> None:
-    tiny = Device(server._store.get("tiny").bundle)
+    tiny = Device(open_bundle(place / "models" / "tiny"))
     async with session(server.address, tiny.bundle.sha256, bearer(CAMERA)) as stream:
         loaded = (await call(server, "LoadModel", path="site/second")).model
         assert (loaded.name, loaded.bundle_sha256) == ("second", server.models["second"])
         assert (await call(server, "LoadModel", path="site/second")).model == loaded, "a second time is as once"
         assert [m.name for m in (await call(server, "ListModels", CAMERA)).models] == ["tiny", "second"]
-        second = Device(server._store.get("second").bundle)
+        second = Device(open_bundle(place / "models" / "site" / "second"))
         async with session(server.address, second.bundle.sha256, bearer(CAMERA), model="second") as other:
             assert (await other.frame(second.layers(picture(), 0))).error is None
             assert (await call(server, "UnloadModel", model="second")).sessions == 1

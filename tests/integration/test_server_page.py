@@ -15,22 +15,17 @@ import pytest
 from edge_server.doors import wire
 from edge_server.server import Server
 from protos.headtail.v1 import headtail_pb2 as pb
+from splitters.bundle import Bundle
 from tests.fakes.browser import CHROMIUM, browser_tab
-from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_process import client
 from tests.fakes.server_running import running
 
 TOKEN = "correct-horse-battery"
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_bundle(tmp_path_factory.mktemp("page") / "bundle").path
-
-
 @asynccontextmanager
-async def page(bundle: Path) -> AsyncIterator[tuple[str, Server]]:
-    async with running(bundle, web="127.0.0.1:0") as server:
+async def page(bundle: Bundle) -> AsyncIterator[tuple[str, Server]]:
+    async with running(bundle.path, web="127.0.0.1:0") as server:
         yield f"http://127.0.0.1:{server.page_port}", server
 
 
@@ -41,7 +36,7 @@ async def state(url: str, since: str = "0") -> dict[str, Any]:
         return found
 
 
-async def test_it_says_who_is_connected_and_what_was_answered(tmp_path: Path, bundle: Path) -> None:
+async def test_it_says_who_is_connected_and_what_was_answered(tmp_path: Path, bundle: Bundle) -> None:
     async with page(bundle) as (url, server):
         before = await state(url)
         assert before["session_count"] == 0
@@ -69,7 +64,7 @@ async def test_it_says_who_is_connected_and_what_was_answered(tmp_path: Path, bu
             assert (await state(url, since))["now"] >= after["now"]
 
 
-async def test_what_it_refuses_is_counted_with_its_reason(bundle: Path) -> None:
+async def test_what_it_refuses_is_counted_with_its_reason(bundle: Bundle) -> None:
     async with page(bundle) as (url, server), grpc.aio.insecure_channel(server.address) as channel:
         fetch = channel.unary_stream(f"/{wire.SERVICE}/FetchBundle", pb.FetchBundleRequest.SerializeToString)
         with pytest.raises(grpc.aio.AioRpcError):
@@ -79,7 +74,7 @@ async def test_what_it_refuses_is_counted_with_its_reason(bundle: Path) -> None:
         assert [refusal[1] for refusal in found["refusals"]] == ["unknown_model"]
 
 
-async def test_with_a_token_nothing_is_shown_without_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_with_a_token_nothing_is_shown_without_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADTAIL_WEB_TOKEN", TOKEN)
     async with page(bundle) as (url, _), aiohttp.ClientSession() as session:
         for headers in ({}, {"Authorization": "Bearer wrong"}):
@@ -91,7 +86,7 @@ async def test_with_a_token_nothing_is_shown_without_it(bundle: Path, monkeypatc
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 @pytest.mark.parametrize("width", [1280, 390])
-async def test_a_browser_shows_it_and_loads_nothing_from_elsewhere(tmp_path: Path, bundle: Path, width: int) -> None:
+async def test_a_browser_shows_it_and_loads_nothing_from_elsewhere(tmp_path: Path, bundle: Bundle, width: int) -> None:
     async with page(bundle) as (url, server), browser_tab() as tab:
         with client(tmp_path, "--camera", "synthetic:fps=10,size=160x120", "--server", server.address, "--json") as camera:
             await asyncio.to_thread(camera.wait_frame, 5)

@@ -16,6 +16,8 @@ from protos.errors import OverloadedError
 from splitters.bundle import Bundle
 from splitters.runtime.tail import load_tail
 from tests.fakes.bundles import write_tiny_bundle
+from tests.fakes.client_process import TRANSPORTS
+from tests.fakes.links import asking
 from tests.fakes.server_client import Device, Stream, picture, session
 from tests.fakes.server_running import Child, child, environment
 
@@ -58,13 +60,13 @@ async def test_ray_answers_as_the_tail_does(server: Child, bundles: list[Bundle]
         assert isinstance((await stream.frame(device.layers(picture(), 100, deadline_ns=1000))).error, OverloadedError)
 
 
-async def camera(address: str, bundle: Bundle, number: int, frames: int) -> list[float]:
+async def camera(address: str, bundle: Bundle, number: int, frames: int, transport: str = "grpc") -> list[float]:
     """Seconds each frame took; every one is answered."""
     device, took = Device(bundle), []
-    async with session(address, bundle.sha256) as stream:
+    async with asking(address, bundle.sha256, transport) as ask:
         for i in range(frames):
             begun = time.monotonic()
-            result = await stream.frame(device.layers(picture(number), i, deadline_ns=20_000_000_000))
+            result = await ask(device.layers(picture(number), i, deadline_ns=20_000_000_000))
             assert result.error is None, result.error
             took.append(time.monotonic() - begun)
             await asyncio.sleep(0.02)
@@ -74,7 +76,7 @@ async def camera(address: str, bundle: Bundle, number: int, frames: int) -> list
 async def test_a_killed_replica_costs_no_frame(server: Child, bundles: list[Bundle], joined: Cluster) -> None:
     before = joined.replicas()
     assert len(before) == 2
-    cameras = [asyncio.create_task(camera(server.address, bundles[0], n, 60)) for n in range(4)]
+    cameras = [asyncio.create_task(camera(server.address, bundles[0], n, 60, TRANSPORTS[n % 2])) for n in range(4)]
     await asyncio.sleep(0.5)
     os.kill(before[0], signal.SIGKILL)
     took = [t for task in cameras for t in await task]
@@ -97,7 +99,7 @@ async def test_a_second_ingress_shares_the_tails_and_the_address(
         assert len(await camera(server.address, bundles[0], 0, 5)) == 5
         second.stop(signal.SIGKILL)
     for number in range(4):  # whoever connects now reaches the one that is left
-        assert len(await camera(server.address, bundles[0], number, 3)) == 3
+        assert len(await camera(server.address, bundles[0], number, 3, TRANSPORTS[number % 2])) == 3
     assert set(joined.replicas()) == tails
 
 

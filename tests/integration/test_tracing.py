@@ -70,13 +70,14 @@ async def test_a_frames_stages_on_both_sides_are_one_trace(bundle: Bundle) -> No
     device = Device(bundle)
     now_ns = time.time_ns()
     traces = ClientTraces(device_side.spans, now=lambda: now_ns + 9 * MS)
-    async with running(bundle.path) as server:
-        server._answerer._tracing = ServerTraces(server_side.spans)
-        async with session(server.address, bundle.sha256) as stream:
-            frame = captured(7, at_ns=now_ns)
-            (layer,) = device.layers(picture(), 0)
-            layer.traceparent = traces.sent(frame)
-            assert (await stream.frame([layer])).error is None
+    async with (
+        running(bundle.path, tracing=ServerTraces(server_side.spans)) as server,
+        session(server.address, bundle.sha256) as stream,
+    ):
+        frame = captured(7, at_ns=now_ns)
+        (layer,) = device.layers(picture(), 0)
+        layer.traceparent = traces.sent(frame)
+        assert (await stream.frame([layer])).error is None
     traces.take(report(frame))
     mine, theirs = device_side.finished(), server_side.finished()
     assert set(mine) == {"frame", "capture", "preprocess", "head", "codec", "round trip"}
@@ -125,9 +126,10 @@ def test_every_frame_is_a_trace_whatever_becomes_of_it() -> None:
 async def test_unary_calls_take_the_parent_from_their_metadata(bundle: Bundle) -> None:
     memory, device = Memory("s"), Device(bundle)
     metadata = (("traceparent", PARENT),)
-    async with running(bundle.path) as server, grpc.aio.insecure_channel(server.address) as channel:
-        server._answerer._tracing = ServerTraces(memory.spans)
-        object.__setattr__(server._ingress.services, "tracing", ServerTraces(memory.spans))
+    async with (
+        running(bundle.path, tracing=ServerTraces(memory.spans)) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
         request = pb.InferRequest(
             protocol_version=PROTOCOL_VERSION, bundle_sha256=bundle.sha256, layers=device.layers(picture(), 0)
         )

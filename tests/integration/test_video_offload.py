@@ -29,11 +29,6 @@ SIDE = 32
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
-
-
-@pytest.fixture(scope="module")
 async def server(bundle: Bundle) -> AsyncIterator[Server]:
     async with running(bundle.path, limits=Limits(max_video_streams=2)) as server:
         yield server

@@ -19,8 +19,8 @@ from edge_client.web.page import LivePage
 from edge_client.web.view import CameraView, Circumstances
 from protos.messages import Box, Detection
 from protos.web.door import COOKIE
+from splitters.bundle import Bundle
 from tests.fakes.browser import CHROMIUM, browser_tab
-from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_process import Standby, client, standby
 
 EVIL = "<img src=x onerror=alert(1)>\x1b[2J\u202e"
@@ -173,14 +173,9 @@ async def test_a_browser_shows_it_and_obeys_nothing_that_a_peer_wrote(width: int
         assert tab.complaints == []
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_bundle(tmp_path_factory.mktemp("page") / "bundle").path
-
-
 @pytest.fixture
-def server(tmp_path: Path, bundle: Path) -> Iterator[Standby]:
-    with standby(tmp_path, bundle) as s:
+def server(tmp_path: Path, bundle: Bundle) -> Iterator[Standby]:
+    with standby(tmp_path, bundle.path) as s:
         yield s
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from deploy.testbed.link.loop import Loop
 from deploy.testbed.link.model import LOST, Link
 from deploy.testbed.link.path import Pipe
-from edge_client.transport.choice import LaneChoice
+from edge_client.transport.choice import LaneChoice, probe_after_s
 from protos.datagrams.loss import Losses, extra_for
 from protos.datagrams.parity import MAX_DATA, MAX_PARITY
 from protos.datagrams.pieces import pieces_of
@@ -21,7 +21,7 @@ GOAL = 0.995
 """That a message arrives: so much parity is sent with it."""
 PIECE_BYTES = 120
 """Of each packet: UDP, IP, QUIC and the piece's own fields."""
-_PROBE_BYTES, _PROBE_NS = 60, 100_000_000
+_PROBE_BYTES = 60
 TRANSPORTS = ("grpc", "quic", "auto")
 
 
@@ -97,5 +97,6 @@ class TwoWays:
     def _probe(self, _: object) -> None:
         if not self.unreliable:
             self.datagrams.probe()
+        losses = self.datagrams.losses
         if self._loop.now_ns < self._until_ns:
-            self._loop.at(self._loop.now_ns + _PROBE_NS, self._probe)
+            self._loop.at(self._loop.now_ns + int(probe_after_s(losses.seen, losses.counted) * 1e9), self._probe)

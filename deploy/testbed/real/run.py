@@ -111,7 +111,7 @@ class Stage:
             *("--begin-unix-ns", str(begin_unix_ns), "--", "--server", address),
             *("--camera", source, "--realtime", "--fps", f"{scenario.fps:g}", "--loop"),
             *("--frames", str(int(scenario.duration_s * scenario.fps)), "--deadline-ms", f"{scenario.deadline_ms:g}"),
-            *("--change-gate", "off", "--output", str(results), "--log-level", "warning"),
+            *("--transport", scenario.transport, "--change-gate", "off", "--output", str(results), "--log-level", "warning"),
         ]
 
     async def _warm(self) -> None:

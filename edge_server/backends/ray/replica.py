@@ -121,9 +121,6 @@ class TailReplica(_Replica):
             super().__init__(batch, tail, replicas)
             self._sha256 = sha256
             await self._backend.load(await obtained(path, sha256, fetched))
-            # Frames come as soon as this returns, to the plain form at first: beside a load its fast form took long to make, and
-            # this replica was the slow one meanwhile.
-            await self._backend.prepared()
 
     def holds(self) -> str:
         """The bundle's hash, for a door that finds this application by its name alone."""

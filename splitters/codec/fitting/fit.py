@@ -41,7 +41,7 @@ from splitters.codec.entropy.context import (
 from splitters.codec.fitting.fit_predicted import fit_predicted
 from splitters.codec.fitting.regression import RADIUS, frequencies, scale_fit, solve
 from splitters.codec.stages import MAX_SYMBOL, padded_planes
-from splitters.codec.tables import finest_tier, pack_tables, read_tables, unpack_tables
+from splitters.codec.tables import SCENE, SCENE_UNIT, TABLES_VERSION, finest_tier, pack_tables, read_tables, unpack_tables
 
 Integers = NDArray[np.integer[Any]]
 Latents = NDArray[np.floating[Any]]
@@ -101,17 +101,17 @@ def refit_predicted(
     clips: Sequence[Latents],
     gains: NDArray[np.floating[Any]],
     *,
-    scene: Latents | None = None,
     prices: Sequence[float] = (),
     progress: Callable[[str], None] | None = None,
 ) -> bytes:
-    """The same tables with those of predicted frames fitted to these clips; key frames' stay.
+    """The same tables with those of predicted frames fitted to these clips; everything else stays.
+
+    The rough costs that the encoder chooses by stay too, where the part has some: the same symbols are told in fewer bytes.
 
     Args:
         part: bytes from `fit_tables`, of any release.
         clips: latents of successive frames, (T, C, H, W) each.
         gains: (tiers, C) of the codec.
-        scene: latent (C, H, W) of what one site's camera sees when nothing happens; None: the tables belong to no site.
         prices: of a bit at each tier (see `fit_predicted`).
         progress: told in words how far the fit is.
 
@@ -122,14 +122,32 @@ def refit_predicted(
     tables = read_tables(part)
     if gains.shape != (tables.tiers, tables.channels):
         raise ConfigError(f"clips need the codec's gains, {tables.tiers} x {tables.channels}")
-    index, arrays = unpack_tables(part)
-    kept = {f"intra/{name}": arrays[f"intra/{name}"] for name in (*WEIGHT_NAMES, "tables")}
+    known = tables.predicted.costs if tables.predicted is not None else ()
+    return _with_arrays(part, fit_predicted(clips, gains, prices=prices, known=known, progress=progress))
+
+
+def with_scene(part: bytes, scene: Latents, gains: NDArray[np.floating[Any]]) -> bytes:
+    """The same tables and what one site's camera sees when nothing happens.
+
+    Args:
+        part: bytes with tables of predicted frames.
+        scene: latent (C, H, W).
+        gains: (tiers, C) of the codec.
+
+    Raises:
+        BundleError: the part cannot be read.
+    """
+    steps = SCENE_UNIT * gains[finest_tier(gains)][:, None, None]
+    most = SCENE_UNIT * MAX_SYMBOL
+    return _with_arrays(part, {SCENE: np.clip(np.rint(scene * steps), -most, most).astype(np.int16)})
+
+
+def _with_arrays(part: bytes, arrays: dict[str, Integers]) -> bytes:
+    """The part with these arrays in place of those of the same names; those of predicted frames of an earlier form go."""
+    index, own = unpack_tables(part)
     told = {"channels": index.channels, "layers": list(index.layers), "tiers": index.tiers, "radius": index.radius}
-    fitted = fit_predicted(clips, gains, prices=prices, progress=progress)
-    if scene is not None:
-        finest = gains[finest_tier(gains)][:, None, None]
-        fitted["predicted/scene"] = np.clip(np.rint(scene * finest), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int16)
-    return pack_tables(told, kept | fitted)
+    kept = own if index.version == TABLES_VERSION else {name: a for name, a in own.items() if name.startswith("intra/")}
+    return pack_tables(told, kept | arrays)
 
 
 def _check(symbols_by_tier: Sequence[Integers], layers: Sequence[int]) -> int:

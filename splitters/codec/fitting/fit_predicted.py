@@ -59,6 +59,7 @@ def fit_predicted(
     gains: NDArray[np.floating[Any]],
     *,
     prices: Sequence[float] = (),
+    known: Sequence[Costs] = (),
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, NDArray[np.integer[Any]]]:
     """The arrays of `tables.Predicted`, by their names in the file.
@@ -67,6 +68,7 @@ def fit_predicted(
         clips: latents of successive frames of fixed cameras, (T, C, H, W) each; two frames are the least.
         gains: (tiers, C).
         prices: of a bit at each tier, as the codec's points have them; empty: the default.
+        known: each tier's rough costs, which then stay as they are, and the encoder's choice with them; empty: fitted too.
         progress: told in words how far the fit is.
 
     Raises:
@@ -83,9 +85,9 @@ def fit_predicted(
     for tier, (gain, price) in enumerate(zip(gains, prices or [DEFAULT_PRICE] * len(gains), strict=True)):
         if progress is not None:
             progress(f"fitting prediction, tier {tier + 1} of {len(gains)}")
-        rough = _costs(_watch(clips, gain, _FIRST, price), channels)
+        rough = known[tier] if known else _costs(_watch(clips, gain, _FIRST, price), channels)
         seen = _watch(clips, gain, rough, price)
-        costs.append(_costs(seen, channels))
+        costs.append(rough if known else _costs(seen, channels))
         flags += seen.flags
         modes += seen.modes
         weights.append(_fit_cells(seen, channels, counts))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from splitters.codec.predicted.motion import FRESH, MODES, STILL, Quarters, candidates, predicted
 
 Floats = NDArray[np.float32]
+Modes = NDArray[np.int64]
 
 DEFAULT_PRICE = 0.2
 TURNS = 64
@@ -33,6 +34,7 @@ _MORE_BITS = (1.5 * np.log2(np.maximum(np.arange(4096), 1))).astype(np.float32)
 _WORTH_BITS = 6.0  # a cell that could save less than the price of these is not looked at
 _LEADING = 3  # modes are compared on the first third of the channels, which hold most of what changes
 _TURN_SHARE = 0.5
+_BLOCK = 64  # cells whose modes are compared at once
 _MARGIN = 1e-3  # far above what float32 rounds away
 
 
@@ -57,7 +59,7 @@ class Choice:
 
     values: NDArray[np.int16]
     changed: NDArray[np.bool_]
-    modes: NDArray[np.int64]
+    modes: Modes
     expected: Quarters
 
 
@@ -86,12 +88,9 @@ def choose_symbols(
     changed = np.zeros(saved.shape, bool)
     if not len(looked):
         return _unchanged(values, changed)
-    target, lam = wanted[:, looked], prices[looked]
+    target, lam = wanted.take(looked, axis=1), prices[looked]
     lead = max(1, len(wanted) // _LEADING)
-    offered = candidates(reference[:lead], near, looked)
-    offered -= target[:lead]
-    around = np.square(offered, out=offered).sum(axis=1)
-    best = (around + lam * _MODE_BITS).argmin(axis=0)
+    best = _modes(target[:lead], reference[:lead], near, looked, lam)
     expected = predicted(reference, near, looked, best)
     coded, spent = _coded(target, expected.astype(np.float32) * np.float32(0.25), costs, lam)
     spent += lam * (_CELL_BITS + _MODE_BITS[best, 0])
@@ -102,6 +101,18 @@ def choose_symbols(
     changed[cells] = True
     values[:, cells] = symbols[:, take]
     return Choice(values=values, changed=changed, modes=best[take].astype(np.int64), expected=expected[:, take])
+
+
+def _modes(target: Floats, reference: NDArray[np.int16], near: NDArray[np.intp], cells: NDArray[np.intp], lam: Floats) -> Modes:
+    """Each cell's cheapest mode (K,), some cells at a time: all modes of all cells are memory that the system takes back."""
+    best = np.empty(len(cells), np.int64)
+    for start in range(0, len(cells), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        offered = candidates(reference, near, cells[part])
+        offered -= target[:, part]
+        around = np.square(offered, out=offered).sum(axis=1)
+        best[part] = (around + lam[part] * _MODE_BITS).argmin(axis=0)
+    return best
 
 
 def _coded(target: Floats, base: Floats, costs: Costs, lam: Floats) -> tuple[Floats, Floats]:
@@ -115,15 +126,15 @@ def _coded(target: Floats, base: Floats, costs: Costs, lam: Floats) -> tuple[Flo
     size = np.abs(off)
     at = np.flatnonzero(size >= np.minimum(least, 1, out=least))
     channel, cell = np.divmod(at, off.shape[1])
-    size, weight, other = size.ravel()[at], lam[cell], np.broadcast_to(costs.other, (len(off), 1))[channel, 0]
-    low, best, chosen = size.astype(np.int32), spent.ravel()[at], np.zeros(len(at), np.float32)
+    size, weight, other = size.take(at), lam[cell], np.broadcast_to(costs.other, (len(off), 1))[channel, 0]
+    low, best, chosen = size.astype(np.int32), spent.take(at), np.zeros(len(at), np.float32)
     for step in (low, low + 1):
         move = np.square(size - step) + weight * (other + _MORE_BITS.take(step, mode="clip"))
         better = (move < best) & (step > 0)
         np.copyto(best, move, where=better, casting="same_kind")
         np.copyto(chosen, step, where=better, casting="same_kind")
-    spent.ravel()[at] = best
-    symbols.ravel()[at] += np.copysign(chosen, off.ravel()[at])
+    spent.put(at, best)
+    symbols.put(at, symbols.take(at) + np.copysign(chosen, off.take(at)))
     return symbols, spent.sum(axis=0)
 
 

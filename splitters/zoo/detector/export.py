@@ -7,14 +7,10 @@ Shape legend: N batch; images (N, 3, 320, 320); stem map (N, 32, 160, 160); late
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from splitters.bottleneck.learned import LearnedSplit
@@ -22,7 +18,7 @@ from splitters.bundle import Bundle, BundleWriter, Measure
 from splitters.bundle.manifest import Head
 from splitters.bundle.operating_point import load_points
 from splitters.codec import learned_spec
-from splitters.cutting.onnx_export import export_onnx
+from splitters.cutting.onnx_export import export_onnx, write_server
 from splitters.exporting.learned import (
     CHOICES_FILE,
     POINTS_FILE,
@@ -37,9 +33,9 @@ from splitters.exporting.learned import (
     operating_points,
 )
 from splitters.zoo.detector.export_plain import CUT_BLOCK, SCORE_MIN, WholeDetector, common_fields, scored, shown_from, write_local
-from splitters.zoo.detector.network import INPUT_SIZE_PX, WEIGHTS, Detector, load_detector
-from splitters.zoo.detector.split import C_LATENT, LATENT_STRIDE, load_learned_detector, skeleton
-from splitters.zoo.detector.staged import joined, staged_detector
+from splitters.zoo.detector.network import INPUT_SIZE_PX, WEIGHTS, load_detector
+from splitters.zoo.detector.split import C_LATENT, LATENT_STRIDE, load_learned_detector
+from splitters.zoo.detector.staged import joined
 from splitters.zoo.efficientnet_lite0.export import read_choices
 from splitters.zoo.prefilter.export import write_prefilter
 
@@ -48,17 +44,15 @@ LATENT_SHAPE = (C_LATENT, INPUT_SIZE_PX // LATENT_STRIDE, INPUT_SIZE_PX // LATEN
 
 
 class LearnedDetectorTail(nn.Module):
-    """The server's part: decoder, tail; and the whole detector for offloaded images.
+    """The server's part.
 
     Args:
         student: whose decoder and stages it takes.
-        network: the whole detector.
     """
 
-    def __init__(self, student: LearnedSplit, network: Detector) -> None:
+    def __init__(self, student: LearnedSplit) -> None:
         super().__init__()
         self.decoder, self.stages = student.decoder, student.stages
-        self.network = WholeDetector(network)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Maps the restored latent to boxes (N, P, 4) xyxy in input pixels and scores (N, P, C)."""
@@ -66,26 +60,6 @@ class LearnedDetectorTail(nn.Module):
         for stage in self.stages:
             x = stage(*x)
         return scored(joined(x))
-
-    def whole(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps normalised images (N, 3, H, W) to boxes and scores."""
-        found: tuple[Tensor, Tensor] = self.network(images)
-        return found
-
-
-def build_learned_detector_tail(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
-    """``headtail:detector-learned``, from a bundle's tensors: the whole detector's, and what the bottleneck changed of it."""
-    network = Detector().eval()
-    prefix = "network.model."
-    network.load_state_dict({k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)})
-    base = staged_detector(network, INPUT_SIZE_PX)
-    tail = LearnedDetectorTail(skeleton(base, int(spec["tiers"]), INPUT_SIZE_PX), copy.deepcopy(network))
-    own = {k: v.float() for k, v in state.items() if not k.startswith(prefix)}
-    missing, unknown = tail.load_state_dict(own, strict=False)
-    lost = [k for k in missing if k.startswith("decoder.")]
-    if lost or unknown:
-        raise KeyError(f"missing {lost[:3]}, unknown {list(unknown)[:3]}")
-    return tail.eval()
 
 
 def write_heads(writer: BundleWriter, student: LearnedSplit) -> Head:
@@ -129,23 +103,18 @@ def export_learned(out: Path, folder: Path = FOLDER, detector: Path = WEIGHTS, m
         shape=LATENT_SHAPE, gains=gains.numpy(), ungains=ungains.numpy(),
         points={f"r{i}": (levels.index(r.gain), r.channels) for i, r in enumerate(rungs)}, tables_path=TABLES_PART,
     )  # fmt: skip
-    changed = {f"decoder.{k}": v for k, v in student.decoder.state_dict().items()}
-    changed |= {f"stages.0.{k}": v for k, v in student.stages[0].state_dict().items()}
     with BundleWriter(out) as writer:
         head = write_heads(writer, student)
         write_local(writer, network)
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         writer.add(TABLES_PART, (folder / TABLES_FILE).read_bytes(), "device")
-        save_file({k: v.contiguous().clone() for k, v in changed.items()}, writer.file("server/learned.safetensors", "server"))
-        whole = {f"network.model.{k}": v.contiguous().clone() for k, v in network.state_dict().items()}
-        save_file(whole, writer.file("server/network.safetensors", "server"))
+        tail = write_server(
+            writer, LearnedDetectorTail(student).eval(), torch.zeros(1, *LATENT_SHAPE), WholeDetector(network).eval(),
+            torch.zeros(1, 3, INPUT_SIZE_PX, INPUT_SIZE_PX), outputs=["boxes", "scores"],
+        )  # fmt: skip
         return writer.finish(
             points=points, measure=None if measured.exists() else measure, name="detector", head=head, latent_shape=(LATENT_SHAPE,),
-            tail={
-                "kind": "torch", "factory": "headtail:detector-learned", "tiers": len(student.quantiser.log_gain),
-                "weights": ["server/learned.safetensors", "server/network.safetensors"],
-                "base_weights": ["server/network.safetensors"],
-            },
+            tail=tail,
             **(fields | read_choices(folder / CHOICES_FILE, fields["local"])), score_min=shown_from(detector), provenance={
                 "base": "EfficientNet-Lite0 backbone, light pyramid, trained here; see splitters/zoo/detector/weights/recipe.json",
                 "cut": f"backbone.blocks.{CUT_BLOCK}", "bottleneck": recipe,

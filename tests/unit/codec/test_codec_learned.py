@@ -16,7 +16,7 @@ from protos.errors import BundleError, ConfigError, ModelError, PayloadError
 from splitters.codec import LearnedCodec, Symbols, codec_from_spec, learned_spec
 from splitters.codec.entropy.coder import CoderFactory, TableSet
 from splitters.codec.envelope import Header, PredictedHeader, open_layers, seal, seal_predicted
-from splitters.codec.fitting.fit import fit_tables, refit_predicted
+from splitters.codec.fitting.fit import fit_tables, refit_predicted, with_scene
 from splitters.codec.tables import read_tables
 from tests.fakes.symbols import same
 
@@ -373,9 +373,18 @@ def test_fitting_refuses_what_does_not_fit_together() -> None:
         fit_tables([symbols], LAYERS, clips=[np.zeros((3, C, H, W))], gains=GAINS[:1])
 
 
-def test_prediction_is_fitted_anew_and_key_frames_stay() -> None:
+def test_prediction_is_fitted_anew_and_key_frames_and_the_choice_stay() -> None:
     part = refit_predicted(PART, [scene(np.random.default_rng(20 + i), 10, speed=1.0) for i in range(6)], GAINS)
     codec = LearnedCodec(SPEC, part)
+    clip, total = scene(np.random.default_rng(27), 10, speed=1.0), [0, 0]
+    held = COMPILED.quantise([clip[0]], "fine")
+    for number, latent in enumerate(clip[1:]):
+        was, now = (c.compress([latent], "fine", held, number) for c in (COMPILED, codec))
+        assert now.predicted
+        assert was.symbols.crc32() == now.symbols.crc32()
+        total = [n + sum(map(len, coded.payloads)) for n, coded in zip(total, (was, now), strict=True)]
+        held = now.symbols
+    assert total[1] < total[0]
     symbols = COMPILED.quantise([NOW[0]], "fine")
     assert codec.encode(symbols) == COMPILED.encode(symbols)
     assert part != PART
@@ -391,7 +400,7 @@ def test_a_sites_scene_makes_key_frames_cheap_and_steps_aside_elsewhere() -> Non
     rng = np.random.default_rng(30)
     clip = scene(rng, 14, speed=2.0)  # what moves is soon gone
     others = [scene(np.random.default_rng(40 + i), 10) for i in range(6)]
-    part = refit_predicted(PART, [clip, *others], GAINS, scene=np.median(clip, 0))
+    part = with_scene(refit_predicted(PART, [clip, *others], GAINS), np.median(clip, 0), GAINS)
     codec, pure = LearnedCodec(SPEC, part), LearnedCodec(SPEC, part, coder="pure")
     for point in codec.point_ids:
         key = codec.compress([clip[1]], point)
@@ -403,11 +412,14 @@ def test_a_sites_scene_makes_key_frames_cheap_and_steps_aside_elsewhere() -> Non
             assert reader.decode(key.payloads, strict=True).crc32() == key.symbols.crc32()
         with pytest.raises(PayloadError, match="this bundle holds none: send a key frame"):
             COMPILED.decode(key.payloads)
+        alone = COMPILED.compress([clip[1]], point).symbols
+        left = [np.abs(c.dequantise(k)[0] - clip[1]).mean() for c, k in ((codec, key.symbols), (COMPILED, alone))]
+        assert left[0] < 1.3 * left[1], "told from the scene it is hardly coarser than alone"
     follows = codec.compress([clip[2]], "fine", codec.compress([clip[1]], "fine").symbols, 1)
     assert follows.predicted
     elsewhere = codec.compress([-3 * smooth(rng, 1)[0]], "fine")
     assert len(elsewhere.payloads) == codec.layer_count("fine")
-    other = refit_predicted(PART, [clip], GAINS, scene=clip[0] + 1)
+    other = with_scene(part, clip[0] + 1, GAINS)
     with pytest.raises(PayloadError, match="another scene: send a key frame"):
         LearnedCodec(SPEC, other).decode(codec.compress([clip[1]], "fine").payloads)
     wide = {**SPEC, "shape": [C, H, W + 1]}

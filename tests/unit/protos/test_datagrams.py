@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 
-from edge_client.transport.choice import LaneChoice
+from edge_client.transport.choice import LaneChoice, probe_after_s
 from edge_server.frames.pieces import Gatherer
 from protos.datagrams.loss import Losses, extra_for
 from protos.datagrams.parity import parity, restore
@@ -224,6 +224,12 @@ def test_the_stream_carries_frames_until_packets_are_lost_and_again_when_they_lo
     assert choice.beside(0.0, 100, 29 * second)
     assert not choice.beside(0.0, 100, 31 * second)
     assert LaneChoice(always=True).beside(0.0, 0, 0)
+
+
+def test_a_path_that_lost_nothing_is_probed_once_a_second_and_an_unknown_one_often() -> None:
+    assert probe_after_s(0.0, 100) == 0.05
+    assert probe_after_s(0.01, 300) == 0.1
+    assert probe_after_s(0.0, 300) == 1.0
 
 
 # ---------------------------------------------------------------- aioquic

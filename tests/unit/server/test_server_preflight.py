@@ -1,5 +1,6 @@
 """What is wrong with an address, a key, a token file or a core is known before a bundle is touched."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,17 @@ def test_cores_that_are_not_there_are_named() -> None:
     check_cpus(())
     with pytest.raises(ConfigError, match="no core 4095; it has"):
         check_cpus((4095,))
+
+
+def test_a_core_that_the_process_is_not_pinned_to_now_may_still_be_the_tails() -> None:
+    before = os.sched_getaffinity(0)
+    last = max(before)
+    try:
+        os.sched_setaffinity(0, {last})
+        check_cpus((min(before),))
+        assert os.sched_getaffinity(0) == {last}, "the caller stays where it is"
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def test_many_more_threads_than_cores_are_refused() -> None:

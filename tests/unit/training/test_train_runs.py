@@ -16,11 +16,11 @@ from PIL import Image
 from torch import nn
 
 from protos.errors import ConfigError, SourceError
-from splitters.accelerate.devices import chosen_device
 from splitters.bottleneck.learned_any import AnyCutConfig, build_any, fused_channels
 from splitters.cli import main
 from splitters.training import run as training
 from splitters.training.config import TrainConfig, share_out
+from splitters.training.devices import chosen_device
 from splitters.training.photos import PhotoCache, list_photos
 from splitters.training.recipes import any_cut, recipe
 from tests.fakes import any_models

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from protos.errors import ModelError
 from splitters.tasks.decoding.boxes import empty_detections, iou_matrix, letterbox, nms, select, to_source
 from splitters.tasks.labels.coco_classes import CATEGORY_IDS, INDEX_OF, NAME_OF, NAMES
-from splitters.zoo.detector.export_plain import CUT_BLOCK, DetectorBlocks, DetectorTail, build_detector_tail
+from splitters.zoo.detector.export_plain import CUT_BLOCK, DetectorBlocks, DetectorTail, WholeDetector
 from splitters.zoo.detector.network import (
     PREPROCESS,
     STRIDES,
@@ -118,7 +118,7 @@ def test_head_and_tail_are_the_whole(fresh: Detector, at: int) -> None:
     tail = DetectorTail(fresh, at)
     with torch.no_grad():
         parts = tail(DetectorBlocks(fresh, at)(fresh.backbone.stem(x)))
-        whole = tail.whole(x)
+        whole = WholeDetector(fresh)(x)
     assert torch.equal(parts[0], whole[0])
     assert torch.equal(parts[1], whole[1])
 
@@ -126,16 +126,6 @@ def test_head_and_tail_are_the_whole(fresh: Detector, at: int) -> None:
 def test_no_cut_after_the_first_tap(fresh: Detector) -> None:
     with pytest.raises(ValueError, match=str(TAPS[0])):
         DetectorTail(fresh, TAPS[0] + 1)
-
-
-def test_half_precision_weights_build_a_tail(fresh: Detector) -> None:
-    state = {k: v.half() if v.is_floating_point() else v for k, v in fresh.state_dict().items()}
-    tail = build_detector_tail({"at": CUT_BLOCK}, state)
-    with torch.no_grad():
-        boxes, scores = tail(torch.zeros(1, 40, 8, 8))
-    assert boxes.dtype == scores.dtype == torch.float32
-    assert (scores >= 0).all()
-    assert (scores <= 1).all()
 
 
 def test_absent_or_foreign_weights_say_so(tmp_path) -> None:  # type: ignore[no-untyped-def]

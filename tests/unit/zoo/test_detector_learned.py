@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from splitters.bottleneck.learned import LearnedSplit, StagedModel, run_stages
 from splitters.bundle import Bundle
 from splitters.codec import codec_from_spec
 from splitters.exporting.learned import WEIGHTS_FILE, exportable, graph_name, tuned_state
+from splitters.runtime.sessions import open_graph
 from splitters.runtime.tail import load_tail
 from splitters.training.config import LossWeights
 from splitters.training.losses import staged_distortion
@@ -29,10 +29,10 @@ from splitters.zoo.detector.export import (
     FOLDER,
     LATENT_SHAPE,
     LearnedDetectorTail,
-    build_learned_detector_tail,
     export_learned,
 )
-from splitters.zoo.detector.network import Detector, dense, load_detector
+from splitters.zoo.detector.export_plain import WholeDetector
+from splitters.zoo.detector.network import Detector, load_detector
 from splitters.zoo.detector.split import C_LATENT, TIERS, build_learned_detector, load_learned_detector
 from splitters.zoo.detector.staged import joined, staged_detector
 
@@ -119,37 +119,6 @@ def test_device_work_stays_within_its_shares() -> None:
     assert shares["s"] < shares["m"] < shares["own"] <= 0.35
 
 
-def test_tail_from_a_bundles_tensors_is_the_students(
-    both: tuple[StagedModel, LearnedSplit], detector: Detector, images: torch.Tensor
-) -> None:
-    student = copy.deepcopy(both[1])
-    with torch.no_grad():  # what fine-tuning would have changed
-        for parameter in student.stages[0].parameters():
-            parameter.mul_(1.01)
-    tail = LearnedDetectorTail(student, detector)
-    state = {k: v for k, v in tail.state_dict().items() if k.startswith(("decoder.", "stages.0.", "network."))}
-    rebuilt = build_learned_detector_tail({"tiers": 3}, state)
-    latent = torch.randn(2, *LATENT_SHAPE)
-    with torch.no_grad():
-        # At the detector's own size, which the bundle's tail is for.
-        _, whole = load_like(student, detector)
-        for mine, theirs in zip(rebuilt(latent), LearnedDetectorTail(whole, detector)(latent), strict=True):
-            assert torch.allclose(mine, theirs, atol=1e-4)
-        boxes, logits = dense(detector(images))
-        assert torch.allclose(rebuilt.whole(images)[0], boxes, atol=1e-3)
-        assert torch.allclose(rebuilt.whole(images)[1], logits.sigmoid(), atol=1e-5)
-
-
-def load_like(student: LearnedSplit, detector: Detector) -> tuple[StagedModel, LearnedSplit]:
-    """The same student for 320 px."""
-    from splitters.zoo.detector.split import skeleton
-
-    base = staged_detector(detector, 320)
-    twin = skeleton(base, 3, 320)
-    twin.load_state_dict(student.state_dict())
-    return base, twin.eval()
-
-
 def test_weights_reload_and_wrong_ones_are_refused(
     both: tuple[StagedModel, LearnedSplit], detector: Detector, images: torch.Tensor, tmp_path: object
 ) -> None:
@@ -209,6 +178,22 @@ def test_shipped_bundle_answers_through_every_point(bundle: Bundle) -> None:
     for row in sizes.values():
         assert row == sorted(row, reverse=True)
         assert row[0] > 1.5 * row[-1]
+
+
+def test_the_servers_graphs_are_the_students_tail_and_the_whole_detector(bundle: Bundle) -> None:
+    spec = bundle.manifest.tail
+    _, student = load_learned_detector(FOLDER / WEIGHTS_FILE, 320)
+    latent = torch.randn(3, *LATENT_SHAPE, generator=torch.Generator().manual_seed(5))
+    image = 0.5 * torch.randn(2, 3, 320, 320, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        pairs = [
+            (open_graph(bundle.part_path(spec["path"]))([latent.numpy()]), LearnedDetectorTail(student)(latent)),
+            (open_graph(bundle.part_path(spec["whole"]))([image.numpy()]), WholeDetector(load_detector())(image)),
+        ]
+    for ours, wanted in pairs:
+        assert len(ours) == len(wanted) == 2
+        for mine, theirs in zip(ours, wanted, strict=True):
+            assert np.abs(mine - theirs.numpy()).max() < 1e-4 * float(theirs.abs().max())
 
 
 def test_shipped_bundle_offers_pictures_and_a_local_model_with_what_they_are_worth(bundle: Bundle) -> None:

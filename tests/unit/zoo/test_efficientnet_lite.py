@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitters.zoo.efficientnet_lite0.export_plain import CUT_BLOCK, PlainHead
+from splitters.zoo.efficientnet_lite0.export_plain import CUT_BLOCK, PlainHead, PlainTail
 from splitters.zoo.efficientnet_lite0.network import EfficientNetLite0, load_efficientnet_lite0, weights_path
-from splitters.zoo.tails import EfficientNetLite0Tail
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +28,8 @@ def test_equals_the_published_definition(network: EfficientNetLite0, size_px: in
 
 def test_head_then_tail_is_the_whole(network: EfficientNetLite0) -> None:
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    tail = EfficientNetLite0Tail(network, CUT_BLOCK).eval()
+    tail = PlainTail(network, CUT_BLOCK).eval()
     with torch.inference_mode():
         latent = PlainHead(network, CUT_BLOCK).eval()(x)
         assert latent.shape == (1, 80, 14, 14)
         torch.testing.assert_close(tail(latent), network(x), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(tail.whole(x), network(x))

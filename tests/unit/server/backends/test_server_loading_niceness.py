@@ -1,14 +1,16 @@
-"""A replica's load gives way to frames, and it is done when the fast form is there; the frames' own thread does not give way."""
+"""A replica's load gives way to frames; the frames' own thread does not give way."""
 
+import asyncio
 import os
+import sys
 import time
 
+import psutil
 import pytest
 
 from edge_server.backends.embedded import EmbeddedBackend
 from edge_server.config import BatchConfig, TailConfig
 from splitters.bundle import Bundle
-from splitters.runtime.tail import Tail
 
 
 def niceness(of: int = 0) -> int:
@@ -36,21 +38,14 @@ async def test_the_servers_own_loads_do_not_give_way() -> None:
         await backend.close()
 
 
-async def test_a_tail_is_prepared_when_its_backend_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = list[str]()
-    prepare = Tail.prepare
-
-    def slowly(tail: Tail) -> None:
-        time.sleep(0.2)
-        prepare(tail)
-        done.append(tail.bundle.sha256)
-
-    monkeypatch.setattr(Tail, "prepare", slowly)
-    backend = EmbeddedBackend(BatchConfig(), TailConfig(threads=1), time.monotonic_ns)
+async def test_a_tail_pinned_to_one_core_starts_no_threads_for_others(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)  # else its setting counts
+    backend = EmbeddedBackend(BatchConfig(), TailConfig(cpus=(min(os.sched_getaffinity(0)),)), time.monotonic_ns)
     try:
+        await asyncio.get_running_loop().run_in_executor(backend._loader, int)
+        before = psutil.Process().num_threads()
         await backend.load(bundle)
-        assert done == []
-        await backend.prepared()
-        assert done == [bundle.sha256]
+        assert psutil.Process().num_threads() == before
     finally:
         await backend.close()
