@@ -313,7 +313,7 @@ ROWS: dict[str, tuple[Make, tuple[str, ...]]] = {
     **{f"yolo11n opset {n}": (ultralytics("yolo11n", opset=n), ()) for n in (11, 13, 15, 17, 20, 22)},
     "yolo11n dynamic": (ultralytics("yolo11n", dynamic=True), ()),
     "yolo11n half": (ultralytics("yolo11n", half=True), ()),
-    "yolo11n nms": (ultralytics("yolo11n", nms=True, conf=0.05), ()),
+    "yolo11n nms": (ultralytics("yolo11n", nms=True, conf=0.001), ()),
     "yolo11n not simplified": (ultralytics("yolo11n", simplify=False), ()),
     "yolov8n int8 QDQ": (quantised(ultralytics("yolov8n")), ()),
     "DETR": (

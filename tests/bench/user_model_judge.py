@@ -39,7 +39,12 @@ def distance(manifest: Manifest, mine: Outputs, wanted: Outputs) -> float:
     if manifest.task == "classification":
         scores = declared_decoding(manifest.postprocess).scores
         return _largest(scores.read(mine), scores.read(wanted)) / SCORE
-    return max((relative(a, b) for a, b in zip(mine, wanted, strict=True)), default=0.0) / VECTOR
+    return raw(mine, wanted) / VECTOR
+
+
+def raw(mine: Outputs, wanted: Outputs) -> float:
+    """The largest difference of any output over its largest value, whatever it means."""
+    return max((relative(a, b) for a, b in zip(mine, wanted, strict=True)), default=0.0)
 
 
 def relative(mine: Any, wanted: Any) -> float:
@@ -85,8 +90,9 @@ def _rows(manifest: Manifest, outputs: Outputs, wanted: Outputs) -> tuple[Any, A
 
 
 def _one_way(rows: Any, others: Any, sure: Any) -> float:
-    """How far the row lies that has the farthest next one; the least sure may have fallen off the table's end."""
-    counted = rows[sure > sure.min(initial=np.inf) + SCORE]
+    """How far the row lies that has the farthest next one; the least sure, unless all are alike, may have fallen off the end."""
+    surer = sure > sure.min(initial=np.inf) + SCORE
+    counted = rows[surer] if surer.any() else rows
     if not len(others):
         return float("inf") if len(counted) else 0.0
     return max((float(np.abs(others - row).max(axis=1).min()) for row in counted), default=0.0)
