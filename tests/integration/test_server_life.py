@@ -130,7 +130,7 @@ def stuck(what: str, bundle: Bundle, tmp_path: Path) -> Iterator[subprocess.Pope
 @pytest.mark.parametrize("what", ["Tail.prepare", "edge_server.models.open_model", "Tail.run"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_soon_whatever_it_is_at(what: str, number: signal.Signals, bundle: Bundle, tmp_path: Path) -> None:
-    """While a tail's fast form is made, while bundles are read, while a tail is loaded: none of them is waited for."""
+    """While bundles are read, while a tail is loaded: none of them is waited for."""
     with stuck(what, bundle, tmp_path) as process:
         process.send_signal(signal.SIGHUP)
         time.sleep(0.1)
