@@ -127,7 +127,7 @@ def stuck(what: str, bundle: Bundle, tmp_path: Path) -> Iterator[subprocess.Pope
         process.wait(10)
 
 
-@pytest.mark.parametrize("what", ["Tail.prepare", "edge_server.models.open_model", "Tail.run"])
+@pytest.mark.parametrize("what", ["edge_server.models.open_model", "Tail.run"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_soon_whatever_it_is_at(what: str, number: signal.Signals, bundle: Bundle, tmp_path: Path) -> None:
     """While bundles are read, while a tail is loaded: none of them is waited for."""
