@@ -17,9 +17,8 @@ def check_cpus(cpus: tuple[int, ...]) -> None:
     """
     if not cpus:
         return
-    with ThreadPoolExecutor(
-        1
-    ) as thread:  # tried where it does no harm; what the process is pinned to now is not all that it may use
+    # What the process is pinned to now is not all that it may use; a thread of its own tries, where that does no harm.
+    with ThreadPoolExecutor(1) as thread:
         absent = thread.submit(_absent, cpus).result()
     if absent:
         given, has = (",".join(map(str, sorted(each))) for each in (absent, os.sched_getaffinity(0)))
