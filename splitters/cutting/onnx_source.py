@@ -101,7 +101,7 @@ def load_onnx(path: Path) -> Converted:
         import onnx
         import onnx2torch  # noqa: F401
     except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"{error.name} is not installed; install the extra: pip install 'headtail[zoo]'") from error
+        raise MissingDependencyError(f"{error.name} is not installed; install the extra: pip install 'headtail[server]'") from error
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)

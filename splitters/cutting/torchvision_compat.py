@@ -47,7 +47,7 @@ def activate() -> bool:
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingDependencyError("torchvision is not installed; install the extra: pip install 'headtail[zoo]'")
+        raise MissingDependencyError("torchvision is not installed; install the extra: pip install 'headtail[server]'")
     if "torchvision" in sys.modules or _compiled_operators_load(Path(spec.submodule_search_locations[0])):
         importlib.import_module("torchvision")
         return False
