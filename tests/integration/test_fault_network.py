@@ -418,16 +418,19 @@ async def test_both_ends_leave_a_connection_that_died_without_a_word(server: Ser
 @ON_BOTH_TRANSPORTS
 async def test_a_client_stopped_for_a_while_finds_its_way_back(server: Server, tmp_path: Path, transport: str) -> None:
     """A device that sleeps: its process stands still longer than the server's patience, and goes on."""
-    camera = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off", "--frames", "200", "--operating-point", "0")
+    camera = ("--camera", "synthetic:fps=30,size=160x120", "--change-gate", "off", "--operating-point", "0")
     with client(tmp_path, *camera, *over(transport), "--server", server.address, "--json") as edge:
         await asyncio.to_thread(edge.wait_frame, 40)
         os.kill(edge.process.pid, signal.SIGSTOP)
+        before = len(edge.lines())
         await asyncio.sleep(2 * PATIENCE.keepalive_s + 1)
         os.kill(edge.process.pid, signal.SIGCONT)
+        while sum(line["outcome"] == "result" for line in edge.lines()[before:]) < 5:  # the test's own limit is the end of it
+            assert edge.process.poll() is None
+            await asyncio.sleep(0.1)
+        edge.process.send_signal(signal.SIGINT)
         done = await asyncio.to_thread(edge.finish)
     assert done.code == 0, done.err
     assert done.went_over(transport), done.err
     assert done.summary["balanced"]
-    assert sum(done.outcomes().values()) == done.summary["frames"] == 200
-    assert done.lines[-1]["outcome"] in ("result", "local")
-    assert done.outcomes(first=150).get("result", 0) >= 5, done.outcomes(150)  # a busy machine answers the others itself
+    assert sum(done.outcomes().values()) == done.summary["frames"]
