@@ -23,7 +23,7 @@ import torch
 from splitters.exporting.learned import Rung
 from splitters.training.checkpoint import save_checkpoint
 from splitters.training.config import LossWeights, Stage, TrainConfig
-from splitters.training.detector.fast import speed_up
+from splitters.training.fast import speed_up
 from splitters.training.finish import finish
 from splitters.training.loop import Trainer
 from splitters.training.photos import Crops, PhotoCache, hold_out, list_photos
