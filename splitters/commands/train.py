@@ -146,7 +146,7 @@ def _any(args: argparse.Namespace) -> TrainConfig:
         target_bytes=tuple(args.bytes), serving={**serving.to_json(), "licence": args.licence or UNKNOWN_LICENCE},
     )  # fmt: skip
     if args.video:
-        from splitters.training.pictures.video import checked
+        from splitters.training.video import checked
 
         config = replace(config, video=VideoLearning(clips=checked(args.video, args.data), until=args.video_until))
     return replace(config, amp=args.amp, data=tuple(args.data_parts))

@@ -77,7 +77,7 @@ class LossWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoLearning:
-    """How a training learns from neighbouring frames (see `splitters.training.pictures.video`).
+    """How a training learns from neighbouring frames (see `splitters.training.video`).
 
     Attributes:
         clips: video files, below the data folder or absolute.

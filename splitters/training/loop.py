@@ -24,8 +24,8 @@ from splitters.training.config import Stage, TrainConfig, VideoLearning
 from splitters.training.fast import speed_up
 from splitters.training.losses import BitrateSteering, arrived, relative_error, staged_distortion
 from splitters.training.pictures.photos import Crops, PhotoCache
-from splitters.training.pictures.video import Pairs, Predicted, predict, still_cells
 from splitters.training.schedule import average_in, rise_and_fall
+from splitters.training.video import Pairs, Predicted, predict, still_cells
 
 log = logging.getLogger(__name__)
 

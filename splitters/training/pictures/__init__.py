@@ -1,1 +1,1 @@
-"""What a training looks at: photographs and clips, decoded once, cropped and disturbed at random."""
+"""What a training looks at: photographs, decoded once, cropped and disturbed at random."""
