@@ -71,6 +71,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "(default: all four); the bundle stays as it is",
     )
     parser.add_argument(
+        "--alone",
+        metavar="SIZES",
+        help="classifiers: also the whole model alone on the device at these smaller inputs, px, comma-separated (160,128,96,64): "
+        "what the device's work buys without a server",
+    )
+    parser.add_argument(
         "--score-min",
         type=float,
         default=0.01,
@@ -96,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     config = EvaluateConfig(
         images=args.images, labels=args.labels, against=against, limit=args.limit, cache=cache_dir() / "evaluations",
         draws=args.draws or 1000, score_min=args.score_min,
+        alone_px=_numbers(args.alone, "--alone") if args.alone else (),
     )  # fmt: skip
     if args.corrupt:
         return _corrupted(bundle, config, args)
@@ -219,6 +226,23 @@ def _tell_encoders(report: Report) -> None:
         )
 
 
+def _tell_work(report: Report) -> None:
+    """Accuracy against the device's work, alone and split."""
+    if (work := report.work) is None:
+        return
+    print("device work, of the whole model's time at full size (multiply-accumulates)")
+    macs = work.alone[0].macs
+    for a in work.alone:
+        told = f"{a.accuracy:.4f}   {a.gap[0]:+.4f} [{a.gap[1]:+.4f}, {a.gap[2]:+.4f}]"
+        print(f"  alone at {a.size_px:3d} px   {work.share(a.ms):6.1%} ({a.macs / macs:6.1%})  {a.ms:6.2f} ms   {told}")
+    weighed = {cost.graphs: cost.macs for cost in report.encoders}
+    for graphs, ms in work.heads_ms.items():
+        best = max((p for p in report.points if p.graphs == graphs), key=lambda p: p.accuracy)
+        told = f"{best.accuracy:.4f} at {best.payload_bytes.p50:.0f} bytes"
+        name = "+".join(graphs) or "stem"
+        print(f"  split {name:11s} {work.share(ms):6.1%} ({weighed[graphs] / macs:6.1%})  {ms:6.2f} ms   {told}")
+
+
 def _tell(report: Report) -> None:
     """The table for people."""
     from splitters.evaluation.bdrate import BdRate
@@ -234,6 +258,7 @@ def _tell(report: Report) -> None:
         size, graphs = p.payload_bytes, "+".join(p.graphs) or "stem"
         print(row.format(p.id, graphs, p.codec_point, size.p50, size.p95, p.head_ms.p50, p.accuracy, told, "*" if p.pareto else ""))
     _tell_encoders(report)
+    _tell_work(report)
     for tier, rates in report.bd_rates.items():
         for codec, rate in rates.items():
             if isinstance(rate, BdRate):

@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="efficientnet-lite0, its -cheap or -joint (go on from --start), any (with --model, --at), or detector: our small "
+        help="efficientnet-lite0, its -general or -joint (go on from --start), any (with --model, --at), or detector: our small "
         "detector itself",
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of photographs, searched recursively")
@@ -50,6 +50,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--data-parts", nargs="+", default=[], metavar="DIR", help="recipe any: only these folders of --data")
     parser.add_argument("--steps", type=int, help="scale the recipe's stages to this many steps in total")
+    parser.add_argument(
+        "--seconds", type=float, metavar="N",
+        help="the run ends by itself after this time of training, if not by its steps before, and the learning rate follows "
+        "(default: by its steps alone; detector: 5400, reading of photos included)",
+    )  # fmt: skip
     parser.add_argument(
         "--start", type=Path, metavar="DIR", help="efficientnet-lite0, any: go on from this run's or folder's weights"
     )
@@ -182,6 +187,7 @@ def _config(args: argparse.Namespace) -> TrainConfig:
 
     for name, least in (
         ("steps", 1),
+        ("seconds", 1),
         ("batch", 1),
         ("hold_out", 0),
         ("seed", 0),
@@ -198,7 +204,7 @@ def _config(args: argparse.Namespace) -> TrainConfig:
         config = recipe(args.recipe)
         if args.steps:
             config = config.scaled(args.steps)
-    config = replace(config, seed=args.seed, single=args.single_point)
+    config = replace(config, seed=args.seed, single=args.single_point, seconds=args.seconds or 0.0)
     if args.start:
         config = replace(config, start=str(args.start))
     if args.batch:
@@ -210,8 +216,8 @@ def run(args: argparse.Namespace) -> int:
     """Trains, with a progress bar; a signal saves and stops."""
     if args.recipe == "detector":
         return train_detector(args)
-    if args.pack is not None or args.seconds is not None:
-        raise ConfigError("--pack and --seconds belong to the recipe detector")
+    if args.pack is not None:
+        raise ConfigError("--pack belongs to the recipe detector")
     import torch
 
     from splitters.training.run import run_training
@@ -243,7 +249,7 @@ def run(args: argparse.Namespace) -> int:
                 last[:] = [report]
                 told = f"loss {report.loss:.3f}  distortion {report.distortion:.3f}  latent {report.latent:.3f}"
                 told += f"  bytes {report.tier_bytes[0]:.0f} … {report.tier_bytes[-1]:.0f}"
-                show(report.step, config.steps, told)
+                show(max(report.step, int(report.progress * config.steps)), config.steps, told)
 
             trained = run_training(
                 config, args.data, args.out, device=args.device, on_step=on_step, stop=lambda: bool(stopped), cache=args.cache,

@@ -22,10 +22,6 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
     """The options that the recipe ``detector`` has beside the common ones."""
     group = parser.add_argument_group("recipe detector", "the small detector itself, from its shipped weights or --start FILE")
     group.add_argument(
-        "--seconds", type=float, metavar="N",
-        help="the run ends by itself after this time, reading of photos included; the learning rate follows it (default: 5400)",
-    )  # fmt: skip
-    group.add_argument(
         "--pack", type=Path, metavar="FILE",
         help="train from this one file of at most 55 MiB; where there is none yet it is made from the photos of --data first",
     )  # fmt: skip

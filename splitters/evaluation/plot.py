@@ -49,11 +49,13 @@ def plot(report: Report, path: Path) -> None:
         head_ms = report.points[rows[0]].head_ms.p50
         label = f"{'+'.join(graphs) or 'head'} ({head_ms:.2f} ms)"
         left.plot(points[:, 0], points[:, 1], "-", marker="o", ms=4, color=shade, label=label)
-        right.scatter([head_ms], [points[:, 1].max()], color=shade, s=60)
-        right.annotate("+".join(graphs), (head_ms, points[:, 1].max()), textcoords="offset points", xytext=(6, -4), fontsize=8)
+        clocked_ms = report.work.heads_ms[graphs] if report.work else head_ms
+        right.scatter([clocked_ms], [points[:, 1].max()], color=shade, s=60)
+        right.annotate("+".join(graphs), (clocked_ms, points[:, 1].max()), textcoords="offset points", xytext=(6, -4), fontsize=8)
     if not np.isnan(report.whole):
         left.axhline(report.whole, ls="--", lw=0.8, color="black", label="whole model, no compression")
     _band(left, ours)
+    _alone(right, report)
     for name, ms in report.encode_ms.items():
         right.axvline(ms, ls=":", color=_COLOURS.get(name))
         right.annotate(f"{name} encode", (ms, right.get_ylim()[0]), rotation=90, fontsize=8, va="bottom", ha="right")
@@ -63,13 +65,29 @@ def plot(report: Report, path: Path) -> None:
         ylabel=_NAMES.get(report.metric, report.metric),
         title=f"{report.model}: {report.photos} photos",
     )
-    right.set(xlabel="head time, ms, one thread", ylabel=f"best {report.metric}", title="Compute knob", xscale="log")
+    title = "Accuracy against device work" if report.work else "Compute knob"
+    right.set(xlabel="time on the device, ms, one thread (log)", ylabel=f"best {report.metric}", title=title, xscale="log")
     left.grid(alpha=0.3)
     right.grid(alpha=0.3)
     left.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _alone(axis: Any, report: Report) -> None:
+    """The whole model alone on the device at its input sizes, and the pictures that it could send instead."""
+    if report.work is None:
+        return
+    alone = report.work.alone
+    axis.plot([a.ms for a in alone], [a.accuracy for a in alone], "-", marker="s", ms=4, lw=1, color="black", label="alone")
+    for a in alone:
+        axis.annotate(f"{a.size_px} px", (a.ms, a.accuracy), textcoords="offset points", xytext=(4, -10), fontsize=8)
+    sent = report.offloads
+    if sent:
+        times = [o.encode_ms.p50 for o in sent]
+        axis.scatter(times, [o.accuracy for o in sent], marker="x", s=20, color="#7f7f7f", label="picture sent, all sizes")
+    axis.legend(fontsize=8)
 
 
 def _band(axis: Any, ours: Curve) -> None:

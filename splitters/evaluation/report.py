@@ -10,6 +10,7 @@ from typing import Any
 
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint
+from splitters.evaluation.alone import DeviceWork
 from splitters.evaluation.bdrate import BdRate, Curve
 from splitters.profiling.encoder_cost import EncoderCost
 
@@ -62,6 +63,7 @@ class Report:
         best_f1: of a detector judged by labels: the score from which on the best point's boxes give the best F1 at IoU .50, and
             that F1.
         encoders: what each set of graphs on the device weighs.
+        work: the whole model alone on the device at smaller inputs, where it was asked for.
         also: other figures of the whole model (key -1) and of each point, by name: a detector's ``ap50``.
     """
 
@@ -81,6 +83,7 @@ class Report:
     unreadable: tuple[str, ...] = ()
     best_f1: tuple[float, float] | None = None
     encoders: tuple[EncoderCost, ...] = ()
+    work: DeviceWork | None = None
 
     @property
     def top(self) -> OperatingPoint:
@@ -102,6 +105,7 @@ class Report:
             "encoders": [cost.to_json() for cost in self.encoders],
             "offloads": [asdict(o) for o in self.offloads], "local": self.local,
             "unreadable": list(self.unreadable),
+            **({"device_work": self.work.to_json()} if self.work else {}),
             **({"score_min": self.best_f1[0], "f1": self.best_f1[1]} if self.best_f1 else {}),
         }  # fmt: skip
         return told | ({"jpeg95": asdict(self.jpeg95)} if self.jpeg95 else {})

@@ -20,6 +20,7 @@ from protos.messages import Answer, Detection
 from splitters.bundle import Bundle, rewrite_points
 from splitters.bundle.offload import OffloadOption
 from splitters.bundle.operating_point import OperatingPoint, Quantiles, best_point, mark_pareto
+from splitters.evaluation.alone import measure_alone
 from splitters.evaluation.bdrate import BdRate, Counts, Curve, compare, interval, resample
 from splitters.evaluation.cache import describe, load, photos_key, store
 from splitters.evaluation.choices import measure_local, measure_offloads, offload_ladder, video_settings
@@ -64,6 +65,7 @@ class EvaluateConfig:
         limit: at most this many photos, evenly spread.
         draws: of the bootstrap.
         cache: folder in which the image codecs' results are kept between calls.
+        alone_px: smaller inputs at which a classifier's whole model is measured alone on the device.
         score_min: a detector's boxes from this score on count. AP needs the weak ones too; a bundle's own threshold is for viewers.
     """
 
@@ -74,6 +76,7 @@ class EvaluateConfig:
     limit: int | None = None
     draws: int = 1000
     cache: Path | None = None
+    alone_px: tuple[int, ...] = ()
     score_min: float = 0.01
 
     def __post_init__(self) -> None:
@@ -128,6 +131,7 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info, s
     curves = [_image_curve(bench, codec) for codec in config.against]
     local = measure_local(bench.bundle, photos.files, lambda answers: bench.score(answers).value, each=bench.each)
     offloads = _offloads(bench) if config.against else []
+    work = measure_alone(bundle, photos, config.alone_px, bench.score, each=bench.each) if config.alone_px else None
     rates = {name: {c.name: _try_compare(c, mine) for c in curves} for name, mine in _tier_curves(points, curve).items()}
     detector = form_of(bundle.manifest.task) is Detection
     middle = [ladder(codec, photos.input_px, detector=detector)[-3] for codec in config.against]
@@ -138,6 +142,7 @@ def evaluate(bundle: Bundle, config: EvaluateConfig, *, tick: Tick = log.info, s
         jpeg95=_jpeg95(bench, curve, points, whole) if whole and detector and config.against else None,
         also={-1: whole.also if whole else {}, **also}, offloads=tuple(offloads), local=local,
         unreadable=tuple(str(f) for f in photos.unreadable), best_f1=best, encoders=tuple(encoder_costs(bundle)),
+        work=work,
     )  # fmt: skip
 
 
@@ -188,7 +193,8 @@ def _runs(tail: Tail, photos: Photos, config: EvaluateConfig) -> int:
     detector = form_of(manifest.task) is Detection
     images = sum(len(ladder(c, photos.input_px, config.qualities, detector=detector)) for c in config.against)
     offloads = len(offload_ladder(tail, photos)) + len(video_settings(tail, photos)) + detector if config.against else 0
-    return len(tail.bundle.points) + images + offloads + tail.takes_images + (manifest.local is not None)
+    alone = 1 + len(set(config.alone_px)) if config.alone_px else 0
+    return alone + len(tail.bundle.points) + images + offloads + tail.takes_images + (manifest.local is not None)
 
 
 def _judge(config: EvaluateConfig, bundle: Bundle) -> Judge | None:

@@ -20,10 +20,10 @@ from torch import nn
 from protos.errors import ConfigError
 from splitters.exporting.learned import WEIGHTS_FILE
 from splitters.training.config import TrainConfig
-from splitters.training.photos import PhotoCache
+from splitters.training.pictures.photos import PhotoCache
 
 NAME = "checkpoint.safetensors"
-_FREE = ("checkpoint_s",)  # how often to save changes no weight
+_FREE = ("checkpoint_s", "seconds")  # how often to save changes no weight, and a run may be given more time
 _SHOWN = 4
 
 
@@ -66,11 +66,12 @@ class _Steering(Protocol):
 
 
 class Resumable(Protocol):
-    """A training run that a checkpoint is made of: the student, its running average, the optimiser, the steering and the step."""
+    """A training run that a checkpoint is made of: the student, its running average, optimiser, steering, steps and time."""
 
     ema: dict[str, torch.Tensor]
     running_bytes: list[float]
     step: int
+    spent_s: float
     out: Path
     device: torch.device
 
@@ -108,7 +109,7 @@ def save_checkpoint(trainer: Resumable) -> None:
         tensors |= {f"adam/{i}/{k}": v.contiguous() for k, v in state.items()}
     tensors["lambda"] = trainer.steering.log_lambda
     about = {
-        "step": str(trainer.step), "running_bytes": json.dumps(trainer.running_bytes),
+        "step": str(trainer.step), "spent_s": str(trainer.spent_s), "running_bytes": json.dumps(trainer.running_bytes),
         "run": json.dumps(describe_run(trainer.config, trainer.photos.digest)),
     }  # fmt: skip
     trainer.out.mkdir(parents=True, exist_ok=True)
@@ -133,6 +134,7 @@ def load_checkpoint(trainer: Resumable) -> int:
             tensors = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118 - safe_open is no mapping
         described = json.loads(about["run"])
         running_bytes, step = json.loads(about["running_bytes"]), int(about["step"])
+        spent_s = float(about.get("spent_s", "0"))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ConfigError(f"{file} is no checkpoint that this release can go on from: choose another --out") from error
     found = list(_differences(described, describe_run(trainer.config, trainer.photos.digest)))
@@ -156,4 +158,5 @@ def load_checkpoint(trainer: Resumable) -> int:
     trainer.optimiser.load_state_dict({"state": state, "param_groups": trainer.optimiser.state_dict()["param_groups"]})
     trainer.steering.log_lambda = tensors["lambda"]
     trainer.running_bytes = running_bytes
+    trainer.spent_s = spent_s
     return step

@@ -119,11 +119,13 @@ class TrainConfig:
         first_weight: of the bits in the loss, relative to a bit's share of the finest tier's target, at the start.
         single_layer_from: rungs from this gain on are so small that a frame fits one packet, and travel in one layer.
         start: folder with trained weights to go on from; empty: the published model.
-        deepen: the small encoders of ``start`` grow residual blocks, which begin as the identity.
         single: ``TIER:GAIN``: train for this one operating point alone, from ``start`` (see `splitters.training.single`).
         data: sub-folders of the data directory to learn from; empty for all of it.
         target_bytes: estimated payload of each gain tier in the largest encoder tier, finest first: the trade-off
             between loss and bits of every tier is steered towards it.
+        disturb: probability that a photo is shown poorer, to teacher and student alike (see `splitters.training.pictures.disturb`).
+        seconds: the training ends when so much time is spent, or after its steps, whichever comes first, and the learning rate
+            follows whichever is further; 0: after its steps.
         truncate: probability that a sample loses a random number of its trailing channels (tail-drop).
         prefixes: how many channels such a sample keeps.
         lost_layers: probability that a sample loses a channel group in the middle (masks of lost layers).
@@ -147,7 +149,8 @@ class TrainConfig:
     first_weight: float = 0.0
     single_layer_from: float = 1e9
     start: str = ""
-    deepen: bool = False
+    disturb: float = 0.0
+    seconds: float = 0.0
     single: str = ""
     data: tuple[str, ...] = ()
     size_px: int = 224
@@ -176,6 +179,8 @@ class TrainConfig:
             raise ConfigError(f"lost_slices must be a probability below 1, got {self.lost_slices}")
         if not self.target_bytes or not self.stages:
             raise ConfigError("a training needs a gain tier and a stage")
+        if not 0 <= self.disturb <= 1 or self.seconds < 0:
+            raise ConfigError(f"disturb must be a probability and seconds not negative, got {self.disturb} and {self.seconds}")
         for name, low, high in (("batch", 1, 65_536), ("hold_out", 0, 10_000_000), ("size_px", 16, 8192), ("seed", 0, 2**31 - 1)):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must be {low}..{high}, got {getattr(self, name)}")

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from splitters.bottleneck.ensemble import OwnEncoder, SmallEncoder
+from splitters.bottleneck.ensemble import OwnEncoder
 from splitters.bottleneck.learned import LearnedSplit, StagedModel, run_stages
 from splitters.bottleneck.learned_any import FusedEncoder
 from splitters.training.checkpoint import load_checkpoint, save_checkpoint
 from splitters.training.config import Stage, TrainConfig, VideoLearning
+from splitters.training.fast import speed_up
 from splitters.training.losses import BitrateSteering, arrived, relative_error, staged_distortion
-from splitters.training.photos import Crops, PhotoCache
+from splitters.training.pictures.photos import Crops, PhotoCache
 from splitters.training.schedule import average_in, rise_and_fall
 from splitters.training.video import Pairs, Predicted, predict, still_cells
 
@@ -35,6 +36,7 @@ class StepReport:
 
     Attributes:
         step: steps done, of ``steps``.
+        progress: share of the training that is done, by steps or by time, whichever is further.
         loss: the whole loss.
         distortion: without the bits.
         latent: the cheap tiers' squared error against the largest latent, in its variance.
@@ -43,6 +45,7 @@ class StepReport:
 
     step: int
     steps: int
+    progress: float
     loss: float
     distortion: float
     latent: float
@@ -59,7 +62,7 @@ class Trainer:
         photos: decoded training photos.
         out: run directory: checkpoints.
         device: torch device.
-        clock_s: monotonic seconds, for checkpoints.
+        clock_s: monotonic seconds, for checkpoints and for a training that ends by time.
         pairs: neighbouring frames, where the configuration learns from them.
     """
 
@@ -85,14 +88,17 @@ class Trainer:
             clock_s,
         )
         self.crops = Crops(
-            size_px=config.size_px, area=config.area, mean=config.mean, std=config.std, letterbox=config.letterbox, bgr=config.bgr
-        )
+            size_px=config.size_px, area=config.area, mean=config.mean, std=config.std, letterbox=config.letterbox, bgr=config.bgr,
+            disturb=config.disturb,
+        )  # fmt: skip
         self.pairs = pairs
         self.shares_front = base.same_front and all(stage.lr_own == 0 for stage in config.stages)
         for module in (base.modules(), student):
             module.to(device)
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         base.modules().eval().requires_grad_(False)
+        if config.cut is None and device.type == "cpu":  # known layers: another model's convolutions may be of any kind
+            speed_up(nn.ModuleList([base.modules(), student.decoder, student.stages]))
         self.groups = parameter_groups(student)
         self.optimiser = torch.optim.Adam([{"params": params, "lr": 0.0} for params in self.groups.values()], betas=(0.9, 0.99))
         self.ema = {name: value.detach().clone() for name, value in student.state_dict().items()}
@@ -100,23 +106,32 @@ class Trainer:
         first = 1000 * config.first_weight / bits[0] if config.first_weight else 0.02
         self.steering = BitrateSteering(bits, [first * bits[0] / b for b in bits])
         self.running_bytes = list(config.target_bytes)
-        self.step = 0
+        self.step, self.spent_s = 0, 0.0
         if (out / "checkpoint.safetensors").exists():
             self.step = load_checkpoint(self)
             log.info("resumed at step %d", self.step)
 
     def run(self, on_step: Callable[[StepReport], None] | None = None, stop: Callable[[], bool] = lambda: False) -> None:
-        """Trains to the last step, or until ``stop`` says so, with checkpoints."""
-        saved_s = self.clock_s()
-        while self.step < self.config.steps and not stop():
+        """Trains to the last step or second, or until ``stop`` says so, with checkpoints."""
+        saved_s = before_s = self.clock_s()
+        while self.progress < 1 and not stop():
             report = self.train_step()
             self.step += 1
+            now_s = self.clock_s()
+            self.spent_s += now_s - before_s
+            before_s = now_s
             if on_step is not None:
-                on_step(report)
-            if self.clock_s() - saved_s > self.config.checkpoint_s:
+                on_step(replace(report, progress=self.progress))
+            if now_s - saved_s > self.config.checkpoint_s:
                 save_checkpoint(self)
-                saved_s = self.clock_s()
+                saved_s = now_s
         save_checkpoint(self)
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, 0..1: of its steps or of its time, whichever is further."""
+        timed = self.spent_s / self.config.seconds if self.config.seconds else 0.0
+        return min(1.0, max(self.step / self.config.steps, timed))
 
     def _prepare(self, stage: Stage, index: int) -> None:
         factor = rise_and_fall(index, stage.warmup_steps, index / stage.steps, floor=0.02)
@@ -161,11 +176,12 @@ class Trainer:
                 row[config.groups[group] : ([*config.groups, c])[group + 1]] = 0
         return torch.from_numpy(rng.permutation(gain)).to(self.device), torch.from_numpy(kept).to(self.device)
 
-    def _largest(self, stem_map: Tensor, stage: Stage) -> Tensor:
+    def _largest(self, stem_map: Tensor, *, frozen: bool) -> Tensor:
+        """The largest tier's latent; where its blocks are ``frozen`` they run fast, and only the projection learns."""
         ensemble = self.student.ensemble
         largest = len(ensemble.tiers) - 1
         own = ensemble.encoders[ensemble.tiers[largest].runs[0][0]]
-        if stage.lr_own == 0 and isinstance(own, OwnEncoder):
+        if frozen and isinstance(own, OwnEncoder):
             with torch.no_grad(), self._amp():
                 cut = own.body(stem_map)
             if isinstance(own, FusedEncoder):
@@ -194,14 +210,20 @@ class Trainer:
         """
         ensemble = self.student.ensemble
         own = ensemble.encoders[-1]
+        counts = shares(stage.tiers, len(images), rng)
+        cheap = len(images) - counts[-1]
         if front is not None and isinstance(own, FusedEncoder):
             stem_map, best = front[0], own.from_cut(tuple(front[1]))
         else:
             with torch.no_grad():
                 stem_map = self.student.stem(images)
-            best = self._largest(stem_map, stage)
+            if stage.lr_own == 0 or cheap in (0, len(images)):
+                best = self._largest(stem_map, frozen=stage.lr_own == 0 or cheap > 0)
+            else:  # to the cheap tiers' samples the largest latent is an example only
+                shown = self._largest(stem_map[:cheap], frozen=True).detach()
+                best = torch.cat([shown, self._largest(stem_map[cheap:], frozen=False)])
         parts, errors, at = [], [], 0
-        for tier, count in enumerate(shares(stage.tiers, len(images), rng)):
+        for tier, count in enumerate(counts):
             if count and tier < len(ensemble.tiers) - 1:
                 mine = ensemble(stem_map[at : at + count], tier)
                 errors.append(self._mismatch(mine, best[at : at + count]))
@@ -212,19 +234,20 @@ class Trainer:
         mismatch = torch.cat(errors).mean() if errors else best.new_zeros(())
         return torch.cat(parts), mismatch
 
-    def _distil_latents(self, images: Tensor, stage: Stage) -> Tensor:
+    def _distil_latents(self, images: Tensor) -> Tensor:
         """Mean mismatch of every cheap tier on every sample."""
         ensemble = self.student.ensemble
         with torch.no_grad():
             stem_map = self.student.stem(images)
-            best = self._largest(stem_map, stage)
+            best = self._largest(stem_map, frozen=True)
         cheap = range(len(ensemble.tiers) - 1)
         return torch.stack([self._mismatch(ensemble(stem_map, tier), best).mean() for tier in cheap]).mean()
 
     def train_step(self) -> StepReport:
         """One optimiser step."""
         config = self.config
-        stage, index = config.stage_at(self.step)
+        # A training that ends by time passes through its stages as if it had done that share of its steps.
+        stage, index = config.stage_at(max(self.step, int(self.progress * config.steps)))
         self._prepare(stage, index)
         rng = np.random.default_rng([config.seed, self.step])
         torch.manual_seed(config.seed * 1_000_003 + self.step)
@@ -233,7 +256,7 @@ class Trainer:
         before, images = self._with_pairs(images, stage, rng)
         images = images.contiguous(memory_format=torch.channels_last)
         if stage.latent_only:
-            loss = self._distil_latents(images, stage)
+            loss = self._distil_latents(images)
             self._update(loss)
             return self._told(float(loss.detach()), 0.0, float(loss.detach()))
         teacher, stem_map = self._teach(images)
@@ -297,6 +320,7 @@ class Trainer:
         return StepReport(
             step=self.step + 1,
             steps=self.config.steps,
+            progress=self.progress,
             loss=loss,
             distortion=wrong,
             latent=mismatch,
@@ -321,9 +345,11 @@ def shares(fractions: tuple[float, ...], n: int, rng: np.random.Generator | None
 def parameter_groups(student: LearnedSplit) -> dict[str, list[nn.Parameter]]:
     """Trainable parameters by role.
 
-    ``shared`` (decoder), ``new`` (small encoders), ``bridge`` (the largest encoder's projection), ``quantiser``, ``own``
-    (the base's own blocks), ``tail0``, ``tail1`` ….
+    ``shared`` (decoder), ``new`` (cheaper encoders), ``bridge`` (the largest encoder's projection), ``quantiser``, ``own``
+    (the base's own blocks in it), ``tail0``, ``tail1`` ….
     """
+    ensemble = student.ensemble
+    largest = ensemble.encoders[ensemble.tiers[-1].runs[0][0]]
     groups: dict[str, list[nn.Parameter]] = {
         "shared": list(student.decoder.parameters()),
         "new": [],
@@ -331,11 +357,11 @@ def parameter_groups(student: LearnedSplit) -> dict[str, list[nn.Parameter]]:
         "quantiser": list(student.quantiser.parameters()),
         "own": [],
     }
-    for encoder in student.ensemble.encoders:
-        if isinstance(encoder, OwnEncoder):
+    for encoder in ensemble.encoders:
+        if encoder is largest and isinstance(encoder, OwnEncoder):
             groups["own"] += list(encoder.body.parameters())
             groups["bridge"] += list(encoder.project.parameters())
-        elif isinstance(encoder, SmallEncoder):
+        else:
             groups["new"] += [p for name, p in encoder.named_parameters() if not name.startswith("trunk.")]
     for i, stage in enumerate(student.stages):
         groups[f"tail{i}"] = list(stage.parameters())

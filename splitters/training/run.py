@@ -22,7 +22,7 @@ from splitters.training.config import TrainConfig
 from splitters.training.devices import chosen_device
 from splitters.training.finish import finish
 from splitters.training.loop import StepReport, Trainer
-from splitters.training.photos import Crops, PhotoCache, Told, hold_out, hold_out_evenly, list_photos
+from splitters.training.pictures.photos import Crops, PhotoCache, Told, hold_out, hold_out_evenly, list_photos
 from splitters.training.single import single_from
 from splitters.training.video import Pairs
 from splitters.zoo.efficientnet_lite0.export import load_student
@@ -44,6 +44,7 @@ class Trained:
         steps: steps there are.
         photos: trained on.
         unreadable: photos that could not be read and were left out.
+        complete: whether the training is done, by its steps or by its time.
     """
 
     student: LearnedSplit
@@ -51,11 +52,7 @@ class Trained:
     steps: int
     photos: int
     unreadable: tuple[Path, ...]
-
-    @property
-    def complete(self) -> bool:
-        """Whether the last step is done."""
-        return self.step >= self.steps
+    complete: bool
 
 
 def build(config: TrainConfig, sample: Tensor) -> tuple[StagedModel, LearnedSplit]:
@@ -71,10 +68,10 @@ def build(config: TrainConfig, sample: Tensor) -> tuple[StagedModel, LearnedSpli
     if config.cut is None:
         if config.model != "efficientnet-lite0":
             raise ConfigError(f"model {config.model!r} needs a cut")
-        from splitters.zoo.efficientnet_lite0.split import DEEP, build_learned_efficientnet, staged
+        from splitters.zoo.efficientnet_lite0.split import build_learned_efficientnet, staged
 
         if config.start:
-            return staged(load_efficientnet_lite0()), load_student(Path(config.start), DEEP if config.deepen else None)
+            return staged(load_efficientnet_lite0()), load_student(Path(config.start))
         return build_learned_efficientnet(sample)
     from splitters.bottleneck.learned_any import build_any
     from splitters.cutting.sources import load_source
@@ -157,14 +154,17 @@ def run_training(
     trainer = Trainer(config, base, student, photos, out=out, device=chosen, clock_s=time.monotonic, pairs=pairs)
     (out / DEV_FILE).write_text(json.dumps([str(p) for p in dev], indent=0), encoding="utf-8")
     trainer.run(on_step, stop)
-    told = Trained(student=student, step=trainer.step, steps=config.steps, photos=len(photos), unreadable=tuple(photos.unreadable))
+    told = Trained(
+        student=student, step=trainer.step, steps=config.steps, photos=len(photos), unreadable=tuple(photos.unreadable),
+        complete=trainer.progress >= 1,
+    )  # fmt: skip
     if not told.complete:
         return told
     student.load_state_dict(trainer.ema)
     student.to("cpu").eval()
     recipe = {
         "command": shlex.join(command), "config": asdict(config), "photos": len(photos), "held_out": len(dev),
-        "seed": config.seed, "steps": trainer.step, "torch": torch.__version__,
+        "seed": config.seed, "steps": trainer.step, "seconds": round(trainer.spent_s), "torch": torch.__version__,
         "device": str(chosen), "unreadable": [p.name for p in photos.unreadable],
     }  # fmt: skip
     full = 224 if config.cut is None else config.size_px  # the default model is trained smaller than it runs

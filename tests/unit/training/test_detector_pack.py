@@ -100,5 +100,5 @@ def test_the_recipe_detector_says_what_it_lacks(tmp_path: Path, capsys: pytest.C
     assert main(asked) == 2
     assert "yolox_nano_416.onnx is not in" in capsys.readouterr().err
     assert main([*asked, "--seconds", "0"]) == 2
-    assert main(["train", "efficientnet-lite0", "--data", str(tmp_path), "--out", str(tmp_path), "--seconds", "9"]) == 2
-    assert "--seconds belong to the recipe detector" in capsys.readouterr().err
+    assert main(["train", "efficientnet-lite0", "--data", str(tmp_path), "--out", str(tmp_path), "--pack", "x"]) == 2
+    assert "--pack belongs to the recipe detector" in capsys.readouterr().err

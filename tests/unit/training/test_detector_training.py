@@ -15,9 +15,9 @@ from torch import nn
 from splitters.tasks.decoding.boxes import Detections, yolox_boxes
 from splitters.training.detector.augment import Sampler, mosaic, paste, single
 from splitters.training.detector.data import Example, held_out, teach
-from splitters.training.detector.fast import speed_up
 from splitters.training.detector.loss import Targets, add_teacher, assign, detection_loss, overlap, pad_boxes
 from splitters.training.detector.teacher import Dense, DenseTeacher
+from splitters.training.fast import speed_up
 from splitters.zoo.detector.network import STRIDES, Detector, centres
 from splitters.zoo.efficientnet_lite0.network import SamePadConv
 from splitters.zoo.layers import conv_unit, separable_unit

@@ -22,7 +22,7 @@ from splitters.cli import main
 from splitters.training.config import LossWeights, Stage, TrainConfig
 from splitters.training.loop import StepReport, Trainer, shares
 from splitters.training.losses import BitrateSteering, arrived, distortion, divergence, relative_error
-from splitters.training.photos import Crops, PhotoCache, hold_out, list_photos
+from splitters.training.pictures.photos import Crops, PhotoCache, hold_out, list_photos
 from splitters.training.recipes import RECIPES, any_cut, recipe
 
 CONFIG = TrainConfig(
@@ -107,6 +107,45 @@ def test_a_stopped_run_goes_on_exactly_where_it_was(make: Callable[..., Trainer]
     for name, value in whole.student.state_dict().items():
         assert torch.equal(value, resumed.student.state_dict()[name]), name
     assert torch.equal(whole.steering.log_lambda, resumed.steering.log_lambda)
+
+
+def test_a_training_ends_by_time_and_its_learning_rate_follows(make: Callable[..., Trainer]) -> None:
+    config = replace(CONFIG, stages=(replace(CONFIG.stages[0], steps=1000, warmup_steps=1),), seconds=8.0)
+    trainer = make("a", config)  # the clock says a second more whenever it is asked, once a step
+    told: list[StepReport] = []
+    rates: list[float] = []
+
+    def on_step(report: StepReport) -> None:
+        told.append(report)
+        rates.append(trainer.optimiser.param_groups[0]["lr"])
+
+    trainer.run(on_step, stop=lambda: trainer.step == 3)
+    assert (trainer.step, trainer.spent_s) == (3, 3.0)
+    trainer = make("a", config)
+    assert trainer.spent_s == 3.0, "the checkpoint keeps it"
+    trainer.run(on_step)
+    assert (trainer.step, trainer.progress) == (8, 1.0)
+    assert [r.progress for r in told] == [n / 8 for n in range(1, 9)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.1 * rates[0]
+    longer = make("a", replace(config, seconds=16.0))
+    assert longer.progress == 0.5, "a run may be given more time"
+
+
+def test_the_largest_encoder_learns_from_its_own_samples(make: Callable[..., Trainer]) -> None:
+    stage = Stage(steps=1, lr=1e-2, lr_own=1e-2, tiers=(0.5, 0.5), warmup_steps=1)
+    trainer = make("a", replace(CONFIG, stages=(stage,)))
+    trainer._prepare(stage, 0)
+    images = trainer.photos.batch(range(6), trainer.crops, np.random.default_rng(0))
+    latent, mismatch = trainer._latents(images, stage, np.random.default_rng(0))
+    with torch.no_grad():
+        assert torch.allclose(latent[:3], trainer.student.latent(images[:3], 0), atol=1e-5)
+        assert torch.allclose(latent[3:], trainer.student.latent(images[3:], 1), atol=1e-5)
+    own = trainer.groups["own"][0]
+    cheap = torch.autograd.grad(latent[:3].sum() + mismatch, own, allow_unused=True, retain_graph=True)[0]
+    assert cheap is None or float(cheap.abs().max()) == 0, "to the cheap ones it is an example"
+    assert float(torch.autograd.grad(latent[3:].sum(), own)[0].abs().max()) > 0
+    assert float(mismatch.detach()) > 0
 
 
 def test_a_checkpoint_of_another_model_is_refused(make: Callable[..., Trainer], tmp_path: Path) -> None:

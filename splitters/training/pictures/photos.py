@@ -22,6 +22,7 @@ from torch import Tensor
 from protos.errors import SourceError
 from splitters.runtime.folders import pictures_below
 from splitters.runtime.pictures import read_picture
+from splitters.training.pictures.disturb import disturbed
 
 log = logging.getLogger(__name__)
 _PARTS = 0.5
@@ -101,6 +102,7 @@ class Crops:
         std: divided by per channel.
         letterbox: keep proportions: whole photos and large parts, scaled to fit, at the top left of a grey square.
         bgr: the model takes blue first.
+        disturb: probability that a crop is made poorer, see `disturb`.
     """
 
     size_px: int
@@ -109,6 +111,7 @@ class Crops:
     std: tuple[float, float, float]
     letterbox: bool = False
     bgr: bool = False
+    disturb: float = 0.0
 
 
 class PhotoCache:
@@ -216,6 +219,8 @@ def normalise(photos: NDArray[np.uint8], mean: float | Sequence[float], std: flo
 def drawn(photo: NDArray[np.uint8], crops: Crops, rng: np.random.Generator) -> NDArray[np.uint8]:
     """One random crop of a picture (H, W, 3) RGB, mirrored half of the time: (size, size, 3) in the model's order of colours."""
     taken = _letterboxed(photo, crops, rng) if crops.letterbox else _crop(photo, crops, rng)
+    if crops.disturb:
+        taken = disturbed(taken, crops.disturb, rng)
     return taken[..., ::-1] if crops.bgr else taken
 
 
