@@ -155,9 +155,7 @@ def with_terms(
         return decision
     match decision:
         case Split():  # named, since ``replace`` takes twice as long
-            return Split(
-                point_id=decision.point_id, fallback_ns=fallback_ns, limit_bytes=limit_bytes, hold=hold, explain=explain
-            )
+            return Split(point_id=decision.point_id, fallback_ns=fallback_ns, limit_bytes=limit_bytes, hold=hold, explain=explain)
         case Offload():
             return replace(decision, fallback_ns=fallback_ns, limit_bytes=limit_bytes, hold=hold, explain=explain)
         case _:
