@@ -21,7 +21,7 @@ from edge_client.control.estimating.estimator import Estimator
 from edge_client.control.estimating.sizes import PayloadSizes
 from edge_client.control.estimating.window import CreditWindow
 from edge_client.control.explain import explanation
-from edge_client.control.options import KEY, Option, useful
+from edge_client.control.options import KEY, Option, led_by, useful
 from edge_client.control.scoring import LEAST_GAIN, Moment, Score, most_hopeful
 from protos.errors import ConfigError
 from splitters.bundle.offload import OffloadOption
@@ -358,9 +358,7 @@ class Controller:
         if moment.roomy and best > -inf and moment.too_late(self._least_ns, self._longest_ns, self._bytes):
             options = [last] if last in options else []
         elif last is not None and last in options:
-            options = options.copy()
-            options.remove(last)
-            options.insert(0, last)
+            options = led_by(last, options)
         # The smallest there is may always be tried: a model whose frames are all large would else never be.
         untried = max(e.room_to_try_bytes, self._bytes[0])
         for o in options:

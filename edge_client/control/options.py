@@ -97,3 +97,10 @@ def useful(options: Sequence[Option]) -> list[Option]:
         highs_ns[at:end] = [o.high_ns]
         accuracies[at:end] = [o.accuracy]
     return sorted(kept, key=lambda o: (-o.accuracy, o.n_bytes))
+
+
+def led_by(first: Option, options: Sequence[Option]) -> list[Option]:
+    """The options in their order, but that one of them comes first."""
+    led = [first, *options]
+    del led[led.index(first, 1)]
+    return led

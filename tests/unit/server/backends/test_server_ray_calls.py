@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -173,6 +175,18 @@ def test_bundles_that_load_beside_each_other_deploy_their_shelf_once(monkeypatch
     assert made.deploy("shelf", build) == "shelf"
     second.join(60)
     assert built == ["first"]
+
+
+def test_what_a_start_waited_for_is_said_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace(status=SimpleNamespace(value="DEPLOYING"), deployments={}, message="")
+    monkeypatch.setattr(cluster.serve, "status", lambda: SimpleNamespace(applications={"app": state}))
+    monkeypatch.setattr(cluster.ray, "get", lambda call, *, timeout: call)
+    made, register = Cluster(RayConfig()), MagicMock()
+    made._register = register
+    register.failures.remote.return_value = {"10.0.0.2": (3, "cannot keep bundle abc at /cache"), "10.0.0.3": (1, "no room")}
+    wanted = "on node 10.0.0.2, 3 times: cannot keep bundle abc at /cache; on node 10.0.0.3, 1 times: no room"
+    with pytest.raises(ModelError, match=f"app did not start within 300 s: {re.escape(wanted)}"):
+        made._wait("app", until_s=0.0)
 
 
 def test_no_call_goes_into_ray_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
