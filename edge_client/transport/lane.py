@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 _TRY_AGAIN_S = (2.0, 30.0)  # first and longest wait
 _OPEN_S = 5.0  # a handshake, its address validation and the ticket's acceptance
 _GRACE_NS = 100 * NS_PER_MS  # beyond a frame's deadline: then no answer will come
-_PROBE_S = 0.1
+_PROBE_S, _BLOCKED_PROBE_S = 0.1, 0.03
 _SILENT_RTTS, _SILENT_S = 2.0, 0.05
 _UNLIKELY = 3e-4  # that so long a silence is chance
 _GOALS = (0.995, 0.95)  # that the base layer arrives; that each of the others does
@@ -164,18 +164,23 @@ class Lane:
             if ended.is_set():
                 raise ConnectionRefusedError("the server closed the connection")
             log.info("datagrams to %s:%d", *self._address(offer))
-            self._enter(channel)
-            while not ended.is_set():
-                self._watch()
-                try:
-                    async with asyncio.timeout(probe_after_s(self.loss, self.counted) if self.idle else _PROBE_S):
-                        await ended.wait()
-                except TimeoutError:
-                    channel.probe()
+            await self._attend(channel, ended)
         finally:
             channel.on_end = channel.on_datagram = _nothing
             channel.close()
             transport.close()
+
+    async def _attend(self, channel: Channel, ended: asyncio.Event) -> None:
+        """Frames can go this way from now on; says something now and then, so that it is known whether they still can."""
+        self._enter(channel)
+        while not ended.is_set():
+            self._watch()
+            usual_s = probe_after_s(self.loss, self.counted) if self.idle else _PROBE_S
+            try:
+                async with asyncio.timeout(_BLOCKED_PROBE_S if self._blocked else usual_s):
+                    await ended.wait()
+            except TimeoutError:
+                channel.probe()
 
     def _enter(self, channel: Channel) -> None:
         self._channel = channel

@@ -169,7 +169,7 @@ class Channel(QuicConnectionProtocol):
             if self._next_s > now_s + _SEND_AHEAD_S:
                 break
             size = len(item.data) + _OVERHEAD_BYTES
-            if control.room_bytes < size:
+            if control.room_bytes(now_s) < size:
                 self._next_s = now_s + min(0.01, size / control.pace_bytes_per_s)
                 break
             self._next_s += max(_LEAST_GAP_S, size / control.pace_bytes_per_s)

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from math import sqrt
 
 _NEWEST = 300
+# Of the newest so many packets, beside what is believed of them all with the weight of so many: the worst is believed, so a path
+# that becomes worse is known sooner than one that becomes better.
+_VIEWS = ((_NEWEST, 40), (40, 12), (12, 6))
+_PRIOR = 0.025  # of packets, lost, before anything is known
 _LATELY = 50
-_PRIOR_PACKETS, _PRIOR_LOST = 40, 1  # before anything is known
 _CAUTION = 0.84  # standard deviations: the share is less than what is said, four times in five
 _MAX_EXTRA = 24
-_LEAST_RUN = 1.25  # a mean run so much longer than chance alone makes it is a burst
+_MOST_LOST = 0.95
+_BURSTY = 1.2  # standard deviations: more losses behind losses than chance alone makes are bursts
 
 
 class Losses:
@@ -59,18 +63,25 @@ class Losses:
         return self._found
 
     def _count(self) -> tuple[float, float]:
-        fates = [self._fates[number] for number in sorted(self._fates)]
-        lost = sum(fates)
-        share = max(_careful(fates), _careful(fates[-_LATELY:]))  # a path that becomes worse is believed sooner than a better one
-        runs = sum(fate and not before for before, fate in zip([False, *fates], fates, strict=False))
-        run = lost / runs if runs >= 3 else 1.0
-        return share, run if run > _LEAST_RUN / (1 - share) else 1.0
+        numbers = sorted(self._fates)
+        fates = [self._fates[number] for number in numbers]
+        usual, worst = _PRIOR, 0.0
+        for newest, weight in _VIEWS:
+            seen = fates[-newest:]
+            n = len(seen) + weight
+            share = (sum(seen) + usual * weight) / n
+            usual = share if newest == _NEWEST else usual
+            worst = max(worst, share + _CAUTION * sqrt(share * (1 - share) / n))
+        return min(_MOST_LOST, worst), self._run(numbers)
 
-
-def _careful(fates: list[bool]) -> float:
-    n = len(fates) + _PRIOR_PACKETS
-    share = (sum(fates) + _PRIOR_LOST) / n
-    return min(0.95, share + _CAUTION * sqrt(share * (1 - share) / n))
+    def _run(self, numbers: list[int]) -> float:
+        """The mean run, from what became of the packets right behind lost ones: of bare acknowledgements it is not known."""
+        fates, share = self._fates, self.seen
+        behind = [fates[after] for number, after in pairwise(numbers) if after == number + 1 and fates[number]]
+        n, lost = len(behind), sum(behind)
+        if lost <= n * share + _BURSTY * sqrt(n * share * (1 - share)):
+            return 1.0
+        return (n + 1) / (n - lost + 0.5)
 
 
 def extra_for(count: int, channel: tuple[float, float], goal: float) -> int:

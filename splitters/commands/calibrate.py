@@ -13,7 +13,7 @@ from splitters.commands.common.progress import Progress
 
 if TYPE_CHECKING:
     from splitters.bundle import Bundle
-    from splitters.evaluation.scene import Fit, Look
+    from splitters.evaluation.gating.scene import Fit, Look
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from protos.errors import ConfigError
     from splitters.bundle import open_bundle
     from splitters.bundle.draft import Draft
-    from splitters.evaluation.scene import columns_named, examine, fit, promise_part, read_video, store, watch
+    from splitters.evaluation.gating.scene import columns_named, examine, fit, promise_part, read_video, store, watch
     from splitters.zoo.defaults import ensure_exported
 
     if not 0 < args.until <= 1 or not 0 < args.sure < 1:
@@ -103,7 +103,7 @@ def _teacher(name: str, bundle: Bundle) -> Look:
     import numpy as np
 
     from protos.errors import ConfigError
-    from splitters.evaluation.scene import UNSURE, own_detector
+    from splitters.evaluation.gating.scene import UNSURE, own_detector
     from splitters.zoo.onnx_detectors import YoloxNano
 
     if name == "own":

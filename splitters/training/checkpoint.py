@@ -20,7 +20,7 @@ from torch import nn
 from protos.errors import ConfigError
 from splitters.exporting.learned import WEIGHTS_FILE
 from splitters.training.config import TrainConfig
-from splitters.training.photos import PhotoCache
+from splitters.training.pictures.photos import PhotoCache
 
 NAME = "checkpoint.safetensors"
 _FREE = ("checkpoint_s", "seconds")  # how often to save changes no weight, and a run may be given more time

@@ -123,7 +123,7 @@ class TrainConfig:
         data: sub-folders of the data directory to learn from; empty for all of it.
         target_bytes: estimated payload of each gain tier in the largest encoder tier, finest first: the trade-off
             between loss and bits of every tier is steered towards it.
-        disturb: probability that a photo is shown poorer, to teacher and student alike (see `splitters.training.disturb`).
+        disturb: probability that a photo is shown poorer, to teacher and student alike (see `splitters.training.pictures.disturb`).
         seconds: the training ends when so much time is spent, or after its steps, whichever comes first, and the learning rate
             follows whichever is further; 0: after its steps.
         truncate: probability that a sample loses a random number of its trailing channels (tail-drop).

@@ -22,7 +22,7 @@ from protos.errors import ConfigError
 from splitters.bottleneck.learned import LearnedSplit
 from splitters.codec.fitting.fit import fit_tables, refit_predicted
 from splitters.exporting.learned import RECIPE_FILE, TABLES_FILE, WEIGHTS_FILE, Rung, gains_at, prices_at, tuned_state
-from splitters.training.photos import Crops, PhotoCache
+from splitters.training.pictures.photos import Crops, PhotoCache
 
 log = logging.getLogger(__name__)
 Symbols = NDArray[np.int16]

@@ -23,7 +23,7 @@ from splitters.training.checkpoint import load_checkpoint, save_checkpoint
 from splitters.training.config import Stage, TrainConfig, VideoLearning
 from splitters.training.fast import speed_up
 from splitters.training.losses import BitrateSteering, arrived, relative_error, staged_distortion
-from splitters.training.photos import Crops, PhotoCache
+from splitters.training.pictures.photos import Crops, PhotoCache
 from splitters.training.schedule import average_in, rise_and_fall
 from splitters.training.video import Pairs, Predicted, predict, still_cells
 

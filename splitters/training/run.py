@@ -22,7 +22,7 @@ from splitters.training.config import TrainConfig
 from splitters.training.devices import chosen_device
 from splitters.training.finish import finish
 from splitters.training.loop import StepReport, Trainer
-from splitters.training.photos import Crops, PhotoCache, Told, hold_out, hold_out_evenly, list_photos
+from splitters.training.pictures.photos import Crops, PhotoCache, Told, hold_out, hold_out_evenly, list_photos
 from splitters.training.single import single_from
 from splitters.training.video import Pairs
 from splitters.zoo.efficientnet_lite0.export import load_student

@@ -27,7 +27,7 @@ from splitters.codec.predicted.choice import Costs, choose_symbols
 from splitters.codec.predicted.motion import neighbours
 from splitters.training.config import VideoLearning
 from splitters.training.finish import moving
-from splitters.training.photos import Crops, PhotoCache, drawn, normalise
+from splitters.training.pictures.photos import Crops, PhotoCache, drawn, normalise
 
 log = logging.getLogger(__name__)
 Picture = NDArray[np.uint8]

@@ -22,7 +22,7 @@ from edge_client.device.engine import Engine
 from edge_client.gates.change import ChangeGate
 from splitters.bundle import open_bundle
 from splitters.bundle.operating_point import OperatingPoint
-from splitters.evaluation.scene import read_video
+from splitters.evaluation.gating.scene import read_video
 from splitters.zoo.defaults import ensure_exported
 
 

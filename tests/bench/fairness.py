@@ -127,13 +127,15 @@ def collapse(seconds: float) -> dict[str, Any]:
 
     async def main(loop: VirtualLoop) -> dict[str, Any]:
         pair = await joined(loop, Link(link(trace=trace), "up"), Link(link(), "down"))
-        control, most = pair.client.control, 0.0
+        control, most, window_bytes, shrinking = pair.client.control, 0.0, 0, 0.0
 
         async def watch() -> None:
-            nonlocal most
+            nonlocal most, window_bytes, shrinking
             while True:
                 if loop.time() > at_s:
-                    most = max(most, control.bytes_in_flight / control.congestion_window)
+                    window_bytes = window_bytes or control.window_bytes
+                    most = max(most, control.bytes_in_flight / window_bytes)
+                    shrinking = max(shrinking, control.bytes_in_flight / control.window_bytes)
                 await asyncio.sleep(0.005)
 
         task = asyncio.create_task(watch())
@@ -143,7 +145,8 @@ def collapse(seconds: float) -> dict[str, Any]:
         late = [at for at, took in pair.up.delays_s if at >= at_s and took * 1e3 - DELAY_NS / 1e6 > 100]
         end = [took * 1e3 - DELAY_NS / 1e6 for at, took in pair.up.delays_s if at > at_s + 2]
         return {
-            "recovered_s": round(max(late, default=at_s) - at_s, 2), "windows_in_flight": round(most, 2),
+            "recovered_s": round(max(late, default=at_s) - at_s, 2), "in_flight_of_the_window_at_the_collapse": round(most, 2),
+            "in_flight_of_the_shrinking_window": round(shrinking, 2),
             "queue_ms_p95_after_2_s": round(float(np.quantile(end, 0.95)), 1),
         }  # fmt: skip
 

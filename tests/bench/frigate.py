@@ -27,7 +27,7 @@ import numpy as np
 from deploy.testbed.link.model import LinkConfig
 from deploy.testbed.link.trace import constant
 from deploy.testbed.real.shape import Shaper
-from splitters.evaluation.scene import read_video
+from splitters.evaluation.gating.scene import read_video
 from tests.fakes.frigate import Detector
 from tests.fakes.server_running import child, environment
 

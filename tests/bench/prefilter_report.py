@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from edge_client.gates.interest import InterestGate, Promise, read_promise
 from protos.messages import Box, Detection
 from splitters.bundle import Bundle, open_bundle
+from splitters.evaluation.gating.prefilter import Array, roc, roc_auc
+from splitters.evaluation.gating.scene import UNSURE, Scene, examine, fit, interesting, read_video, watch
 from splitters.evaluation.judging.detection import load_truth
-from splitters.evaluation.prefilter import Array, roc, roc_auc
-from splitters.evaluation.scene import UNSURE, Scene, examine, fit, interesting, read_video, watch
 from splitters.tasks.decoding.boxes import Pixels, read_rgb
 from splitters.tasks.preprocess import preprocess
 from splitters.zoo.defaults import ensure_exported

@@ -21,7 +21,7 @@ import numpy as np
 
 from edge_client.gates.tracking import BoxTracker
 from protos.messages import Box
-from splitters.evaluation.scene import read_video
+from splitters.evaluation.gating.scene import read_video
 from splitters.tasks.decoding.boxes import Detections, iou_matrix
 from splitters.zoo.onnx_detectors import YoloxNano
 

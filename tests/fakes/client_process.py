@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,11 @@ ON_BOTH_TRANSPORTS = pytest.mark.parametrize("transport", TRANSPORTS)
 def over(transport: str) -> tuple[str, ...]:
     """A client's arguments for frames over ``transport``, and for a log that says so."""
     return ("--transport", transport, "--log-level", "info")
+
+
+def counted(outcome: str, least: int, *, after: int = -1) -> Callable[[list[dict[str, Any]]], bool]:
+    """Whether at least so many frames past ``after`` ended so, for ``ClientProcess.wait_for``."""
+    return lambda lines: sum(line["outcome"] == outcome and line["frame"] > after for line in lines) >= least
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +105,19 @@ class ClientProcess:
             assert self.process.poll() is None, f"the client ended early: {self.process.communicate()}"
             assert time.monotonic() < until, f"frame {index} did not come"
             time.sleep(0.005)
+
+    def wait_for(self, seen: Callable[[list[dict[str, Any]]], bool], what: str, *, timeout_s: float = 180.0) -> None:
+        """Until what its results say so far is ``seen``: on a busy machine no number of frames says when that is."""
+        until = time.monotonic() + timeout_s
+        while not seen(self.lines()):
+            assert self.process.poll() is None, f"the client ended early: {self.process.communicate()}"
+            assert time.monotonic() < until, f"{what}: not within {timeout_s:.0f} s"
+            time.sleep(0.01)
+
+    def interrupt(self) -> Finished:
+        """Ends a camera that would go on for ever, as Ctrl-C does."""
+        self.process.send_signal(signal.SIGINT)
+        return self.finish()
 
     def finish(self, *, timeout_s: float = 300.0) -> Finished:
         """Waits for the end."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,7 +113,11 @@ async def test_a_third_stream_is_refused_until_a_session_ends(server: Server, bu
         assert (await third.frame([Camera().layer(1, None)])).error is None
 
 
-@pytest.mark.timeout(240)
+def video_result(line: dict[str, Any]) -> bool:
+    return bool(line["outcome"] == "result" and line.get("detail") == "h264 30")
+
+
+@pytest.mark.timeout(600)
 def test_a_real_client_offloads_video_and_goes_on_after_a_restart(tmp_path: Path) -> None:
     plain = write_tiny_bundle(tmp_path / "bundle")
     sizes = {"payload_bytes": Quantiles(p50=100, p95=200), "key_bytes": Quantiles(p50=900, p95=1200)}
@@ -126,15 +130,18 @@ def test_a_real_client_offloads_video_and_goes_on_after_a_restart(tmp_path: Path
         with standby(tmp_path, bundle.path, listen=address) as second:
             second.wait_ready()
             camera = ["--camera", str(clip), "--loop", "--realtime", "--change-gate", "off", "--deadline-ms", "2000"]
-            with client(tmp_path, *camera, "--frames", "120", "--server", address, "--json") as edge:
+            with client(tmp_path, *camera, "--server", address, "--json") as edge:
+                edge.wait_for(lambda lines: any(map(video_result, lines)), "a result of the first server")
                 edge.wait_frame(40)
                 first.kill()
                 second.serve()
-                done = edge.finish()
+                again = edge.lines()[-1]["frame"]
+                edge.wait_for(
+                    lambda lines: sum(video_result(x) and x["frame"] > again for x in lines) > 10, "results of the second"
+                )
+                done = edge.interrupt()
     assert done.code == 0, done.err
     assert done.summary["balanced"]
-    results = [line for line in done.lines if line["outcome"] == "result" and line.get("detail") == "h264 30"]
-    assert any(line["frame"] < 40 for line in results), json.dumps(done.lines[:50])
-    assert any(line["frame"] > 60 for line in results), done.outcomes()
+    results = [line for line in done.lines if video_result(line)]
     assert not [line for line in done.lines if line.get("reason") == "payload"], "nothing was sent that could not be decoded"
     assert min(line["payload_bytes"] for line in results) < max(line["payload_bytes"] for line in results) / 2

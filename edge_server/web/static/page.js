@@ -39,7 +39,7 @@ function showFacts(state) {
 
 function showRefused(state) {
   const calls = Object.entries(state.refused_calls);
-  $("refused").replaceChildren(...(calls.length ? calls.map(([code, n]) => element("li", `${count(n)} calls: ${code}`)) : [element("li", "no call")]));
+  $("refused").replaceChildren(...(calls.length ? calls.map(([code, n]) => element("li", `${count(n)} ${n === 1 ? "call" : "calls"}: ${code}`)) : [element("li", "Nothing was refused.")]));
   fill("refusals", state.refusals.map(([ago, code, text]) => [span(ago), code, text]), [0]);
   $("refusals").parentElement.hidden = !state.refusals.length;
 }

@@ -26,7 +26,7 @@ from splitters.training.config import LossWeights, Stage, TrainConfig
 from splitters.training.fast import speed_up
 from splitters.training.finish import finish
 from splitters.training.loop import Trainer
-from splitters.training.photos import Crops, PhotoCache, hold_out, list_photos
+from splitters.training.pictures.photos import Crops, PhotoCache, hold_out, list_photos
 from splitters.zoo.detector.network import INPUT_SIZE_PX, load_detector
 from splitters.zoo.detector.network import WEIGHTS as DETECTOR
 from splitters.zoo.detector.split import C_LATENT, build_learned_detector, load_learned_detector

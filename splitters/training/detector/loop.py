@@ -32,7 +32,7 @@ from splitters.training.detector.loss import detection_loss, pad_boxes
 from splitters.training.detector.picodet import PicoDetTeacher, mean_of
 from splitters.training.detector.teacher import Dense, DenseTeacher
 from splitters.training.fast import speed_up
-from splitters.training.photos import normalise
+from splitters.training.pictures.photos import normalise
 from splitters.training.schedule import average_in, rise_and_fall, use_one_core
 from splitters.zoo.detector.network import INPUT_SIZE_PX, TAPS, Backbone, Detector, load_detector
 from splitters.zoo.efficientnet_lite0.network import INPUT_MEAN, INPUT_STD, load_efficientnet_lite0

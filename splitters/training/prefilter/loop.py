@@ -28,7 +28,7 @@ from splitters.tasks.labels.coco_classes import NAMES as COCO_NAMES
 from splitters.training.detector.augment import Sampler, recolour
 from splitters.training.detector.data import Example, build_examples
 from splitters.training.detector.loop import freeze_to_onnx
-from splitters.training.photos import normalise
+from splitters.training.pictures.photos import normalise
 from splitters.training.prefilter.augment import Composer
 from splitters.training.schedule import average_in, rise_and_fall, use_one_core
 from splitters.zoo.detector.network import INPUT_SIZE_PX

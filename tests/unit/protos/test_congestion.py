@@ -19,7 +19,7 @@ from deploy.testbed.link.trace import Trace, constant
 from protos.datagrams.channel import Item
 from protos.datagrams.congestion import DelayControl
 from tests.fakes.client_loop import VirtualLoop, run_virtual
-from tests.fakes.lanes import Pair, joined
+from tests.fakes.lanes import Pair, answered, joined
 
 PACKET_BYTES = 1200
 
@@ -41,7 +41,7 @@ class Sender:
             while self.on_way and self.on_way[0][0] <= self.now_s:
                 self.settle(*self.on_way.popleft())
             self.next_s = max(self.next_s, self.now_s - 0.002)
-            while self.control.room_bytes >= PACKET_BYTES and self.next_s <= self.now_s:
+            while self.control.room_bytes(self.now_s) >= PACKET_BYTES and self.next_s <= self.now_s:
                 self.next_s += PACKET_BYTES / (1.1 * self.control.pace_bytes_per_s)
                 packet = QuicSentPacket(
                     epoch=Epoch.ONE_RTT, in_flight=True, is_ack_eliciting=True, is_crypto_packet=False, packet_number=self.number,
@@ -63,24 +63,24 @@ class Sender:
 
 def test_the_window_grows_while_delay_does_not() -> None:
     sender = Sender()
-    before = sender.control.congestion_window
+    before = sender.control.window_bytes
     for _ in range(10):
         sender.round_trip(0.05)
-    assert sender.control.congestion_window > 4 * before
+    assert sender.control.window_bytes > 4 * before
 
 
 def test_a_queue_that_stands_narrows_the_window_and_one_that_is_gone_lets_it_grow() -> None:
     sender = Sender()
     for _ in range(8):
         sender.round_trip(0.05)
-    before = sender.control.congestion_window
+    before = sender.control.window_bytes
     for _ in range(16):
         sender.round_trip(0.15)
-    narrowed = sender.control.congestion_window
+    narrowed = sender.control.window_bytes
     assert narrowed < before / 3
     for _ in range(8):
         sender.round_trip(0.05)
-    assert sender.control.congestion_window > narrowed
+    assert sender.control.window_bytes > narrowed
 
 
 @pytest.mark.parametrize("every", [10, 3, 2])
@@ -88,10 +88,10 @@ def test_packets_that_vanish_do_not_narrow_the_window(every: int) -> None:
     sender = Sender()
     for _ in range(3):
         sender.round_trip(0.05)
-    before = sender.control.congestion_window
+    before = sender.control.window_bytes
     for _ in range(10):
         sender.round_trip(0.05, lambda number: number % every == 0)
-    assert sender.control.congestion_window >= before
+    assert sender.control.window_bytes >= before
     assert sender.control.losses.seen > 0.7 / every
 
 
@@ -99,13 +99,13 @@ def test_a_path_on_which_almost_nothing_arrives_is_sent_the_least() -> None:
     sender = Sender()
     for _ in range(3):
         sender.round_trip(0.05)
-    wide = sender.control.congestion_window
+    wide = sender.control.window_bytes
     for _ in range(20):
         sender.round_trip(0.05, lambda number: number % 20 != 0)
-    assert sender.control.congestion_window > wide / 2  # a second: it may be an outage that ends
+    assert sender.control.window_bytes > wide / 2  # a second: it may be an outage that ends
     for _ in range(80):
         sender.round_trip(0.05, lambda number: number % 20 != 0)
-    assert sender.control.congestion_window <= 6 * PACKET_BYTES
+    assert sender.control.window_bytes <= 6 * PACKET_BYTES
 
 
 def test_nothing_is_in_flight_beyond_what_left_and_was_not_settled() -> None:
@@ -113,6 +113,21 @@ def test_nothing_is_in_flight_beyond_what_left_and_was_not_settled() -> None:
     for index in range(12):
         sender.round_trip(0.05, lambda number: number % 4 == 0)
         assert sender.control.bytes_in_flight == PACKET_BYTES * len(sender.on_way), index
+
+
+def test_packets_whose_acknowledgements_are_lost_do_not_fill_the_window_for_ever() -> None:
+    sender = Sender()
+    for _ in range(6):
+        sender.round_trip(0.05, lambda number: number % 2 == 0)
+    control = sender.control
+    sender.round_trip(0.04)
+    in_flight = control.bytes_in_flight
+    assert control.room_bytes(sender.now_s) == control.window_bytes - in_flight
+    assert control.room_bytes(sender.now_s + 1) == control.window_bytes
+    while sender.on_way:  # what is heard of them after all is counted once
+        sender.settle(*sender.on_way.popleft())
+    assert control.bytes_in_flight == 0
+    assert control.room_bytes(sender.now_s + 1) == control.window_bytes
 
 
 # ---------------------------------------------------------------- over a link
@@ -176,10 +191,10 @@ def test_losses_beside_a_short_queue_leave_the_initial_window() -> None:
     sender = Sender()
     for _ in range(10):
         sender.round_trip(0.05)
-    wide = sender.control.congestion_window
+    wide = sender.control.window_bytes
     for _ in range(60):
         sender.round_trip(0.065, lambda number: number % 4 == 0)
-    assert 10 * PACKET_BYTES <= sender.control.congestion_window < wide / 2
+    assert 10 * PACKET_BYTES <= sender.control.window_bytes < wide / 2
 
 
 def test_a_message_leaves_evenly_and_not_at_once() -> None:
@@ -196,3 +211,26 @@ def test_a_message_leaves_evenly_and_not_at_once() -> None:
     assert len(left) >= 8
     assert left[7] - left[0] > 0.01
     assert np.max(np.diff(left[:8])) < 0.02
+
+
+def test_copies_of_a_small_piece_do_not_share_a_packet() -> None:
+    async def main(loop: VirtualLoop) -> int:
+        pair = await joined(loop, Link(link(), "up"), Link(link(), "down"))
+        await asyncio.sleep(0.5)
+        begun = len(pair.down.delays_s)
+        pair.server.offer([Item(bytes(60), loop.time() + 1)] * 9)
+        await asyncio.sleep(0.015)  # before anything of it is acknowledged
+        pair.close()
+        return len(pair.down.delays_s) - begun
+
+    assert run_virtual(main, step_s=1e-6) >= 9
+
+
+@pytest.mark.parametrize(
+    ("loss", "burst", "n_bytes", "share"), [(0.2, 3.0, 2300, 0.96), (0.2, 3.0, 200, 0.95), (0.6, 1.0, 2300, 0.9)]
+)
+def test_frames_are_answered_where_packets_are_lost_both_ways(loss: float, burst: float, n_bytes: int, share: float) -> None:
+    model = LossModel(loss=loss, burst_packets=burst)
+    config = LinkConfig(trace=constant(10e6), delay_ns=40_000_000, loss=model, loss_from_ns=4 * 10**9)
+    found = [in_time for seed in range(2) for in_time in answered(config, n_bytes, seed=seed, seconds=10)]
+    assert np.mean(found) >= share

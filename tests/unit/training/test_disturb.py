@@ -11,8 +11,8 @@ from PIL import Image
 
 from protos.errors import ConfigError
 from splitters.training.config import Stage, TrainConfig
-from splitters.training.disturb import DISTURBANCES, disturbed
-from splitters.training.photos import Crops, PhotoCache
+from splitters.training.pictures.disturb import DISTURBANCES, disturbed
+from splitters.training.pictures.photos import Crops, PhotoCache
 
 
 def picture(side: int = 64) -> np.ndarray:

@@ -14,8 +14,8 @@ from protos.errors import ConfigError
 from protos.messages import Box, Detection
 from splitters.bundle import open_bundle
 from splitters.cli import main
-from splitters.evaluation.prefilter import present
-from splitters.evaluation.scene import Scene, examine, fit, interesting
+from splitters.evaluation.gating.prefilter import present
+from splitters.evaluation.gating.scene import Scene, examine, fit, interesting
 from splitters.zoo.prefilter.promise import clopper_pearson_lower, score_at_precision
 from tests.fakes.detector_bundle import write_cell_detector
 

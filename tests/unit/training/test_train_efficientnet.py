@@ -17,7 +17,7 @@ from splitters.bottleneck.narrow import narrow
 from splitters.evaluation.bdrate import Curve, resample
 from splitters.exporting.learned import WEIGHTS_FILE
 from splitters.training.loop import parameter_groups
-from splitters.training.photos import hold_out_evenly
+from splitters.training.pictures.photos import hold_out_evenly
 from splitters.training.recipes import RECIPES, recipe
 from splitters.training.single import estimated_bytes, parse_point, single_from, single_point
 from splitters.zoo.efficientnet_lite0 import WEIGHTS

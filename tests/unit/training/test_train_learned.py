@@ -22,7 +22,7 @@ from splitters.cli import main
 from splitters.training.config import LossWeights, Stage, TrainConfig
 from splitters.training.loop import StepReport, Trainer, shares
 from splitters.training.losses import BitrateSteering, arrived, distortion, divergence, relative_error
-from splitters.training.photos import Crops, PhotoCache, hold_out, list_photos
+from splitters.training.pictures.photos import Crops, PhotoCache, hold_out, list_photos
 from splitters.training.recipes import RECIPES, any_cut, recipe
 
 CONFIG = TrainConfig(

@@ -21,7 +21,7 @@ from splitters.cli import main
 from splitters.training import run as training
 from splitters.training.config import TrainConfig, share_out
 from splitters.training.devices import chosen_device
-from splitters.training.photos import PhotoCache, list_photos
+from splitters.training.pictures.photos import PhotoCache, list_photos
 from splitters.training.recipes import any_cut, recipe
 from tests.fakes import any_models
 

@@ -17,7 +17,7 @@ from splitters.cli import main
 from splitters.exporting.learned_any import load_run
 from splitters.training.config import TrainConfig, VideoLearning
 from splitters.training.loop import StepReport, Trainer
-from splitters.training.photos import Crops, PhotoCache, drawn, list_photos
+from splitters.training.pictures.photos import Crops, PhotoCache, drawn, list_photos
 from splitters.training.video import Pairs, checked, clip_frames, predict, still_cells
 from tests.unit.evaluation.test_video_evaluation import frames, write_clip
 from tests.unit.training.test_train_learned import CONFIG, net

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from protos.errors import ConfigError, ModelError
-from splitters.evaluation.prefilter import passage_scores, passages, roc, roc_auc
+from splitters.evaluation.gating.prefilter import passage_scores, passages, roc, roc_auc
 from splitters.training.prefilter.loop import heat_targets, held_out, prefilter_loss
 from splitters.zoo.prefilter.network import CATEGORY_IDS, WEIGHTS, InterestScore, Prefilter, columns_of, load_prefilter
 from splitters.zoo.prefilter.promise import RECALLS, clopper_pearson_lower, promises, threshold_for

@@ -20,7 +20,7 @@ from protos.errors import ConfigError, SourceError
 from protos.messages import Detection
 from splitters.bottleneck.narrow import narrow
 from splitters.bundle import Bundle, replace_parts
-from splitters.evaluation.prefilter import Array, passage_scores, passages, present, roc_auc
+from splitters.evaluation.gating.prefilter import Array, passage_scores, passages, present, roc_auc
 from splitters.evaluation.steps import Told
 from splitters.runtime.head import Head
 from splitters.runtime.tail import load_tail

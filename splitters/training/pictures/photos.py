@@ -22,7 +22,7 @@ from torch import Tensor
 from protos.errors import SourceError
 from splitters.runtime.folders import pictures_below
 from splitters.runtime.pictures import read_picture
-from splitters.training.disturb import disturbed
+from splitters.training.pictures.disturb import disturbed
 
 log = logging.getLogger(__name__)
 _PARTS = 0.5

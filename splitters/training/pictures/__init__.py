@@ -1,0 +1,1 @@
+"""What a training looks at: photographs, decoded once, cropped and disturbed at random."""
