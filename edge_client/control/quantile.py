@@ -35,24 +35,21 @@ class SlidingQuantile:
         self._values.append(value)
         insort(self.ordered, value)
         if len(times_ns) > self._size:
-            self._drop(1)
+            self._drop_oldest()
         if now_ns - times_ns[0] > self._age_ns:
             self.expire(now_ns)
 
     def expire(self, now_ns: int) -> int:
         """Forgets what is too old; returns how many that were."""
-        gone = 0
-        for at_ns in self._times_ns:
-            if now_ns - at_ns <= self._age_ns:
-                break
+        gone, times_ns = 0, self._times_ns
+        while times_ns and now_ns - times_ns[0] > self._age_ns:
+            self._drop_oldest()
             gone += 1
-        if gone:
-            self._drop(gone)
         return gone
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._drop(len(self._values))
+        del self._times_ns[:], self._values[:], self.ordered[:]
 
     def quantile(self, q: float, default: float) -> float:
         """The smallest sample that at least a share ``q`` of the samples do not exceed; ``default`` when empty."""
@@ -71,9 +68,6 @@ class SlidingQuantile:
         """How many samples do not exceed ``value``."""
         return bisect_right(self.ordered, value)
 
-    def _drop(self, oldest: int) -> None:
-        """Forgets so many of the oldest."""
-        for value in self._values[:oldest]:
-            del self.ordered[bisect_left(self.ordered, value)]
-        del self._times_ns[:oldest]
-        del self._values[:oldest]
+    def _drop_oldest(self) -> None:
+        self._times_ns.pop(0)
+        del self.ordered[bisect_left(self.ordered, self._values.pop(0))]
