@@ -15,11 +15,12 @@ demo: $(VENV)/.demo   ## set up, export, and run head and tail in two processes 
 
 # The light install's test asks the package index for the client's packages: HEADTAIL_LIGHT_INSTALL= leaves it out.
 test: export HEADTAIL_LIGHT_INSTALL ?= 1
-test: $(VENV)/.dev .venvs/triton/.ok .venvs/promtool/.ok   ## set up and run all tests but Ray's, two files at a time (JOBS=n: n)
+test: $(VENV)/.dev .venvs/triton/.ok .venvs/promtool/.ok   ## set up and run all tests: two files at a time (JOBS=n: n), then those with Ray
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore-glob='tests/integration/*_ray*'
+	$(MAKE) --no-print-directory test-ray
 
-# A cluster gives up a node that needs 30 s to start, so nothing may run beside it.
-test-ray: $(VENV)/.dev   ## the tests on real Ray clusters, one after the other; they want the machine for themselves
+# A cluster gives up a node that needs 30 s to start, so nothing runs beside it.
+test-ray: $(VENV)/.dev   ## the tests on real Ray clusters alone, one after the other
 	$(BIN)/python -m pytest $(wildcard tests/integration/*_ray*.py)
 
 # tritonclient needs an older protobuf than ours: an environment of its own.

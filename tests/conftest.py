@@ -58,7 +58,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if folder in FOLDERS:
             item.add_marker(getattr(pytest.mark, folder))
     if hasattr(config, "workerinput"):  # of several processes none ends long after the others when what takes longest goes first
-        items.sort(key=lambda item: (not starts_ray(item.nodeid), item.get_closest_marker("unit") is not None))
+        items.sort(key=lambda item: (not starts_ray(item.nodeid), *takes_little(item.path.relative_to(root).parts)))
+
+
+def takes_little(parts: tuple[str, ...]) -> tuple[bool, bool]:
+    """Whether a file takes less than those outside of ``unit``, and less than those that export and train models."""
+    return parts[0] == "unit", parts[1] not in ("bottleneck", "cutting", "profiling", "training", "zoo")
 
 
 def starts_ray(nodeid: str) -> bool:

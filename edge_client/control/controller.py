@@ -21,7 +21,7 @@ from edge_client.control.estimating.estimator import Estimator
 from edge_client.control.estimating.sizes import PayloadSizes
 from edge_client.control.estimating.window import CreditWindow
 from edge_client.control.explain import explanation
-from edge_client.control.options import KEY, Option, useful
+from edge_client.control.options import KEY, Option, led_by, useful
 from edge_client.control.scoring import LEAST_GAIN, Moment, Score, most_hopeful
 from protos.datagrams.loss import GOAL, Redundancy
 from protos.errors import ConfigError
@@ -217,8 +217,8 @@ class Controller:
             return
         name, age = self._sized(option)
         self._sizes.learn(name, age, n_bytes, now_ns)
-        learnt = self._sizes.expect(name, age, now_ns)
-        self._resize |= abs(learnt.p95 - option.n_bytes) > _SAME_SIZE * option.n_bytes
+        _, p95 = self._sizes.expect_all(((name, age),), now_ns)[0]
+        self._resize |= abs(p95 - option.n_bytes) > _SAME_SIZE * option.n_bytes
 
     def set_device_ms(self, decision: Decision, ms: Quantiles) -> None:
         """Overrides what is believed of a choice's device time (the measurement at start)."""
@@ -374,7 +374,7 @@ class Controller:
         if moment.roomy and best > -inf and moment.too_late(self._least_ns, self._longest_ns, self._bytes):
             options = [last] if last in options else []
         elif last is not None and last in options:
-            options = [last, *(o for o in options if o is not last)]
+            options = led_by(last, options)
         # The smallest there is may always be tried: a model whose frames are all large would else never be.
         untried = max(e.room_to_try_bytes, self._bytes[0])
         for o in options:

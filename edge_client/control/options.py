@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from edge_client.control.decision import Decision, Offload
@@ -84,11 +85,22 @@ class Option:
 def useful(options: Sequence[Option]) -> list[Option]:
     """Those no other beats in bytes, device time and accuracy at once, the most accurate first."""
     kept: list[Option] = []
+    # Of those kept the quickest, the next one that is more accurate, and so on: device times, and accuracies.
+    highs_ns: list[float] = []
+    accuracies: list[float] = []
     for o in sorted(options, key=lambda o: (o.n_bytes, o.high_ns, -o.accuracy, o.name)):
-        high_ns, accuracy = o.high_ns, o.accuracy
-        for p in kept:
-            if p.high_ns <= high_ns and p.accuracy >= accuracy:
-                break
-        else:
-            kept.append(o)
+        at = bisect_right(highs_ns, o.high_ns)
+        if at and accuracies[at - 1] >= o.accuracy:
+            continue
+        kept.append(o)
+        end = bisect_right(accuracies, o.accuracy, at)
+        highs_ns[at:end] = [o.high_ns]
+        accuracies[at:end] = [o.accuracy]
     return sorted(kept, key=lambda o: (-o.accuracy, o.n_bytes))
+
+
+def led_by(first: Option, options: Sequence[Option]) -> list[Option]:
+    """The options in their order, but that one of them comes first."""
+    led = [first, *options]
+    del led[led.index(first, 1)]
+    return led

@@ -44,7 +44,7 @@ class Alone:
         accuracy: in the report's metric.
         gap: accuracy minus that at full size, (value, low, high), paired bootstrap.
         macs: multiply-accumulates for one picture.
-        ms: one thread, median.
+        ms: processor time on one thread, median.
     """
 
     size_px: int
@@ -60,7 +60,7 @@ class DeviceWork:
 
     Attributes:
         alone: the whole model, full size first, then falling.
-        heads_ms: stem and each set of encoder graphs, one thread, median, clocked in turns with ``alone``.
+        heads_ms: stem and each set of encoder graphs, the same, clocked in turns with ``alone``.
     """
 
     alone: tuple[Alone, ...]
@@ -145,13 +145,13 @@ def _blank_run(model: bytes) -> Callable[[], object]:
 
 
 def in_turns(work: Mapping[Name, Callable[[], object]], rounds: int = _ROUNDS) -> dict[Name, float]:
-    """Median milliseconds of every piece of work, each done once in every round."""
+    """Median processor milliseconds of this thread for every piece of work, each done once in every round."""
     taken = np.zeros((rounds + _WARM, len(work)))
     for row in taken:
         for i, run in enumerate(work.values()):
-            start_ns = time.perf_counter_ns()
+            start_ns = time.thread_time_ns()
             run()
-            row[i] = (time.perf_counter_ns() - start_ns) / 1e6
+            row[i] = (time.thread_time_ns() - start_ns) / 1e6
     return dict(zip(work, map(float, np.median(taken[_WARM:], axis=0)), strict=True))
 
 

@@ -46,12 +46,11 @@ def plot(report: Report, path: Path) -> None:
     for shade, graphs in zip(shades, kinds, strict=True):
         rows = [i for i, p in enumerate(report.points) if p.graphs == graphs]
         points = front(measured[rows])
-        head_ms = report.points[rows[0]].head_ms.p50
+        head_ms = report.work.heads_ms[graphs] if report.work else report.points[rows[0]].head_ms.p50
         label = f"{'+'.join(graphs) or 'head'} ({head_ms:.2f} ms)"
         left.plot(points[:, 0], points[:, 1], "-", marker="o", ms=4, color=shade, label=label)
-        clocked_ms = report.work.heads_ms[graphs] if report.work else head_ms
-        right.scatter([clocked_ms], [points[:, 1].max()], color=shade, s=60)
-        right.annotate("+".join(graphs), (clocked_ms, points[:, 1].max()), textcoords="offset points", xytext=(6, -4), fontsize=8)
+        right.scatter([head_ms], [points[:, 1].max()], color=shade, s=60)
+        right.annotate("+".join(graphs), (head_ms, points[:, 1].max()), textcoords="offset points", xytext=(6, -4), fontsize=8)
     if not np.isnan(report.whole):
         left.axhline(report.whole, ls="--", lw=0.8, color="black", label="whole model, no compression")
     _band(left, ours)
@@ -82,7 +81,8 @@ def _alone(axis: Any, report: Report) -> None:
     alone = report.work.alone
     axis.plot([a.ms for a in alone], [a.accuracy for a in alone], "-", marker="s", ms=4, lw=1, color="black", label="alone")
     for a in alone:
-        axis.annotate(f"{a.size_px} px", (a.ms, a.accuracy), textcoords="offset points", xytext=(4, -10), fontsize=8)
+        axis.annotate(f"{a.size_px} px", (a.ms, a.accuracy), textcoords="offset points", xytext=(6, -8), fontsize=8)
+    axis.margins(x=0.15)
     sent = report.offloads
     if sent:
         times = [o.encode_ms.p50 for o in sent]

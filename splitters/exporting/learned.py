@@ -27,7 +27,7 @@ WEIGHTS_FILE, TABLES_FILE, POINTS_FILE, RECIPE_FILE = "learned.safetensors", "ta
 CHOICES_FILE = "choices.json"
 TABLES_PART = "device/tables.bin"
 # The published stages of the tail are not stored again; only the first one is fine-tuned.
-TUNED = ("ensemble.", "quantiser.", "decoder.", "stages.0.")
+TUNED = ("ensemble.", "quantiser.", "decoder.", "stages.0.", "stages.1.")
 
 
 def tuned_state(student: LearnedSplit, *, everything: bool = False) -> dict[str, Tensor]:

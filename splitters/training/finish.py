@@ -102,7 +102,7 @@ def finish(
     """
     out.mkdir(parents=True, exist_ok=True)
     state = tuned_state(student, everything=whole_state)
-    student.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+    student.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)
     student.eval()
     rng = np.random.default_rng(seed)
     chosen = rng.choice(len(photos), min(count, len(photos)), replace=False)

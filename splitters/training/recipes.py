@@ -22,8 +22,8 @@ def efficientnet_lite0() -> TrainConfig:
     """The default bundle's bottleneck: four encoder tiers, six gain tiers, one set of weights.
 
     First the base's own blocks with a frozen tail; then the cheap encoders learn the same latent; then all together, with
-    the first blocks of the tail and the own blocks fine-tuned; then mostly the cheap encoders again, which start from
-    nothing and need the most photos. Trained at 192 px, which costs three quarters of 224 px; targets are bytes at that
+    the first blocks of the tail and the own blocks fine-tuned; then mostly the cheap encoders again, which need the
+    most photos. Trained at 192 px, which costs three quarters of 224 px; targets are bytes at that
     size. About an hour on one core.
     """
     return TrainConfig(

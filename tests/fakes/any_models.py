@@ -38,14 +38,14 @@ def densenet() -> tuple[nn.Module, Tensor]:
     """A DenseNet: inside a dense block, every layer's output crosses."""
     from timm.models.densenet import DenseNet
 
-    return _seeded(lambda: DenseNet(growth_rate=8, block_config=(2, 3, 2), num_classes=10))
+    return _seeded(lambda: DenseNet(growth_rate=8, block_config=(1, 3), num_classes=10))
 
 
 def vit() -> tuple[nn.Module, Tensor]:
     """A vision transformer: tokens with a class token cross."""
     from timm.models.vision_transformer import VisionTransformer
 
-    return _seeded(lambda: VisionTransformer(img_size=SIZE_PX, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=10))
+    return _seeded(lambda: VisionTransformer(img_size=SIZE_PX, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=10))
 
 
 class _Detector(nn.Module):
@@ -94,7 +94,7 @@ class _Tokens(nn.Module):
         self.patches = nn.Conv2d(3, width, 8, 8)
         self.class_token, self.queries = (nn.Parameter(torch.randn(1, n, width)) for n in (1, 24))
         self.position = nn.Parameter(0.1 * torch.randn(1, 1 + (SIZE_PX // 8) ** 2 + 24, width))
-        self.blocks = nn.ModuleList(Block(width, 3) for _ in range(3))
+        self.blocks = nn.ModuleList(Block(width, 3) for _ in range(2))
         self.classes, self.boxes = nn.Linear(width, 4), nn.Linear(width, 4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ class _Queries(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.ReLU(), nn.Conv2d(16, 24, 2, 2))
         self.queries = nn.Parameter(torch.randn(1, 20, 24))
-        self.layers = nn.ModuleList(nn.TransformerDecoderLayer(24, 3, 48, batch_first=True) for _ in range(3))
+        self.layers = nn.ModuleList(nn.TransformerDecoderLayer(24, 3, 48, batch_first=True) for _ in range(2))
         self.classes, self.boxes = nn.Linear(24, 3), nn.Linear(24, 4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,10 +23,10 @@ import pytest
 
 from tests.fakes.server_running import environment
 
-# What a service manager does in seconds an import of torch on a busy test machine does not: the standby has it behind it.
+# What a service manager does in seconds imports on a busy test machine do not: the standby has them behind it.
 _STANDBY = """
 import sys
-import edge_server.cli, edge_server.server, splitters.runtime.tail, torch, onnxruntime
+import edge_server.cli, edge_server.server, splitters.runtime.tail, onnxruntime
 print("ready", flush=True)
 sys.stdin.readline()
 sys.exit(edge_server.cli.main(sys.argv[1:]))

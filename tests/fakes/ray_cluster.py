@@ -2,18 +2,22 @@
 
     python -m tests.fakes.ray_cluster
 
-prints the address to join and ends with its standard input.
+prints the address to join, then runs each line of its standard input, a script as JSON, and prints what that printed. It ends with
+its standard input.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import NamedTuple
 
 import psutil
@@ -26,17 +30,40 @@ class Cluster(NamedTuple):
 
     address: str
     process: psutil.Process
+    program: subprocess.Popen[str]
 
     def replicas(self) -> list[int]:
         """Process ids of the tails' replicas."""
-        found = []
-        for process in self.process.children(recursive=True):
-            try:
-                if process.name().startswith("ray::ServeRepl") or "ray::ServeReplica" in " ".join(process.cmdline()):
-                    found.append(process.pid)
-            except psutil.Error:
-                continue
-        return found
+        return replicas(self.process)
+
+    def run(self, script: str) -> str:
+        """What a script prints on the cluster; ``ray`` and ``serve`` are there."""
+        assert self.program.stdin is not None
+        assert self.program.stdout is not None
+        self.program.stdin.write(json.dumps(script) + "\n")
+        self.program.stdin.flush()
+        for line in self.program.stdout:
+            if line.startswith("printed "):
+                return str(json.loads(line.removeprefix("printed "))).strip()
+        raise AssertionError(f"the cluster ended with {self.program.wait()}")
+
+
+def replicas(node: psutil.Process) -> list[int]:
+    """Process ids of the tails' replicas among what a process has started."""
+    found = []
+    for process in node.children(recursive=True):
+        with suppress(psutil.Error):
+            if process.name().startswith("ray::ServeRepl") or "ray::ServeReplica" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+def end(started: psutil.Process) -> None:
+    """A process with everything that it has started, at once."""
+    with suppress(psutil.NoSuchProcess):
+        for process in [started, *started.children(recursive=True)]:  # first whoever would start it again
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
 
 
 def arguments(ray: Cluster, *more: str) -> tuple[str, ...]:
@@ -56,7 +83,7 @@ def cluster() -> Iterator[Cluster]:
         process, address = _begun()
     assert process.stdin is not None
     try:
-        yield Cluster(address, psutil.Process(process.pid))
+        yield Cluster(address, psutil.Process(process.pid), process)
     finally:
         process.stdin.close()
         try:
@@ -83,12 +110,16 @@ def _begun() -> tuple[subprocess.Popen[str], str]:
 
 def main() -> None:
     """Until the input ends."""
-    from edge_server.backends.ray.imports import ray
+    from edge_server.backends.ray.imports import ray, serve
 
     context = ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False, num_cpus=4)
     sys.stdout.write(f"address {context.address_info['gcs_address']}\n")
     sys.stdout.flush()
-    sys.stdin.read()
+    for line in sys.stdin:
+        with redirect_stdout(io.StringIO()) as printed:
+            exec(json.loads(line), {"ray": ray, "serve": serve})
+        sys.stdout.write(f"printed {json.dumps(printed.getvalue())}\n")
+        sys.stdout.flush()
     ray.shutdown()
 
 

@@ -56,7 +56,9 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def child(tmp: Path, *models: Path, arguments: Sequence[str] = (), listen: str = "127.0.0.1:0") -> Iterator[Child]:
+def child(
+    tmp: Path, *models: Path, arguments: Sequence[str] = (), listen: str = "127.0.0.1:0", start_s: float = START_S
+) -> Iterator[Child]:
     """A real ``edge-server``; killed at the end if it still runs."""
     port_file = tmp / f"port-{time.monotonic_ns()}.txt"
     chosen = [part for m in models for part in ("--model", str(m))]
@@ -64,7 +66,7 @@ def child(tmp: Path, *models: Path, arguments: Sequence[str] = (), listen: str =
     with (tmp / f"{port_file.stem}.log").open("w") as log:
         process = subprocess.Popen(line, stderr=log, stdout=log, text=True, env=environment())
     try:
-        until = time.monotonic() + START_S
+        until = time.monotonic() + start_s
         while not port_file.exists():
             assert process.poll() is None, f"edge-server ended with {process.returncode}: {Path(log.name).read_text()}"
             assert time.monotonic() < until, "edge-server did not start"

@@ -1,4 +1,4 @@
-"""What a file has of its own: a server that serves the tiny bundle, a device's cache that has met it, a Ray cluster."""
+"""What a file has of its own: a server with the tiny bundle, a cache that has met it; and what files share, a Ray cluster."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def cache(home: Path, server: str, photos: Path) -> Path:
     return home / "cache"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def joined() -> Iterator[Cluster]:
-    """A Ray cluster of the file's own."""
+    """The Ray cluster of all tests that need none of their own. Doors leave their tails on it."""
     from tests.fakes.ray_cluster import cluster
 
     with cluster() as ray:

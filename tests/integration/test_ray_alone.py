@@ -1,9 +1,7 @@
 """Ray's own way, without our door: ``serve run`` of deploy/ray/serve.yaml answers the unary call through Serve's proxy."""
 
 import asyncio
-import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +22,11 @@ from tests.fakes.server_client import Device, picture
 from tests.fakes.server_running import environment
 
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'headtail[ray]'")
+
+import psutil
+
+from tests.fakes.ray_cluster import end
+
 yaml = pytest.importorskip("yaml")
 
 CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "ray" / "serve.yaml"
@@ -54,11 +57,8 @@ def test_serve_run_answers_as_the_tail_does(tmp_path: Path) -> None:
         result = asked(address, application["name"], device, process, tmp_path / "log")
         crowd = asyncio.run(all_at_once(address, application["name"], device, 400))
     finally:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(40)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        end(psutil.Process(process.pid))
+        process.wait()
     symbols = device.codec.decode(device.payloads(picture(3)))
     (wanted,) = load_tail(bundle).run([x[None] for x in device.codec.dequantise(symbols)], [(48, 40)])
     assert result.error is None, result.error
@@ -102,5 +102,5 @@ def asked(address: str, application: str, device: Device, process: subprocess.Po
                 return Result.from_proto(reply.result)
             except grpc.RpcError as error:
                 told = str(error)
-            time.sleep(1)
+                time.sleep(0.1)
     raise AssertionError(f"no answer: {told}\n{log.read_text()[-3000:]}")

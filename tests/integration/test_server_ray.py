@@ -1,11 +1,8 @@
 """Tails on Ray Serve behind our own door: the same answers, replicas' and ingresses' deaths that nobody notices, shelves."""
 
 import asyncio
-import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +16,12 @@ from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.client_process import TRANSPORTS
 from tests.fakes.links import asking
 from tests.fakes.server_client import Device, Stream, picture, session
-from tests.fakes.server_running import Child, child, environment
+from tests.fakes.server_running import Child, child
 
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'headtail[ray]'")
 pytest.importorskip("psutil")
 
-from tests.fakes.ray_cluster import Cluster, arguments, cluster
+from tests.fakes.ray_cluster import Cluster, arguments
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +31,13 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:
 
 
 @pytest.fixture(scope="module")
-def server(joined: Cluster, bundles: list[Bundle], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+def others(joined: Cluster) -> set[int]:
+    """The tails of other files' doors."""
+    return set(joined.replicas())
+
+
+@pytest.fixture(scope="module")
+def server(joined: Cluster, others: set[int], bundles: list[Bundle], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
     extra = arguments(joined, "--replicas", "2", "--reuse-port")
     with child(tmp_path_factory.mktemp("server"), bundles[0].path, arguments=extra) as server:
         yield server
@@ -73,19 +76,22 @@ async def camera(address: str, bundle: Bundle, number: int, frames: int, transpo
     return took
 
 
-async def test_a_killed_replica_costs_no_frame(server: Child, bundles: list[Bundle], joined: Cluster) -> None:
-    before = joined.replicas()
+async def test_a_killed_replica_costs_no_frame(server: Child, bundles: list[Bundle], joined: Cluster, others: set[int]) -> None:
+    before = set(joined.replicas()) - others
     assert len(before) == 2
+    killed = before.pop()
     cameras = [asyncio.create_task(camera(server.address, bundles[0], n, 60, TRANSPORTS[n % 2])) for n in range(4)]
     await asyncio.sleep(0.5)
-    os.kill(before[0], signal.SIGKILL)
+    os.kill(killed, signal.SIGKILL)
     took = [t for task in cameras for t in await task]
     assert len(took) == 240
     assert max(took) < 20
     until = time.monotonic() + 90
-    while time.monotonic() < until and (len(now := joined.replicas()) < 2 or before[0] in now):
+    while time.monotonic() < until and (len(now := set(joined.replicas()) - others) < 2 or killed in now):
         await asyncio.sleep(0.2)
-    assert len(joined.replicas()) == 2  # and Serve has put another one in its place
+    now = set(joined.replicas()) - others
+    assert len(now) == 2  # and Serve has put another one in its place
+    assert killed not in now
 
 
 async def test_a_second_ingress_shares_the_tails_and_the_address(
@@ -106,11 +112,7 @@ async def test_a_second_ingress_shares_the_tails_and_the_address(
 async def test_a_site_that_deploys_the_tails_itself_has_them_used(joined: Cluster, bundles: list[Bundle], tmp_path: Path) -> None:
     """By name, as deploy/ray/rayservice.yaml does; the door starts none of its own."""
     before = set(joined.replicas())
-    deployed = subprocess.run(
-        [sys.executable, "-c", DEPLOY, joined.address, str(bundles[1].path), bundles[1].manifest.name],
-        env=environment(), capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert deployed.returncode == 0, deployed.stderr
+    joined.run(DEPLOY.format(model=str(bundles[1].path), name=bundles[1].manifest.name))
     tails = set(joined.replicas())
     assert len(tails - before) == 1
     with child(tmp_path, bundles[1].path, arguments=arguments(joined)) as door:
@@ -119,13 +121,9 @@ async def test_a_site_that_deploys_the_tails_itself_has_them_used(joined: Cluste
 
 
 DEPLOY = """
-import sys
-from edge_server.backends.ray.imports import ray, serve
 from edge_server.backends.ray.apps import tails
-address, model, name = sys.argv[1:]
-ray.init(address=address, namespace="headtail", log_to_driver=False)
 serve.start(proxy_location="Disabled")
-serve.run(tails({"model": model, "cpus": "0.5"}), name=f"headtail-{name}", route_prefix=None)
+serve.run(tails({{"model": {model!r}, "cpus": "0.5"}}), name="headtail-{name}", route_prefix=None)
 """
 
 
@@ -151,27 +149,3 @@ async def _mixed(address: str, bundle: Bundle) -> int:
             result = await stream.frame(device.layers(picture(i), i))
             answered += result.error is None
     return answered
-
-
-async def test_ingresses_that_start_together_on_an_empty_cluster_deploy_once(bundles: list[Bundle], tmp_path: Path) -> None:
-    bundle, seen, done = bundles[0], set[int](), asyncio.Event()
-
-    with cluster() as empty, contextlib.ExitStack() as stack:
-
-        async def watch() -> None:
-            while not done.is_set():
-                seen.update(await asyncio.to_thread(empty.replicas))
-                await asyncio.sleep(0.05)
-
-        def begin(number: int) -> Child:
-            (folder := tmp_path / str(number)).mkdir()
-            return stack.enter_context(child(folder, bundle.path, arguments=arguments(empty)))
-
-        watching = asyncio.create_task(watch())
-        doors = await asyncio.gather(*(asyncio.to_thread(begin, n) for n in range(3)))
-        for door in doors:
-            assert len(await camera(door.address, bundle, 0, 3)) == 3
-        await asyncio.sleep(1.0)
-        done.set()
-        await watching
-    assert len(seen) == 1

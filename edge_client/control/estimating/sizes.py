@@ -134,13 +134,15 @@ class PayloadSizes:
 
     def expect_all(self, rows: Iterable[tuple[str, int]], now_ns: int) -> list[tuple[float, float]]:
         """The same of several choices with the ages of their references, as medians and 95th percentiles."""
-        commons: dict[tuple[str, int], tuple[float, float] | None] = {}  # logarithm over the table, p95 over the median
+        # Logarithm over the table, the same as a factor, p95 over the median.
+        commons: dict[tuple[str, int], tuple[float, float, float] | None] = {}
         found: list[tuple[float, float]] = []
         for name, age in rows:
             said, key, predicted = self.table[name], (self.kinds[name], age), age > 0
             if key not in commons:
                 context = self._nearest(key[0], _bounded(age))
-                commons[key] = (context.common.mean_at(now_ns), exp(_P95 * context.noise)) if context is not None else None
+                mean = context.common.mean_at(now_ns) if context is not None else 0.0
+                commons[key] = (mean, _factor(mean), exp(_P95 * context.noise)) if context is not None else None
             common = commons[key]
             if said.p50 <= 0 or (common is None and not predicted):
                 found.append((said.p50, said.p95))
@@ -148,9 +150,8 @@ class PayloadSizes:
                 found.append((said.p50 * exp(_PREDICTED_MEAN), max(said.p50, said.p95) * exp(_PREDICTED_MEAN)))
             else:
                 own = self._own.get((name, predicted))
-                off = common[0] + (own.mean_at(now_ns) if own is not None else 0.0)
-                middle = said.p50 * exp(min(max(off, -_MOST), _MOST))
-                found.append((middle, middle * common[1]))
+                middle = said.p50 * (common[1] if own is None else _factor(common[0] + own.mean_at(now_ns)))
+                found.append((middle, middle * common[2]))
         return found
 
     def _context(self, kind: str, age: int, said: Quantiles, now_ns: int) -> _Context:
@@ -182,6 +183,11 @@ class PayloadSizes:
         if key not in self._own:
             self._own[key] = _Part(var=_OWN_VAR, prior_var=_OWN_VAR, drift_per_s=_OWN_DRIFT_PER_S, fade_s=_OWN_FADE_S, at_ns=now_ns)
         return self._own[key]
+
+
+def _factor(off: float) -> float:
+    """Of a size over the table's, from its logarithm."""
+    return exp(min(max(off, -_MOST), _MOST))
 
 
 def _bounded(age: int) -> int:

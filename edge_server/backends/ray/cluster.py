@@ -72,6 +72,7 @@ class Cluster:
         self._config = config
         self._door = uuid.uuid4().hex
         self._gate = _Gate()
+        self._deploying = threading.Lock()
         self._ours = False
         self._register: Any = None
         self._nodes: list[psutil.Process] = []  # started here
@@ -133,11 +134,12 @@ class Cluster:
         """
         until_s = time.monotonic() + self._config.deploy_s
         with self._turn(name, until_s) as prolong:
-            ours = self._state(name) is None
-            if ours:
-                target = serve.RunTarget(build(), name=name, route_prefix=None)
-                with self._gate():
-                    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+            with self._deploying:  # a door loads bundles in several threads, and Serve cannot make two applications at a time
+                ours = self._state(name) is None
+                if ours:
+                    target = serve.RunTarget(build(), name=name, route_prefix=None)
+                    with self._gate():
+                        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
             try:
                 handle = self._wait(name, until_s, prolong)
             except ModelError:

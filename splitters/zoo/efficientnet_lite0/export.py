@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,18 @@ from splitters.exporting.learned import (
 )
 from splitters.zoo.efficientnet_lite0.export_plain import common_fields, write_local
 from splitters.zoo.efficientnet_lite0.network import DEFAULT_SIZE_PX, MBConv, load_efficientnet_lite0
-from splitters.zoo.efficientnet_lite0.split import C_LATENT, PRUNED, fuse_norms, skeleton, staged
+from splitters.zoo.efficientnet_lite0.pruning import Pick
+from splitters.zoo.efficientnet_lite0.split import C_LATENT, PRUNED, SLIM, fuse_norms, skeleton, staged
 
 
 def _hollow(block: MBConv, keep: int) -> None:
     """Gives a block ``keep`` expansion channels; its weights are to be loaded afterwards."""
-    for layer in (narrow(block.expand, nn.Sequential), block.depthwise, block.project):
+    layers = [block.depthwise, block.project]
+    if isinstance(block.expand, nn.Identity):
+        block.expand = Pick(torch.arange(keep))
+    else:
+        layers.append(narrow(block.expand, nn.Sequential))
+    for layer in layers:
         conv, norm = layer[0], layer[1]
         conv = narrow(conv, nn.Conv2d)
         norm = narrow(norm, nn.BatchNorm2d)
@@ -60,47 +65,39 @@ def _hollow(block: MBConv, keep: int) -> None:
             getattr(norm, name).data = getattr(norm, name).data[:keep].clone()
 
 
-def blank_student(tiers: int, deep: tuple[int, int] = (0, 0)) -> LearnedSplit:
+def blank_student(tiers: int) -> LearnedSplit:
     """The student's modules with the published weights where it has them, the rest to be loaded.
 
     Args:
         tiers: how many gain tiers.
-        deep: late residual blocks of the two small encoders.
     """
     model = load_efficientnet_lite0()
-    blocks = narrow(copy.deepcopy(model.blocks[:6]), nn.Sequential)
-    for index, keep in PRUNED.items():
-        _hollow(narrow(blocks[index], MBConv), keep)
-    fused = fuse_norms(blocks)
-    fused = narrow(fused, nn.Sequential)
-    return skeleton(fused, staged(model), steps=(1.0,) * tiers, deep=deep)
+    bodies = []
+    for kept in (*SLIM, PRUNED):
+        blocks = narrow(copy.deepcopy(model.blocks[:6]), nn.Sequential)
+        for index, keep in kept.items():
+            _hollow(narrow(blocks[index], MBConv), keep)
+        bodies.append(narrow(fuse_norms(blocks), nn.Sequential))
+    return skeleton(bodies, staged(model), steps=(1.0,) * tiers)
 
 
-def _deep(state: Mapping[str, Tensor]) -> tuple[int, int]:
-    """How many late residual blocks the small encoders of a state have."""
-    first, second = (len({k.split(".")[4] for k in state if k.startswith(f"ensemble.encoders.{i}.deep.")}) for i in (0, 1))
-    return first, second
-
-
-def load_student(folder: Path, deep: tuple[int, int] | None = None) -> LearnedSplit:
+def load_student(folder: Path) -> LearnedSplit:
     """The student from its shipped weights, float32, eval mode.
 
     Args:
         folder: with the weights.
-        deep: least number of late residual blocks, further ones being the identity.
 
     Raises:
         BundleError: the weights are absent or of another shape.
     """
     try:
         state = load_file(folder / WEIGHTS_FILE)
-        found = _deep(state)
-        first, second = (max(a, b) for a, b in zip(found, deep or found, strict=True))
-        student = blank_student(len(state["quantiser.log_gain"]), (first, second))
-        missing, unexpected = student.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+        student = blank_student(len(state["quantiser.log_gain"]))
+        floats = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        missing, unexpected = student.load_state_dict(floats, strict=False)
     except (OSError, KeyError, RuntimeError) as error:
         raise BundleError(f"{folder} holds no usable weights of the learned bottleneck: {error}") from error
-    lost = [k for k in missing if k.startswith(TUNED) and not k.endswith("num_batches_tracked") and ".deep." not in k]
+    lost = [k for k in missing if k.startswith(TUNED)]
     if lost or unexpected:
         raise BundleError(f"{folder / WEIGHTS_FILE} does not fit this release: missing {lost[:3]}, unknown {unexpected[:3]}")
     return student.eval()

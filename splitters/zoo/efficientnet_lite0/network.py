@@ -52,7 +52,7 @@ class MBConv(nn.Module):
     def __init__(self, c_in: int, c_out: int, expansion: int, kernel: int, stride: int) -> None:
         super().__init__()
         mid = c_in * expansion
-        self.expand = conv_bn(c_in, mid, 1) if expansion != 1 else nn.Identity()
+        self.expand: nn.Module = conv_bn(c_in, mid, 1) if expansion != 1 else nn.Identity()
         self.depthwise = conv_bn(mid, mid, kernel, stride, groups=mid)
         self.project = conv_bn(mid, c_out, 1, act=False)
         self.residual = stride == 1 and c_in == c_out

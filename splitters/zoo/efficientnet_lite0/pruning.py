@@ -20,11 +20,33 @@ from splitters.zoo.efficientnet_lite0.network import MBConv
 _SAMPLES = 40_000
 
 
-def _keep(conv: nn.Conv2d, norm: nn.BatchNorm2d, kept: Tensor, *, depthwise: bool) -> None:
+class Pick(nn.Module):
+    """Some channels of a map: what a pruned block without an expansion begins with.
+
+    Args:
+        kept: indices of the channels, int64.
+    """
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.kept: Tensor
+        self.register_buffer("kept", kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to (N, len(kept), H, W)."""
+        return x.index_select(1, self.kept)
+
+
+def _keep(layer: nn.Sequential, kept: Tensor, *, depthwise: bool) -> None:
+    conv, norm = narrow(layer[0], nn.Conv2d), layer[1]
     conv.weight.data = conv.weight.data[kept].clone()
     conv.out_channels = len(kept)
     if depthwise:
         conv.in_channels = conv.groups = len(kept)
+    if not isinstance(norm, nn.BatchNorm2d):
+        bias = narrow(conv.bias, nn.Parameter)
+        bias.data = bias.data[kept].clone()
+        return
     for name in ("weight", "bias", "running_mean", "running_var"):
         getattr(norm, name).data = getattr(norm, name).data[kept].clone()
     norm.num_features = len(kept)
@@ -66,8 +88,8 @@ def prune_block(block: MBConv, keep: int, x: Tensor, target: Tensor) -> MBConv:
     """``block`` with ``keep`` expansion channels whose output on ``x`` comes closest to ``target``.
 
     Args:
-        block: an inverted residual block with an expansion.
-        keep: expansion channels that stay.
+        block: an inverted residual block, its norms apart or already part of its convolutions.
+        keep: expansion channels that stay; of a block without an expansion, channels of its input.
         x: (N, C_in, H, W), what the pruned block will be fed with.
         target: (N, C_out, h, w), what it shall give, before its residual sum.
 
@@ -82,20 +104,22 @@ def prune_block(block: MBConv, keep: int, x: Tensor, target: Tensor) -> MBConv:
     mean, wanted_mean = rows.mean(1, keepdim=True), wanted.mean(1, keepdim=True)
     kept, weights = eliminate(rows - mean, wanted - wanted_mean, keep)
     pruned = copy.deepcopy(block)
-    for layer, depthwise in ((narrow(pruned.expand, nn.Sequential), False), (pruned.depthwise, True)):
-        conv, norm = layer[0], layer[1]
-        conv = narrow(conv, nn.Conv2d)
-        norm = narrow(norm, nn.BatchNorm2d)
-        _keep(conv, norm, kept, depthwise=depthwise)
-    conv, norm = pruned.project[0], pruned.project[1]
-    conv = narrow(conv, nn.Conv2d)
-    norm = narrow(norm, nn.BatchNorm2d)
+    if isinstance(block.expand, nn.Identity):
+        pruned.expand = Pick(kept)
+    else:
+        _keep(narrow(pruned.expand, nn.Sequential), kept, depthwise=False)
+    _keep(pruned.depthwise, kept, depthwise=True)
+    conv, norm = narrow(pruned.project[0], nn.Conv2d), pruned.project[1]
     conv.in_channels = keep
     conv.weight.data = weights.float()[:, :, None, None].contiguous()
+    offset = (wanted_mean - weights @ mean[kept]).flatten().float()
+    if not isinstance(norm, nn.BatchNorm2d):
+        narrow(conv.bias, nn.Parameter).data = offset
+        return pruned
     norm.running_mean = torch.zeros(norm.num_features)
     norm.running_var = torch.full((norm.num_features,), 1.0 - norm.eps)
     norm.weight.data.fill_(1.0)
-    norm.bias.data = (wanted_mean - weights @ mean[kept]).flatten().float()
+    norm.bias.data = offset
     return pruned
 
 

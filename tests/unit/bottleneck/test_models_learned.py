@@ -14,13 +14,14 @@ from torch import nn
 from protos.errors import BundleError, ConfigError
 from splitters.bottleneck.ensemble import OwnEncoder
 from splitters.bottleneck.learned import LearnedSplit
+from splitters.bottleneck.narrow import narrow
 from splitters.bundle.operating_point import load_points
 from splitters.codec import LearnedCodec, learned_spec
 from splitters.exporting.learned import TABLES_FILE, Rung, exportable, gains_at, operating_points, prices_at, tuned_state
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
 from splitters.zoo.efficientnet_lite0.export import LearnedTail, load_student
-from splitters.zoo.efficientnet_lite0.network import load_efficientnet_lite0
-from splitters.zoo.efficientnet_lite0.pruning import eliminate, prune_blocks
+from splitters.zoo.efficientnet_lite0.network import MBConv, load_efficientnet_lite0
+from splitters.zoo.efficientnet_lite0.pruning import Pick, eliminate, prune_blocks
 from splitters.zoo.efficientnet_lite0.split import C_LATENT, fuse_norms
 from tests.fakes.symbols import same
 
@@ -136,13 +137,35 @@ def test_elimination_keeps_the_rows_that_matter() -> None:
 def test_pruning_keeps_outputs_near_and_refuses_too_many() -> None:
     torch.manual_seed(0)
     model = load_efficientnet_lite0()
-    blocks = copy.deepcopy(model.blocks[:2])
+    blocks = narrow(copy.deepcopy(model.blocks[:2]), nn.Sequential)
     x = torch.randn(2, 32, 16, 16).clamp(0, 6)
     with torch.no_grad():
         full, slim = blocks(x), prune_blocks(blocks, {1: 80}, x)(x)
     assert float((full - slim).square().sum() / (full - full.mean((0, 2, 3), keepdim=True)).square().sum()) < 0.05
     with pytest.raises(ConfigError, match="97"):
         prune_blocks(blocks, {1: 97}, x)
+
+
+def test_pruning_is_the_same_with_norms_already_in_the_convolutions() -> None:
+    torch.manual_seed(0)
+    blocks = narrow(copy.deepcopy(load_efficientnet_lite0().blocks[:2]), nn.Sequential)
+    x = torch.randn(2, 32, 16, 16).clamp(0, 6)
+    apart, fused = (prune_blocks(b, {1: 64}, x) for b in (blocks, narrow(fuse_norms(blocks), nn.Sequential)))
+    with torch.no_grad():
+        assert torch.allclose(apart(x), fused(x), atol=1e-3)
+
+
+def test_a_block_without_expansion_takes_some_of_its_input() -> None:
+    torch.manual_seed(0)
+    blocks: nn.Sequential = narrow(copy.deepcopy(load_efficientnet_lite0().blocks[:1]), nn.Sequential)
+    x = torch.randn(2, 32, 16, 16).clamp(0, 6)
+    x[:, 20:] = 0
+    with torch.no_grad():
+        slim = prune_blocks(blocks, {0: 20}, x)
+        kept = narrow(narrow(slim[0], MBConv).expand, Pick).kept
+        assert len(kept) == 20
+        assert float((blocks(x) - slim(x)).abs().max()) < 0.05 * float(blocks(x).abs().max()), "what is empty is not missed"
+        assert narrow(slim[0], MBConv).depthwise[0].groups == 20
 
 
 def test_points_that_fit_one_packet_travel_in_one_layer() -> None:

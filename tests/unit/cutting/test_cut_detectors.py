@@ -56,12 +56,16 @@ def bundle(detector: Any, photo: torch.Tensor, tmp_path_factory: pytest.TempPath
     return written.bundle
 
 
+@pytest.fixture(scope="module")
+def split(detector: Any, photo: torch.Tensor) -> DetectorSplit:
+    return DetectorSplit(detector, AT, [photo, photo[:, :200, :150].contiguous()])
+
+
 def frame_of(photo: torch.Tensor) -> Any:
     return np.ascontiguousarray((photo.permute(1, 2, 0).numpy()[..., ::-1] * 255).round().astype(np.uint8))
 
 
-def test_a_cut_with_two_tensors_finds_the_same_objects(detector: Any, photo: torch.Tensor) -> None:
-    split = DetectorSplit(detector, AT, [photo])
+def test_a_cut_with_two_tensors_finds_the_same_objects(split: DetectorSplit, detector: Any, photo: torch.Tensor) -> None:
     found = split.verify([photo])
     assert found.boxes >= 20
     assert found.worst_before_nms <= 1e-4
@@ -70,10 +74,8 @@ def test_a_cut_with_two_tensors_finds_the_same_objects(detector: Any, photo: tor
     assert type(detector.backbone).__name__ != "_Given"  # the detector itself was left whole
 
 
-def test_sources_of_several_sizes_share_a_batch(detector: Any, photo: torch.Tensor) -> None:
-    photos = [photo, photo[:, :200, :150].contiguous()]
-    split = DetectorSplit(detector, AT, photos)
-    assert split.verify(photos).boxes >= 40
+def test_sources_of_several_sizes_share_a_batch(split: DetectorSplit, photo: torch.Tensor) -> None:
+    assert split.verify([photo, photo[:, :200, :150].contiguous()]).boxes >= 40
 
 
 def test_two_stages_with_regions_are_cut_too(photo: torch.Tensor) -> None:
@@ -83,12 +85,11 @@ def test_two_stages_with_regions_are_cut_too(photo: torch.Tensor) -> None:
     assert found.worst_iou >= 0.999
 
 
-def test_a_tail_that_is_wrong_is_refused(detector: Any, photo: torch.Tensor) -> None:
-    split = DetectorSplit(detector, AT, [photo])
+def test_a_tail_that_is_wrong_is_refused(split: DetectorSplit, photo: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     other = build(NAME, {})
     with torch.no_grad():
         other.head.classification_head.module_list[0][1].weight.mul_(1.01)
-    split.tail.detector.head = other.head
+    monkeypatch.setattr(split.tail.detector, "head", other.head)
     with pytest.raises(CutError, match="before suppression a tensor differs"):
         split.verify([photo])
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from protos.errors import ConfigError
-from splitters.bottleneck.ensemble import SmallEncoder, SmallEncoderConfig
+from protos.errors import BundleError, ConfigError
+from splitters.bottleneck.ensemble import OwnEncoder, SmallEncoder, SmallEncoderConfig
 from splitters.bottleneck.learned import LearnedSplit
+from splitters.bottleneck.narrow import narrow
 from splitters.evaluation.bdrate import Curve, resample
 from splitters.exporting.learned import WEIGHTS_FILE
 from splitters.training.loop import parameter_groups
@@ -21,7 +22,7 @@ from splitters.training.recipes import RECIPES, recipe
 from splitters.training.single import estimated_bytes, parse_point, single_from, single_point
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
 from splitters.zoo.efficientnet_lite0.export import load_student
-from splitters.zoo.efficientnet_lite0.split import DEEP, TIERS
+from splitters.zoo.efficientnet_lite0.split import slim_from_own
 from tests.bench.penalty import penalty, read_at
 
 FOLDER = WEIGHTS
@@ -29,7 +30,7 @@ FOLDER = WEIGHTS
 
 @pytest.fixture(scope="module")
 def shipped() -> LearnedSplit:
-    return load_student(FOLDER, DEEP)
+    return load_student(FOLDER)
 
 
 def test_late_blocks_start_as_the_identity_and_then_learn() -> None:
@@ -51,15 +52,28 @@ def test_late_blocks_start_as_the_identity_and_then_learn() -> None:
         assert not torch.allclose(encoder.eval()(x), encoder.project(encoder.body(x)))
 
 
-def test_weights_without_late_blocks_can_be_given_some(tmp_path: Path) -> None:
-    state = {k: v for k, v in load_file(FOLDER / WEIGHTS_FILE).items() if ".deep." not in k}
-    save_file(state, tmp_path / WEIGHTS_FILE)
-    plain, grown = load_student(tmp_path), load_student(tmp_path, DEEP)
-    encoders = [e for e in grown.ensemble.encoders if isinstance(e, SmallEncoder)]
-    assert [len(e.deep) for e in encoders] == list(DEEP)
-    x = torch.rand(1, 3, 64, 64)
+def test_cheaper_encoders_begin_near_the_own_one(shipped: LearnedSplit) -> None:
+    own = narrow(shipped.ensemble.encoders[-1], OwnEncoder)
+    before = {k: v.clone() for k, v in own.state_dict().items()}
+    torch.manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.randn(12, 3, 12, 12), size=(96, 96), mode="bicubic")
     with torch.no_grad():
-        assert all(torch.equal(plain.latent(x, t), grown.latent(x, t)) for t in range(len(TIERS)))
+        stem_map = shipped.stem(smooth)
+        encoders = slim_from_own(own, stem_map[:8])
+        wanted = own(stem_map[8:])
+        spread = (wanted - wanted.mean((0, 2, 3), keepdim=True)).square().mean()
+        errors = [float((e.eval()(stem_map[8:]) - wanted).square().mean() / spread) for e in encoders]
+    assert 0 < errors[2] < errors[1] < errors[0] < 1, "the more is kept the nearer"
+    assert all(torch.equal(v, before[k]) for k, v in own.state_dict().items())
+    weights = [sum(p.numel() for p in e.parameters()) for e in (*encoders, own)]
+    assert weights == sorted(weights)
+
+
+def test_weights_of_other_encoders_are_refused(tmp_path: Path) -> None:
+    state = load_file(FOLDER / WEIGHTS_FILE)
+    save_file({k: v for k, v in state.items() if ".encoders.1." not in k}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(BundleError, match="missing"):
+        load_student(tmp_path)
 
 
 def test_every_trainable_parameter_has_one_role(shipped: LearnedSplit) -> None:
@@ -67,7 +81,9 @@ def test_every_trainable_parameter_has_one_role(shipped: LearnedSplit) -> None:
     assert set(groups) == {"shared", "new", "bridge", "quantiser", "own", "tail0", "tail1", "tail2"}
     ids = [id(p) for params in groups.values() for p in params]
     assert len(ids) == len(set(ids))
-    fixed = {id(p) for n, p in shipped.named_parameters() if n.startswith("stem.") or ".trunk." in n}
+    fixed = {id(p) for n, p in shipped.named_parameters() if n.startswith("stem.")}
+    own = {id(p) for p in narrow(shipped.ensemble.encoders[-1], OwnEncoder).body.parameters()}
+    assert {id(p) for p in groups["own"]} == own, "the cheaper encoders are of the same build, but new"
     assert {id(p) for p in shipped.parameters()} == fixed | set(ids)
 
 

@@ -25,11 +25,11 @@ from splitters.runtime.sessions import open_graph
 from splitters.runtime.tail import load_tail
 from splitters.training.config import LossWeights
 from splitters.training.losses import staged_distortion
+from splitters.zoo.defaults import find
 from splitters.zoo.detector.export import (
     FOLDER,
     LATENT_SHAPE,
     LearnedDetectorTail,
-    export_learned,
 )
 from splitters.zoo.detector.export_plain import WholeDetector
 from splitters.zoo.detector.network import Detector, load_detector
@@ -138,10 +138,11 @@ def test_weights_reload_and_wrong_ones_are_refused(
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle() -> Bundle:
+    """As it is exported once in a run."""
     if not (FOLDER / WEIGHTS_FILE).exists():
         pytest.skip("no trained bottleneck in this tree")
-    return export_learned(tmp_path_factory.mktemp("detector") / "bundle")
+    return find("detector")
 
 
 def test_shipped_bundle_answers_through_every_point(bundle: Bundle) -> None:

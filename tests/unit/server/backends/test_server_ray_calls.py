@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -146,6 +149,44 @@ def test_what_another_door_deployed_while_this_one_waited_is_not_deployed_again(
     monkeypatch.setattr(cluster.serve, "run_many", lambda *_args, **_names: runs.append("again"))
     assert made.deploy("app", lambda: None) == "app"
     assert runs == []
+
+
+def test_bundles_that_load_beside_each_other_deploy_their_shelf_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve could not make two applications at a time: a bundle was missing from a shelf now and then."""
+    made, there, built = Cluster(RayConfig()), set[str](), list[str]()
+    second = threading.Thread(target=lambda: made.deploy("shelf", lambda: built.append("second")))
+    asked = threading.Event()
+
+    @contextlib.contextmanager
+    def turn(name: str, until_s: float) -> Iterator[Callable[[], None]]:
+        if threading.current_thread() is second:
+            asked.set()  # a turn is the door's, so it has it as well
+        yield lambda: None
+
+    def build() -> None:
+        second.start()
+        assert asked.wait(60)
+        built.append("first")
+
+    monkeypatch.setattr(made, "_turn", turn)
+    monkeypatch.setattr(made, "_state", lambda name: name if name in there else None)
+    monkeypatch.setattr(made, "_wait", lambda name, until_s, prolong: name)
+    monkeypatch.setattr(cluster.serve, "run_many", lambda *_args, **_names: there.add("shelf"))
+    assert made.deploy("shelf", build) == "shelf"
+    second.join(60)
+    assert built == ["first"]
+
+
+def test_what_a_start_waited_for_is_said_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace(status=SimpleNamespace(value="DEPLOYING"), deployments={}, message="")
+    monkeypatch.setattr(cluster.serve, "status", lambda: SimpleNamespace(applications={"app": state}))
+    monkeypatch.setattr(cluster.ray, "get", lambda call, *, timeout: call)
+    made, register = Cluster(RayConfig()), MagicMock()
+    made._register = register
+    register.failures.remote.return_value = {"10.0.0.2": (3, "cannot keep bundle abc at /cache"), "10.0.0.3": (1, "no room")}
+    wanted = "on node 10.0.0.2, 3 times: cannot keep bundle abc at /cache; on node 10.0.0.3, 1 times: no room"
+    with pytest.raises(ModelError, match=f"app did not start within 300 s: {re.escape(wanted)}"):
+        made._wait("app", until_s=0.0)
 
 
 def test_no_call_goes_into_ray_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
