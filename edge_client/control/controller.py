@@ -1,4 +1,4 @@
-"""Chooses, frame by frame, how much is said to the server.
+"""Chooses, frame by frame, how much is said to the server. Over 400 lines: what a `Policy` is told and asked, in one state.
 
 The objective is the expected accuracy of the frames captured: a frame without an answer before its deadline counts
 zero. P(on time), the local fallback included, should reach the target. A choice that falls short of the target loses value
@@ -21,6 +21,7 @@ from edge_client.control.estimating.estimator import Estimator
 from edge_client.control.estimating.sizes import PayloadSizes
 from edge_client.control.estimating.window import CreditWindow
 from edge_client.control.explain import explanation
+from edge_client.control.lossy import LossyPath
 from edge_client.control.options import KEY, Option, led_by, useful
 from edge_client.control.scoring import LEAST_GAIN, Moment, Score, most_hopeful
 from protos.errors import ConfigError
@@ -89,6 +90,7 @@ class Controller:
         self._bytes = (0.0, 0.0)
         self._consider()
         self._by_name = {o.name: o for o in [*remote, *([self._local] if self._local else [])]}
+        self._lossy = LossyPath()
         self._learnt = 0
         self._stretch = 1.0  # of a job, on a device that were this camera's alone and as much slower as its share is small
         self._free_ns = 0.0  # when that device is free
@@ -121,7 +123,7 @@ class Controller:
     def on_sent(self, frame_id: int, n_bytes: int, now_ns: int) -> None:
         """Bytes of a layer were handed to the transport."""
         self.budget.spend(max(0, n_bytes), now_ns)
-        self.estimator.on_sent(frame_id, n_bytes, now_ns)
+        self.estimator.on_sent(frame_id, self._lossy.sent(n_bytes, self.frame_bytes()), now_ns)
         self._look_ahead()
         if self._resize:  # now, with the frame on its way, rather than in the next decision
             self._believe_sizes(now_ns)
@@ -135,8 +137,8 @@ class Controller:
         self.estimator.on_refused(frame_id, now_ns)
 
     def on_lost(self, frame_id: int, now_ns: int) -> None:
-        """No answer will come for the frame: it no longer fills the window."""
-        self.estimator.on_lost(frame_id, now_ns)
+        """No answer will come for the frame: it no longer fills the window. Losses beyond what the path explains are news."""
+        self.estimator.on_lost(frame_id, now_ns, explained=self._lossy.explains())
 
     def on_pong(self, rtt_ns: int, now_ns: int) -> None:
         """A ping came back."""
@@ -146,9 +148,14 @@ class Controller:
         """Whether the round trip should be measured now."""
         return self.estimator.ping_due(now_ns)
 
-    def on_transport(self, *, reliable: bool) -> None:
+    def on_transport(self, *, reliable: bool, lost: tuple[float, float] | None = None) -> None:
         """From now on frames go by a stream, or by datagrams: how late answers come is learnt for each."""
         self.estimator.set_reliable(reliable)
+        self._lossy.set_lost(None if reliable else lost)
+
+    def frame_bytes(self) -> float:
+        """See ``Policy``."""
+        return self._lossy.frame_bytes(self._interval_ns / self.estimator.ns_per_byte)
 
     def set_limit(self, max_in_flight: int) -> None:
         """Frames that may be unanswered by the server's welcome; 0: no limit of its own."""
@@ -323,7 +330,7 @@ class Controller:
         moment = Moment(
             e, self._local, now_ns, deadline_ns, self._backlog, late_ns,
             target=self.config.target_on_time, fine=self._fine, usual_ns=usual_ns, roomy=roomy,
-            since_ns=since_ns, stretch=self._stretch,
+            since_ns=since_ns, stretch=self._stretch, redundancy=self._lossy.redundancy, frame_bytes=self.frame_bytes(),
         )  # fmt: skip
         scores = [moment.score_local(self._local)] if self._local else []
         closed = e.connected and self._score_remotes(scores, moment, tokens)

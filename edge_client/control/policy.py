@@ -8,6 +8,7 @@ block or read a clock itself.
 from __future__ import annotations
 
 from abc import abstractmethod
+from math import inf
 from typing import Protocol
 
 from edge_client.control.decision import Decision
@@ -50,6 +51,10 @@ class Policy(Protocol):
         """Whether the round trip should be measured now."""
         ...
 
+    def frame_bytes(self) -> float:
+        """What a frame should cost on the wire at most, parity included; infinite: as much as the losses ask for."""
+        return inf
+
     # ------------------------------------------------------------------ told
 
     def on_connect(self, now_ns: int) -> None:
@@ -58,8 +63,13 @@ class Policy(Protocol):
     def on_disconnect(self, now_ns: int) -> None:
         """The session is gone, or takes no more frames."""
 
-    def on_transport(self, *, reliable: bool) -> None:
-        """From now on what is sent arrives, in order, or the session ends (a stream); or it may be lost, and holds nothing up."""
+    def on_transport(self, *, reliable: bool, lost: tuple[float, float] | None = None) -> None:
+        """From now on what is sent arrives, in order, or the session ends (a stream); or it may be lost, and holds nothing up.
+
+        Args:
+            reliable: a stream.
+            lost: of the other kind, the share of packets lost and the mean run of losses.
+        """
 
     def set_limit(self, max_in_flight: int) -> None:
         """Frames that may be unanswered by the server's welcome; 0: no limit of its own."""

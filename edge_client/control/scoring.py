@@ -9,6 +9,7 @@ from math import erf, inf
 from edge_client.control.backlog import CELLS, Backlog, Row
 from edge_client.control.estimating.estimator import Estimator
 from edge_client.control.options import DEVICE_NOISE, Option
+from protos.datagrams.loss import Redundancy
 
 # The local model makes it so often at most, if it starts now, or later: other work on the device may then stand in its way.
 _SURE_NOW, LOCAL_SURE = 0.998, 0.98
@@ -59,6 +60,7 @@ class Moment:
         local_value: what the local model adds at most where the answer does not come.
         target, fine: P(on time) asked for, and what a choice pays for each unit it lacks of it.
         waited: what is in flight has been expected back for so long that something is wrong.
+        redundancy, frame_bytes: over datagrams, the path's losses, and what a frame should cost with its parity.
         roomy: the device has time for any option and the local model within one interval, so its time costs nothing.
     """
 
@@ -69,12 +71,14 @@ class Moment:
         "drained_ns",
         "estimator",
         "fine",
+        "frame_bytes",
         "interval_ns",
         "late_ns",
         "local",
         "local_value",
         "noise_ns",
         "now_ns",
+        "redundancy",
         "roomy",
         "server_ns",
         "since_ns",
@@ -99,6 +103,8 @@ class Moment:
         roomy: bool = False,
         since_ns: float | None = None,
         stretch: float = 1.0,
+        redundancy: Redundancy | None = None,
+        frame_bytes: float = inf,
     ) -> None:
         """What holds now.
 
@@ -111,6 +117,7 @@ class Moment:
         self.usual_ns = usual_ns
         self.estimator = estimator
         self.local = local
+        self.redundancy, self.frame_bytes = redundancy, frame_bytes
         self.local_value = _SURE_NOW * local.accuracy if local is not None else 0.0
         self.now_ns = now_ns
         self.deadline_ns = deadline_ns
@@ -163,9 +170,16 @@ class Moment:
         slack_ns = self.deadline_ns - done_ns - DEVICE_NOISE[0] * (most_ns - least_ns)
         return self.estimator.lateness.is_never(slack_ns, self.noise_ns + per_byte * n_bytes[slack_ns < 0])
 
+    def sent(self, o: Option) -> tuple[float, float]:
+        """Of a choice: the time that the link needs for it, and the chance that it arrives; a stream repairs what it loses."""
+        if self.redundancy is None:
+            return o.typical_bytes * self.estimator.ns_per_byte, 1.0
+        n_bytes, p = self.redundancy.cost(o.typical_bytes, self.frame_bytes)
+        return n_bytes * self.estimator.ns_per_byte, p
+
     def score_remote(self, o: Option, least: float = -inf) -> Score | None:
         """A payload sent, with the local model to fall back on where there is time for it; None if worth ``least`` at most."""
-        service_ns = o.typical_bytes * self.estimator.ns_per_byte
+        service_ns, arrives = self.sent(o)
         reaches_ns = self.now_ns + o.mid_ns + self.base_ns
         begins_ns = self.drained_ns if self.drained_ns > reaches_ns else reaches_ns
         share_ns = _LINK_SHARE * self.interval_ns
@@ -177,6 +191,7 @@ class Moment:
         p = self.estimator.lateness.p_after_device(self.deadline_ns - done_ns, spread_ns, scale_ns, o.packets)
         if self.waited and p > 0.0:  # what is stuck in front must come loose in time, too
             p *= self.estimator.p_unblocked(self.now_ns, self.deadline_ns - service_ns)
+        p *= arrives
         most = p * o.accuracy + (1 - p) * self.local_value
         if most <= least:
             return None
@@ -256,11 +271,11 @@ class Moment:
             found.append((stretch * local.mid_ns, stretch * (local.high_ns - local.mid_ns), rewards))
         for o in options:
             spread_ns = o.high_ns - o.mid_ns
-            service_ns = o.typical_bytes * self.estimator.ns_per_byte
+            service_ns, arrives = self.sent(o)
             spare_ns = span_ns - o.mid_ns - self.base_ns - service_ns - self.server_ns
             alone, backed = [], []
             for late_ns in lates_ns:
-                p = self.estimator.lateness.p_within(spare_ns - late_ns, self.noise_ns + service_ns, o.packets)
+                p = arrives * self.estimator.lateness.p_within(spare_ns - late_ns, self.noise_ns + service_ns, o.packets)
                 alone.append(p * o.accuracy - fine * max(0.0, target - p))
                 if local is not None:
                     then = self.p_local(span_ns - late_ns - o.mid_ns)

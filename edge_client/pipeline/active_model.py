@@ -119,9 +119,9 @@ class ActiveModel:
         """The frame was sent and never answered. The server may hold it all the same; it is not relied upon."""
         self.controller.on_lost(wire_id, now_ns)
 
-    def set_reliable(self, reliable: bool) -> None:
-        """Whether what is sent from now on arrives, in order, or the session ends."""
-        self.controller.on_transport(reliable=reliable)
+    def set_reliable(self, reliable: bool, lost: tuple[float, float] | None = None) -> None:
+        """Whether what is sent from now on arrives, in order, or the session ends; else how the path loses packets."""
+        self.controller.on_transport(reliable=reliable, lost=lost)
         self.reliable = reliable
         if self._predictor is not None:
             self._predictor.reliable = reliable

@@ -240,9 +240,13 @@ class Exchange:
             self.strategy.on_lost([flight])
         self._pipeline.notify()
 
-    def on_reliable(self, reliable: bool) -> None:
+    def on_reliable(self, reliable: bool, lost: tuple[float, float] | None = None) -> None:
         """See ``SessionEvents``."""
-        self._pipeline.model.set_reliable(reliable)
+        self._pipeline.model.set_reliable(reliable, lost)
+
+    def frame_bytes(self) -> float:
+        """See ``SessionEvents``."""
+        return self._pipeline.model.controller.frame_bytes()
 
     def on_grant(self, grant: Grant, now_ns: int) -> None:
         """See ``SessionEvents``."""

@@ -53,8 +53,17 @@ class SessionEvents(Protocol):
     def on_lost(self, frame_id: int, now_ns: int) -> None:
         """The frame was sent, and no answer will come: its datagrams or those of its answer were lost."""
 
-    def on_reliable(self, reliable: bool) -> None:
-        """Whether what is handed over from now on arrives, in order, or the session ends; true until said otherwise."""
+    def on_reliable(self, reliable: bool, lost: tuple[float, float] | None = None) -> None:
+        """Whether what is handed over from now on arrives, in order, or the session ends; true until said otherwise.
+
+        Args:
+            reliable: it does.
+            lost: where it does not, the share of packets lost and the mean run of losses; told again when they change.
+        """
+
+    def frame_bytes(self) -> float:
+        """What a frame should cost on the wire at most, parity included."""
+        ...
 
     def on_grant(self, grant: Grant, now_ns: int) -> None:
         """The server allows more or less."""

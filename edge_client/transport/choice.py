@@ -5,11 +5,11 @@ from __future__ import annotations
 from edge_client.frames import NS_PER_S
 
 _BEGIN, _END = 0.008, 0.003  # shares of packets lost
-_COUNTED = 40  # packets whose fates are known, before anything is concluded
+_COUNTED = 20  # packets whose fates are known, before anything is concluded
 _STAY_NS = 20 * NS_PER_S  # a path that lost packets is not trusted again at once
 
 
-_UNKNOWN_S, _PROBE_S, _CLEAN_S = 0.05, 0.1, 1.0
+_UNKNOWN_S, _PROBE_S, _CLEAN_S = 0.01, 0.1, 1.0
 _KNOWN = 150  # packets, of which one at least is lost at 2 % in nineteen of twenty cases
 
 

@@ -92,6 +92,7 @@ class GrpcLink:
         self._unanswered_ns: int | None = None
         self._lane = self._open_lane() if datagrams != "never" else None
         self._beside = False
+        self._lost: tuple[float, float] | None = None
         self._choice = LaneChoice(always=datagrams == "always")
         if self._lane is not None:
             self._lane.idle = datagrams == "lossy"
@@ -126,10 +127,11 @@ class GrpcLink:
     def _goes_beside(self, lane: Lane, layers: list[FrameLayer], deadline_ns: int) -> bool:
         now_ns = self._clock()
         beside = lane.open_now and self._choice.beside(lane.loss, lane.counted, now_ns)
-        if beside != self._beside:
-            self._beside = beside
+        lost = lane.lost if beside else None
+        if (beside, lost) != (self._beside, self._lost):
+            self._beside, self._lost = beside, lost
             lane.idle = lane.open_now and not beside
-            self._events.on_reliable(not beside)
+            self._events.on_reliable(not beside, lost)
         return beside and lane.takes(layers, deadline_ns)
 
     def _send_beside(self, layers: list[FrameLayer], deadline_ns: int, gate: Gate | None) -> None:
@@ -244,7 +246,7 @@ class GrpcLink:
         self._unanswered_ns = None
         self._least_rtt_ns = None
         self.error = None
-        self._beside = False
+        self._beside, self._lost = False, None
         self._events.on_reliable(True)
         self._events.on_up(welcome)
         if self._lane is not None and welcome.datagrams is not None:

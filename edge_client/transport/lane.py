@@ -22,7 +22,7 @@ from edge_client.frames import NS_PER_MS, NS_PER_S, Clock
 from edge_client.transport.base import Gate, SessionEvents
 from edge_client.transport.choice import probe_after_s
 from protos.datagrams.channel import Channel, Item, client_configuration
-from protos.datagrams.loss import extra_for
+from protos.datagrams.loss import GOAL, PIECE_BYTES, Redundancy
 from protos.datagrams.parity import MAX_DATA
 from protos.datagrams.pieces import BODY_BYTES, Cut, Gathered, cut, pieces_of, read_piece
 from protos.errors import ProtocolError
@@ -37,7 +37,7 @@ _GRACE_NS = 100 * NS_PER_MS  # beyond a frame's deadline: then no answer will co
 _PROBE_S, _BLOCKED_PROBE_S = 0.1, 0.03
 _SILENT_RTTS, _SILENT_S = 2.0, 0.05
 _UNLIKELY = 3e-4  # that so long a silence is chance
-_GOALS = (0.995, 0.95)  # that the base layer arrives; that each of the others does
+_FURTHER_GOAL = 0.95  # that each layer but the base arrives
 _MOST_RATIO = 0.5  # of the time to the deadline, for a frame to leave
 
 
@@ -115,6 +115,14 @@ class Lane:
     def counted(self) -> int:
         """Of how many packets."""
         return self._channel.control.losses.counted if self._channel is not None else 0
+
+    @property
+    def lost(self) -> tuple[float, float] | None:
+        """How the path loses packets, rounded: the share and the mean run of losses."""
+        if self._channel is None:
+            return None
+        redundancy = Redundancy.of(self._channel.control.losses.channel())
+        return redundancy.share, redundancy.run
 
     def heard_within(self, seconds: float) -> bool:
         """Whether the server was heard on this path so lately."""
@@ -268,19 +276,19 @@ class Lane:
         channel.offer(items)
 
     def _cuts(self, channel: Channel, layers: list[FrameLayer], left_ns: int) -> list[Cut]:
-        """Pieces and parity of each layer: as much as the path's losses ask for and the time to the deadline allows."""
-        lost = channel.control.losses.channel()
-        extras = [
-            extra_for(layer.slices or pieces_of(len(layer.payload)), lost, _GOALS[0] if layer.layer == 0 else _GOALS[1])
-            for layer in layers
-        ]
+        """Pieces and parity of each layer: as much as the losses ask for, the policy grants and the time to the deadline allows."""
+        redundancy = Redundancy.of(channel.control.losses.channel())
+        granted_bytes = self._events.frame_bytes()
         most_bytes = channel.control.pace_bytes_per_s * _MOST_RATIO * left_ns / NS_PER_S
         spent = float(sum(len(layer.payload) for layer in layers))
         cuts = []
-        for layer, extra in zip(layers, extras, strict=True):
-            size = len(layer.payload) / (layer.slices or pieces_of(len(layer.payload)))
+        for layer in layers:
+            count = layer.slices or pieces_of(len(layer.payload))
+            size = len(layer.payload) / count
+            extra = redundancy.parity(count, size + PIECE_BYTES, granted_bytes, GOAL if layer.layer == 0 else _FURTHER_GOAL)
             allowed = max(0, min(extra, int((most_bytes - spent) / max(1.0, size))))
             spent += allowed * size
+            granted_bytes -= (count + allowed) * (size + PIECE_BYTES)
             cuts.append(cut(layer.payload, allowed, layer.slices))
         return cuts
 

@@ -10,7 +10,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from functools import lru_cache
 from itertools import islice, pairwise
-from math import sqrt
+from math import inf, sqrt
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.datagrams.parity import MAX_DATA
+from protos.datagrams.pieces import pieces_of
+
+GOAL, LEAST_GOAL = 0.995, 0.9
+"""That a message arrives: what its parity is for, and what it is for where the link has no room for so much."""
+PIECE_BYTES = 120
+"""Of each packet: UDP, IP, QUIC and the piece's own fields."""
 
 _NEWEST = 300
 # Of the newest so many packets, beside what is believed of them all with the weight of so many: the worst is believed, so a path
@@ -21,6 +32,7 @@ _LATELY = 50
 _CAUTION = 0.84  # standard deviations: the share is less than what is said, four times in five
 _MAX_EXTRA = 24
 _MOST_LOST = 0.95
+_FINE = 0.1  # a share from which on steps of .02 are fine enough
 _BURSTY = 1.2  # standard deviations: more losses behind losses than chance alone makes are bursts
 
 
@@ -92,25 +104,89 @@ def extra_for(count: int, channel: tuple[float, float], goal: float) -> int:
         channel: from `Losses.channel`.
         goal: 0..1.
     """
-    share, run = channel
-    return _extra_for(count, round(share, 2) or 0.005, round(run, 1), goal)
+    return Redundancy.of(channel).parity(count, 1.0, goal=goal)
 
 
-@lru_cache(maxsize=4096)
-def _extra_for(count: int, share: float, run: float, goal: float) -> int:
-    for extra in range(_MAX_EXTRA):
-        if chance(count + extra, extra, share, run) >= goal:
+class Redundancy:
+    """What a path's losses ask for. The lane sends by it, and the controller prices choices by it.
+
+    Args:
+        share: of packets lost.
+        run: mean run of losses.
+    """
+
+    __slots__ = ("_arrives", "_by_count", "run", "share")
+
+    def __init__(self, share: float, run: float) -> None:
+        self.share, self.run = share, run
+        self._arrives = _arrives(share, run)
+        self._by_count: dict[int, tuple[list[float], int, int]] = {}
+
+    @staticmethod
+    def of(channel: tuple[float, float]) -> Redundancy:
+        """For what `Losses.channel` says, rounded: there are few."""
+        share, run = channel
+        return _redundancy(max(0.005, round(share, 2) if share < _FINE else round(share * 50) / 50), round(run * 4) / 4)
+
+    def _known(self, count: int) -> tuple[list[float], int, int]:
+        """The chances that ``count`` pieces arrive whole, by the parity beside them; what the two goals ask for."""
+        found = self._by_count.get(count)
+        if found is None:
+            chances = [float(self._arrives[count + extra, extra]) for extra in range(_MAX_EXTRA + 1)]
+            found = self._by_count[count] = chances, _first(chances, GOAL), _first(chances, LEAST_GOAL)
+        return found
+
+    def chance(self, count: int, extra: int) -> float:
+        """That ``count`` pieces arrive whole with so many of parity."""
+        return self._known(count)[0][extra]
+
+    def parity(self, count: int, size_bytes: float, most_bytes: float = inf, goal: float = GOAL) -> int:
+        """Pieces of parity beside ``count`` of data of that size: as many as the goal asks for, and no more than there is room for.
+
+        Args:
+            count: pieces of data.
+            size_bytes: of a piece on the wire.
+            most_bytes: that the message should cost there; the least goal is kept all the same.
+            goal: that the message arrives.
+        """
+        chances, wanted, least = self._known(count)
+        if goal != GOAL:
+            wanted = _first(chances, goal)
+        if (count + wanted) * size_bytes <= most_bytes:
+            return wanted
+        return max(int(most_bytes / size_bytes) - count, min(wanted, least))
+
+    def cost(self, n_bytes: float, most_bytes: float = inf) -> tuple[float, float]:
+        """Of a message: its bytes on the wire, and the chance that it arrives."""
+        count = pieces_of(int(n_bytes))
+        if count > MAX_DATA:  # it goes by the stream
+            return n_bytes, 1.0
+        size_bytes = n_bytes / count + PIECE_BYTES
+        extra = self.parity(count, size_bytes, most_bytes)
+        return (count + extra) * size_bytes, self.chance(count, extra)
+
+
+_redundancy = lru_cache(maxsize=256)(Redundancy)
+
+
+def _first(chances: list[float], goal: float) -> int:
+    for extra, p in enumerate(chances):
+        if p >= goal:
             return extra
     return _MAX_EXTRA
 
 
-def chance(packets: int, bearable: int, share: float, run: float) -> float:
-    """That at most ``bearable`` of this many packets in a row are lost."""
+def _arrives(share: float, run: float) -> NDArray[np.float64]:
+    """That at most r of n packets in a row are lost, (n, r), n up to the most that a message can be."""
     leave_bad = 1 / run if run > 1 else 1 - share
     enter_bad = min(1.0, share * leave_bad / (1 - share)) if run > 1 else share
-    good, bad = [1 - share] + [0.0] * packets, [0.0, share] + [0.0] * (packets - 1)
-    for _ in range(packets - 1):
-        next_good = [g * (1 - enter_bad) + b * leave_bad for g, b in zip(good, bad, strict=True)]
-        next_bad = [0.0, *(g * enter_bad + b * (1 - leave_bad) for g, b in zip(good[:-1], bad[:-1], strict=True))]
-        good, bad = next_good, next_bad
-    return sum(good[: bearable + 1]) + sum(bad[: bearable + 1])
+    good, bad = np.zeros(_MAX_EXTRA + 2), np.zeros(_MAX_EXTRA + 2)  # by how many were lost, of more than matter all in the last
+    good[0], bad[1] = 1 - share, share
+    found = np.ones((MAX_DATA + _MAX_EXTRA + 1, _MAX_EXTRA + 1))
+    for n in range(1, len(found)):
+        found[n] = np.cumsum(good[:-1] + bad[:-1])
+        entered = good * enter_bad + bad * (1 - leave_bad)
+        good = good * (1 - enter_bad) + bad * leave_bad
+        bad[1:] = entered[:-1]
+        bad[0] = 0.0
+    return found

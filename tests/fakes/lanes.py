@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from math import inf
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -169,7 +170,10 @@ def answered(config: LinkConfig, n_bytes: int, *, seed: int, seconds: float, dea
 
 
 class _Unheard:
-    """Nobody is told."""
+    """Nobody is told, and nobody bounds what a frame may cost."""
+
+    def frame_bytes(self) -> float:
+        return inf
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_: None

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from math import inf
 
 from deploy.testbed.link.model import LinkConfig, LossModel
 from deploy.testbed.link.trace import constant
@@ -34,6 +35,7 @@ class Told:
         self.results: dict[int, Result] = {}
         self.twice: list[int] = []
         self.lost: list[int] = []
+        self.lost_packets: tuple[float, float] | None = None
         self.unsent: list[int] = []
         self.sent: list[tuple[int, int]] = []
         self.reliable = True
@@ -63,8 +65,11 @@ class Told:
     def on_lost(self, frame_id: int, now_ns: int) -> None:
         self.lost.append(frame_id)
 
-    def on_reliable(self, reliable: bool) -> None:
-        self.reliable = reliable
+    def on_reliable(self, reliable: bool, lost: tuple[float, float] | None = None) -> None:
+        self.reliable, self.lost_packets = reliable, lost
+
+    def frame_bytes(self) -> float:
+        return inf
 
     def on_grant(self, grant: Grant, now_ns: int) -> None: ...
 

@@ -7,20 +7,17 @@ modelled: what keeps the link from filling is the policy's credit window, as on 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 from deploy.testbed.link.loop import Loop
 from deploy.testbed.link.model import LOST, Link
 from deploy.testbed.link.path import Pipe
 from edge_client.transport.choice import LaneChoice, probe_after_s
-from protos.datagrams.loss import Losses, extra_for
-from protos.datagrams.parity import MAX_DATA, MAX_PARITY
+from protos.datagrams.loss import PIECE_BYTES, Losses, Redundancy
+from protos.datagrams.parity import MAX_DATA
 from protos.datagrams.pieces import pieces_of
 
-GOAL = 0.995
-"""That a message arrives: so much parity is sent with it."""
-PIECE_BYTES = 120
-"""Of each packet: UDP, IP, QUIC and the piece's own fields."""
 _PROBE_BYTES = 60
 TRANSPORTS = ("grpc", "quic", "auto")
 
@@ -28,19 +25,20 @@ TRANSPORTS = ("grpc", "quic", "auto")
 class Datagrams:
     """One direction of a datagram path over a link."""
 
-    __slots__ = ("_link", "_loop", "_number", "_reverse_ns", "bytes_sent", "losses")
+    __slots__ = ("_link", "_loop", "_number", "_reverse_ns", "bytes_sent", "losses", "most_bytes")
 
     def __init__(self, loop: Loop, forward: Link, *, reverse_delay_ns: int) -> None:
         self._loop, self._link, self._reverse_ns = loop, forward, reverse_delay_ns
         self._number = 0
         self.bytes_sent = 0
         self.losses = Losses()
+        self.most_bytes = inf  # that a message should cost, parity included
 
     def send(self, n_bytes: int, handler: Callable[[Any], None], argument: Any) -> None:
         """Sends a message now; ``handler(argument)`` runs once enough of it is there, or never."""
         count = pieces_of(n_bytes)
-        extra = min(extra_for(count, self.losses.channel(), GOAL), MAX_PARITY)
         size = -(-n_bytes // count) + PIECE_BYTES
+        extra = Redundancy.of(self.losses.channel()).parity(count, size, self.most_bytes)
         arrivals = sorted(at for at in (self._piece(size) for _ in range(count + extra)) if at != LOST)
         if len(arrivals) >= count:
             self._loop.at(arrivals[count - 1], handler, argument)
@@ -73,21 +71,35 @@ class TwoWays:
         datagrams: the other one.
         always: datagrams whenever a message is not too long for them; else only where the path loses packets.
         until_ns: when probing ends.
+        after: the other direction, which chooses: answers go back the way their frames came.
     """
 
-    __slots__ = ("_always", "_choice", "_loop", "_until_ns", "datagrams", "stream")
+    __slots__ = ("_after", "_choice", "_loop", "_until_ns", "datagrams", "stream")
 
-    def __init__(self, loop: Loop, stream: Pipe, datagrams: Datagrams, *, always: bool, until_ns: int) -> None:
+    def __init__(
+        self, loop: Loop, stream: Pipe, datagrams: Datagrams, *, always: bool, until_ns: int, after: TwoWays | None = None
+    ) -> None:
         self._loop, self.stream, self.datagrams = loop, stream, datagrams
-        self._choice, self._always, self._until_ns = LaneChoice(always=always), always, until_ns
-        if not always:
+        self._choice, self._after, self._until_ns = LaneChoice(always=always), after, until_ns
+        if not always and after is None:
             loop.at(0, self._probe)
 
     @property
     def unreliable(self) -> bool:
         """Whether what is sent now may never arrive."""
+        if self._after is not None:
+            return self._after.unreliable
         losses = self.datagrams.losses
         return self._choice.beside(losses.seen, losses.counted, self._loop.now_ns)
+
+    @property
+    def lost(self) -> tuple[float, float] | None:
+        """See ``Path``."""
+        return self.datagrams.losses.channel() if self.unreliable else None
+
+    def allow(self, n_bytes: float) -> None:
+        """See ``Path``."""
+        self.datagrams.most_bytes = n_bytes
 
     def send(self, n_bytes: int, handler: Callable[[Any], None], argument: Any) -> None:
         """Sends a message now."""

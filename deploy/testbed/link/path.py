@@ -17,10 +17,18 @@ class Path(Protocol):
 
     Attributes:
         unreliable: whether what is sent now may never arrive.
+        lost: then the share of packets lost and the mean run of losses.
     """
 
     @property
     def unreliable(self) -> bool: ...  # noqa: D102
+
+    @property
+    def lost(self) -> tuple[float, float] | None: ...  # noqa: D102
+
+    def allow(self, n_bytes: float) -> None:
+        """What the next messages should cost, parity included."""
+        ...
 
     def send(self, n_bytes: int, handler: Callable[[Any], None], argument: Any) -> None:
         """Writes a message now; ``handler(argument)`` runs at its arrival."""
@@ -31,12 +39,16 @@ class Pipe:
     """One direction of a connection: messages go in, a handler is called when each has arrived."""
 
     unreliable = False
+    lost = None
     __slots__ = ("_loop", "_wake_ns", "flow")
 
     def __init__(self, loop: Loop, forward: Link, *, reverse_delay_ns: int, ack_loss: float, seed: int | str) -> None:
         self._loop = loop
         self.flow = TcpFlow(forward, reverse_delay_ns=reverse_delay_ns, ack_loss=ack_loss, seed=seed)
         self._wake_ns = NEVER_NS
+
+    def allow(self, n_bytes: float) -> None:
+        """A stream has no parity."""
 
     def send(self, n_bytes: int, handler: Callable[[Any], None], argument: Any) -> None:
         """Writes a message now; ``handler(argument)`` runs at its arrival."""

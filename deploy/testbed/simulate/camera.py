@@ -100,7 +100,7 @@ class Camera:
         now = self.loop.now_ns
         age = frame.frame_id - self._reference if self._reference is not None and self._clip is not None else 0
         self.policy.on_reference(age)
-        self.policy.on_transport(reliable=not self.up.unreliable)
+        self.policy.on_transport(reliable=not self.up.unreliable, lost=self.up.lost)
         decision = self.policy.decide(frame.frame_id, now, frame.deadline_ns)
         name = frame.choice = decision.name
         if decision.explain is not None:
@@ -145,6 +145,7 @@ class Camera:
     def _send(self, frame: Frame, layers: Sequence[Layer]) -> bool:
         """The base first, each further layer while it may; whether the base left."""
         now = self.loop.now_ns
+        self.up.allow(self.policy.frame_bytes())
         sizes = split_bytes(frame.payload_bytes, layers) if layers else [frame.payload_bytes]
         for i, n_bytes in enumerate(sizes):
             if not self.policy.may_send(frame.frame_id, n_bytes, now, frame.deadline_ns, layer=i):

@@ -26,13 +26,12 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.testbed.link.datagrams import GOAL, PIECE_BYTES
 from deploy.testbed.link.tcp import HEADER_BYTES, MSS_BYTES
 from deploy.testbed.scenario import Scenario
 from deploy.testbed.simulate.camera import OVERHEAD_BYTES
 from deploy.testbed.simulate.report import Summary
 from deploy.testbed.workload import Workload
-from protos.datagrams.loss import chance, extra_for
+from protos.datagrams.loss import GOAL, PIECE_BYTES, Redundancy
 from protos.datagrams.pieces import pieces_of
 from splitters.bundle.offload import pareto_offloads
 from splitters.bundle.operating_point import Quantiles
@@ -120,13 +119,13 @@ class _Problem:
     def _parity(self, loss: float, run: float) -> None:
         """Every choice with several amounts of parity, each a choice of its own."""
         sizes = self.payload_bytes + OVERHEAD_BYTES
-        index, bits, arrive = [], [], []
+        index, bits, arrive, lossy = [], [], [], Redundancy(loss, run)
         for i, n_bytes in enumerate(sizes):
             count = pieces_of(int(n_bytes))
-            for extra in sorted({0, *(extra_for(count, (loss, run), goal) for goal in _PARITY_GOALS)} if loss else {0}):
+            for extra in sorted({0, *(lossy.parity(count, 1.0, goal=goal) for goal in _PARITY_GOALS)} if loss else {0}):
                 index.append(i)
                 bits.append(8 * (n_bytes / count + PIECE_BYTES) * (count + extra))
-                arrive.append(chance(count + extra, extra, loss, run))
+                arrive.append(lossy.chance(count, extra) if loss else 1.0)
         for name in ("payload_bytes", "payload_sigma", "device_ns", "accuracy", "after_ns", "sigma_ns"):
             setattr(self, name, getattr(self, name)[index])
         self.bits, self.arrive = np.array(bits), np.array(arrive)

@@ -86,6 +86,7 @@ def simulate(
             up, down = Link(up_config, f"up/{seed}"), Link(down_config, f"down/{seed}")
             ups.append(up)
         greedy = i < scenario.greedy
+        there = _path(loop, scenario, up, down, f"up/{seed}")
         camera = Camera(
             loop,
             CameraConfig(
@@ -98,8 +99,8 @@ def simulate(
             ),
             slowed,
             make_policy("split_fixed" if greedy else policy, slowed, control),
-            _path(loop, scenario, up, down, f"up/{seed}"),
-            _path(loop, scenario, down, up, f"down/{seed}"),
+            there,
+            _path(loop, scenario, down, up, f"down/{seed}", there),
             server,
             layers,
         )
@@ -112,14 +113,15 @@ def simulate(
     return Run(scenario=scenario, policy=policy, cameras=tuple(cameras), uplinks=tuple(ups), server=server)
 
 
-def _path(loop: Loop, scenario: Scenario, forward: Link, reverse: Link, seed: str) -> Path:
-    """One direction of a camera's connection."""
+def _path(loop: Loop, scenario: Scenario, forward: Link, reverse: Link, seed: str, there: Path | None = None) -> Path:
+    """One direction of a camera's connection; ``there``: the other, where this is the way back."""
     stream = Pipe(loop, forward, reverse_delay_ns=reverse.delay_ns, ack_loss=reverse.loss, seed=seed)
     if scenario.transport == "grpc":
         return stream
     datagrams = Datagrams(loop, forward, reverse_delay_ns=reverse.delay_ns)
     until_ns = int(scenario.duration_s * 1e9)
-    return TwoWays(loop, stream, datagrams, always=scenario.transport == "quic", until_ns=until_ns)
+    after = there if isinstance(there, TwoWays) else None
+    return TwoWays(loop, stream, datagrams, always=scenario.transport == "quic", until_ns=until_ns, after=after)
 
 
 @contextmanager

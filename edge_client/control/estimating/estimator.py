@@ -143,10 +143,13 @@ class Estimator:
         if self._pop(frame_id) is not None:
             self.lateness.add_missing(1, now_ns)
 
-    def on_lost(self, frame_id: int, now_ns: int) -> None:
-        """No answer will come for this frame (it was lost on its way, or given up); it no longer fills the window."""
+    def on_lost(self, frame_id: int, now_ns: int, *, explained: bool = False) -> None:
+        """No answer will come for this frame (it was lost on its way, or given up); it no longer fills the window.
+
+        One that is ``explained`` by the packets that the path loses says nothing of how late answers come.
+        """
         record = self._pop(frame_id)
-        if record is not None:
+        if record is not None and not explained:
             self.lateness.add_missing(1 + record.n_bytes // _SEGMENT_BYTES, now_ns)
 
     def on_grant(

@@ -64,6 +64,39 @@ def run(c: Controller, *, bps: float, rtt_ms: float, frames: int, deadline_ms: f
     return out
 
 
+def test_over_datagrams_parity_is_part_of_the_price() -> None:
+    chosen, bounds = [], []
+    for lost in ((0.0, 1.0), (0.3, 3.0)):
+        c = controller()
+        c.on_transport(reliable=False, lost=(0.0, 1.0))
+        run(c, bps=0.7e6, rtt_ms=20, frames=40, deadline_ms=200)
+        c.on_transport(reliable=False, lost=lost)
+        chosen.append(c.decide(40, 4000 * MS, 4200 * MS))
+        bounds.append(c.frame_bytes())
+    assert chosen[0].point_id == 3  # type: ignore[union-attr]
+    assert isinstance(chosen[1], Split)
+    assert chosen[1].point_id < 3
+    assert 0 < max(bounds) < inf
+    c.on_transport(reliable=True)
+    assert c.frame_bytes() == inf
+
+
+def test_frames_lost_as_often_as_the_path_explains_say_nothing_and_more_do() -> None:
+    def hope(lost: tuple[float, float], every: int) -> float:
+        c = controller()
+        c.on_transport(reliable=False, lost=lost)
+        for i in range(200):
+            c.on_sent(i, 900, i * 100 * MS)
+            if i % every:
+                c.on_ack(i, i * 100 * MS + 40 * MS, 5 * MS)
+            else:
+                c.on_lost(i, i * 100 * MS + 90 * MS)
+        return c.estimator.p_within(50 * MS, 10 * MS, 1)
+
+    assert hope((0.005, 1.0), 200) == pytest.approx(hope((0.005, 1.0), 100), abs=0.02)
+    assert hope((0.005, 1.0), 4) < hope((0.005, 1.0), 200) - 0.1
+
+
 def test_a_wide_link_gets_the_most_accurate_point() -> None:
     assert run(controller(), bps=50e6, rtt_ms=20, frames=40, deadline_ms=200)[-1].point_id == 3  # type: ignore[attr-defined]
 

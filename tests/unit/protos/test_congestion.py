@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from math import inf
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,8 +19,12 @@ from aioquic.tls import Epoch
 
 from deploy.testbed.link.model import Link, LinkConfig, LossModel
 from deploy.testbed.link.trace import Trace, constant
-from protos.datagrams.channel import Item
+from edge_client.transport.base import SessionEvents
+from edge_client.transport.lane import Lane
+from protos.datagrams.channel import Channel, Item
 from protos.datagrams.congestion import DelayControl
+from protos.datagrams.loss import Losses
+from protos.messages import FrameLayer
 from tests.fakes.client_loop import VirtualLoop, run_virtual
 from tests.fakes.lanes import Pair, answered, joined
 
@@ -234,3 +241,24 @@ def test_frames_are_answered_where_packets_are_lost_both_ways(loss: float, burst
     config = LinkConfig(trace=constant(10e6), delay_ns=40_000_000, loss=model, loss_from_ns=4 * 10**9)
     found = [in_time for seed in range(2) for in_time in answered(config, n_bytes, seed=seed, seconds=10)]
     assert np.mean(found) >= share
+
+
+def test_the_parity_of_a_frame_keeps_to_what_the_policy_grants() -> None:
+    events = _Events()
+    lane = Lane(("server", 1), cast("SessionEvents", events), lambda _: None, clock=lambda: 0)
+    losses = Losses()
+    for number in range(200):
+        losses.add(number, lost=number % 4 == 0)
+    channel = cast("Channel", SimpleNamespace(control=SimpleNamespace(losses=losses, pace_bytes_per_s=1e9)))
+    layer = FrameLayer(frame_id=1, source_width_px=4, source_height_px=4, payload=bytes([1]) * 3000)
+    sent = []
+    for events.most_bytes in (inf, 7 * 1120, 100):
+        sent.append(len(lane._cuts(channel, [layer], 10**8)[0].bodies))
+    assert sent[0] > sent[1] == 7 >= sent[2] > 3
+
+
+class _Events:
+    most_bytes = inf
+
+    def frame_bytes(self) -> float:
+        return self.most_bytes

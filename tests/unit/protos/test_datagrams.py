@@ -11,7 +11,7 @@ import pytest
 
 from edge_client.transport.choice import LaneChoice, probe_after_s
 from edge_server.frames.pieces import Gatherer
-from protos.datagrams.loss import Losses, extra_for
+from protos.datagrams.loss import PIECE_BYTES, Losses, Redundancy, extra_for
 from protos.datagrams.parity import parity, restore
 from protos.datagrams.pieces import BODY_BYTES, MAX_DATAGRAM_BYTES, Gathered, cut, read_piece
 from protos.errors import ProtocolError
@@ -151,6 +151,17 @@ def test_nothing_known_is_not_nothing_lost() -> None:
     assert extra_for(1, Losses().channel(), 0.995) >= 1
 
 
+def test_where_there_is_no_room_parity_is_less_and_the_price_says_so() -> None:
+    redundancy = Redundancy.of((0.2, 1.0))
+    roomy_bytes, sure = redundancy.cost(4_500)
+    tight_bytes, likely = redundancy.cost(4_500, 9_300)
+    least_bytes, least = redundancy.cost(4_500, 1_000)
+    assert sure >= 0.995 > likely >= least >= 0.9
+    assert roomy_bytes > 9_300 >= tight_bytes > least_bytes > 5_100
+    pieces = 5 + redundancy.parity(5, 4_500 / 5 + PIECE_BYTES)
+    assert roomy_bytes == pytest.approx(pieces * (4_500 / 5 + PIECE_BYTES))
+
+
 # ---------------------------------------------------------------- gathering
 
 
@@ -247,7 +258,7 @@ def test_the_stream_carries_frames_until_packets_are_lost_and_again_when_they_lo
 
 
 def test_a_path_that_lost_nothing_is_probed_once_a_second_and_an_unknown_one_often() -> None:
-    assert probe_after_s(0.0, 100) == 0.05
+    assert probe_after_s(0.0, 100) == 0.01
     assert probe_after_s(0.01, 300) == 0.1
     assert probe_after_s(0.0, 300) == 1.0
 
