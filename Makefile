@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both make their own virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
-JOBS ?= 2
+JOBS ?= 3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -15,7 +15,7 @@ demo: $(VENV)/.demo   ## set up, export, and run head and tail in two processes 
 
 # The light install's test asks the package index for the client's packages: HEADTAIL_LIGHT_INSTALL= leaves it out.
 test: export HEADTAIL_LIGHT_INSTALL ?= 1
-test: $(VENV)/.dev .venvs/triton/.ok .venvs/promtool/.ok   ## set up and run all tests: two files at a time (JOBS=n: n), then those with Ray
+test: $(VENV)/.dev .venvs/triton/.ok .venvs/promtool/.ok   ## set up and run all tests: three files at a time (JOBS=n: n), then those with Ray
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore-glob='tests/integration/*_ray*'
 	$(MAKE) --no-print-directory test-ray
 
