@@ -120,14 +120,17 @@ class RayBackend:
         if handle is not None and await _held(handle) == bundle.sha256:
             await _in_thread(self._cluster.hand_in, bundle, site)
             return _Route(handle, bundle, site)
-        await _in_thread(self._cluster.hand_in, bundle, ours)
+        keep = functools.partial(self._cluster.hand_in, bundle, ours)
+        await _in_thread(keep)
         build = functools.partial(deployment, bundle, self._batch, self._tail, self._config)
-        return _Route(await _in_thread(self._cluster.deploy, ours, build), bundle, ours)
+        return _Route(await _in_thread(self._cluster.deploy, ours, build, keep), bundle, ours)
 
     async def _shelved(self, bundle: Bundle) -> _Route:
         """A place on the shelf that all bundles share."""
-        await _in_thread(self._cluster.hand_in, bundle, SHELF_APP)
-        handle = await _in_thread(self._cluster.deploy, SHELF_APP, functools.partial(shelf, self._batch, self._tail, self._config))
+        keep = functools.partial(self._cluster.hand_in, bundle, SHELF_APP)
+        await _in_thread(keep)
+        build = functools.partial(shelf, self._batch, self._tail, self._config)
+        handle = await _in_thread(self._cluster.deploy, SHELF_APP, build, keep)
         path = str(bundle.path.resolve())
         name = model_id(bundle.sha256, path)
         failed: Reply | None = await handle.options(method_name="ready", multiplexed_model_id=name).remote(bundle.sha256, path)

@@ -139,7 +139,7 @@ def test_what_another_door_deployed_while_this_one_waited_is_not_deployed_again(
     made, inside, runs = Cluster(RayConfig()), [False], list[str]()
 
     @contextlib.contextmanager
-    def turn(name: str, until_s: float) -> Iterator[Callable[[], None]]:
+    def turn(name: str, until_s: float, keep: Callable[[], None]) -> Iterator[Callable[[], None]]:
         inside[0] = True  # by now the other one has done it
         yield lambda: None
 
@@ -158,7 +158,7 @@ def test_bundles_that_load_beside_each_other_deploy_their_shelf_once(monkeypatch
     asked = threading.Event()
 
     @contextlib.contextmanager
-    def turn(name: str, until_s: float) -> Iterator[Callable[[], None]]:
+    def turn(name: str, until_s: float, keep: Callable[[], None]) -> Iterator[Callable[[], None]]:
         if threading.current_thread() is second:
             asked.set()  # a turn is the door's, so it has it as well
         yield lambda: None
@@ -187,6 +187,37 @@ def test_what_a_start_waited_for_is_said_at_its_end(monkeypatch: pytest.MonkeyPa
     wanted = "on node 10.0.0.2, 3 times: cannot keep bundle abc at /cache; on node 10.0.0.3, 1 times: no room"
     with pytest.raises(ModelError, match=f"app did not start within 300 s: {re.escape(wanted)}"):
         made._wait("app", until_s=0.0)
+
+
+def test_a_start_outlives_the_node_that_held_the_register(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The register begins anew on another node: nobody asks for it meanwhile in vain, and the bundle is handed in again."""
+    made, register, kept, states = Cluster(RayConfig()), MagicMock(), list[str](), iter(["DEPLOYING"] * 3 + ["RUNNING"])
+    made._register = register
+    away = cluster.ray.exceptions.ActorUnavailableError("it moves", None)
+
+    def keep() -> None:
+        kept.append("again")
+        raise away
+
+    def status() -> SimpleNamespace:
+        return SimpleNamespace(
+            applications={"app": SimpleNamespace(status=SimpleNamespace(value=next(states)), deployments={}, message="")}
+        )
+
+    def get(call: Any, *, timeout: float) -> Any:
+        if call is register.failures.remote.return_value:
+            raise away
+        return True
+
+    monkeypatch.setattr(cluster.serve, "status", status)
+    monkeypatch.setattr(cluster.serve, "get_app_handle", lambda name: name)
+    monkeypatch.setattr(cluster.ray, "get", get)
+    monkeypatch.setattr(cluster.ray, "available_resources", dict)
+    monkeypatch.setattr(cluster.ray, "cluster_resources", dict)
+    for name in ("_SAID_AFTER_S", "_AGAIN_S", "_POLL_S"):
+        monkeypatch.setattr(cluster, name, 0.0)
+    assert made.deploy("app", lambda: None, keep) == "app"
+    assert kept == ["again", "again"]
 
 
 def test_no_call_goes_into_ray_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
