@@ -4,7 +4,7 @@
 
 Without ``--bundle`` the workloads measured with ``tests.bench.control_workload`` are run, the detector's first: 12 traces a
 family (3G by vehicle, Oboe, synthetic) x 16 pairwise conditions x all policies, 60 s of virtual time each.
-Prints the tables that stand in docs/results/index.md, then one JSON line. It shows whether
+Prints the tables that stand in docs/results/control.md, then one JSON line. It shows whether
 
 * ours meets 95 % of deadlines wherever the oracle (over TCP, whatever carries our frames) meets 97 %;
 * ours delivers within 1.5 points (accuracy x on-time) of the oracle on average;

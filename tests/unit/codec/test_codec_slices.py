@@ -119,7 +119,7 @@ def test_a_plane_that_is_too_small_has_no_slices() -> None:
 
 
 def test_slices_cost_little_on_what_has_structure() -> None:
-    """On the shipped bundles: see docs/results/index.md; here a smooth plane of their size."""
+    """On the shipped bundles: see docs/results/datagrams.md; here a smooth plane of their size."""
     codec = LearnedCodec({**SPEC, "shape": [C, 28, 28]}, PART)
     noise = np.random.default_rng(8).normal(size=(C, 30, 30))
     field = sum(noise[:, dy : dy + 28, dx : dx + 28] for dy, dx in itertools.product(range(3), range(3))) / 3
