@@ -8,10 +8,11 @@ between the processes of one trusted cluster by Ray's own means; nothing of a cl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -82,6 +83,7 @@ class RayBackend:
         self._on_death = on_death
         self._cluster = Cluster(config)
         self._routes: dict[str, _Route] = {}
+        self._loading: dict[str, tuple[str, Bundle]] = {}  # by hash, the application that is to hold it
         self._recent = Recent()
         self._in_flight = 0
         self._failing = asyncio.Event()
@@ -120,23 +122,31 @@ class RayBackend:
         if handle is not None and await _held(handle) == bundle.sha256:
             await _in_thread(self._cluster.hand_in, bundle, site)
             return _Route(handle, bundle, site)
-        keep = functools.partial(self._cluster.hand_in, bundle, ours)
-        await _in_thread(keep)
         build = functools.partial(deployment, bundle, self._batch, self._tail, self._config)
-        return _Route(await _in_thread(self._cluster.deploy, ours, build, keep), bundle, ours)
+        async with self._handed_in(bundle, ours):
+            return _Route(await _in_thread(self._cluster.deploy, ours, build), bundle, ours)
 
     async def _shelved(self, bundle: Bundle) -> _Route:
         """A place on the shelf that all bundles share."""
-        keep = functools.partial(self._cluster.hand_in, bundle, SHELF_APP)
-        await _in_thread(keep)
         build = functools.partial(shelf, self._batch, self._tail, self._config)
-        handle = await _in_thread(self._cluster.deploy, SHELF_APP, build, keep)
+        async with self._handed_in(bundle, SHELF_APP):
+            handle = await _in_thread(self._cluster.deploy, SHELF_APP, build)
         path = str(bundle.path.resolve())
         name = model_id(bundle.sha256, path)
         failed: Reply | None = await handle.options(method_name="ready", multiplexed_model_id=name).remote(bundle.sha256, path)
         if failed is not None:
             unpack_reply(failed)
         return _Route(handle, bundle, SHELF_APP, name)
+
+    @contextlib.asynccontextmanager
+    async def _handed_in(self, bundle: Bundle, app: str) -> AsyncIterator[None]:
+        """In this block a bundle is there for every node, also where the register goes with its node: see ``_look``."""
+        self._loading[bundle.sha256] = app, bundle
+        try:
+            await _in_thread(self._cluster.hand_in, bundle, app)
+            yield
+        finally:
+            self._loading.pop(bundle.sha256, None)
 
     async def unload(self, bundle_sha256: str) -> None:
         """See `Backend.unload`. The application goes when no other door uses it; a shelf stays, and so does a site's."""
@@ -177,8 +187,9 @@ class RayBackend:
 
     async def _look(self) -> None:
         routes = dict(self._routes)
-        uses = [(route.app, sha256) for sha256, route in routes.items()]
-        await _in_thread(self._cluster.renew, uses, {sha256: route.bundle for sha256, route in routes.items()})
+        held = self._loading | {sha256: (route.app, route.bundle) for sha256, route in routes.items()}
+        uses = [(app, sha256) for sha256, (app, _) in held.items()]
+        await _in_thread(self._cluster.renew, uses, {sha256: bundle for sha256, (_, bundle) in held.items()})
         names = sorted({route.app for route in routes.values()})
         gone = await _in_thread(self._cluster.missing, names)
         for name in names:

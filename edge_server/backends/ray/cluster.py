@@ -19,7 +19,7 @@ import psutil
 
 from edge_server.backends.ray.bundles import files_of
 from edge_server.backends.ray.imports import ray, serve
-from edge_server.backends.ray.register import Use, open_register
+from edge_server.backends.ray.register import TURN_S, Use, open_register
 from edge_server.config import RayConfig
 from protos.errors import ConfigError, DrainingError, ModelError
 from splitters.bundle import Bundle
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.2
 _SAID_AFTER_S = 5.0  # a start takes that long; what takes longer is explained
 _CALL_S = 30.0
-_AGAIN_S = 5.0  # after which a door that waits says again what it waits for; far less than a turn lasts
-_AWAY = (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError)
 _CLOSE_S = 0.5
 _READY = ("RUNNING", "UNHEALTHY")  # states in which an application is used as it is
 
@@ -128,19 +126,14 @@ class Cluster:
             return None
         return self._wait(name, time.monotonic() + self._config.deploy_s)
 
-    def deploy(self, name: str, build: Callable[[], serve.Application], keep: Callable[[], None] = lambda: None) -> Any:
+    def deploy(self, name: str, build: Callable[[], serve.Application]) -> Any:
         """The application's handle. Of several doors that start together one deploys, the others find it done.
-
-        Args:
-            name: of the application.
-            build: makes it.
-            keep: hands in again what its replicas need, called now and then: the register may have been on a node that went.
 
         Raises:
             ModelError: it did not start in time, or failed to; the message says what was missing.
         """
         until_s = time.monotonic() + self._config.deploy_s
-        with self._turn(name, until_s, keep) as prolong:
+        with self._turn(name, until_s) as prolong:
             with self._deploying:  # a door loads bundles in several threads, and Serve cannot make two applications at a time
                 ours = self._state(name) is None
                 if ours:
@@ -209,12 +202,7 @@ class Cluster:
 
     def reasons(self, name: str) -> str:
         """Why replicas of an application cannot start on some node; empty: none is known to have failed."""
-        with self._gate():
-            try:
-                failures = ray.get(self._register.failures.remote(name), timeout=_CALL_S)
-            except _AWAY as error:  # it starts again on another node
-                log.info("the cluster's register cannot be reached just now: %s", error)
-                return ""
+        failures = self._asked("failures", name) or {}
         return "; ".join(f"on node {node}, {count} times: {reason}" for node, (count, reason) in sorted(failures.items()))
 
     def _delete(self, name: str) -> None:
@@ -249,7 +237,7 @@ class Cluster:
         return alone is not None
 
     @contextlib.contextmanager
-    def _turn(self, what: str, until_s: float, keep: Callable[[], None] = lambda: None) -> Iterator[Callable[[], None]]:
+    def _turn(self, what: str, until_s: float) -> Iterator[Callable[[], None]]:
         """In this block of this name there is one door of the cluster at a time, which calls what it is given now and then.
 
         Raises:
@@ -264,10 +252,8 @@ class Cluster:
 
         def prolong() -> None:
             nonlocal taken_s
-            if time.monotonic() > taken_s + _AGAIN_S:
+            if time.monotonic() > taken_s + TURN_S / 4:
                 self._take(what)
-                with contextlib.suppress(*_AWAY):
-                    keep()
                 taken_s = time.monotonic()
 
         try:
@@ -277,11 +263,16 @@ class Cluster:
                 self._register.end_turn.remote(what, self._door)
 
     def _take(self, what: str) -> bool | None:
-        """Whether it is this door's turn; None: the register cannot be reached just now, as while nodes start on a busy machine."""
+        """Whether it is this door's turn; None: the register cannot be reached just now."""
+        taken: bool | None = self._asked("take_turn", what, self._door)
+        return taken
+
+    def _asked(self, method: str, *args: Any) -> Any:
+        """The register's answer; None: it cannot be reached just now, while nodes start on a busy machine or its own one goes."""
         with self._gate():
             try:
-                return bool(ray.get(self._register.take_turn.remote(what, self._door), timeout=_CALL_S))
-            except _AWAY as error:
+                return ray.get(getattr(self._register, method).remote(*args), timeout=_CALL_S)
+            except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError) as error:
                 log.info("the cluster's register cannot be reached just now: %s", error)
                 return None
 

@@ -139,7 +139,7 @@ def test_what_another_door_deployed_while_this_one_waited_is_not_deployed_again(
     made, inside, runs = Cluster(RayConfig()), [False], list[str]()
 
     @contextlib.contextmanager
-    def turn(name: str, until_s: float, keep: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    def turn(name: str, until_s: float) -> Iterator[Callable[[], None]]:
         inside[0] = True  # by now the other one has done it
         yield lambda: None
 
@@ -158,7 +158,7 @@ def test_bundles_that_load_beside_each_other_deploy_their_shelf_once(monkeypatch
     asked = threading.Event()
 
     @contextlib.contextmanager
-    def turn(name: str, until_s: float, keep: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    def turn(name: str, until_s: float) -> Iterator[Callable[[], None]]:
         if threading.current_thread() is second:
             asked.set()  # a turn is the door's, so it has it as well
         yield lambda: None
@@ -190,22 +190,19 @@ def test_what_a_start_waited_for_is_said_at_its_end(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_start_outlives_the_node_that_held_the_register(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The register begins anew on another node: nobody asks for it meanwhile in vain, and the bundle is handed in again."""
-    made, register, kept, states = Cluster(RayConfig()), MagicMock(), list[str](), iter(["DEPLOYING"] * 3 + ["RUNNING"])
+    """The register begins anew on another node; whoever asks meanwhile why replicas do not start is told nothing, and goes on."""
+    made, register, states = Cluster(RayConfig()), MagicMock(), iter(["DEPLOYING"] * 3 + ["RUNNING"])
     made._register = register
     away = cluster.ray.exceptions.ActorUnavailableError("it moves", None)
-
-    def keep() -> None:
-        kept.append("again")
-        raise away
+    asked = list[str]()
 
     def status() -> SimpleNamespace:
-        return SimpleNamespace(
-            applications={"app": SimpleNamespace(status=SimpleNamespace(value=next(states)), deployments={}, message="")}
-        )
+        state = SimpleNamespace(status=SimpleNamespace(value=next(states)), deployments={}, message="")
+        return SimpleNamespace(applications={"app": state})
 
     def get(call: Any, *, timeout: float) -> Any:
         if call is register.failures.remote.return_value:
+            asked.append("failures")
             raise away
         return True
 
@@ -214,10 +211,24 @@ def test_a_start_outlives_the_node_that_held_the_register(monkeypatch: pytest.Mo
     monkeypatch.setattr(cluster.ray, "get", get)
     monkeypatch.setattr(cluster.ray, "available_resources", dict)
     monkeypatch.setattr(cluster.ray, "cluster_resources", dict)
-    for name in ("_SAID_AFTER_S", "_AGAIN_S", "_POLL_S"):
+    for name in ("_SAID_AFTER_S", "_POLL_S"):
         monkeypatch.setattr(cluster, name, 0.0)
-    assert made.deploy("app", lambda: None, keep) == "app"
-    assert kept == ["again", "again"]
+    assert made.deploy("app", lambda: None) == "app"
+    assert asked == ["failures", "failures"]
+
+
+async def test_what_is_being_loaded_is_handed_in_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its replicas may have to start after the node that held the register has gone."""
+    made, renewed = backend(FakeHandle()), list[Any]()
+    made._routes.clear()
+    bundle: Any = SimpleNamespace(sha256="b")
+    monkeypatch.setattr(made._cluster, "hand_in", lambda *given: renewed.append(given))
+    monkeypatch.setattr(made._cluster, "renew", lambda *given: renewed.append(given))
+    monkeypatch.setattr(made._cluster, "missing", lambda _: set())
+    async with made._handed_in(bundle, "app"):
+        await made._look()
+    await made._look()
+    assert renewed == [(bundle, "app"), ([("app", "b")], {"b": bundle}), ([], {})]
 
 
 def test_no_call_goes_into_ray_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
