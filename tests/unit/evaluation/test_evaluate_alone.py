@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,19 +15,14 @@ from splitters.evaluation.alone import in_turns
 from splitters.evaluation.run import EvaluateConfig, evaluate
 from tests.fakes.bundles import write_tiny_bundle
 from tests.fakes.detector_bundle import write_cell_detector, write_cell_photos
+from tests.fakes.smooth_photos import write_smooth_photos
 
 pytest.importorskip("onnx_ir")
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        small = rng.integers(0, 255, (5, 5, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-    return folder
+    return write_smooth_photos(tmp_path / "images", 12, seen_px=(5, 5), size_px=(48, 40))
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,17 +23,12 @@ from splitters.training.devices import chosen_device
 from splitters.training.pictures.photos import PhotoCache, list_photos
 from splitters.training.recipes import any_cut, recipe
 from tests.fakes import any_models
+from tests.fakes.smooth_photos import write_smooth_photos
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        small = rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((96, 72), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-    return folder
+    return write_smooth_photos(tmp_path / "photos", 8, seen_px=(8, 6), size_px=(96, 72))
 
 
 @pytest.fixture
