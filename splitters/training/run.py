@@ -72,7 +72,7 @@ def build(config: TrainConfig, sample: Tensor) -> tuple[StagedModel, LearnedSpli
 
         if config.start:
             return staged(load_efficientnet_lite0()), load_student(Path(config.start))
-        return build_learned_efficientnet(sample)
+        return build_learned_efficientnet(sample, config.target_bytes)
     from splitters.bottleneck.learned_any import build_any
     from splitters.cutting.sources import load_source
     from splitters.exporting.learned_any import load_weights

@@ -40,7 +40,7 @@ from splitters.exporting.learned import (
 from splitters.zoo.efficientnet_lite0.export_plain import common_fields, write_local
 from splitters.zoo.efficientnet_lite0.network import DEFAULT_SIZE_PX, MBConv, load_efficientnet_lite0
 from splitters.zoo.efficientnet_lite0.pruning import Pick
-from splitters.zoo.efficientnet_lite0.split import C_LATENT, PRUNED, SLIM, fuse_norms, skeleton, staged
+from splitters.zoo.efficientnet_lite0.split import C_LATENT, OWN, SLIM, fuse_norms, skeleton, staged
 
 
 def _hollow(block: MBConv, keep: int) -> None:
@@ -73,7 +73,7 @@ def blank_student(tiers: int) -> LearnedSplit:
     """
     model = load_efficientnet_lite0()
     bodies = []
-    for kept in (*SLIM, PRUNED):
+    for kept in (*SLIM, OWN):
         blocks = narrow(copy.deepcopy(model.blocks[:6]), nn.Sequential)
         for index, keep in kept.items():
             _hollow(narrow(blocks[index], MBConv), keep)

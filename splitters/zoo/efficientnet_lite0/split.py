@@ -12,27 +12,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from splitters.bottleneck.bottleneck import Decoder, GainQuantiser, principal_start
+from splitters.bottleneck.bottleneck import Decoder, GainQuantiser
+from splitters.bottleneck.crossing import Crossing, Gather
 from splitters.bottleneck.ensemble import EncoderEnsemble, OwnEncoder, Tier
 from splitters.bottleneck.learned import LearnedSplit, StagedModel
 from splitters.bottleneck.narrow import narrow
+from splitters.bottleneck.sensitivity import output_metric, sensitive_start
 from splitters.zoo.efficientnet_lite0.network import EfficientNetLite0, load_efficientnet_lite0
 from splitters.zoo.efficientnet_lite0.pruning import prune_blocks
 
 CUT_BLOCK = 5
 C_CUT = 80
 C_LATENT = 48
-# Expansion channels kept in the device's own blocks: 30 % of the model's time instead of 39 %.
-PRUNED = {1: 64, 2: 96, 3: 112, 4: 160, 5: 200}
-# The cheaper encoders are the own blocks pruned further, which starts them far nearer to its latent than small networks of
-# another build ever came at equal work; block 0 has no expansion and takes some of the stem's channels.
+# Expansion channels kept in the device's own blocks; of block 0, which has no expansion, channels of the stem's map. ONNX Runtime
+# computes sixteen channels at a time, so that fewer than a multiple of them cost as much.
+OWN = {1: 64, 2: 112, 3: 128, 4: 192, 5: 224}
 SLIM = (
-    {0: 12, 1: 16, 2: 16, 3: 24, 4: 32, 5: 48},
-    {0: 20, 1: 24, 2: 32, 3: 32, 4: 48, 5: 80},
-    {0: 24, 1: 40, 2: 48, 3: 48, 4: 64, 5: 112},
+    {0: 16, 1: 16, 2: 16, 3: 32, 4: 32, 5: 48},
+    {0: 16, 1: 32, 2: 32, 3: 48, 4: 64, 5: 96},
+    {1: 48, 2: 48, 3: 48, 4: 64, 5: 112},
 )
 TIERS = tuple(Tier(name=name, runs=((i, 1.0),)) for i, name in enumerate(("s", "m", "l", "own")))
-STEPS = (4.0, 6.0, 9.0, 13.0, 19.0, 28.0)
+_METRIC_PHOTOS = 48
 
 
 def fuse_norms(module: nn.Module) -> nn.Module:
@@ -62,7 +63,7 @@ def staged(model: EfficientNetLite0) -> StagedModel:
     )
 
 
-def skeleton(bodies: Sequence[nn.Sequential], base: StagedModel, steps: tuple[float, ...] = STEPS) -> LearnedSplit:
+def skeleton(bodies: Sequence[nn.Sequential], base: StagedModel, steps: tuple[float, ...]) -> LearnedSplit:
     """The student's modules around its encoders' already pruned blocks, the own ones last; the bottleneck is untrained."""
     return LearnedSplit(
         copy.deepcopy(base.stem),
@@ -73,41 +74,28 @@ def skeleton(bodies: Sequence[nn.Sequential], base: StagedModel, steps: tuple[fl
     )
 
 
-@torch.no_grad()
-def slim_from_own(own: OwnEncoder, stem_map: Tensor) -> list[OwnEncoder]:
-    """The cheaper encoders, cheapest first: the own one's blocks pruned further, into the same latent.
+def build_learned_efficientnet(sample: Tensor, target_bytes: Sequence[float]) -> tuple[StagedModel, LearnedSplit]:
+    """Teacher and an untrained student, whose every part starts near its goal.
+
+    Each encoder is the model's own blocks, pruned to its size by least squares; the latent's basis is what the model's answer
+    feels most, and the tail is the model's own. So the largest encoder answers nearly as the whole model before any training.
 
     Args:
-        own: the largest encoder, as far as it is trained; left as it was.
-        stem_map: of sample photos (N, 32, H/2, W/2).
+        sample: normalised photos (N, 3, H, W), some 64 to 128 of them.
+        target_bytes: estimated payload each gain tier aims at, finest first.
     """
-    body = narrow(own.body, nn.Sequential)
-    encoders = []
-    for keep in SLIM:
-        encoder = OwnEncoder(prune_blocks(body, keep, stem_map), C_CUT, C_LATENT)
-        encoder.project = copy.deepcopy(own.project)
-        encoders.append(encoder)
-    return encoders
-
-
-def build_learned_efficientnet(sample: Tensor) -> tuple[StagedModel, LearnedSplit]:
-    """Teacher and an untrained student.
-
-    Args:
-        sample: normalised photos (N, 3, 224, 224), some 64 to 128 of them, on which blocks are pruned and the latent's
-            first basis is found.
-    """
-    model = load_efficientnet_lite0()
-    base = staged(model)
+    base = staged(load_efficientnet_lite0())
     with torch.no_grad():
-        stem_map = model.stem(sample)
-        pruned = fuse_norms(prune_blocks(narrow(model.blocks[: CUT_BLOCK + 1], nn.Sequential), PRUNED, stem_map))
-        cut = pruned(stem_map)
-    pruned = narrow(pruned, nn.Sequential)
-    student = skeleton([pruned] * len(TIERS), base)
-    own = narrow(student.ensemble.encoders[-1], OwnEncoder)
-    spread = principal_start(own.project, student.decoder.linear, cut)
+        stem_map = base.stem(sample)
+        body = narrow(base.body, nn.Sequential)
+        student = skeleton([prune_blocks(body, keep, stem_map) for keep in (*SLIM, OWN)], base, (1.0,) * len(target_bytes)).eval()
+        own = narrow(student.ensemble.encoders[-1], OwnEncoder)
+        whole, pruned = body(stem_map), own.body(stem_map)
+    grid = (whole.shape[2], whole.shape[3])
+    gather = Gather([Crossing(layout="chw", channels=C_CUT, height=grid[0], width=grid[1])], grid)
+    sensitive_start(own.project, student.decoder.linear, pruned, output_metric(base, [whole[:_METRIC_PHOTOS]], gather))
+    for encoder in student.ensemble.encoders:
+        narrow(encoder, OwnEncoder).project.load_state_dict(own.project.state_dict())
     with torch.no_grad():
-        student.quantiser.prior_log_scale.add_(torch.log(spread.clamp_min(0.05)))
-    student.ensemble.encoders = nn.ModuleList([*slim_from_own(own, stem_map), own])
+        student.quantiser.aim(own.project(pruned), [8 * b for b in target_bytes])
     return base, student
