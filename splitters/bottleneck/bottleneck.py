@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from splitters.bottleneck.narrow import narrow
-
 _MIN_PROBABILITY = 2.0**-16
 _BISECTIONS = 14
 
@@ -153,29 +151,3 @@ class Decoder(nn.Module):
         """Maps (N, C, h, w) to (N, D, h, w)."""
         y: Tensor = self.linear(latent) + self.land(self.blocks(self.lift(latent)))
         return y
-
-
-@torch.no_grad()
-def principal_start(project: nn.Conv2d, linear: nn.Conv2d, cut: Tensor) -> Tensor:
-    """Sets an encoder's last and a decoder's linear 1x1 convolution to the leading principal components of the cut.
-
-    Args:
-        project: D to C.
-        linear: C to D.
-        cut: sample cut tensors (N, D, h, w).
-
-    Returns:
-        Standard deviation of each latent channel, (C,), falling.
-    """
-    rows = cut.permute(0, 2, 3, 1).reshape(-1, cut.shape[1]).double()
-    mean = rows.mean(0)
-    values, vectors = torch.linalg.eigh(torch.cov((rows - mean).T))
-    c = min(project.out_channels, cut.shape[1])
-    basis = vectors.flip(1)[:, :c].T.float()
-    project.weight[:c, :, 0, 0] = basis
-    narrow(project.bias, nn.Parameter)[:c] = -(basis @ mean.float())
-    linear.weight.zero_()
-    linear.weight[:, :c, 0, 0] = basis.T
-    narrow(linear.bias, nn.Parameter).copy_(mean.float())
-    spread: Tensor = values.flip(0)[:c].clamp_min(0).sqrt().float()
-    return spread

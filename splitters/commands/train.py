@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="efficientnet-lite0, its -general or -joint (go on from --start), any (with --model, --at), or detector: our small "
+        help="efficientnet-lite0, its -joint (goes on from --start), any (with --model, --at), or detector: our small "
         "detector itself",
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of photographs, searched recursively")

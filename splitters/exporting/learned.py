@@ -6,7 +6,7 @@ Shape legend: N batch, R settings of the knob, T gain tiers, C latent channels; 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +27,31 @@ WEIGHTS_FILE, TABLES_FILE, POINTS_FILE, RECIPE_FILE = "learned.safetensors", "ta
 CHOICES_FILE = "choices.json"
 TABLES_PART = "device/tables.bin"
 # The published stages of the tail are not stored again; only the first one is fine-tuned.
-TUNED = ("ensemble.", "quantiser.", "decoder.", "stages.0.", "stages.1.")
+TUNED = ("ensemble.", "quantiser.", "decoder.")
 
 
-def tuned_state(student: LearnedSplit, *, everything: bool = False) -> dict[str, Tensor]:
-    """What must be shipped beside the published weights (or ``everything``), half precision; whole numbers as they are."""
+def tuned_state(student: LearnedSplit, *, published: Sequence[nn.Module] = (), everything: bool = False) -> dict[str, Tensor]:
+    """What must be shipped beside the published weights (or ``everything``), half precision; whole numbers as they are.
+
+    Args:
+        student: trained.
+        published: the uncut model's stages; those of the student's that equal them are not shipped.
+        everything: keep it all.
+    """
     state = student.state_dict()
-    kept = {k: v for k, v in state.items() if (everything or k.startswith(TUNED)) and not k.endswith("num_batches_tracked")}
+    same = tuple(f"stages.{i}." for i, own in enumerate(published) if _equal(student.stages[i], own))
+    parts = (*TUNED, *(f"stages.{i}." for i in range(len(student.stages) - 1)))
+    kept = {k: v for k, v in state.items() if everything or (k.startswith(parts) and not k.startswith(same))}
     return {
         k: (v.clone() if k.startswith("quantiser.") or not v.is_floating_point() else v.half()).contiguous()
         for k, v in kept.items()
+        if not k.endswith("num_batches_tracked")
     }
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(v, theirs[k].to(v.device)) for k, v in mine.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,18 +135,28 @@ def exportable(encoder: nn.Module, width: float) -> nn.Module:
     return twin
 
 
-def write_heads(writer: BundleWriter, student: LearnedSplit, size_px: int) -> Head:
-    """Adds the stem and one graph for each encoder and width; the input is ``size_px`` px square."""
+def write_heads(
+    writer: BundleWriter, student: LearnedSplit, size_px: int, front: Callable[[nn.Module, nn.Module], nn.Module]
+) -> Head:
+    """Adds one graph for each encoder and width, each from the picture on; what the manifest calls stem hands the picture on.
+
+    A stem of its own costs an encoder nothing where only one encoder runs on a frame: in one graph the runtime keeps its blocked
+    layout, and the stem computes no channel that the encoder does not read.
+
+    Args:
+        writer: of the bundle.
+        student: whose stem and encoders they are.
+        size_px: side of the input, which is square.
+        front: stem and exportable encoder to a module from image to latent.
+    """
     image = torch.zeros(1, 3, size_px, size_px)
-    with torch.no_grad():
-        stem_map = student.stem(image)
-    export_onnx(student.stem, [image], writer.file("device/stem.onnx", "device"), inputs=["image"], outputs=["stem_map"])
+    export_onnx(nn.Identity(), [image], writer.file("device/stem.onnx", "device"), inputs=["image"], outputs=["picture"])
     graphs = {}
     for tier in student.ensemble.tiers:
         for index, width in tier.runs:
             name = graph_name(index, width)
             if name not in graphs:
                 graphs[name] = f"device/encoder_{name}.onnx"
-                module = exportable(student.ensemble.encoders[index], width)
-                export_onnx(module, [stem_map], writer.file(graphs[name], "device"), inputs=["stem_map"], outputs=["latent_0"])
+                module = front(student.stem, exportable(student.ensemble.encoders[index], width))
+                export_onnx(module, [image], writer.file(graphs[name], "device"), inputs=["picture"], outputs=["latent_0"])
     return Head(stem="device/stem.onnx", graphs=graphs)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from protos.errors import ConfigError
 from splitters.bottleneck.learned import LearnedSplit
@@ -82,7 +82,7 @@ def finish(
     student: LearnedSplit, photos: PhotoCache, crops: Crops, out: Path, *,
     rungs: Sequence[Rung], layers: Sequence[int], recipe: Mapping[str, Any],
     count: int = 240, seed: int = 0, whole_state: bool = False, progress: Callable[[str], None] = log.info,
-    filmed: Sequence[Tensor] = (),
+    filmed: Sequence[Tensor] = (), published: Sequence[nn.Module] = (),
 ) -> None:  # fmt: skip
     """Writes weights, tables and recipe into ``out``.
 
@@ -98,10 +98,11 @@ def finish(
         seed: of their choice.
         whole_state: keep every weight, not only what differs from the published model.
         progress: told what is being done.
+        published: the uncut model's stages, which need not be shipped where the student's are the same.
         filmed: frames of real clips (T, 3, H, W), which predicted frames are fitted on in place of moved photos.
     """
     out.mkdir(parents=True, exist_ok=True)
-    state = tuned_state(student, everything=whole_state)
+    state = tuned_state(student, published=published, everything=whole_state)
     student.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)
     student.eval()
     rng = np.random.default_rng(seed)

@@ -175,6 +175,6 @@ def run_training(
             Rung(gain=g, channels=channels, single_layer=g >= config.single_layer_from) for g in config.rungs or (0.0,)
         ],
         layers=[*config.groups[1:], channels], recipe=recipe, count=fit, seed=config.seed, whole_state=config.cut is not None,
-        filmed=pairs.pieces() if pairs is not None else (),
+        filmed=pairs.pieces() if pairs is not None else (), published=base.stages,
     )  # fmt: skip
     return told

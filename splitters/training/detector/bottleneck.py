@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from splitters.exporting.learned import Rung
 from splitters.training.checkpoint import save_checkpoint
@@ -51,6 +52,8 @@ class Plan:
         size_px: side of the training pictures.
         batch: photos a step.
         detector: the detector's weights.
+        start: weights of a bottleneck to go on from, trained around the same first blocks; its tail is left, since it belongs to
+            another detector. Empty: from the outputs' own metric.
         light_until: share of the run in which the light encoders only learn the largest one's latent.
         tail_from: share of the run after which the tail's backbone trains too.
         fit: photos the probability tables are fitted on.
@@ -61,6 +64,7 @@ class Plan:
     size_px: int = 256
     batch: int = 12
     detector: str = str(DETECTOR)
+    start: str = ""
     light_until: float = 0.12
     tail_from: float = 0.5
     fit: int = 240
@@ -107,6 +111,9 @@ def train(plan: Plan, data: Path, out: Path, *, cache: Path | None = None) -> No
     detector = load_detector(Path(plan.detector))
     sample = photos.batch(rng.choice(len(photos), min(_SAMPLE, len(photos)), replace=False), whole, rng)
     base, student = build_learned_detector(sample, [8 * b for b in config.target_bytes], detector)
+    if plan.start:
+        earlier = {k: v.float() for k, v in load_file(plan.start).items() if not k.startswith("stages.")}
+        student.load_state_dict(earlier, strict=False)
     speed_up(base.modules())
     speed_up(student)
     trainer = Trainer(config, base, student, photos, out=out, device=torch.device("cpu"), clock_s=time.monotonic)
@@ -143,11 +150,9 @@ def save_final(plan: Plan, photos: PhotoCache, trainer: Trainer, out: Path, step
     """Weights in half precision, probability tables for the detector's own input size, recipe."""
     config = trainer.config
     state = out / "final.safetensors"
-    from safetensors.torch import save_file
-
     from splitters.exporting.learned import tuned_state
 
-    save_file(tuned_state(trainer.student), state)
+    save_file(tuned_state(trainer.student, published=trainer.base.stages), state)
     _, student = load_learned_detector(state, INPUT_SIZE_PX, load_detector(Path(plan.detector)))
     state.unlink()
     recipe = {

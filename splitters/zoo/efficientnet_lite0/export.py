@@ -103,6 +103,19 @@ def load_student(folder: Path) -> LearnedSplit:
     return student.eval()
 
 
+def with_stem(stem: nn.Module, encoder: nn.Module) -> nn.Module:
+    """Image to latent: the stem, without the channels that the encoder does not read, and the encoder."""
+    own, blocks = copy.deepcopy(stem), narrow(encoder.body, nn.Sequential)
+    first = narrow(blocks[0], MBConv)
+    if isinstance(first.expand, Pick):
+        conv, kept = narrow(narrow(own, nn.Sequential)[0], nn.Conv2d), first.expand.kept
+        conv.out_channels, conv.weight.data = len(kept), conv.weight.data[kept].clone()
+        bias = narrow(conv.bias, nn.Parameter)
+        bias.data = bias.data[kept].clone()
+        first.expand = nn.Identity()
+    return nn.Sequential(own, encoder)
+
+
 class LearnedTail(nn.Module):
     """The server's part.
 
@@ -156,7 +169,7 @@ def export_learned(out: Path, weights: Path, measure: Measure | None = None) -> 
         single_layer=[f"r{i}" for i, r in enumerate(rungs) if r.single_layer],
     )  # fmt: skip
     with BundleWriter(out) as writer:
-        head = write_heads(writer, student, DEFAULT_SIZE_PX)
+        head = write_heads(writer, student, DEFAULT_SIZE_PX, with_stem)
         write_local(writer, network)
         writer.add("device/codec.json", json.dumps(codec).encode(), "device")
         writer.add(TABLES_PART, (weights / TABLES_FILE).read_bytes(), "device")

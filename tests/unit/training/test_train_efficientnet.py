@@ -15,14 +15,14 @@ from splitters.bottleneck.ensemble import OwnEncoder, SmallEncoder, SmallEncoder
 from splitters.bottleneck.learned import LearnedSplit
 from splitters.bottleneck.narrow import narrow
 from splitters.evaluation.bdrate import Curve, resample
-from splitters.exporting.learned import WEIGHTS_FILE
+from splitters.exporting.learned import WEIGHTS_FILE, exportable
 from splitters.training.loop import parameter_groups
 from splitters.training.pictures.photos import hold_out_evenly
 from splitters.training.recipes import RECIPES, recipe
 from splitters.training.single import estimated_bytes, parse_point, single_from, single_point
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
-from splitters.zoo.efficientnet_lite0.export import load_student
-from splitters.zoo.efficientnet_lite0.split import slim_from_own
+from splitters.zoo.efficientnet_lite0.export import load_student, with_stem
+from splitters.zoo.efficientnet_lite0.split import TIERS, build_learned_efficientnet
 from tests.bench.penalty import penalty, read_at
 
 FOLDER = WEIGHTS
@@ -52,21 +52,28 @@ def test_late_blocks_start_as_the_identity_and_then_learn() -> None:
         assert not torch.allclose(encoder.eval()(x), encoder.project(encoder.body(x)))
 
 
-def test_cheaper_encoders_begin_near_the_own_one(shipped: LearnedSplit) -> None:
-    own = narrow(shipped.ensemble.encoders[-1], OwnEncoder)
-    before = {k: v.clone() for k, v in own.state_dict().items()}
+def test_an_untrained_student_begins_near_its_model() -> None:
     torch.manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.randn(12, 3, 12, 12), size=(96, 96), mode="bicubic")
+    base, student = build_learned_efficientnet(smooth[:8], (900.0, 90.0))
     with torch.no_grad():
-        stem_map = shipped.stem(smooth)
-        encoders = slim_from_own(own, stem_map[:8])
-        wanted = own(stem_map[8:])
-        spread = (wanted - wanted.mean((0, 2, 3), keepdim=True)).square().mean()
-        errors = [float((e.eval()(stem_map[8:]) - wanted).square().mean() / spread) for e in encoders]
-    assert 0 < errors[2] < errors[1] < errors[0] < 1, "the more is kept the nearer"
-    assert all(torch.equal(v, before[k]) for k, v in own.state_dict().items())
-    weights = [sum(p.numel() for p in e.parameters()) for e in (*encoders, own)]
+        wanted = base.body(base.stem(smooth[8:]))
+        spread = (wanted - wanted.mean(0)).square().mean()
+        latents = [student.latent(smooth[8:], tier) for tier in range(len(TIERS))]
+        errors = [float((student.decoder(latent) - wanted).square().mean() / spread) for latent in latents]
+        sizes = [estimated_bytes(student, smooth[:8], len(TIERS) - 1, gain) for gain in (0, 1)]
+    assert 0 < errors[3] < errors[2] < errors[1] < errors[0] < 1, "the more is kept the nearer"
+    assert sizes == [pytest.approx(900, rel=0.02), pytest.approx(90, rel=0.02)]
+    weights = [sum(p.numel() for p in e.parameters()) for e in student.ensemble.encoders]
     assert weights == sorted(weights)
+
+
+def test_a_head_with_a_stem_of_its_own_is_stem_and_encoder(shipped: LearnedSplit) -> None:
+    images = torch.rand(2, 3, 64, 64)
+    for tier, encoder in enumerate(shipped.ensemble.encoders):
+        head = with_stem(shipped.stem, exportable(encoder, 1.0)).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(head(images), shipped.latent(images, tier), rtol=1e-4, atol=1e-4)
 
 
 def test_weights_of_other_encoders_are_refused(tmp_path: Path) -> None:
