@@ -15,7 +15,7 @@ from splitters.training.config import LossWeights, Stage, TrainConfig, share_out
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
 
 _GENTLE = 2e-4  # a start from the outputs' own metric is good already; 1e-3 undoes it before it learns anything
-RUNGS = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+RUNGS = (0.0, 1.2, 1.6, 2.0, 2.7, 3.3, 4.0, 5.0)
 
 
 def efficientnet_lite0() -> TrainConfig:
@@ -27,7 +27,7 @@ def efficientnet_lite0() -> TrainConfig:
     photos are no larger; targets are bytes at that size. Give ``--seconds`` on a busy machine.
     """
     return TrainConfig(
-        model="efficientnet-lite0", size_px=160, rungs=RUNGS, single_layer_from=3.0, area=0.35, amp=True,
+        model="efficientnet-lite0", size_px=160, rungs=RUNGS, single_layer_from=2.7, area=0.35, amp=True,
         target_bytes=tuple(0.51 * b for b in (3800, 2500, 1600, 1000, 620, 380)),
         data=("photos", "coco/train/images"), disturb=0.3, truncate=0.1, lost_slices=0.05, loss=LossWeights(logits=2.0),
         stages=(

@@ -22,7 +22,7 @@ from splitters.zoo.efficientnet_lite0 import WEIGHTS
 from splitters.zoo.efficientnet_lite0.export import LearnedTail, load_student
 from splitters.zoo.efficientnet_lite0.network import MBConv, load_efficientnet_lite0
 from splitters.zoo.efficientnet_lite0.pruning import Pick, eliminate, prune_blocks
-from splitters.zoo.efficientnet_lite0.split import C_LATENT, fuse_norms
+from splitters.zoo.efficientnet_lite0.split import C_LATENT, fuse_norms, staged
 from tests.fakes.symbols import same
 
 FOLDER = WEIGHTS
@@ -79,6 +79,16 @@ def test_weights_survive_saving_and_bad_ones_are_refused(student: LearnedSplit, 
         load_student(tmp_path)
     with pytest.raises(BundleError, match="no usable weights"):
         load_student(tmp_path / "nowhere")
+
+
+def test_a_tail_that_was_left_alone_is_not_shipped(student: LearnedSplit) -> None:
+    published = staged(load_efficientnet_lite0()).stages
+    assert not any(k.startswith("stages.") for k in tuned_state(student, published=published))
+    other = copy.deepcopy(student)
+    with torch.no_grad():
+        next(other.stages[1].parameters()).mul_(1.01)
+    shipped = {k.split(".")[1] for k in tuned_state(other, published=published) if k.startswith("stages.")}
+    assert shipped == {"1"}
 
 
 def test_gains_between_two_tiers_are_their_geometric_mean(student: LearnedSplit) -> None:
