@@ -70,6 +70,7 @@ class Resumable(Protocol):
 
     ema: dict[str, torch.Tensor]
     running_bytes: list[float]
+    usual: torch.Tensor
     step: int
     spent_s: float
     out: Path
@@ -107,7 +108,7 @@ def save_checkpoint(trainer: Resumable) -> None:
     tensors |= {f"ema/{k}": v.contiguous() for k, v in trainer.ema.items()}
     for i, state in trainer.optimiser.state_dict()["state"].items():
         tensors |= {f"adam/{i}/{k}": v.contiguous() for k, v in state.items()}
-    tensors["lambda"] = trainer.steering.log_lambda
+    tensors |= {"lambda": trainer.steering.log_lambda, "usual": trainer.usual}
     about = {
         "step": str(trainer.step), "spent_s": str(trainer.spent_s), "running_bytes": json.dumps(trainer.running_bytes),
         "run": json.dumps(describe_run(trainer.config, trainer.photos.digest)),
@@ -157,6 +158,7 @@ def load_checkpoint(trainer: Resumable) -> int:
             state.setdefault(int(i), {})[name] = v
     trainer.optimiser.load_state_dict({"state": state, "param_groups": trainer.optimiser.state_dict()["param_groups"]})
     trainer.steering.log_lambda = tensors["lambda"]
+    trainer.usual = tensors.get("usual", trainer.usual)
     trainer.running_bytes = running_bytes
     trainer.spent_s = spent_s
     return step

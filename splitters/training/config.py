@@ -116,6 +116,8 @@ class TrainConfig:
         serving: for the manifest: ``preprocess``, ``postprocess``, ``labels``, as JSON; empty: the source's own.
         letterbox: photos are shown whole or as large cut-outs, scaled to fit and padded, as detectors see them; else cropped.
         amp: the student's decoder and tail in bfloat16 on the processor too; on a GPU they always are.
+        even: every operating point's distortion counts in proportion to what is usual there; else the coarse points and the cheap
+            encoders, which lose most, decide nearly alone what the decoder learns.
         first_weight: of the bits in the loss, relative to a bit's share of the finest tier's target, at the start.
         single_layer_from: rungs from this gain on are so small that a frame fits one packet, and travel in one layer.
         start: folder with trained weights to go on from; empty: the published model.
@@ -146,6 +148,7 @@ class TrainConfig:
     serving: Mapping[str, Any] = field(default_factory=dict)
     letterbox: bool = False
     amp: bool = False
+    even: bool = False
     first_weight: float = 0.0
     single_layer_from: float = 1e9
     start: str = ""

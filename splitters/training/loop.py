@@ -28,6 +28,7 @@ from splitters.training.schedule import average_in, rise_and_fall
 from splitters.training.video import Pairs, Predicted, predict, still_cells
 
 log = logging.getLogger(__name__)
+_USUAL = 0.02  # how fast an operating point's usual distortion follows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +107,7 @@ class Trainer:
         first = 1000 * config.first_weight / bits[0] if config.first_weight else 0.02
         self.steering = BitrateSteering(bits, [first * bits[0] / b for b in bits])
         self.running_bytes = list(config.target_bytes)
+        self.usual = torch.zeros(len(student.ensemble.tiers), len(bits))
         self.step, self.spent_s = 0, 0.0
         if (out / "checkpoint.safetensors").exists():
             self.step = load_checkpoint(self)
@@ -199,8 +201,8 @@ class Trainer:
 
     def _latents(
         self, images: Tensor, stage: Stage, rng: np.random.Generator, front: tuple[Tensor, Sequence[Tensor]] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Latents (n, C, h, w) of every sample in its own tier, and the cheap ones' mean mismatch.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (n, C, h, w) of every sample in its own tier, the cheap ones' mean mismatch, and the tiers (n,).
 
         Args:
             images: normalised.
@@ -232,7 +234,16 @@ class Trainer:
                 parts.append(best[at : at + count])
             at += count
         mismatch = torch.cat(errors).mean() if errors else best.new_zeros(())
-        return torch.cat(parts), mismatch
+        return torch.cat(parts), mismatch, torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
+    def _share(self, wrong: Tensor, tiers: Tensor, gain: Tensor) -> Tensor:
+        """How much each sample's distortion counts, (n,): the less the more is usual at its operating point."""
+        at, now = (tiers, gain.cpu()), wrong.detach().cpu()
+        for tier, g, w in zip(*at, now, strict=True):
+            usual = self.usual[tier, g]
+            usual += (_USUAL if usual > 0 else 1.0) * (w - usual)
+        seen = self.usual[self.usual > 0]
+        return (seen.mean() / self.usual[at]).to(wrong.device)
 
     def _distil_latents(self, images: Tensor) -> Tensor:
         """Mean mismatch of every cheap tier on every sample."""
@@ -261,7 +272,7 @@ class Trainer:
             return self._told(float(loss.detach()), 0.0, float(loss.detach()))
         teacher, stem_map = self._teach(images)
         front = (stem_map, teacher[: self.base.cuts]) if self.shares_front else None
-        latent, mismatch = self._latents(images, stage, rng, front)
+        latent, mismatch, tiers = self._latents(images, stage, rng, front)
         gain, kept = self._draw(len(images), rng)
         alone = len(latent) - (0 if before is None else len(before))
         kept[alone:] = 1
@@ -274,7 +285,8 @@ class Trainer:
             restored, flicker = torch.cat([restored, told.restored]), config.video.flicker * told.flicker
             bits = torch.cat([bits, config.video.bits * told.bits])
         wrong = staged_distortion(self._answer(restored), teacher, config.loss, self.base)
-        loss = (wrong + self.steering.weight(gain.cpu()).to(self.device) * bits).mean() + config.loss.latent * mismatch + flicker
+        counted = wrong * self._share(wrong, tiers, gain) if config.even else wrong
+        loss = (counted + self.steering.weight(gain.cpu()).to(self.device) * bits).mean() + config.loss.latent * mismatch + flicker
         self._update(loss)
         if alone:
             self._steer(stage, gain, kept, bits, alone)
