@@ -21,30 +21,27 @@ RUNGS = (0.0, 1.2, 1.6, 2.0, 2.7, 3.3, 4.0, 5.0)
 def efficientnet_lite0() -> TrainConfig:
     """The default bundle's bottleneck: four encoder tiers, six gain tiers, one set of weights, photos of all kinds.
 
-    Every part starts near its goal (`splitters.zoo.efficientnet_lite0.split.build_learned_efficientnet`), so rates are gentle and
-    the tail stays the model's own, which a tail that follows the cheap encoders would take from the dear one. First the cheap
-    encoders learn the largest one's latent, then all learn together. Trained at 160 px, half the work of 224 px, since many
-    photos are no larger; targets are bytes at that size. Give ``--seconds`` on a busy machine.
+    Every part starts near its goal (`splitters.zoo.efficientnet_lite0.split.build_learned_efficientnet`), the largest encoder so
+    near that faster rates would only take it away: what all tiers share moves slowly, the tail not at all, and the cheap encoders
+    learn to give what decoder and tail understand, first the largest one's latent, then the answer. Give ``--seconds`` on a busy
+    machine.
     """
     return TrainConfig(
-        model="efficientnet-lite0", size_px=160, rungs=RUNGS, single_layer_from=2.7, area=0.35, amp=True,
-        target_bytes=tuple(0.51 * b for b in (3800, 2500, 1600, 1000, 620, 380)),
-        data=("photos", "coco/train/images"), disturb=0.3, truncate=0.1, lost_slices=0.05, loss=LossWeights(logits=2.0),
+        model="efficientnet-lite0", size_px=192, rungs=RUNGS, single_layer_from=3.0, area=0.5, amp=True, even=True,
+        target_bytes=tuple(0.735 * b for b in (3800, 2500, 1600, 1000, 620, 380)),
+        data=("photos", "coco/train/images"), disturb=0.2, truncate=0.05, lost_slices=0.03, loss=LossWeights(logits=2.0),
         stages=(
-            Stage(steps=650, lr=5e-4, tiers=(0.34, 0.33, 0.33, 0), latent_only=True),
-            Stage(steps=6350, lr=5e-4, lr_shared=3e-4, lr_own=5e-5, tiers=(0.2, 0.2, 0.2, 0.4), warmup_steps=100),
+            Stage(steps=600, lr=5e-4, tiers=(0.34, 0.33, 0.33, 0), latent_only=True),
+            Stage(steps=5400, lr=5e-4, lr_shared=2e-5, lr_own=1e-5, tiers=(0.23, 0.23, 0.22, 0.32), warmup_steps=100),
         ),
     )  # fmt: skip
 
 
 def efficientnet_lite0_joint() -> TrainConfig:
-    """Goes on from earlier weights with all tiers at once, gently, on larger parts of less disturbed photos.
-
-    Every operating point counts alike (``even``), so that what the fine ones have is not given up for the coarse ones.
-    """
+    """Goes on from earlier weights; a few steps let the cheap encoders catch up with the largest one's latent."""
+    first, then = efficientnet_lite0().stages
     return replace(
-        efficientnet_lite0(), start=str(WEIGHTS), even=True, area=0.5, disturb=0.2, truncate=0.05, lost_slices=0.03,
-        stages=(Stage(steps=3000, lr=2e-4, lr_shared=1e-4, lr_own=2e-5, tiers=(0.2, 0.2, 0.2, 0.4)),),
+        efficientnet_lite0(), start=str(WEIGHTS), stages=(replace(first, steps=200, lr=3e-4), replace(then, steps=1800, lr=3e-4)),
     )  # fmt: skip
 
 
