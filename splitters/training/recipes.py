@@ -15,7 +15,7 @@ from splitters.training.config import LossWeights, Stage, TrainConfig, share_out
 from splitters.zoo.efficientnet_lite0 import WEIGHTS
 
 _GENTLE = 2e-4  # a start from the outputs' own metric is good already; 1e-3 undoes it before it learns anything
-RUNGS = (0.0, 1.2, 1.6, 2.0, 2.7, 3.3, 4.0, 5.0)
+RUNGS = (0.0, 0.8, 1.4, 2.0, 2.8, 3.3, 4.0, 5.0)
 
 
 def efficientnet_lite0() -> TrainConfig:
