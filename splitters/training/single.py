@@ -46,6 +46,8 @@ def estimated_bytes(student: LearnedSplit, images: Tensor, tier: int, gain: int)
 def single_point(config: TrainConfig, tier: int, gain: int, target_bytes: float, folder: Path) -> TrainConfig:
     """``config`` for one operating point; writes its start, the weights with one gain tier, into ``folder``.
 
+    Stages that only teach cheap encoders the latent are left out, and their steps given to the others.
+
     Args:
         config: a recipe that goes on from trained weights.
         tier: encoder tier.
@@ -66,8 +68,8 @@ def single_point(config: TrainConfig, tier: int, gain: int, target_bytes: float,
     only = tuple(float(i == tier) for i in range(len(TIERS)))
     return replace(
         config, start=str(folder), target_bytes=(target_bytes,), rungs=(0.0,), truncate=0.0, lost_layers=0.0,
-        stages=tuple(replace(stage, tiers=only) for stage in config.stages),
-    )  # fmt: skip
+        stages=tuple(replace(stage, tiers=only) for stage in config.stages if not stage.latent_only),
+    ).scaled(config.steps)  # fmt: skip
 
 
 def single_from(config: TrainConfig, text: str, images: Tensor, folder: Path) -> TrainConfig:
