@@ -27,7 +27,7 @@ def efficientnet_lite0() -> TrainConfig:
     machine.
     """
     return TrainConfig(
-        model="efficientnet-lite0", size_px=192, rungs=RUNGS, single_layer_from=3.0, area=0.5, amp=True, even=True,
+        model="efficientnet-lite0", size_px=192, rungs=RUNGS, single_layer_from=2.8, area=0.5, amp=True, even=True,
         target_bytes=tuple(0.735 * b for b in (3800, 2500, 1600, 1000, 620, 380)),
         data=("photos", "coco/train/images"), disturb=0.2, truncate=0.05, lost_slices=0.03, loss=LossWeights(logits=2.0),
         stages=(

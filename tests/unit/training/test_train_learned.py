@@ -137,7 +137,8 @@ def test_the_largest_encoder_learns_from_its_own_samples(make: Callable[..., Tra
     trainer = make("a", replace(CONFIG, stages=(stage,)))
     trainer._prepare(stage, 0)
     images = trainer.photos.batch(range(6), trainer.crops, np.random.default_rng(0))
-    latent, mismatch = trainer._latents(images, stage, np.random.default_rng(0))
+    latent, mismatch, tiers = trainer._latents(images, stage, np.random.default_rng(0))
+    assert tiers.tolist() == [0, 0, 0, 1, 1, 1]
     with torch.no_grad():
         assert torch.allclose(latent[:3], trainer.student.latent(images[:3], 0), atol=1e-5)
         assert torch.allclose(latent[3:], trainer.student.latent(images[3:], 1), atol=1e-5)
@@ -146,6 +147,18 @@ def test_the_largest_encoder_learns_from_its_own_samples(make: Callable[..., Tra
     assert cheap is None or float(cheap.abs().max()) == 0, "to the cheap ones it is an example"
     assert float(torch.autograd.grad(latent[3:].sum(), own)[0].abs().max()) > 0
     assert float(mismatch.detach()) > 0
+
+
+def test_every_operating_point_counts_alike_and_a_checkpoint_keeps_what_is_usual(make: Callable[..., Trainer]) -> None:
+    trainer = make("a", replace(CONFIG, even=True))
+    wrong, tiers, gain = torch.tensor([8.0, 8.0, 0.5, 0.5]), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1])
+    counted = wrong * trainer._share(wrong, tiers, gain)
+    assert torch.allclose(counted, torch.full((4,), 4.25)), "each as much as the mean of the points"
+    harder = torch.tensor([8.0, 8.0, 1.0, 1.0])
+    assert float((harder * trainer._share(harder, tiers, gain))[2]) > 8, "what is unusual there counts more"
+    trainer.run(stop=lambda: trainer.step == 1)
+    usual = trainer.usual.clone()
+    assert torch.equal(make("a", replace(CONFIG, even=True)).usual, usual)
 
 
 def test_a_checkpoint_of_another_model_is_refused(make: Callable[..., Trainer], tmp_path: Path) -> None:
