@@ -26,7 +26,7 @@ from splitters.cutting.onnx_export import export_onnx
 WEIGHTS_FILE, TABLES_FILE, POINTS_FILE, RECIPE_FILE = "learned.safetensors", "tables.bin", "operating_points.json", "recipe.json"
 CHOICES_FILE = "choices.json"
 TABLES_PART = "device/tables.bin"
-# The published stages of the tail are not stored again; only the first one is fine-tuned.
+# Trained in every case; of the tail, only the stages that were trained are stored.
 TUNED = ("ensemble.", "quantiser.", "decoder.")
 
 

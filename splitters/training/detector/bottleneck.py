@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from splitters.exporting.learned import Rung
+from splitters.exporting.learned import Rung, tuned_state
 from splitters.training.checkpoint import save_checkpoint
 from splitters.training.config import LossWeights, Stage, TrainConfig
 from splitters.training.fast import speed_up
@@ -150,8 +150,6 @@ def save_final(plan: Plan, photos: PhotoCache, trainer: Trainer, out: Path, step
     """Weights in half precision, probability tables for the detector's own input size, recipe."""
     config = trainer.config
     state = out / "final.safetensors"
-    from splitters.exporting.learned import tuned_state
-
     save_file(tuned_state(trainer.student, published=trainer.base.stages), state)
     _, student = load_learned_detector(state, INPUT_SIZE_PX, load_detector(Path(plan.detector)))
     state.unlink()
